@@ -1,0 +1,1 @@
+"""farspan: long prompts made cheap, as a plugin for vLLM."""

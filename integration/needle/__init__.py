@@ -1,0 +1,1 @@
+"""The small bundled retrieval model, its tokenizer and its task generator."""

@@ -1,0 +1,1 @@
+"""Pure-Python scheduling and placement decisions; nothing here needs torch or a GPU."""
