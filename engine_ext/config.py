@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import msgspec
-
 from farspan.engine_ext.errors import ConfigError
 
 Kernel = Literal["auto", "triton", "fa3"]
@@ -24,7 +23,7 @@ class FlexPrefill(Options, tag_field="method", tag="flex"):
     gamma: float = 0.95
     """Attention mass that the selected blocks must keep, in (0, 1]."""
     tau: float = 0.1
-    """Query-aware selection where the square root of the Jensen-Shannon divergence (natural log) is below this; in [0, 1]."""
+    """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this; in [0, 1]."""
     min_budget: int = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them)."""
     max_budget: int | None = None
@@ -34,7 +33,7 @@ class FlexPrefill(Options, tag_field="method", tag="flex"):
     min_seq_len: int | None = None
     """Requests shorter than this prefill densely; None for the measured crossover."""
     coverage_rows: int = 0
-    """Query rows a chunk on which the kept attention mass is measured; 0 switches the measurement and its closed loop off."""
+    """Query rows a chunk on which the kept mass is measured; 0 switches the measurement and its closed loop off."""
 
 
 class BlockSparsePrefill(Options, tag_field="method", tag="block_sparse"):

@@ -1,8 +1,8 @@
 """How prefill work is cut up: query tiles of a varlen batch, and the KV blocks that each tile reads.
 
-Positions are absolute: token 0 is a request's first token, wherever a chunk starts. Query tiles are aligned to absolute
-positions, so a chunk that starts inside a block has a short first tile, and the blocks chosen for a tile do not depend on how
-the prompt was cut into chunks.
+Positions are absolute: token 0 is a request's first token, wherever a chunk starts. Query tiles are aligned to
+absolute positions, so a chunk that starts inside a block has a short first tile, and the blocks chosen for a tile do
+not depend on how the prompt was cut into chunks.
 """
 
 from dataclasses import dataclass
@@ -37,19 +37,23 @@ class PrefillTiles:
 class BlockLists:
     """The KV blocks that each query tile reads, per list head.
 
-    List head h serves query heads `[h * g, (h + 1) * g)` with `g = num_q_heads // num_list_heads`: one list a query head
-    (`num_list_heads == num_q_heads`), one a KV head, or one for all. A block id is absolute within its request: block b holds
-    KV positions `[b * block_size, (b + 1) * block_size)`, with the block size of the tiles.
+    List head h serves query heads `[h * g, (h + 1) * g)` with `g = num_q_heads // num_list_heads`: one list a query
+    head (`num_list_heads == num_q_heads`), one a KV head, or one for all. A block id is absolute within its request:
+    block b holds KV positions `[b * block_size, (b + 1) * block_size)`, with the block size of the tiles.
     """
 
     block_ids: torch.Tensor
-    """[num_list_heads, num_tiles, max_blocks] int32, ascending without repeats; entries at or past the count are undefined."""
+    """[num_list_heads, num_tiles, max_blocks] int32, ascending, no repeats; undefined at and past the count."""
     block_counts: torch.Tensor
     """[num_list_heads, num_tiles] int32, at least 1. Causal lists end with the tile's diagonal block."""
 
 
 def make_prefill_tiles(
-    query_start_loc: list[int], seq_lens: list[int], block_size: int, device: torch.device, requests: list[int] | None = None
+    query_start_loc: list[int],
+    seq_lens: list[int],
+    block_size: int,
+    device: torch.device,
+    requests: list[int] | None = None,
 ) -> PrefillTiles:
     """Cut the chunks of a batch into query tiles, on the host, without touching the device's results.
 

@@ -1,0 +1,120 @@
+"""The truth of every operation in plain float32 (or float64) PyTorch: slow, short, what all kernels are tested against.
+
+Shapes and conventions are those of the kernels. LSE is in natural log, `[num_heads, num_tokens]` float32, -inf where a
+query sees no key; such a query's output is zero.
+"""
+
+import torch
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+
+def gather_kv(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one request's keys and values out of its pages.
+
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side.
+    block_table: [max_pages] int32, the request's row.
+    Returns two [seq_len, num_kv_heads, head_dim] tensors.
+    """
+    page_size = kv_cache.shape[2]
+    pages = kv_cache[block_table[: -(-seq_len // page_size)].long()]
+    tokens = pages.transpose(1, 2).flatten(0, 1)[:seq_len].to(dtype)
+    key, value = tokens.chunk(2, dim=-1)
+    return key, value
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of one request.
+
+    query: [query_len, num_heads, head_dim]; key, value: [kv_len, num_kv_heads, head_dim]; all one float dtype.
+    mask: [query_len, kv_len] or [num_heads, query_len, kv_len] bool, True where the query sees the key.
+    Returns out [query_len, num_heads, head_dim] and lse [num_heads, query_len].
+    """
+    group = query.shape[1] // key.shape[1]
+    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, dim=1)) * scale
+    return attend_logits(logits, value, mask)
+
+
+def attend_logits(logits: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention from scaled logits [num_heads, query_len, kv_len]; the rest as in `attend`."""
+    logits = logits.masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.where(lse[..., None].isinf(), 0.0, (logits - lse[..., None]).exp())
+    group = logits.shape[0] // value.shape[1]
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, dim=1)), lse
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
+    tiles: PrefillTiles | None = None,
+    block_lists: BlockLists | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a varlen batch on paged KV; prefill and decode alike.
+
+    query: [num_tokens, num_heads, head_dim], the requests' chunks one behind the other. A chunk is the last
+        `query_len` tokens of its request: its first token has position `seq_len - query_len`.
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim].
+    block_table: [num_reqs, max_pages] int32; seq_lens: [num_reqs] int32; query_start_loc: [num_reqs + 1] int32.
+    tiles, block_lists: if given, tile t of head h reads only the blocks in its list.
+    Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens] in `dtype`.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    out = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype, device=query.device)
+    lse = torch.full((num_heads, num_tokens), float("-inf"), dtype=dtype, device=query.device)
+    for request in range(len(seq_lens)):
+        start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
+        if start == end:
+            continue
+        kv_len = int(seq_lens[request])
+        key, value = gather_kv(kv_cache, block_table[request], kv_len, dtype)
+        query_pos = torch.arange(kv_len - (end - start), kv_len, device=query.device)
+        kv_pos = torch.arange(kv_len, device=query.device)
+        mask = torch.ones(num_heads, end - start, kv_len, dtype=torch.bool, device=query.device)
+        if causal:
+            mask &= kv_pos <= query_pos[:, None]
+        if block_lists is not None:
+            assert tiles is not None
+            mask &= listed_keys(tiles, block_lists, request, num_heads, query_pos, kv_pos)
+        out[start:end], lse[:, start:end] = attend(query[start:end].to(dtype), key, value, scale, mask)
+    return out, lse
+
+
+def listed_keys(
+    tiles: PrefillTiles,
+    block_lists: BlockLists,
+    request: int,
+    num_heads: int,
+    query_pos: torch.Tensor,
+    kv_pos: torch.Tensor,
+) -> torch.Tensor:
+    """[num_heads, query_len, kv_len] bool: the keys that the block lists let each query of one request see."""
+    num_list_heads = block_lists.block_ids.shape[0]
+    mask = torch.zeros(num_list_heads, len(query_pos), len(kv_pos), dtype=torch.bool, device=query_pos.device)
+    for tile in (tiles.tile_request == request).nonzero()[:, 0].tolist():
+        rows = query_pos // tiles.block_size == tiles.tile_block[tile]
+        for head in range(num_list_heads):
+            ids = block_lists.block_ids[head, tile, : block_lists.block_counts[head, tile]]
+            mask[head] |= rows[:, None] & torch.isin(kv_pos // tiles.block_size, ids)
+    return mask.repeat_interleave(num_heads // num_list_heads, dim=0)
+
+
+def merge_partials(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine attention over two disjoint key sets; shapes as `paged_attention` returns them."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite = torch.where(lse.isinf(), 0.0, lse)
+    weight_a = (lse_a - finite).exp().T[..., None]
+    weight_b = (lse_b - finite).exp().T[..., None]
+    return out_a * weight_a + out_b * weight_b, lse
