@@ -8,7 +8,7 @@ from farspan.kernels.paged_decode import paged_decode
 
 from benchmarks import peers
 from benchmarks.gate import check_attention
-from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import Work, time_graphs, time_interleaved
 
@@ -21,7 +21,7 @@ class Case:
 
     seq_lens: tuple[int, ...]
     label: str
-    shape: AttentionShape = AttentionShape()
+    shape: AttentionShape = LLAMA_8B
 
     @property
     def name(self) -> str:

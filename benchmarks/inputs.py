@@ -33,13 +33,14 @@ class AttentionShape:
         return self.head_dim**-0.5
 
 
+LLAMA_8B = AttentionShape()
 # For dry runs on the CPU, where Triton's interpreter multiplies in float32 alone faithfully.
 TINY = AttentionShape(num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """A batch as a kernel sees it: request i has `seq_lens_cpu[i]` keys, the last `query_lens_cpu[i]` of them queried."""
+    """A batch as a kernel sees it: the last `query_lens_cpu[i]` of request i's `seq_lens_cpu[i]` tokens are queries."""
 
     shape: AttentionShape
     query: torch.Tensor
@@ -64,9 +65,8 @@ class PagedBatch:
     @property
     def causal_flops(self) -> float:
         """Floating-point operations of causal attention: 4 * head_dim for each (query, key) pair and query head."""
-        pairs = sum(
-            q * (kv - q) + q * (q + 1) / 2 for q, kv in zip(self.query_lens_cpu, self.seq_lens_cpu, strict=True)
-        )
+        lens = zip(self.query_lens_cpu, self.seq_lens_cpu, strict=True)
+        pairs = sum(q * (kv - q) + q * (q + 1) / 2 for q, kv in lens)
         return 4.0 * self.shape.head_dim * self.shape.num_q_heads * pairs
 
 

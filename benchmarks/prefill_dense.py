@@ -9,7 +9,7 @@ from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks import peers
 from benchmarks.gate import check_attention
-from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
@@ -23,7 +23,7 @@ class Case:
 
     query_len: int
     seq_len: int
-    shape: AttentionShape = AttentionShape()
+    shape: AttentionShape = LLAMA_8B
 
     @property
     def name(self) -> str:
