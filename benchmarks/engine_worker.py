@@ -1,5 +1,6 @@
 """The process behind `benchmarks.engine.measure`: reads an EngineSpec, runs a vLLM engine, writes an EngineResult."""
 
+import itertools
 import json
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
     return Timing(
         prompt_len=len(prompt),
         ttft_ms=(arrivals[0] - started) * 1e3,
-        tpot_ms=[(late - early) * 1e3 for early, late in zip(arrivals, arrivals[1:], strict=False)],
+        tpot_ms=[(late - early) * 1e3 for early, late in itertools.pairwise(arrivals)],
         token_ids=list(completion.token_ids),
         top_logprobs={str(token): entry.logprob for token, entry in first.items()},
     )
