@@ -22,19 +22,38 @@ ENGINE: dict[str, Any] = {
     "disable_log_stats": True,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
 }
-WEIGHT_STD = 0.02
+WEIGHT_STD = 0.02  # as Llama models are initialised
 WARMUP_LEN = 512
 TOP_LOGPROBS = 20
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Give a model seeded weights of a usual scale: vLLM's dummy ones vanish in the first norm."""
-    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        generator = torch.Generator(parameter.device).manual_seed(index)
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(0.0, WEIGHT_STD, generator=generator)
+def register_random_weights() -> str:
+    """Register a loader that gives a model seeded weights of a usual scale; returns its load format.
+
+    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt.
+    """
+    from vllm.config import ModelConfig
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    @register_model_loader("seeded_random")
+    class SeededRandomLoader(BaseModelLoader):
+        def __init__(self, load_config: LoadConfig) -> None:
+            super().__init__(load_config)
+
+        def download_model(self, model_config: ModelConfig) -> None:
+            """Nothing to download."""
+
+        def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+            for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+                generator = torch.Generator(parameter.device).manual_seed(index)
+                if "norm" in name:
+                    parameter.data.fill_(1.0)
+                else:
+                    parameter.data.normal_(0.0, WEIGHT_STD, generator=generator)
+
+    return "seeded_random"
 
 
 def start(spec: EngineSpec, model_dir: str) -> Any:
@@ -48,14 +67,11 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
     if spec.options is not None:
         arguments["additional_config"] = {"farspan": spec.options}
     if spec.model_dir is None:
-        arguments |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
         del arguments["compilation_config"]
         arguments |= {"enforce_eager": True, "dtype": "float32"}
-    llm = LLM(spec.model_dir or model_dir, **(arguments | spec.engine))
-    if spec.model_dir is None:
-        llm.apply_model(randomize)
-    return llm
+    return LLM(spec.model_dir or model_dir, **(arguments | spec.engine))
 
 
 def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
