@@ -1,5 +1,6 @@
 import torch
 from farspan.kernels import reference
+
 from tests.kernels.helpers import GARBAGE_PAGE, make_batch, random_block_lists, reference_attention
 
 
