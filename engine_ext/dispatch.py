@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
+from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Launcher(Protocol):
         kv_cache: torch.Tensor,
         step: "StepMetadata",
         scale: float,
-        string: Any,
+        string: RotaryShift | None,
         out: torch.Tensor,
     ) -> None:
         """Attention of the step's decoding requests, one query token each."""
@@ -49,7 +51,7 @@ class Launcher(Protocol):
         group: "PrefillGroup",
         block_lists: BlockLists | None,
         scale: float,
-        string: Any,
+        string: RotaryShift | None,
         out: torch.Tensor,
     ) -> None:
         """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed."""
@@ -62,11 +64,7 @@ class CpuLauncher:
     def write_kv(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        page_size = kv_cache.shape[2]
-        real = slot_mapping >= 0
-        slots = slot_mapping[real]
-        kv = torch.cat([key[: len(real)][real], value[: len(real)][real]], dim=-1)
-        kv_cache[slots // page_size, :, slots % page_size] = kv
+        write_kv_cpu(key, value, kv_cache, slot_mapping)
 
     def decode(
         self,
@@ -74,16 +72,12 @@ class CpuLauncher:
         kv_cache: torch.Tensor,
         step: "StepMetadata",
         scale: float,
-        string: Any,
+        string: RotaryShift | None,
         out: torch.Tensor,
     ) -> None:
-        from farspan.kernels.reference import paged_attention
-
         n = step.num_decodes
-        got, _ = paged_attention(
-            query, kv_cache, step.block_table[:n], step.seq_lens[:n], step.query_start_loc[: n + 1], scale
-        )
-        out.copy_(got)
+        starts = step.query_start_loc[: n + 1]
+        cpu_attention(query, kv_cache, step.block_table, step.seq_lens[:n], starts, scale, out=out, string=string)
 
     def prefill(
         self,
@@ -92,22 +86,21 @@ class CpuLauncher:
         group: "PrefillGroup",
         block_lists: BlockLists | None,
         scale: float,
-        string: Any,
+        string: RotaryShift | None,
         out: torch.Tensor,
     ) -> None:
-        from farspan.kernels.reference import paged_attention
-
-        got, _ = paged_attention(
+        cpu_attention(
             query,
             kv_cache,
             group.block_table,
             group.seq_lens,
             group.query_start_loc,
             scale,
+            out=out,
             tiles=group.tiles,
             block_lists=block_lists,
+            string=string,
         )
-        out.copy_(got)
 
 
 def make_launcher(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> Launcher:

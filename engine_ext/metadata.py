@@ -5,7 +5,7 @@ vLLM puts them first because of `reorder_batch_threshold`.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             num_decodes, groups = num_reqs, ()
         else:
             query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].tolist()
-            query_lens = [end - start for start, end in zip(query_start_loc, query_start_loc[1:], strict=False)]
+            query_lens = [end - start for start, end in pairwise(query_start_loc)]
             num_decodes = count_decodes(query_lens)
             groups = self.build_groups(common, num_decodes, query_start_loc, query_lens)
         num_splits = self.choose_num_splits(num_decodes, common.max_seq_len) if num_decodes else 1
