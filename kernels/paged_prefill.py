@@ -358,8 +358,9 @@ def _prefill_kernel(
     )  # fmt: skip
 
     # An empty list leaves a zero output and an LSE of -inf.
-    acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-    lse = (row_max + tl.log2(row_sum)) * LN_2
+    divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
+    acc = acc / divisor[:, None]
+    lse = (row_max + tl.log2(divisor)) * LN_2
     out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
     tl.store(lse_ptr + head * stride_lse_head + token, lse, mask=mask_m)
@@ -446,7 +447,8 @@ def prefill_attention(
     num_tokens, num_heads, head_dim = query.shape
     _, num_kv_heads, page_size, _ = key_cache.shape
     assert num_heads % num_kv_heads == 0
-    assert key_cache.shape == value_cache.shape and key_cache.stride() == value_cache.stride()
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.stride() == value_cache.stride()
     assert key_cache.dtype == value_cache.dtype == query.dtype
     assert query.stride(-1) == key_cache.stride(-1) == block_table.stride(-1) == 1
     assert scale > 0
@@ -455,8 +457,10 @@ def prefill_attention(
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if lse is None:
         lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
-    assert out.shape == query.shape and out.stride(-1) == 1
-    assert lse.shape == (num_heads, num_tokens) and lse.dtype == torch.float32 and lse.stride(-1) == 1
+    assert out.shape == query.shape
+    assert lse.shape == (num_heads, num_tokens)
+    assert lse.dtype == torch.float32
+    assert out.stride(-1) == lse.stride(-1) == 1
     if tiles.num_tiles == 0:
         return out, lse
 
@@ -464,8 +468,10 @@ def prefill_attention(
     max_blocks = 0
     if block_lists is not None:
         num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
-        assert num_tiles == tiles.num_tiles and num_heads % num_list_heads == 0
-        assert block_lists.block_ids.is_contiguous() and block_lists.block_counts.is_contiguous()
+        assert num_tiles == tiles.num_tiles
+        assert num_heads % num_list_heads == 0
+        assert block_lists.block_ids.is_contiguous()
+        assert block_lists.block_counts.is_contiguous()
     heads_per_list = num_heads // num_list_heads
 
     tokens_per_tile = min(tiles.block_size, max_query_len or tiles.block_size)
@@ -481,7 +487,8 @@ def prefill_attention(
             has_shift=string is not None,
         )
     block_n = config.block_n
-    assert tiles.block_size % block_n == 0 and group_size % config.heads_per_tile == 0
+    assert tiles.block_size % block_n == 0
+    assert group_size % config.heads_per_tile == 0
     paged = block_table.shape[1] > 1
     use_tma = config.use_tma and (not paged or page_size % block_n == 0) and has_row_view(key_cache, value_cache)
     block_d = triton.next_power_of_2(head_dim)
