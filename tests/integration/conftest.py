@@ -16,8 +16,18 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Two-layer models have nothing to gain from a second thread, and threads that wait for each other on a busy machine
+# make these tests ten times slower. Read by child processes; this one is told in `single_threaded`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_threaded() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +46,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture
 def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
-    """Make engines that are torn down with the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
     from vllm import LLM
 
     engines = []
@@ -54,7 +64,6 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
         return llm
 
     yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
+    # Not shut down by name: that ends the process groups which other engines in this process still use.
     engines.clear()
     gc.collect()

@@ -39,24 +39,24 @@ def launches(llm: Any) -> dict[str, int]:
     return found["FarspanImpl"]
 
 
-@pytest.fixture(scope="module")
-def stock_tokens(model_dirs: Callable[[str], Any]) -> Callable[..., list[list[int]]]:
-    """Tokens of vLLM's own backend for the same prompts, each computed once."""
-    from vllm import LLM
+_stock_tokens: dict[str, list[list[int]]] = {}
 
+
+@pytest.fixture
+def stock_tokens(make_llm: Any) -> Callable[..., list[list[int]]]:
+    """Tokens of vLLM's own backend, each set of prompts computed once.
+
+    The engine lives as long as the test: the end of one takes the process groups of all others in the process along.
+    """
     engines: dict[str, Any] = {}
 
     def tokens(architecture: str, prompts: list[list[int]], max_tokens: int | list[int] = 12) -> list[list[int]]:
-        if architecture not in engines:
-            engines[architecture] = LLM(
-                str(model_dirs(architecture)),
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=2048,
-                num_gpu_blocks_override=256,
-                enable_prefix_caching=False,
-            )
-        return generate(engines[architecture], prompts, max_tokens)
+        key = repr((architecture, prompts, max_tokens))
+        if key not in _stock_tokens:
+            if architecture not in engines:
+                engines[architecture] = make_llm(architecture, None, enable_prefix_caching=False)
+            _stock_tokens[key] = generate(engines[architecture], prompts, max_tokens)
+        return _stock_tokens[key]
 
     return tokens
 
