@@ -149,8 +149,12 @@ def gather_rows(rows: BlockLists, tiles: PrefillTiles, num_kv_blocks: torch.Tens
         )
     row = tiles.tile_block.long()
     ids, counts = rows.block_ids[:, row], rows.block_counts[:, row]
-    if num_kv_blocks is not None:
-        last = num_kv_blocks[tiles.tile_request.long()][None, :, None]
-        listed = torch.arange(ids.shape[2], device=ids.device) < counts[..., None]
-        counts = (listed & (ids < last)).sum(dim=2, dtype=torch.int32)
-    return BlockLists(ids, counts)
+    lists = BlockLists(ids, counts)
+    return lists if num_kv_blocks is None else end_with_request(lists, tiles, num_kv_blocks)
+
+
+def end_with_request(lists: BlockLists, tiles: PrefillTiles, num_kv_blocks: torch.Tensor) -> BlockLists:
+    """Drop the blocks past a request's last one from its lists; num_kv_blocks: [num_reqs] int32 on the device."""
+    last = num_kv_blocks[tiles.tile_request.long()][None, :, None]
+    listed = torch.arange(lists.block_ids.shape[2], device=last.device) < lists.block_counts[..., None]
+    return BlockLists(lists.block_ids, (listed & (lists.block_ids < last)).sum(dim=2, dtype=torch.int32))
