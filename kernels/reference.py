@@ -109,6 +109,47 @@ def listed_keys(
     return mask.repeat_interleave(num_heads // num_list_heads, dim=0)
 
 
+def string_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scale: float,
+    *,
+    shift: int,
+    window: int,
+    is_neox: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of one request under shifted positions, in float64, from the whole matrix of distances.
+
+    query: [query_len, num_heads, head_dim], the request's last tokens; key, value: [kv_len, num_kv_heads, head_dim].
+        Queries and keys are NOT rotated yet. The first `2 * len(inv_freq)` components of a head rotate.
+    inv_freq: [rotary_dim / 2] radians a token.
+    mask: [query_len, kv_len] or [num_heads, query_len, kv_len] bool, further restricts what a query sees.
+    A pair at distance d < shift rotates by d, one at d >= shift by d - shift + window. Source: STRING, 2410.18745.
+    Returns out [query_len, num_heads, head_dim] and lse [num_heads, query_len].
+    """
+    query_len, num_heads = query.shape[:2]
+    kv_len = key.shape[0]
+    group = num_heads // key.shape[1]
+    query, key, value = query.double(), key.double().repeat_interleave(group, dim=1), value.double()
+    distance = torch.arange(kv_len - query_len, kv_len)[:, None] - torch.arange(kv_len)
+    position = torch.where(distance >= shift, distance - shift + window, distance)
+    rotary_dim = 2 * inv_freq.shape[0]
+
+    def as_complex(heads: torch.Tensor) -> torch.Tensor:
+        rotary = heads[..., :rotary_dim]
+        real, imag = rotary.chunk(2, dim=-1) if is_neox else (rotary[..., 0::2], rotary[..., 1::2])
+        return torch.complex(real, imag)
+
+    turn = torch.polar(torch.tensor(1.0).double(), position[..., None] * inv_freq.double())
+    logits = torch.einsum("qhr,khr,qkr->hqk", as_complex(query), as_complex(key).conj(), turn).real
+    logits = logits + torch.einsum("qhd,khd->hqk", query[..., rotary_dim:], key[..., rotary_dim:])
+    causal = distance >= 0
+    return attend_logits(logits * scale, value, causal if mask is None else causal & mask)
+
+
 def merge_partials(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,79 @@
+"""Write the keys and values of a step's new tokens into the pages of the KV cache."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _write_kv_kernel(
+    key_ptr,
+    value_ptr,
+    cache_ptr,
+    slot_mapping_ptr,
+    page_size,
+    stride_key_token,
+    stride_key_head,
+    stride_value_token,
+    stride_value_head,
+    stride_page,
+    stride_head,
+    stride_token,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    if slot < 0:
+        return
+    offs_h = tl.arange(0, BLOCK_H)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_h < NUM_KV_HEADS) & (offs_d < HEAD_DIM)
+    key = tl.load(key_ptr + token * stride_key_token + offs_h * stride_key_head + offs_d, mask=mask, other=0.0)
+    value = tl.load(value_ptr + token * stride_value_token + offs_h * stride_value_head + offs_d, mask=mask, other=0.0)
+    base = cache_ptr + slot // page_size * stride_page + slot % page_size * stride_token
+    pointers = base + offs_h.to(tl.int64) * stride_head + offs_d
+    tl.store(pointers, key.to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers + HEAD_DIM, value.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write new keys and values into their slots; the rest of the cache stays as it is.
+
+    key, value: [at least num_tokens, num_kv_heads, head_dim], any strides with a contiguous last axis.
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides
+        with a contiguous last axis. Values are cast to its dtype.
+    slot_mapping: [num_tokens] int32 or int64: page * page_size + offset of each token; a negative slot is skipped.
+    """
+    num_tokens = slot_mapping.shape[0]
+    _, num_kv_heads, head_dim = key.shape
+    assert key.shape == value.shape
+    assert key.shape[0] >= num_tokens
+    assert kv_cache.shape[1] == num_kv_heads
+    assert kv_cache.shape[3] == 2 * head_dim
+    assert key.stride(-1) == value.stride(-1) == kv_cache.stride(-1) == 1
+    assert slot_mapping.is_contiguous()
+    if num_tokens == 0:
+        return
+    _write_kv_kernel[(num_tokens,)](
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        kv_cache.shape[2],
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=triton.next_power_of_2(num_kv_heads),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )

@@ -1,0 +1,62 @@
+"""Rotate already rotated queries by a constant signed offset: shifted rotary positions.
+
+STRING (arXiv 2410.18745) leaves the keys at their positions and gives a query two rotations. A key at distance
+`d = query_pos - key_pos` below the shift S meets the query as it is; one at distance `d >= S` meets the query rotated
+as if it stood at `query_pos - S + W`, so that the pair behaves as if at distance `d - S + W`. The second rotation is
+the first one followed by the constant angle `(W - S) * inv_freq`, the same for every token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RotaryShift:
+    """Distances `d >= shift` behave as `d - shift + window`."""
+
+    shift: int
+    """S in tokens, at least 1: the first distance that is shifted."""
+    window: int
+    """W in tokens."""
+    cos: torch.Tensor
+    """[rotary_dim / 2] float32: cosine of `(window - shift) * inv_freq`."""
+    sin: torch.Tensor
+    """[rotary_dim / 2] float32: sine of the same angle."""
+    is_neox: bool
+    """True: component i pairs with i + rotary_dim / 2. False: component 2i pairs with 2i + 1."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading components of a head that rotate; the others pass unchanged."""
+        return 2 * self.cos.shape[0]
+
+
+def make_rotary_shift(
+    inv_freq: torch.Tensor, shift: int, window: int, is_neox: bool, device: torch.device
+) -> RotaryShift:
+    """Compute the constant rotation of a shift.
+
+    inv_freq: [rotary_dim / 2] radians a token, float32 or float64, any device. The angle is multiplied, and reduced by
+        cosine and sine, in float64: at a shift of 1e5 tokens float32 would be off by 0.004 radians.
+    shift: S >= 1 tokens; window: W >= 0 tokens.
+    """
+    assert shift >= 1, shift
+    assert window >= 0, window
+    angle = inv_freq.double().cpu() * (window - shift)
+    return RotaryShift(shift, window, angle.cos().float().to(device), angle.sin().float().to(device), is_neox)
+
+
+def apply_shift(query: torch.Tensor, shift: RotaryShift) -> torch.Tensor:
+    """Rotate queries by the constant angle of `shift`.
+
+    query: [..., head_dim], any float dtype; computed in float32 (float64 if given), returned in the query's dtype.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rotary, rest = query.split([shift.rotary_dim, query.shape[-1] - shift.rotary_dim], dim=-1)
+    rotary = rotary.to(dtype)
+    cos, sin = shift.cos.to(dtype), shift.sin.to(dtype)
+    first, second = rotary.chunk(2, dim=-1) if shift.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = torch.cat(pair, dim=-1) if shift.is_neox else torch.stack(pair, dim=-1).flatten(-2)
+    return torch.cat([turned.to(query.dtype), rest], dim=-1)

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from farspan.kernels import cpu_attention as module
+from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
+from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+from tests.kernels.helpers import (
+    PagedBatch,
+    assert_attention_close,
+    make_batch,
+    poisoned_like,
+    random_block_lists,
+    reference_attention,
+)
+from tests.kernels.string_helpers import inverse_frequencies, string_reference
+
+MIXED = ([1, 63, 1, 300, 17, 1, 0, 40], [1, 63, 200, 300, 150, 65, 9, 333])
+
+
+def attend(
+    batch: PagedBatch,
+    tiles: PrefillTiles | None = None,
+    block_lists: BlockLists | None = None,
+    string: RotaryShift | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = poisoned_like(batch.query)
+    lse = torch.full((batch.query.shape[1], len(batch.query)), float("nan"))
+    cpu_attention(
+        batch.query,
+        batch.kv_cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.scale,
+        out=out,
+        lse=lse,
+        tiles=tiles,
+        block_lists=block_lists,
+        string=string,
+    )
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_size", "layout"),
+    [((4, 4), 64, 16, "lbhnc"), ((7, 1), 96, 32, "lbnhc"), ((16, 2), 128, 128, "lbhnc"), ((2, 1), 256, 64, "lbnhc")],
+    ids=["gqa1-d64-page16", "gqa7-d96-page32-lbnhc", "gqa8-d128-page128", "gqa2-d256-page64-lbnhc"],
+)
+def test_mixed_batch(heads: tuple[int, int], head_dim: int, page_size: int, layout: str, dtype: torch.dtype) -> None:
+    batch = make_batch(
+        *MIXED, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, page_size=page_size, dtype=dtype,
+        layout=layout,
+    )  # fmt: skip
+    assert_attention_close(*attend(batch), *reference_attention(batch), dtype)
+
+
+def test_chunks_give_the_rows_of_the_whole() -> None:
+    whole = make_batch([1000], [1000], page_size=64)
+    out, lse = attend(whole)
+    start = 0
+    for end in (1, 64, 577, 1000):
+        part_out, part_lse = poisoned_like(whole.query[start:end]), torch.empty(4, end - start)
+        cpu_attention(
+            whole.query[start:end], whole.kv_cache, whole.block_table, [end], [0, end - start], whole.scale,
+            out=part_out, lse=part_lse,
+        )  # fmt: skip
+        torch.testing.assert_close(part_out, out[start:end], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(part_lse, lse[:, start:end], atol=2e-6, rtol=1e-6)
+        start = end
+
+
+def test_decode_batches_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = [1, 500, 3, 17, 480, 16, 15, 260, 33, 32]
+    batch = make_batch([1] * len(lens), lens)
+    expected = reference_attention(batch)
+    assert_attention_close(*attend(batch), *expected, torch.float32)
+    monkeypatch.setattr(module, "MAX_BATCH_ELEMENTS", 600 * 2 * 128)
+    assert_attention_close(*attend(batch), *expected, torch.float32)
+
+
+def test_padding_rows() -> None:
+    batch = make_batch([1, 1, 4], [20, 30, 40])
+    lens = [20, 0, 40]
+    out, lse = poisoned_like(batch.query), torch.full((4, 6), float("nan"))
+    cpu_attention(
+        batch.query, batch.kv_cache, batch.block_table, lens, batch.query_start_loc, batch.scale, out=out, lse=lse
+    )
+    assert bool((out[1] == 0).all())
+    assert bool(lse[:, 1].isneginf().all())
+    expected_out, expected_lse = reference_attention(batch)
+    keep = [0, 2, 3, 4, 5]
+    torch.testing.assert_close(out[keep], expected_out[keep], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[:, keep], expected_lse[:, keep], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_list_heads", [1, 2, 4, 8])
+def test_block_lists(num_list_heads: int) -> None:
+    batch = make_batch([300, 1, 130, 63, 1], [300, 77, 500, 1000, 64], num_heads=8, num_kv_heads=2)
+    tiles = batch.tiles(64)
+    lists = random_block_lists(tiles, num_list_heads, 0.4)
+    expected = reference_attention(batch, tiles=tiles, block_lists=lists)
+    assert_attention_close(*attend(batch, tiles, lists), *expected, torch.float32)
+
+
+def test_requests_without_tiles_are_dense() -> None:
+    batch = make_batch([100, 1, 50], [100, 77, 200])
+    tiles = batch.tiles(64, requests=[2])
+    lists = random_block_lists(tiles, 4, 0.3)
+    out, lse = attend(batch, tiles, lists)
+    dense = reference_attention(batch)
+    listed = reference_attention(batch, tiles=tiles, block_lists=lists)
+    torch.testing.assert_close(out[:101], dense[0][:101], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[101:], listed[0][101:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[:, 101:], listed[1][:, 101:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "interleaved"])
+@pytest.mark.parametrize("rotary_dim", [64, 32], ids=["full", "partial"])
+@pytest.mark.parametrize("shift", [1, 50, 64, 149, 150, 151, 333, 10_000])
+def test_string(shift: int, rotary_dim: int, is_neox: bool) -> None:
+    batch = make_batch([150, 1, 70, 1, 1], [150, shift % 400 + 1, 290, 151, 40])
+    inv_freq = inverse_frequencies(rotary_dim)
+    string = make_rotary_shift(inv_freq, shift, 7, is_neox, torch.device("cpu"))
+    assert_attention_close(*attend(batch, string=string), *string_reference(batch, string, inv_freq), torch.float32)
+
+
+@pytest.mark.parametrize("tile", [16, 256])
+def test_string_whatever_the_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHIFT_TILE", tile)
+    batch = make_batch([203], [411])
+    inv_freq = inverse_frequencies(64)
+    string = make_rotary_shift(inv_freq, 100, 20, True, torch.device("cpu"))
+    assert_attention_close(*attend(batch, string=string), *string_reference(batch, string, inv_freq), torch.float32)
+
+
+@pytest.mark.parametrize("shift", [20, 100, 130, 400])
+def test_string_with_block_lists(shift: int) -> None:
+    batch = make_batch([120, 63], [420, 63])
+    tiles = batch.tiles(64)
+    lists = random_block_lists(tiles, 4, 0.5)
+    inv_freq = inverse_frequencies(64)
+    string = make_rotary_shift(inv_freq, shift, 7, True, torch.device("cpu"))
+    expected = string_reference(batch, string, inv_freq, tiles, lists)
+    assert_attention_close(*attend(batch, tiles, lists, string), *expected, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["lbhnc", "lbnhc"])
+def test_write_then_read(layout: str) -> None:
+    batch = make_batch([5, 0, 33], [20, 7, 33], layout=layout)
+    expected = batch.kv_cache.clone()
+    page, offset = batch.slot_mapping // 16, batch.slot_mapping % 16
+    batch.kv_cache[page, :, offset] = float("nan")
+    slots = torch.cat([torch.tensor([-1]), batch.slot_mapping, torch.tensor([-1])])
+    spare = torch.full((1, 2, 64), 5.0)
+    key = torch.cat([spare, batch.key, spare, spare])
+    value = torch.cat([spare, batch.value, spare, spare])
+    write_kv_cpu(key, value, batch.kv_cache, slots)
+    torch.testing.assert_close(batch.kv_cache, expected, equal_nan=True, atol=0, rtol=0)
