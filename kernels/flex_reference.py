@@ -224,7 +224,7 @@ def _apply_budget(
     """Add the next best blocks, or drop the worst, where a row has too few or too many; ties go to the nearest."""
     count = chosen.sum(-1)
     wanted = torch.minimum(count.clamp(min_blocks, max(max_blocks, 2)), causal_blocks)
-    order = rank_key.flip(-1).sort(-1, descending=True, stable=True).indices
+    order = rank_key.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order)).flip(-1)
     return torch.where((wanted == count)[..., None], chosen, rank < wanted[..., None])
 
