@@ -9,6 +9,8 @@ the first one followed by the constant angle `(W - S) * inv_freq`, the same for 
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,30 @@ def apply_shift(query: torch.Tensor, shift: RotaryShift) -> torch.Tensor:
     pair = first * cos - second * sin, second * cos + first * sin
     turned = torch.cat(pair, dim=-1) if shift.is_neox else torch.stack(pair, dim=-1).flatten(-2)
     return torch.cat([turned.to(query.dtype), rest], dim=-1)
+
+
+@triton.jit
+def rotate_tile(
+    query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY: tl.constexpr, IS_NEOX: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rotate a [rows, BLOCK_D] query tile, loaded from `query_ptrs` under `mask`, by a shift's constant angle.
+
+    cos_ptr, sin_ptr: [HALF_ROTARY] float32. Components at and past 2 * HALF_ROTARY stay as they are. Computed in
+    float32, returned in the tile's dtype.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    is_rotated = offs_d < 2 * HALF_ROTARY
+    if IS_NEOX:
+        is_first = offs_d < HALF_ROTARY
+        pair = offs_d % HALF_ROTARY
+        to_partner = tl.where(is_first, HALF_ROTARY, -HALF_ROTARY)
+    else:
+        is_first = offs_d % 2 == 0
+        pair = offs_d // 2
+        to_partner = tl.where(is_first, 1, -1)
+    cos = tl.load(cos_ptr + pair, mask=is_rotated, other=1.0)
+    sin = tl.load(sin_ptr + pair, mask=is_rotated, other=0.0)
+    signed_sin = tl.where(is_first, -sin, sin)
+    partner = tl.load(query_ptrs + tl.where(is_rotated, to_partner, 0)[None, :], mask=mask, other=0.0)
+    rotated = query.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * signed_sin[None, :]
+    return rotated.to(query.dtype)
