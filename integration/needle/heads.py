@@ -65,7 +65,7 @@ def _measure(net: NeedleNet, tokens: list[int], answers: list[tuple[int, int]], 
     blocks = sorted({round(last * (1 - 0.5 * step / num_query_blocks)) for step in range(num_query_blocks)})
     x = F.embedding(ids, net.model.embed_tokens.weight.to(net.dtype))
     report = []
-    for layer in net.model.layers:
+    for layer in net.layers:
         h = layer.input_layernorm(x)
         attn = layer.self_attn
         q, k = (

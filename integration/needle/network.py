@@ -6,6 +6,7 @@ Stock `LlamaForCausalLM` gives the same logits from the same weights; a test hol
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,11 @@ class NeedleNet(nn.Module):
                 nn.init.normal_(parameter, std=std)
         self._look_back()
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The decoder layers, from the first."""
+        return cast(list[Layer], list(self.model.layers))
+
     @torch.no_grad()
     def _look_back(self) -> None:
         """Start the first layer's heads looking 1, 2, 3, … tokens back; training is free to change that.
@@ -168,7 +174,7 @@ class NeedleNet(nn.Module):
         half = shape.head_dim // 2
         frequency = shape.rope_theta ** (-torch.arange(half).float() / half)
         amplitude = LOOK_BACK_GAIN * frequency.sqrt() * (frequency > LOOK_BACK_MIN_FREQUENCY)
-        attn = self.model.layers[0].self_attn
+        attn = self.layers[0].self_attn
         group_size = shape.num_attention_heads // shape.num_key_value_heads
         for head in range(shape.num_attention_heads):
             angle = (head % group_size + 1) * frequency
@@ -192,7 +198,7 @@ class NeedleNet(nn.Module):
         cos, sin = self.rotary(positions)
         x = F.embedding(tokens, self.model.embed_tokens.weight.to(self.dtype))
         strays = []
-        for layer in self.model.layers:
+        for layer in self.layers:
             x, stray = layer(x, cos, sin, sampled)
             strays.append(stray)
         return self.model.norm(x), None if sampled is None else torch.stack(strays).mean()
