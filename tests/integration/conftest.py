@@ -1,0 +1,69 @@
+"""Small models and engines for tests that run a real vLLM on the CPU."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.tiny_models import write_model
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Two-layer models have nothing to gain from a second thread, and threads that wait for each other on a busy machine
+# make these tests ten times slower. Read by child processes; this one is told in `single_threaded`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_threaded() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """From an architecture ("llama", "qwen2", "qwen3") to a folder with a random-weight model and a tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def model_dir(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = write_model(root / architecture, architecture)
+        return made[architecture]
+
+    return model_dir
+
+
+@pytest.fixture
+def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+    from vllm import LLM
+
+    engines = []
+
+    def make(architecture: str = "llama", backend: str | None = "CUSTOM", **kwargs: Any) -> Any:
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": MAX_MODEL_LEN,
+            "num_gpu_blocks_override": 8 * MAX_MODEL_LEN // kwargs.get("block_size", 128),
+            "worker_extension_cls": "tests.integration.probe.WorkerProbe",
+        }
+        llm = LLM(str(model_dirs(architecture)), attention_backend=backend, **{**defaults, **kwargs})
+        engines.append(llm)
+        return llm
+
+    yield make
+    # Not shut down by name: that ends the process groups which other engines in this process still use.
+    engines.clear()
+    gc.collect()

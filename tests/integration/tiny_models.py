@@ -1,0 +1,98 @@
+"""Random-weight models of two layers whose greedy tokens depend on the whole prompt, as checkpoints on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCAB, HEAD_DIM = 128, 256, 2, 512, 64
+ARCHITECTURES = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+}
+NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4)}
+"""Query and KV heads: groups of 2, 7 and 1."""
+
+
+def write_model(folder: Path, architecture: str) -> Path:
+    """Write config.json, model.safetensors and a tokenizer of the words t0 … t511; returns the folder."""
+    folder.mkdir(parents=True)
+    num_heads, num_kv_heads = NUM_HEADS[architecture]
+    config = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    if architecture == "qwen2":
+        # Without it vLLM derives the head size from the hidden size.
+        config["hidden_size"] = num_heads * HEAD_DIM
+    config |= ARCHITECTURES[architecture]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(make_weights(architecture, config["hidden_size"]), folder / "model.safetensors")
+    write_tokenizer(folder)
+    return folder
+
+
+def make_weights(architecture: str, hidden: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    num_heads, num_kv_heads = NUM_HEADS[architecture]
+
+    def matrix(rows: int, columns: int, gain: float) -> torch.Tensor:
+        """[rows, columns] that maps unit-variance inputs to outputs of standard deviation `gain`."""
+        return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
+
+    weights = {
+        "model.embed_tokens.weight": torch.randn(VOCAB, hidden, generator=generator) * 0.3,
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": matrix(VOCAB, hidden, 1.0),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        # Logits with a standard deviation of 2.5: peaked enough that attention is not a mere average of the prompt.
+        # What attention adds outweighs the token's own embedding, so that a wrong key changes the next token.
+        weights |= {
+            f"{prefix}.self_attn.q_proj.weight": matrix(num_heads * HEAD_DIM, hidden, 1.6),
+            f"{prefix}.self_attn.k_proj.weight": matrix(num_kv_heads * HEAD_DIM, hidden, 1.6),
+            f"{prefix}.self_attn.v_proj.weight": matrix(num_kv_heads * HEAD_DIM, hidden, 3.0),
+            f"{prefix}.self_attn.o_proj.weight": matrix(hidden, num_heads * HEAD_DIM, 2.0),
+            f"{prefix}.mlp.gate_proj.weight": matrix(INTERMEDIATE, hidden, 1.0),
+            f"{prefix}.mlp.up_proj.weight": matrix(INTERMEDIATE, hidden, 1.0),
+            f"{prefix}.mlp.down_proj.weight": matrix(hidden, INTERMEDIATE, 0.5),
+            f"{prefix}.input_layernorm.weight": torch.ones(hidden),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
+        }
+        if architecture == "qwen2":
+            for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
+                bias = torch.randn(heads * HEAD_DIM, generator=generator) * 0.1
+                weights[f"{prefix}.self_attn.{name}_proj.bias"] = bias
+        if architecture == "qwen3":
+            weights[f"{prefix}.self_attn.q_norm.weight"] = torch.full((HEAD_DIM,), 1.6)
+            weights[f"{prefix}.self_attn.k_norm.weight"] = torch.full((HEAD_DIM,), 1.6)
+    return weights
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words t0, t1, …, separated by spaces, each its own number."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # A word level model joins tokens by spaces only if a decoder tells it to; each token keeps the space before it.
+    tokenizer.decoder = decoders.Metaspace(replacement="_", prepend_scheme="never")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", unk_token="t0")
+    fast.save_pretrained(folder)
