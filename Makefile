@@ -1,0 +1,48 @@
+# `make demo` or `make test` is all that a fresh clone needs: each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench lock clean
+
+help:
+	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU), Ray and the development tools"
+	@echo "make demo    a question over a long prompt, vLLM's own attention next to ours"
+	@echo "make test    the tests that this machine can run; ARGS='-k merge' goes to pytest"
+	@echo "make check   ruff and mypy; 'make format' mends what ruff can"
+	@echo "make bench   benchmarks on a GPU; ARGS='decode --out DIR', ARGS='--dry-run' without one"
+	@echo "make lock    resolve requirements/cpu.lock anew"
+	@echo "make clean   remove .venv and everything generated"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/cpu.lock requirements/dev.in tools/setup_env.py
+	$(PYTHON) tools/setup_env.py $(VENV)
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/typecheck.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+lock: $(STAMP)
+	$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

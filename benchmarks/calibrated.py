@@ -1,0 +1,123 @@
+"""Synthetic queries and keys whose attention looks like that of trained models, with shares that do not depend on N.
+
+Random queries and keys give near-uniform attention, on which sparse timings mean nothing. Here every query head mixes
+seven ingredients with weights of its own: attention sinks, the token itself, a local band, a slash (a fixed distance),
+scattered vertical tokens, topics (blocks that look for blocks of their kind) and a diffuse rest. A weight is the share of attention mass
+that the ingredient gets on a typical late row; logits grow with ln N so that the shares hold at every length.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Of 128 head dimensions; other head sizes scale these down in proportion.
+SLASH_PAIRS, LOCAL_PAIRS, TOPIC_DIMS, NOISE_DIMS = 36, 14, 16, 8
+VERTICAL_TOKENS, NUM_TOPICS, TOPIC_BLOCK = 24, 12, 128
+NUM_SINKS = 4
+BAND = 256
+
+
+@dataclass(frozen=True)
+class HeadMix:
+    """Shares of attention mass of one query head; what is missing to 1 is spread over all keys."""
+
+    sink: float = 0.0
+    recent: float = 0.0
+    band: float = 0.0
+    slash: float = 0.0
+    vertical: float = 0.0
+    topic: float = 0.0
+
+
+# A cycle of head kinds, roughly as often as published head studies (MInference, FlexPrefill) report them.
+HEAD_MIXES = (
+    HeadMix(sink=0.60, band=0.38),
+    HeadMix(sink=0.28, recent=0.25, vertical=0.45),
+    HeadMix(sink=0.40, recent=0.30, slash=0.28),
+    HeadMix(sink=0.30, band=0.68),
+    HeadMix(sink=0.33, recent=0.20, slash=0.15, vertical=0.30),
+    HeadMix(sink=0.71, recent=0.15, vertical=0.12),
+    HeadMix(topic=0.96),
+    HeadMix(sink=0.35, recent=0.25),
+)
+
+
+def calibrated_qkv(
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int = 128,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    mixes: tuple[HeadMix, ...] = HEAD_MIXES,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw one request.
+
+    Returns q [num_tokens, num_q_heads, head_dim] and k, v [num_tokens, num_kv_heads, head_dim] in `dtype`, for
+    attention with scale `head_dim ** -0.5`. The same seed gives the same structure at every length.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    factor = head_dim / 128
+    slash_pairs, local_pairs = int(SLASH_PAIRS * factor), int(LOCAL_PAIRS * factor)
+    topic_dims, noise_dims = int(TOPIC_DIMS * factor), int(NOISE_DIMS * factor)
+    group = num_q_heads // num_kv_heads
+    pos = torch.arange(num_tokens, device=device, dtype=torch.float32)
+    query = torch.zeros(num_tokens, num_q_heads, head_dim, device=device)
+    key = torch.zeros(num_tokens, num_kv_heads, head_dim, device=device)
+    value = torch.randn(num_tokens, num_kv_heads, head_dim, generator=gen).to(device)
+    columns = torch.tensor([2 * slash_pairs, 2 * local_pairs, 1, 1, topic_dims, noise_dims]).cumsum(0).tolist()
+    assert columns[-1] <= head_dim
+
+    def part(tensor: torch.Tensor, head: int, index: int) -> torch.Tensor:
+        return tensor[:, head, columns[index - 1] if index else 0 : columns[index]]
+
+    for kv_head in range(num_kv_heads):
+        slash_freq = torch.rand(slash_pairs, generator=gen).mul(math.pi).to(device)
+        local_freq = torch.randn(local_pairs, generator=gen).mul(4 / BAND).to(device)
+        topics = torch.nn.functional.normalize(torch.randn(NUM_TOPICS, topic_dims, generator=gen), dim=-1)
+        num_topic_blocks = -(-num_tokens // TOPIC_BLOCK)
+        block_topic = torch.randint(NUM_TOPICS, (num_topic_blocks,), generator=gen)
+        topic = topics[block_topic].repeat_interleave(TOPIC_BLOCK, dim=0)[:num_tokens].to(device)
+        verticals = (torch.rand(VERTICAL_TOKENS, generator=gen) * num_tokens).long().to(device)
+        part(key, kv_head, 0).copy_(_rotated(pos, slash_freq))
+        part(key, kv_head, 1).copy_(_rotated(pos, local_freq))
+        part(key, kv_head, 2)[:NUM_SINKS] = 1.0
+        part(key, kv_head, 3)[verticals] = 1.0
+        part(key, kv_head, 4).copy_(topic)
+        part(key, kv_head, 5).copy_(torch.randn(num_tokens, noise_dims, generator=gen))
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            mix = mixes[head % len(mixes)]
+            rest = max(1 - mix.sink - mix.recent - mix.band - mix.slash - mix.vertical - mix.topic, 0.02)
+            # A spread of about ±1 nat between rows, as content gives it.
+            noise = torch.randn(num_tokens, noise_dims, generator=gen).to(device) * (0.5 / noise_dims**0.5)
+            # A mean of F cosines times a leaves noise of variance a²/2F over far keys: it feeds the diffuse rest.
+            recent_gain = slash_gain = band_gain = 0.0
+            for _ in range(20):
+                variance = 0.25 + ((slash_gain**2 + recent_gain**2) / slash_pairs + band_gain**2 / local_pairs) / 2
+                background = math.log(num_tokens / rest) + variance / 2
+                recent_gain, slash_gain = gain(mix.recent, 1, background), gain(mix.slash, 1, background)
+                band_gain = gain(mix.band, BAND / 4, background)
+            distance = 300 + int(float(torch.rand(1, generator=gen)) * min(num_tokens, 32768) * 0.6)
+            recent, slash = _rotated(pos, slash_freq), _rotated(pos - distance, slash_freq)
+            part(query, head, 0).copy_(recent * recent_gain + slash * slash_gain)
+            part(query, head, 1).copy_(_rotated(pos, local_freq) * band_gain)
+            part(query, head, 2).fill_(gain(mix.sink, NUM_SINKS, background))
+            part(query, head, 3).fill_(gain(mix.vertical, VERTICAL_TOKENS, background))
+            part(query, head, 4).copy_(topic * gain(mix.topic, num_tokens / NUM_TOPICS, background))
+            part(query, head, 5).copy_(noise)
+    query *= math.sqrt(head_dim)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def gain(share: float, count: float, background: float) -> float:
+    """Logit over the background that gives `count` keys `share` of the mass, `background` = ln(mass of the rest)."""
+    return max(background + math.log(share / count), 0.0) if share else 0.0
+
+
+def _rotated(pos: torch.Tensor, freq: torch.Tensor) -> torch.Tensor:
+    """Unit vectors whose products are the mean of cos(freq * distance): [len(pos), 2 * len(freq)]."""
+    angle = pos[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1) / math.sqrt(len(freq))

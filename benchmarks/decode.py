@@ -1,0 +1,90 @@
+"""Flash-decoding on paged KV, one query token a request, in CUDA graphs: against FA3, vLLM's Triton kernel and SDPA."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from farspan.kernels.paged_decode import paged_decode
+
+from benchmarks import peers
+from benchmarks.gate import check_attention
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.record import BenchmarkError, Recorder
+from benchmarks.timing import Work, time_graphs, time_interleaved
+
+COLD_BYTES = 256 * 2**20  # copies of the inputs in a graph exceed this, so that none is found in the L2 cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of requests with `seq_lens` keys."""
+
+    seq_lens: tuple[int, ...]
+    label: str
+    shape: AttentionShape = LLAMA_8B
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-b{len(self.seq_lens)}-{self.shape.label}"
+
+
+def ragged_lens(low: int, high: int, count: int) -> tuple[int, ...]:
+    """Draw lengths in [low, high], seeded."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(low, high + 1, (count,), generator=generator).tolist())
+
+
+def cases(dry_run: bool) -> list[Case]:
+    """List one long request, full batches, a ragged one, and short single requests."""
+    if dry_run:
+        return [Case((100,), "n100", TINY), Case((17, 64, 33), "n17to64", TINY)]
+    uniform = [(1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192)]
+    ragged = Case(ragged_lens(4096, 8192, 32), "n4096to8192")
+    return [*(Case((n,) * b, f"n{n}") for b, n in uniform), ragged]
+
+
+def ours(batch: PagedBatch) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Build our kernel's call on a batch."""
+    out = torch.empty_like(batch.query)
+    lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
+    return lambda: paged_decode(
+        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.shape.scale, out=out, lse=lse
+    )
+
+
+def builders_of(case: Case) -> dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]]:
+    """Name the peers that exist on this machine and can run the case."""
+    found: dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]] = {}
+    if peers.has_module("vllm.vllm_flash_attn"):
+        found["fa3"] = lambda batch: peers.fa3(batch, in_graph=True)
+        found["triton_attn"] = peers.triton_attn
+    if len(set(case.seq_lens)) == 1:
+        found["sdpa"] = peers.sdpa
+    return found
+
+
+def run(recorder: Recorder) -> None:
+    for case in cases(recorder.dry_run):
+        first = make_paged_batch([1] * len(case.seq_lens), case.seq_lens, case.shape)
+        copies = max(1, -(-COLD_BYTES // first.kv_bytes)) if not recorder.dry_run else 1
+        batches = [first] + [
+            make_paged_batch([1] * len(case.seq_lens), case.seq_lens, case.shape, seed=seed)
+            for seed in range(1, copies)
+        ]
+        recorder.note(f"{case.name}: relative error {check_attention(first, *ours(first)()):.1e}, {copies} copies")
+        works: dict[str, list[Work]] = {"farspan": [ours(batch) for batch in batches]}
+        for name, build in builders_of(case).items():
+            try:
+                peer_works = [build(batch) for batch in batches]
+                check_attention(first, peer_works[0](), name=name)
+            except (BenchmarkError, RuntimeError) as problem:
+                recorder.note(f"{case.name}: {name} left out: {problem}")
+                continue
+            works[name] = list(peer_works)
+        times = time_graphs(works)
+        if "fa3" in works:  # as it runs outside CUDA graphs, with its own choice of splits
+            times |= time_interleaved({"fa3-eager": peers.fa3(first)}, repeats=30)
+        for name, samples in times.items():
+            recorder.add("decode", case.name, name, "time", "ms", samples)
+            bandwidths = [first.kv_bytes / (ms * 1e-3) / 1e12 for ms in samples]
+            recorder.add("decode", case.name, name, "bandwidth", "TB/s", bandwidths)

@@ -1,0 +1,129 @@
+"""The process behind `benchmarks.engine.measure`: reads an EngineSpec, runs a vLLM engine, writes an EngineResult."""
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine import EngineResult, EngineSpec, Request, Timing
+
+# What vLLM compiles away at start-up and graphs beyond one request would only lengthen the run: prefill of long prompts
+# does not depend on them, and decode runs in full graphs where the backend can.
+ENGINE: dict[str, Any] = {
+    "enable_prefix_caching": False,
+    "max_num_seqs": 4,
+    "seed": 0,
+    "disable_log_stats": True,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
+}
+WEIGHT_STD = 0.02  # as Llama models are initialised
+WARMUP_LEN = 512
+TOP_LOGPROBS = 20
+
+
+def register_random_weights() -> str:
+    """Register a loader that gives a model seeded weights of a usual scale; returns its load format.
+
+    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt.
+    """
+    from vllm.config import ModelConfig
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    @register_model_loader("seeded_random")
+    class SeededRandomLoader(BaseModelLoader):
+        def __init__(self, load_config: LoadConfig) -> None:
+            super().__init__(load_config)
+
+        def download_model(self, model_config: ModelConfig) -> None:
+            """Nothing to download."""
+
+        def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+            for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+                generator = torch.Generator(parameter.device).manual_seed(index)
+                if "norm" in name:
+                    parameter.data.fill_(1.0)
+                else:
+                    parameter.data.normal_(0.0, WEIGHT_STD, generator=generator)
+
+    return "seeded_random"
+
+
+def start(spec: EngineSpec, model_dir: str) -> Any:
+    """Start the engine; returns an `LLM`."""
+    from vllm import LLM
+
+    arguments: dict[str, Any] = dict(ENGINE)
+    arguments["max_model_len"] = max(request.prompt_len + request.output_len for request in spec.requests) + 1
+    if spec.backend is not None:
+        arguments["attention_backend"] = spec.backend
+    if spec.options is not None:
+        arguments["additional_config"] = {"farspan": spec.options}
+    if spec.model_dir is None:
+        arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
+    if not torch.cuda.is_available():
+        del arguments["compilation_config"]
+        arguments |= {"enforce_eager": True, "dtype": "float32"}
+    return LLM(spec.model_dir or model_dir, **(arguments | spec.engine))
+
+
+def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
+    """Send one request and step the engine until it is done."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=TOP_LOGPROBS
+    )
+    engine = llm.llm_engine
+    arrivals: list[float] = []
+    started = time.perf_counter()
+    engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            now = time.perf_counter()
+            completion = output.outputs[0]
+            arrivals += [now] * (len(completion.token_ids) - len(arrivals))
+    first = completion.logprobs[0]
+    return Timing(
+        prompt_len=len(prompt),
+        ttft_ms=(arrivals[0] - started) * 1e3,
+        tpot_ms=[(late - early) * 1e3 for early, late in itertools.pairwise(arrivals)],
+        token_ids=list(completion.token_ids),
+        top_logprobs={str(token): entry.logprob for token, entry in first.items()},
+    )
+
+
+def main() -> None:
+    raw = json.loads(Path(sys.argv[1]).read_text())
+    spec = EngineSpec(**(raw | {"requests": [Request(**request) for request in raw["requests"]]}))
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as model_dir:
+        Path(model_dir, "config.json").write_text(json.dumps(spec.model))
+        llm = start(spec, model_dir)
+        vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt_of(length: int) -> list[int]:
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+    for index in range(2):  # compiles kernels, and fills what is allocated at first use
+        send(llm, prompt_of(min(WARMUP_LEN, max(r.prompt_len for r in spec.requests))), 4, f"warmup-{index}")
+    start_s = time.perf_counter() - started
+    timings = [
+        send(llm, prompt_of(request.prompt_len), request.output_len, f"n{request.prompt_len}-{repeat}")
+        for request in spec.requests
+        for repeat in range(request.repeats)
+    ]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    Path(sys.argv[2]).write_text(json.dumps(asdict(EngineResult(start_s, timings, peak))))
+
+
+if __name__ == "__main__":
+    main()

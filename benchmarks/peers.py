@@ -1,0 +1,173 @@
+"""The kernels that we compare with, each called the way its owner calls it."""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.inputs import PagedBatch, contiguous_kv
+
+Peer = Callable[[], torch.Tensor]
+"""Runs once; returns out [num_tokens, num_q_heads, head_dim]."""
+
+FA3_MAX_SPLITS_IN_GRAPHS = 32  # what vLLM's FLASH_ATTN backend allows under CUDA graphs
+TRITON_SEGMENTS = 16  # what vLLM's TRITON_ATTN backend splits decode into
+TRITON_MIN_GRID = 128
+
+
+def has_module(name: str) -> bool:
+    """Whether a module of vLLM's can be imported here (not so on the CPU)."""
+    try:
+        importlib.import_module(name)
+    except Exception:  # a missing compiled operator raises whatever it likes
+        return False
+    return True
+
+
+def paged_views(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """View the cache as vLLM's backends do: two [num_pages, page_size, num_kv_heads, head_dim] tensors."""
+    key, value = batch.kv_cache.transpose(1, 2).split(batch.shape.head_dim, dim=-1)
+    return key, value
+
+
+def fa3(batch: PagedBatch, *, in_graph: bool = False) -> Peer:
+    """Build FlashAttention 3 on the pages, as vLLM's FLASH_ATTN backend calls it.
+
+    in_graph: with the schedule computed beforehand and a fixed bound on splits, as under vLLM's full CUDA graphs;
+        otherwise FA3's own heuristic.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    shape = batch.shape
+    key, value = paged_views(batch)
+    out = torch.empty_like(batch.query)
+    max_query_len, max_seq_len = max(batch.query_lens_cpu), max(batch.seq_lens_cpu)
+    metadata = None
+    if in_graph:
+        metadata = get_scheduler_metadata(
+            batch_size=len(batch.seq_lens_cpu),
+            max_seqlen_q=max_query_len,
+            max_seqlen_k=max_seq_len,
+            num_heads_q=shape.num_q_heads,
+            num_heads_kv=shape.num_kv_heads,
+            headdim=shape.head_dim,
+            cache_seqlens=batch.seq_lens,
+            qkv_dtype=shape.dtype,
+            cu_seqlens_q=batch.query_start_loc,
+            page_size=shape.page_size,
+            causal=True,
+            num_splits=FA3_MAX_SPLITS_IN_GRAPHS,
+        )
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=max_query_len,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=max_seq_len,
+            softmax_scale=shape.scale,
+            causal=True,
+            block_table=batch.block_table,
+            scheduler_metadata=metadata,
+            num_splits=FA3_MAX_SPLITS_IN_GRAPHS if in_graph else 0,
+            fa_version=3,
+        )
+        return out
+
+    return run
+
+
+def fa3_contiguous(batch: PagedBatch) -> Peer:
+    """Build FlashAttention 3 on contiguous keys and values, of a batch of one whole prompt."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    key, value = contiguous_kv(batch, 0)
+    out = torch.empty_like(batch.query)
+    length = batch.seq_lens_cpu[0]
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            cu_seqlens_k=batch.query_start_loc,
+            max_seqlen_q=length,
+            max_seqlen_k=length,
+            softmax_scale=batch.shape.scale,
+            causal=True,
+            fa_version=3,
+        )
+        return out
+
+    return run
+
+
+def triton_attn(batch: PagedBatch) -> Peer:
+    """Build the kernel of vLLM's TRITON_ATTN backend."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    shape, device = batch.shape, batch.query.device
+    key, value = paged_views(batch)
+    out = torch.empty_like(batch.query)
+    threshold = TRITON_MIN_GRID // shape.num_kv_heads
+    scratch = (threshold, shape.num_q_heads, TRITON_SEGMENTS)
+    segm_output = torch.empty(*scratch, shape.head_dim, dtype=torch.float32, device=device)
+    segm_max, segm_expsum = (torch.empty(scratch, dtype=torch.float32, device=device) for _ in range(2))
+    descale = torch.ones(1, device=device).expand(len(batch.seq_lens_cpu), shape.num_kv_heads)
+
+    def run() -> torch.Tensor:
+        unified_attention(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=max(batch.query_lens_cpu),
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=max(batch.seq_lens_cpu),
+            softmax_scale=shape.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=batch.block_table,
+            softcap=0,
+            q_descale=None,
+            k_descale=descale,
+            v_descale=descale,
+            seq_threshold_3D=threshold,
+            num_par_softmax_segments=TRITON_SEGMENTS,
+            softmax_segm_output=segm_output,
+            softmax_segm_max=segm_max,
+            softmax_segm_expsum=segm_expsum,
+        )
+        return out
+
+    return run
+
+
+def sdpa(batch: PagedBatch) -> Peer:
+    """Build PyTorch's scaled_dot_product_attention on contiguous keys and values, all requests of one length.
+
+    Whole prompts (causal) or one query token a request.
+    """
+    shape, num_reqs = batch.shape, len(batch.seq_lens_cpu)
+    query_len, seq_len = batch.query_lens_cpu[0], batch.seq_lens_cpu[0]
+    assert set(batch.query_lens_cpu) == {query_len}
+    assert set(batch.seq_lens_cpu) == {seq_len}
+    assert query_len in (1, seq_len)
+    gathered = [contiguous_kv(batch, request) for request in range(num_reqs)]
+    key, value = (torch.stack(part).transpose(1, 2) for part in zip(*gathered, strict=True))
+    query = batch.query.view(num_reqs, query_len, shape.num_q_heads, shape.head_dim).transpose(1, 2)
+
+    def run() -> torch.Tensor:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=query_len > 1, scale=shape.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run

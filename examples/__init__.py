@@ -1,0 +1,1 @@
+"""Programs that show farspan at work; each runs by itself."""

@@ -1,0 +1,221 @@
+"""`make demo`: one long question, vLLM's own attention next to farspan's, on whatever machine this is.
+
+Every engine runs in a process of its own, with the same prompts: a question whose answers hide in a long prompt, asked
+of the small bundled model, and files of this repository to be continued.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CHUNK = 2048
+"""Prompt tokens in one engine step, and so the steps of the progress bar."""
+CONTINUED = ("README.md", "docs/design.md", "CONTRIBUTING.md", "kernels/reference.py")
+ENGINE_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+STOCK = "vLLM's own"
+ENGINES: dict[str, dict[str, Any] | None] = {
+    STOCK: None,
+    "farspan dense": {"prefill": {"method": "dense"}},
+}
+EXACT = ("farspan dense",)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What every engine is asked."""
+
+    title: str
+    text: str
+    max_tokens: int
+    answers: list[str]
+    """Words that a right answer contains; empty where there is nothing to be right about."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine made of a prompt."""
+
+    prompt_tokens: int
+    text: str
+    token_ids: list[int]
+    ttft_s: float
+    tokens_per_s: float
+
+
+def make_prompts(model_dir: Path, length: int) -> list[Prompt]:
+    """Make the question, `length` tokens long, and the text to be continued, half as long."""
+    from farspan.needle.tasks import make_sample
+    from transformers import AutoTokenizer
+
+    sample = make_sample("niah_multiquery", length, seed=7)
+    question = Prompt("A question", sample.prompt, sample.max_new_tokens, list(sample.answers))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    files = [path for path in map(ROOT.joinpath, CONTINUED) if path.exists()]
+    text = "\n".join(path.read_text() for path in files)
+    token_ids = tokenizer.encode(text)[1 : length // 2]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in files)
+    return [question, Prompt(f"Text of this repository ({names})", tokenizer.decode(token_ids), 32, [])]
+
+
+def start_engine(model_dir: Path, options: dict[str, Any] | None, max_len: int) -> Any:
+    """Start vLLM on the model; farspan with these options, or vLLM's own backend if None."""
+    import torch
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {"max_model_len": max_len, "max_num_batched_tokens": CHUNK, "max_num_seqs": 4}
+    arguments |= {"enable_prefix_caching": False, "enforce_eager": True, "seed": 0}
+    if not torch.cuda.is_available():
+        arguments["dtype"] = "float32"
+    else:
+        arguments["gpu_memory_utilization"] = 0.3
+    if options is not None:
+        arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
+    return LLM(str(model_dir), **arguments)
+
+
+def ask(llm: Any, prompt: Prompt, name: str) -> Answer:
+    """Send one prompt, greedily; prints `+N` for every N tokens done, for the parent's progress bar."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    parameters = SamplingParams(max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=not prompt.answers)
+    started = time.perf_counter()
+    engine.add_request(name, {"prompt": prompt.text}, parameters)
+    arrivals: list[float] = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        if not outputs:
+            print(f"+{CHUNK}", flush=True)
+        for output in outputs:
+            completion = output.outputs[0]
+            arrivals += [time.perf_counter()] * (len(completion.token_ids) - len(arrivals))
+            print("+1", flush=True)
+    decode_s = arrivals[-1] - arrivals[0]
+    return Answer(
+        prompt_tokens=len(output.prompt_token_ids),
+        text=completion.text.strip(),
+        token_ids=list(completion.token_ids),
+        ttft_s=arrivals[0] - started,
+        tokens_per_s=(len(arrivals) - 1) / decode_s if decode_s > 0 else 0.0,
+    )
+
+
+def serve_parent(job_path: Path) -> None:
+    """Be an engine's process: read the job, answer its prompts, write the answers beside it."""
+    job = json.loads(job_path.read_text())
+    llm = start_engine(Path(job["model_dir"]), job["options"], job["max_len"])
+    print("ready", flush=True)
+    ask(llm, Prompt("", job["prompts"][0]["text"][:2000], 2, []), "warm-up")
+    print("warm", flush=True)
+    answers = [asdict(ask(llm, Prompt(**prompt), str(index))) for index, prompt in enumerate(job["prompts"])]
+    job_path.with_suffix(".answers").write_text(json.dumps(answers))
+
+
+def run_engine(name: str, options: dict[str, Any] | None, model_dir: Path, prompts: list[Prompt], max_len: int):
+    """Run an engine in a process of its own, behind a progress bar; returns its answers, one a prompt."""
+    from tqdm import tqdm
+
+    with tempfile.TemporaryDirectory() as scratch:
+        job_path = Path(scratch, "job")
+        job = {"model_dir": str(model_dir), "options": options, "prompts": [asdict(p) for p in prompts]}
+        job_path.write_text(json.dumps(job | {"max_len": max_len}))
+        log_path = Path(scratch, "log")
+        total = sum(max_len for _ in prompts)
+        with log_path.open("w") as log, tqdm(total=total, desc=f"{name:14}", unit="token", leave=False) as bar:
+            bar.set_postfix_str("starting")
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--job", str(job_path)],
+                env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+            assert process.stdout is not None
+            is_warm = False
+            for line in process.stdout:
+                if line.strip() == "warm":
+                    is_warm = True
+                    bar.set_postfix_str("answering")
+                elif is_warm and re.fullmatch(r"\+\d+\s*", line):
+                    bar.update(min(int(line), total - bar.n))
+        if process.wait() != 0:
+            sys.exit(f"The engine {name!r} failed. The end of its log:\n{log_path.read_text()[-3000:]}")
+        return [Answer(**answer) for answer in json.loads(job_path.with_suffix(".answers").read_text())]
+
+
+def show_needles(prompt: Prompt) -> None:
+    """Print where the answers hide, and the question."""
+    for answer in prompt.answers:
+        found = re.search(rf"[^.]*\b{re.escape(answer)}\b[^.]*\.", prompt.text)
+        if found:
+            print(f"  at {found.start() / len(prompt.text):4.0%}: “{found.group().strip()}”")
+    print(f"  asked at the end: “{prompt.text[prompt.text.rfind('question') :].strip()}”")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def report(prompt: Prompt, answers: dict[str, Answer]) -> None:
+    """Print one prompt's comparison."""
+    stock = answers[STOCK]
+    print(f"\n{prompt.title}: {stock.prompt_tokens} tokens")
+    if prompt.answers:
+        show_needles(prompt)
+    header = ["attention", "first token", "tokens/s", "same tokens", "right" if prompt.answers else "", "answer"]
+    rows = [header]
+    for name, answer in answers.items():
+        right = sum(bool(re.search(rf"\b{re.escape(word)}\b", answer.text)) for word in prompt.answers)
+        same = "" if name == STOCK else ("yes" if answer.token_ids == stock.token_ids else "no")
+        score = f"{right} of {len(prompt.answers)}" if prompt.answers else ""
+        text = answer.text if len(answer.text) <= 60 else answer.text[:59] + "…"
+        rows.append([name, f"{answer.ttft_s:9.2f} s", f"{answer.tokens_per_s:8.1f}", same, score, text])
+    print(table(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask one long question with vLLM's own attention and with farspan's.")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the question's prompt (default: 8192)")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        serve_parent(arguments.job)
+        return
+    from farspan.needle import model_dir
+
+    started = time.monotonic()
+    prompts = make_prompts(model_dir(), arguments.length)
+    max_len = arguments.length + 2 * max(prompt.max_tokens for prompt in prompts)
+    answers: dict[str, list[Answer]] = {}
+    for name, options in ENGINES.items():
+        answers[name] = run_engine(name, options, model_dir(), prompts, max_len)
+    for index, prompt in enumerate(prompts):
+        report(prompt, {name: each[index] for name, each in answers.items()})
+    print(f"\n{time.monotonic() - started:.0f} s in all, of which most is vLLM starting once for each row.")
+    differing = [
+        name for name in EXACT if [a.token_ids for a in answers[name]] != [a.token_ids for a in answers[STOCK]]
+    ]
+    if differing:
+        sys.exit(f"Exact attention gave other tokens than {STOCK}: {', '.join(differing)}")
+
+
+if __name__ == "__main__":
+    main()

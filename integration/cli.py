@@ -1,0 +1,130 @@
+"""The `farspan` command: one subcommand a task."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from farspan.engine_ext.errors import FarspanError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status: 0, or 2 where what was asked for cannot be done."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except FarspanError as error:
+        print(f"farspan {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: every subcommand sets `run`, a function from the parsed arguments to the exit status."""
+    parser = argparse.ArgumentParser(prog="farspan", description="Long prompts made cheap, as a plugin for vLLM.")
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_eval(subcommands)
+    return parser
+
+
+def _add_eval(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "eval",
+        help="accuracy of attention methods on long-context tasks",
+        description="Ask a model generated long-context questions under several attention methods, through vLLM. "
+        "Writes OUT/eval.csv, accuracy.png and, with several depths, one heatmap a method and task. A run that was "
+        "broken off goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
+    add("--tasks", type=_words, default="niah_single", help="task names, separated by commas")
+    add("--lengths", type=_integers, default="1024,4096,8192", help="prompt lengths in tokens")
+    add(
+        "--depths",
+        type=_floats,
+        default="",
+        help="places of the needle, 0 (start) to 1 (end); drawn by seed if empty",
+    )
+    add(
+        "--methods",
+        type=_words,
+        default="dense",
+        help="stock, dense, flex, block_sparse, string, or names in --options",
+    )
+    add(
+        "--options",
+        type=_mapping,
+        default="{}",
+        metavar="JSON",
+        help="farspan options for all methods, or by method name",
+    )
+    add("--count", type=int, default=20, help="questions for each method, task, length and depth")
+    add("--seed", type=int, default=0, help="which questions; the same seed asks the same ones")
+    add("--chunk", type=int, help="prompt tokens in one engine step (max_num_batched_tokens)")
+    add("--engine-args", type=_mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--out", type=Path, default=Path("farspan-eval"), help="folder for the table and the pictures")
+    add("--no-plots", action="store_true", help="leave the pictures out")
+    parser.set_defaults(run=_run_eval)
+
+
+def _run_eval(arguments: argparse.Namespace) -> int:
+    from farspan.eval_results import CSV_NAME, format_table
+    from farspan.evaluate import EvalSettings, run_eval
+
+    settings = EvalSettings(
+        model=arguments.model,
+        tasks=arguments.tasks,
+        lengths=arguments.lengths,
+        out=arguments.out,
+        methods=arguments.methods,
+        depths=arguments.depths,
+        seed=arguments.seed,
+        count=arguments.count,
+        chunk=arguments.chunk,
+        options=arguments.options,
+        engine_args=arguments.engine_args,
+    )
+    cells = run_eval(settings)
+    files = [settings.out / CSV_NAME]
+    if not arguments.no_plots:
+        from farspan.eval_plots import draw_plots
+
+        files += draw_plots(cells, settings.out)
+    print(format_table(cells))
+    print("written:", *files)
+    return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from error
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{}}, not {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

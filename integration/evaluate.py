@@ -1,0 +1,284 @@
+"""`farspan eval`: accuracy of attention methods on generated long-context tasks, through a real vLLM engine.
+
+Every cell (method, task, length, depth) becomes one row of `OUT/eval.csv` as soon as it is done; a later run with the
+same settings skips the rows that are there. The same settings always ask the same questions.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farspan.engine_ext.config import parse_config
+from farspan.engine_ext.errors import ConfigError
+from farspan.eval_results import CSV_NAME, Cell, append_csv, read_csv
+
+if TYPE_CHECKING:
+    from farspan.needle.tasks import Sample
+
+NEEDLE_DIR = Path(__file__).parent / "needle" / "model"
+
+# Options of each method before those of the user; None is vLLM's own backend.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "dense": {"prefill": {"method": "dense"}},
+    "flex": {"prefill": {"method": "flex"}},
+    "block_sparse": {"prefill": {"method": "block_sparse"}},
+    "string": {"string": {}},
+}
+
+# Questions of different --seed never meet.
+SEEDS_PER_RUN = 1_000_000
+# A model that is not ours may say a few words before the answer.
+EXTRA_NEW_TOKENS = 32
+
+Generate = Callable[["Sequence[Sample]"], list[str]]
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to evaluate; see `farspan eval --help` for each field."""
+
+    model: str
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    out: Path
+    methods: tuple[str, ...] = ("dense",)
+    depths: tuple[float, ...] = ()
+    """Places of the needle, 0 = start, 1 = end; drawn by the seed if empty."""
+    seed: int = 0
+    count: int = 20
+    """Questions per cell."""
+    chunk: int | None = None
+    """Prompt tokens in one engine step (max_num_batched_tokens); vLLM's choice if None."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """farspan options for every method but `stock`, or a mapping of method name to such options."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+
+
+def run_eval(
+    settings: EvalSettings, open_model: "Callable[..., AbstractContextManager[Generate]] | None" = None
+) -> list[Cell]:
+    """Evaluate what is missing in `settings.out`, and return all cells of the settings in order.
+
+    open_model: given the settings and a method's options, a context manager that yields a function from samples to
+        generated texts; `vllm_model` if None.
+    Raises ConfigError, before any model is loaded, for an unknown model, task, method, length or option.
+    """
+    options = {method: method_options(method, settings) for method in settings.methods}
+    check_settings(settings)
+    open_model = open_model or vllm_model
+    done = {cell.question: cell for cell in read_cells(settings)}
+    cells = list(all_cells(settings))
+    todo = [cell for cell in cells if cell not in done]
+
+    from tqdm import tqdm
+
+    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="farspan eval", unit="cell") as progress:
+        for method in dict.fromkeys(cell.method for cell in todo):
+            with open_model(settings, options[method]) as generate:
+                for cell in todo:
+                    if cell.method != method:
+                        continue
+                    progress.set_postfix_str(f"{method} {cell.task} {cell.length}")
+                    done[cell] = replace(cell, accuracy=_accuracy(settings, cell, generate))
+                    append_csv(settings.out / CSV_NAME, done[cell])
+                    progress.update()
+    return [done[cell] for cell in cells]
+
+
+def all_cells(settings: EvalSettings) -> Iterator[Cell]:
+    """The cells that the settings ask for, method by method."""
+    for method in settings.methods:
+        for task in settings.tasks:
+            for length in settings.lengths:
+                for depth in settings.depths or (None,):
+                    yield Cell(method, task, length, depth, settings.seed, settings.count)
+
+
+def _accuracy(settings: EvalSettings, cell: Cell, generate: Generate) -> float:
+    from farspan.needle.tasks import score
+
+    samples = make_samples(settings, cell)
+    predictions = generate(samples)
+    return round(
+        sum(score(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)) / cell.count, 4
+    )
+
+
+def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
+    """The questions of a cell; prompts have `cell.length` tokens of the model's own tokenizer."""
+    from farspan.needle.tasks import make_sample
+
+    tokenizer = None
+    if settings.model != "needle":
+        tokenizer = _tokenizer(settings.model)
+    first = settings.seed * SEEDS_PER_RUN
+    samples = [
+        make_sample(cell.task, cell.length, first + i, depth=cell.depth, tokenizer=tokenizer) for i in range(cell.count)
+    ]
+    if tokenizer is None:
+        return samples
+    return [
+        replace(sample, max_new_tokens=len(tokenizer.encode(sample.completion)) + EXTRA_NEW_TOKENS)
+        for sample in samples
+    ]
+
+
+_TOKENIZERS: dict[str, Any] = {}
+
+
+def _tokenizer(model: str) -> Any:
+    if model not in _TOKENIZERS:
+        from transformers import AutoTokenizer
+
+        _TOKENIZERS[model] = AutoTokenizer.from_pretrained(model)
+    return _TOKENIZERS[model]
+
+
+def method_options(method: str, settings: EvalSettings) -> dict[str, Any] | None:
+    """The farspan options of a method: its preset with the user's on top; None for `stock`.
+
+    With options by method, a name that is no preset is a method of its own (`flex-g0.9`).
+    Raises ConfigError for an unknown method or option.
+    """
+    by_method = bool(settings.options) and set(settings.options) <= set(settings.methods)
+    if method not in METHODS and not (by_method and method in settings.options):
+        raise ConfigError(
+            f"method={method!r}; known methods are {', '.join(METHODS)}. Any other name needs its options: "
+            f'--options \'{{"{method}": {{"prefill": {{"method": "flex", "gamma": 0.9}}}}}}\''
+        )
+    preset = METHODS.get(method, {})
+    if preset is None:
+        return None
+    options = merge_options(preset, settings.options.get(method, {}) if by_method else settings.options)
+    parse_config(options)
+    return options
+
+
+def merge_options(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` on top, nested mappings merged."""
+    merged = dict(base)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge_options(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def check_settings(settings: EvalSettings) -> None:
+    """Raise ConfigError for an unknown model or task, or a number out of range."""
+    from farspan.needle.tasks import MIN_LENGTH, TASKS
+
+    path = model_path(settings.model)
+    for task in settings.tasks:
+        if task not in TASKS:
+            raise ConfigError(f"task={task!r}; known tasks are {', '.join(TASKS)}")
+    limit = _max_position(path)
+    for length in settings.lengths:
+        if length < MIN_LENGTH or (limit is not None and length > limit):
+            most = "" if limit is None else f" and at most {limit} (the model's max_position_embeddings)"
+            raise ConfigError(f"length={length}; lengths are in tokens, at least {MIN_LENGTH}{most}")
+    for depth in settings.depths:
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"depth={depth}; depths lie between 0 (start of the prompt) and 1 (end)")
+    if settings.count < 1:
+        raise ConfigError(f"count={settings.count}; it must be at least 1")
+    if settings.seed < 0:
+        raise ConfigError(f"seed={settings.seed}; it must be at least 0")
+    if settings.chunk is not None and settings.chunk < 1:
+        raise ConfigError(f"chunk={settings.chunk}; it must be at least 1 token")
+    for name, values in (("tasks", settings.tasks), ("lengths", settings.lengths), ("methods", settings.methods)):
+        if not values:
+            raise ConfigError(f"{name} is empty; name at least one, separated by commas")
+
+
+def model_path(model: str) -> str:
+    """What vLLM loads for a model's name: the bundled folder, a folder, or a Hub name.
+
+    Raises ConfigError if it is none of these.
+    """
+    if model == "needle":
+        if not (NEEDLE_DIR / "config.json").is_file():
+            raise ConfigError(f"model='needle', but {NEEDLE_DIR} is missing: this installation lacks the bundled model")
+        return str(NEEDLE_DIR)
+    if (Path(model) / "config.json").is_file():
+        return model
+    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"model={model!r} is not a folder with a config.json; give such a folder, `needle` for the bundled model, "
+            "or a Hugging Face name such as org/name"
+        )
+    return model
+
+
+def _max_position(path: str) -> int | None:
+    """The model's max_position_embeddings; None if it is not on this machine or its config does not say."""
+    config = Path(path) / "config.json"
+    return json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+
+
+@contextmanager
+def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterator[Generate]:
+    """A vLLM engine with the model of the settings and one method's options; shut down on exit.
+
+    Greedy decoding and no prefix caching, so that every answer comes from the method's own prefill.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    arguments: dict[str, Any] = {
+        "model": model_path(settings.model),
+        "seed": settings.seed,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if settings.chunk is not None:
+        arguments["max_num_batched_tokens"] = settings.chunk
+        # vLLM refuses more sequences than tokens in a step.
+        arguments["max_num_seqs"] = min(settings.chunk, 256)
+    if options is not None:
+        arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
+    llm = LLM(**(arguments | settings.engine_args))
+
+    def generate(samples: "Sequence[Sample]") -> list[str]:
+        parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
+        outputs = llm.generate([sample.prompt for sample in samples], parameters, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+    try:
+        yield generate
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def read_cells(settings: EvalSettings) -> list[Cell]:
+    """The cells that are already in `settings.out`; also claims the folder for these settings.
+
+    Raises ConfigError if the folder holds results of another model, chunk or options.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    identity = {key: value for key, value in asdict(settings).items() if key in ("model", "chunk", "engine_args")}
+    identity["options"] = {method: method_options(method, settings) for method in settings.methods}
+    path = settings.out / "eval.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for key in ("model", "chunk", "engine_args"):
+            if found[key] != identity[key]:
+                raise ConfigError(
+                    f"{path} was made with {key}={found[key]!r}, this run has {identity[key]!r}; choose another --out"
+                )
+        for method, options in identity["options"].items():
+            if found["options"].setdefault(method, options) != options:
+                raise ConfigError(
+                    f"{path} was made with other options for {method}: {found['options'][method]}; choose another "
+                    "--out, or another name for the method"
+                )
+        identity["options"] = found["options"]
+    path.write_text(json.dumps(identity, indent=2) + "\n")
+    return read_csv(settings.out / CSV_NAME)

@@ -1,0 +1,265 @@
+"""Attention of the representative queries, summed over blocks while the keys stream by: two passes over the pages.
+
+The first pass finds every representative query's log-sum-exp, the second adds up its probabilities. Nothing larger
+than one number a block and head is written. The query heads of a KV head run side by side on the same keys, so that
+the keys leave device memory once a pass and reach the others from L2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
+
+# Programs a pass, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
+TARGET_PROGRAMS = 528
+
+
+@triton.jit
+def _load_keys(
+    cache_ptr,
+    table_ptr,
+    stride_page,
+    stride_token,
+    start,
+    kv_len,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Keys of positions [start, start + BLOCK_N) as [BLOCK_D, BLOCK_N], zero past kv_len; cache_ptr is the head's."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    valid = start + offs_n < kv_len
+    if PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
+        rows = page * stride_page + (start % PAGE_SIZE + offs_n).to(tl.int64) * stride_token
+    else:
+        page = tl.load(table_ptr + (start + offs_n) // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        rows = page * stride_page + ((start + offs_n) % PAGE_SIZE).to(tl.int64) * stride_token
+    mask = valid[None, :] & (offs_d[:, None] < HEAD_DIM)
+    return tl.load(cache_ptr + rows[None, :] + offs_d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_rows(
+    query_ptr,
+    stride_query_token,
+    first_row,
+    num_rows,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Query rows [first_row, first_row + num_rows) of one head as [BLOCK_M, BLOCK_D], zero beyond."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m[:, None] < num_rows) & (offs_d[None, :] < HEAD_DIM)
+    rows = (first_row + offs_m).to(tl.int64) * stride_query_token
+    return tl.load(query_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _lse_kernel(
+    query_ptr,
+    cache_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    requests_ptr,
+    max_ptr,
+    sum_ptr,
+    pooled_logits_ptr,
+    scale,
+    stride_query_token,
+    stride_query_head,
+    stride_page,
+    stride_cache_head,
+    stride_token,
+    stride_table,
+    num_selected,
+    num_blocks,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Running maximum (base 2) and sum of every representative query over one split of the keys.
+
+    Writes max, sum [num_splits, num_q_heads, num_selected, BLOCK] and the pooled logits of the split's blocks.
+    """
+    head, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    request = tl.load(requests_ptr + slot)
+    kv_len = tl.load(seq_lens_ptr + request)
+    query_end = tl.load(query_start_ptr + request + 1)
+    num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
+    query_ptr += head * stride_query_head
+    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
+    table_ptr += request.to(tl.int64) * stride_table
+    row_pos = kv_len - num_rows + tl.arange(0, BLOCK)
+    out_row = (head * num_selected + slot).to(tl.int64)
+
+    blocks_per_split = tl.cdiv(tl.cdiv(kv_len, BLOCK), tl.num_programs(1))
+    low = split * blocks_per_split
+    high = tl.minimum(low + blocks_per_split, tl.cdiv(kv_len, BLOCK))
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in range(low, high):
+        start = block * BLOCK
+        key = _load_keys(
+            cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
+        )
+        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
+        # Rows and keys that do not exist are zero: the mean over the rest needs no mask.
+        pooled = tl.sum(logits) * 0.6931471805599453 / (num_rows * tl.minimum(kv_len - start, BLOCK))
+        tl.store(pooled_logits_ptr + out_row * num_blocks + block, pooled)
+        logits = tl.where((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None], logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        # A split that lies behind a query's position shows it no key: keep -inf - -inf out of exp2.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        maximum = new_maximum
+    out = ((split * tl.num_programs(0) * num_selected).to(tl.int64) + out_row) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(max_ptr + out, maximum)
+    tl.store(sum_ptr + out, total)
+
+
+@triton.jit
+def _mass_kernel(
+    query_ptr,
+    cache_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    requests_ptr,
+    max_ptr,
+    sum_ptr,
+    tile_mass_ptr,
+    column_share_ptr,
+    scale,
+    stride_query_token,
+    stride_query_head,
+    stride_page,
+    stride_cache_head,
+    stride_token,
+    stride_table,
+    num_selected,
+    num_blocks,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """Block sums of the probabilities; grid and splits as in `_lse_kernel`, whose results it combines first."""
+    head, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    request = tl.load(requests_ptr + slot)
+    kv_len = tl.load(seq_lens_ptr + request)
+    query_end = tl.load(query_start_ptr + request + 1)
+    num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
+    query_ptr += head * stride_query_head
+    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
+    table_ptr += request.to(tl.int64) * stride_table
+    offs_m = tl.arange(0, BLOCK)
+    row_pos = kv_len - num_rows + offs_m
+    out_row = (head * num_selected + slot).to(tl.int64)
+    split_size = (tl.num_programs(0) * num_selected).to(tl.int64) * BLOCK
+
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    for part in range(tl.num_programs(1)):
+        maximum = tl.maximum(maximum, tl.load(max_ptr + part * split_size + out_row * BLOCK + offs_m))
+    maximum = tl.where(offs_m < num_rows, maximum, 0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(tl.num_programs(1)):
+        offs = part * split_size + out_row * BLOCK + offs_m
+        total += tl.load(sum_ptr + offs) * tl.exp2(tl.load(max_ptr + offs) - maximum)
+    lse = tl.where(offs_m < num_rows, maximum + tl.log2(total), 0.0)
+
+    offs_grid = tl.arange(0, SUB * SUB)
+    on_diagonal = (offs_grid % SUB - offs_grid // SUB + SUB)[:, None] == tl.arange(0, 2 * SUB)[None, :]
+    num_used = tl.cdiv(kv_len, BLOCK)
+    blocks_per_split = tl.cdiv(num_used, tl.num_programs(1))
+    low = split * blocks_per_split
+    for block in range(low, tl.minimum(low + blocks_per_split, num_used)):
+        start = block * BLOCK
+        key = _load_keys(
+            cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
+        )
+        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
+        causal = ((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None]) & (offs_m < num_rows)[:, None]
+        mass = tl.where(causal, tl.exp2(logits - lse[:, None]), 0.0) / num_rows
+        by_columns = tl.sum(tl.reshape(mass, (BLOCK, SUB, BLOCK // SUB)), 2)
+        row_mass = tl.sum(by_columns, 1)
+        in_last = row_pos // BLOCK == num_used - 1
+        before_last = tl.sum(tl.where(in_last, 0.0, row_mass))
+        last = tl.sum(tl.where(in_last, row_mass, 0.0))
+        grid = tl.sum(tl.reshape(by_columns, (SUB, BLOCK // SUB, SUB)), 1) / tl.maximum(before_last + last, 1e-30)
+        columns = tl.sum(grid, 0)
+        diagonals = tl.sum(tl.where(on_diagonal, tl.reshape(grid, (SUB * SUB,))[:, None], 0.0), 0)
+        column_sq = tl.sum(columns * columns)
+        diagonal_sq = tl.sum(diagonals * diagonals)
+        share = column_sq * column_sq / tl.maximum(column_sq * column_sq + diagonal_sq * diagonal_sq, 1e-30)
+        tl.store(tile_mass_ptr + out_row * num_blocks + block, before_last)
+        second = (tl.num_programs(0) * num_selected).to(tl.int64) + out_row
+        tl.store(tile_mass_ptr + second * num_blocks + block, last)
+        tl.store(column_share_ptr + out_row * num_blocks + block, share)
+
+
+def estimate(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    requests: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    scale: float,
+    num_splits: int | None = None,
+) -> FlexEstimate:
+    """Sum the representative queries' attention over blocks; tensors as in `flex_block_lists`.
+
+    num_blocks: host-side upper bound of the requests' KV blocks. num_splits: parts of the keys that run in parallel.
+    """
+    num_heads, head_dim = query.shape[1:]
+    _, num_kv_heads, page_size, _ = kv_cache.shape
+    num_selected = len(requests)
+    assert query.stride(-1) == 1
+    assert kv_cache.stride(-1) == 1
+    if num_splits is None:
+        num_splits = max(1, min(-(-TARGET_PROGRAMS // (num_heads * num_selected)), num_blocks))
+    shape = (num_heads, num_selected, num_blocks)
+    tile_mass = query.new_zeros((2, *shape), dtype=torch.float32)
+    column_share = query.new_full(shape, 0.5, dtype=torch.float32)
+    pooled_logits = query.new_full(shape, float("-inf"), dtype=torch.float32)
+    maximum = query.new_empty((num_splits, num_heads, num_selected, block_size), dtype=torch.float32)
+    total = torch.empty_like(maximum)
+    grid = (num_heads, num_splits, num_selected)
+    tensors = (query, kv_cache, block_table, seq_lens, query_start_loc, requests, maximum, total)
+    scalars = (
+        scale,
+        query.stride(0),
+        query.stride(1),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        block_table.stride(0),
+        num_selected,
+        num_blocks,
+    )
+    shapes = {
+        "GROUP": num_heads // num_kv_heads,
+        "BLOCK": block_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "PAGE_SIZE": page_size,
+        "num_warps": 8 if block_size == 128 else 4,
+        "num_stages": 3 if query.element_size() == 2 and head_dim <= 128 else 1,
+    }
+    _lse_kernel[grid](*tensors, pooled_logits, *scalars, **shapes)
+    _mass_kernel[grid](*tensors, tile_mass, column_share, *scalars, **shapes, SUB=SUB_BLOCKS)
+    return FlexEstimate(tile_mass, column_share, pooled_logits)

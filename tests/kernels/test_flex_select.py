@@ -1,0 +1,134 @@
+"""The Triton stages of the dynamic selection against their PyTorch twins, and what the lists promise."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from farspan.kernels import flex_estimate, flex_reference, flex_select
+from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.tiles import BlockLists
+
+from tests.kernels.helpers import PagedBatch, make_batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A varlen batch; every request prefills."""
+
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    group: int = 2
+    head_dim: int = 32
+    page_size: int = 16
+    block_size: int = 64
+    gamma: float = 0.9
+    tau: float = 0.0
+    min_blocks: int = 1
+    max_blocks: int = NO_LIMIT
+    share: bool = False
+    layout: str = "lbhnc"
+    dtype: torch.dtype = field(default=torch.float32)
+
+    @property
+    def name(self) -> str:
+        lens = "+".join(f"{q}of{kv}" for q, kv in zip(self.query_lens, self.seq_lens, strict=True))
+        extras = f"{'-shared' if self.share else ''}-tau{self.tau}-min{self.min_blocks}"
+        return f"{lens}-gqa{self.group}-d{self.head_dim}-page{self.page_size}-block{self.block_size}{extras}"
+
+
+CASES = [
+    Case((1,), (1,)),
+    Case((1,), (63,), group=1),
+    Case((1000,), (1000,), tau=0.15, group=1),
+    Case((320,), (640,), page_size=64, tau=0.15, share=True),
+    Case((65, 200, 2), (65, 777, 130), group=1, tau=0.12, min_blocks=3),
+    Case((127,), (511,), group=7, tau=0.5, page_size=32),
+    Case((129, 64), (513, 640), group=4, share=True, tau=0.1, min_blocks=4),
+    Case((300,), (900,), page_size=128, block_size=128, head_dim=64, tau=0.2),
+    Case((300,), (700,), max_blocks=3, tau=0.1),
+    Case((300,), (700,), gamma=1.0, max_blocks=5, layout="lbnhc"),
+    Case((300,), (700,), gamma=1.0),
+    Case((100,), (257,), head_dim=80, page_size=48),
+    Case((100,), (257,), dtype=torch.float16),
+]
+
+
+def batch_of(case: Case, device: torch.device) -> PagedBatch:
+    return make_batch(
+        case.query_lens,
+        case.seq_lens,
+        num_heads=2 * case.group,
+        num_kv_heads=2,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        dtype=case.dtype,
+        device=device,
+        layout=case.layout,
+        sharpness=3.0,
+    )
+
+
+def arguments_of(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
+    return batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
+
+
+def on_cpu(found: FlexEstimate) -> FlexEstimate:
+    return FlexEstimate(found.tile_mass.cpu(), found.column_share.cpu(), found.pooled_logits.cpu())
+
+
+def lists_of(block_lists: BlockLists) -> list[list[list[int]]]:
+    ids, counts = block_lists.block_ids.tolist(), block_lists.block_counts.tolist()
+    rows = [zip(head_ids, head_counts, strict=True) for head_ids, head_counts in zip(ids, counts, strict=True)]
+    return [[row[:count] for row, count in head] for head in rows]
+
+
+def select_both(case: Case, batch: PagedBatch) -> tuple[FlexSelection, FlexSelection]:
+    """Triton's selection and PyTorch's, from the same estimate so that only the selection differs."""
+    device = batch.query.device
+    tiles = batch.tiles(case.block_size)
+    requests = torch.arange(len(case.seq_lens), dtype=torch.int32, device=device)
+    num_heads = batch.query.shape[1]
+    shape = (requests, tiles.max_kv_blocks, case.block_size, batch.scale)
+    found = flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=2)
+    gamma = torch.full((num_heads, len(case.seq_lens)), case.gamma, device=device)
+    group = case.group if case.share else 1
+    budget = (case.tau, case.min_blocks, case.max_blocks, group)
+    ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, requests, gamma, *budget)
+    cpu = [tensor.cpu() for tensor in arguments_of(batch)]
+    cpu_tiles = type(tiles)(tiles.block_size, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks)
+    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale)
+    selection = (on_cpu(found), scores, cpu_tiles, cpu[3], requests.cpu(), gamma.cpu(), *budget)
+    return ours, flex_reference.select(*selection)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_estimate_equals_reference(case: Case, device: torch.device) -> None:
+    batch = batch_of(case, device)
+    requests = torch.arange(len(case.seq_lens), dtype=torch.int32)
+    num_blocks = batch.tiles(case.block_size).max_kv_blocks
+    shape = (num_blocks, case.block_size, batch.scale)
+    found = on_cpu(flex_estimate.estimate(*arguments_of(batch), requests.to(device), *shape, num_splits=3))
+    cpu = [tensor.cpu() for tensor in arguments_of(batch)]
+    expected = flex_reference.estimate(*cpu, requests, *shape)
+    torch.testing.assert_close(found.tile_mass, expected.tile_mass, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.column_share, expected.column_share, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.pooled_logits, expected.pooled_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.tile_mass.sum((0, -1)), torch.ones_like(found.tile_mass.sum((0, -1))))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_lists_equal_reference_and_keep_their_contract(case: Case, device: torch.device) -> None:
+    batch = batch_of(case, device)
+    ours, expected = select_both(case, batch)
+    torch.testing.assert_close(ours.divergence.cpu(), expected.divergence, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.is_query_aware.cpu(), expected.is_query_aware)
+    assert lists_of(ours.block_lists) == lists_of(expected.block_lists)
+    for head in lists_of(ours.block_lists):
+        for block, ids in zip(batch.tiles(case.block_size).tile_block.tolist(), head, strict=True):
+            assert ids == sorted(set(ids))
+            assert ids[0] == 0
+            assert ids[-1] == block
+            assert len(ids) >= min(case.min_blocks, block + 1)
+            assert len(ids) <= max(case.max_blocks, 2)
+            if case.gamma == 1 and case.max_blocks == NO_LIMIT:
+                assert len(ids) == block + 1
