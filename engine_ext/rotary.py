@@ -1,0 +1,96 @@
+"""From a loaded model to shifted rotary positions: which frequencies a layer rotates by, and how long it was trained.
+
+vLLM's models rotate queries and keys before attention, by a rotary module that sits beside the attention layer in its
+parent module. The module's cosines may be rounded to the model's dtype and carry a magnitude (YaRN, LongRoPE), so the
+frequencies are recomputed in float32 by the module's own formula, and checked against its cosines. A magnitude needs
+nothing: it is in the queries and keys already, and the extra rotation is a pure one.
+"""
+
+from typing import Any
+
+import torch
+from farspan.engine_ext.config import StringOptions
+from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
+from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+
+INSTEAD = "Leave out the option string."
+
+
+def string_shift_for_layer(
+    model: torch.nn.Module, vllm_config: Any, layer_name: str, options: StringOptions
+) -> RotaryShift:
+    """The shift of one attention layer of a loaded model, on the engine's device.
+
+    Raises UnsupportedModelError where the layer's positions cannot be shifted exactly, ConfigError where the option
+    shift and the model's trained length do not fit each other.
+    """
+    rotary_emb = find_rotary_emb(model, layer_name)
+    frequencies = inverse_frequencies(rotary_emb, layer_name)
+    shift = shift_tokens(options, rotary_emb, vllm_config.model_config.hf_text_config)
+    is_neox = getattr(rotary_emb, "is_neox_style", True)  # Phi3's LongRoPE has no other style and no such attribute.
+    device = torch.device(vllm_config.device_config.device_type)
+    return make_rotary_shift(frequencies, shift, options.window, is_neox, device)
+
+
+def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:
+    """The rotary module that turns the queries of attention layer `layer_name`.
+
+    Raises UnsupportedModelError where there is none beside the layer, or more than one.
+    """
+    from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+    for parent in model.modules():
+        if not any(getattr(child, "layer_name", None) == layer_name for child in parent.children()):
+            continue
+        # A module that both layers share, or that has two names, is one module: children() does not repeat it.
+        found = [
+            child
+            for child in parent.children()
+            if isinstance(child, (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding))
+        ]
+        if len(found) == 1 and getattr(parent, "use_rope", True) and not getattr(parent, "nope", False):
+            return found[0]
+        count = len(found) if len(found) > 1 else "no"
+        raise UnsupportedModelError(
+            f"string needs one rotary embedding for each attention layer; {layer_name} ({type(parent).__name__}) uses "
+            f"{count} rotary embedding{'s' if len(found) > 1 else ''}. {INSTEAD}"
+        )
+    raise UnsupportedModelError(
+        f"string needs the module that holds attention layer {layer_name}; {type(model).__name__} has no module with "
+        f"such a layer. {INSTEAD}"
+    )
+
+
+def inverse_frequencies(rotary_emb: torch.nn.Module, layer_name: str = "the layer") -> torch.Tensor:
+    """[rotary_dim / 2] float32, radians a token, on the CPU: what the module rotates by, its magnitude left out.
+
+    layer_name: for the message. Raises UnsupportedModelError for a module whose rotation is not a constant frequency a
+    pair of dimensions times one position (multimodal rotary positions, Fourier and dual-chunk embeddings, …).
+    """
+    from vllm.model_executor.layers import rotary_embedding as rope
+
+    with torch.device("cpu"):
+        frequencies: torch.Tensor | None = None
+        # Exact classes: a subclass may rotate by other rules.
+        match type(rotary_emb):
+            case rope.RotaryEmbedding | rope.Llama3RotaryEmbedding | rope.NTKScalingRotaryEmbedding:
+                frequencies = rotary_emb._compute_inv_freq(rotary_emb.base)
+            case rope.Gemma4RotaryEmbedding:
+                frequencies = rotary_emb._compute_inv_freq(rotary_emb.base)
+            case rope.LinearScalingRotaryEmbedding if len(rotary_emb.scaling_factors) == 1:
+                frequencies = rotary_emb._compute_inv_freq(rotary_emb.base) / rotary_emb.scaling_factors[0]
+            case rope.DynamicNTKScalingRotaryEmbedding | rope.DynamicNTKAlphaRotaryEmbedding:
+                frequencies = rotary_emb._compute_inv_freq(dynamic_base(rotary_emb))
+            case rope.YaRNScalingRotaryEmbedding:
+                frequencies = rotary_emb._compute_inv_freq(rotary_emb.scaling_factor)
+            case rope.Phi3LongRoPEScaledRotaryEmbedding:
+                factors = rotary_emb.long_factor if rotary_emb.use_long_rope else rotary_emb.short_factor
+                frequencies = rotary_emb._compute_inv_freq(factors)
+    if frequencies is None or not agrees_with_cache(rotary_emb, frequencies):
+        raise UnsupportedModelError(
+            f"string needs rotary positions of one constant frequency a pair of dimensions; {layer_name} uses "
+            f"{type(rotary_emb).__name__}; supported are vLLM's default, linear, NTK, dynamic NTK, llama3, YaRN, "
+            f"LongRoPE and Gemma4 rotary embeddings, not multimodal ones (mrope). {INSTEAD}"
+        )
+    return frequencies
