@@ -94,3 +94,63 @@ def inverse_frequencies(rotary_emb: torch.nn.Module, layer_name: str = "the laye
             f"LongRoPE and Gemma4 rotary embeddings, not multimodal ones (mrope). {INSTEAD}"
         )
     return frequencies
+
+
+def dynamic_base(rotary_emb: Any) -> float:
+    """The base that dynamic NTK scaling fixes for the model's maximum length; alpha scaling gives the factor itself."""
+    stretch = getattr(rotary_emb, "scaling_alpha", None)
+    if stretch is None:
+        trained_share = rotary_emb.max_position_embeddings / rotary_emb.max_trained_positions
+        stretch = rotary_emb.scaling_factor * trained_share - (rotary_emb.scaling_factor - 1)
+    return rotary_emb.base * stretch ** (rotary_emb.rotary_dim / (rotary_emb.rotary_dim - 2))
+
+
+def agrees_with_cache(rotary_emb: Any, frequencies: torch.Tensor) -> bool:
+    """Whether the module's own cosines and sines, their magnitude divided out, are those of the frequencies."""
+    cache = getattr(rotary_emb, "cos_sin_cache", None)
+    if cache is None:
+        cache = rotary_emb.long_short_cos_sin_cache
+        first = rotary_emb.original_max_position_embeddings if rotary_emb.use_long_rope else 0
+        cache = cache[first:]
+    if cache.shape[1] != 2 * len(frequencies):
+        return False
+    # Close to the start, where float32 and float64 angles cannot differ.
+    positions = torch.tensor([0, 1, 2, 7])[: len(cache)]
+    cos, sin = cache[positions.to(cache.device)].double().cpu().chunk(2, dim=-1)
+    magnitude = (cos**2 + sin**2).sqrt()
+    angle = positions[:, None] * frequencies.double()
+    # Two roundings, of the component and of the magnitude.
+    tolerance = 4 * torch.finfo(cache.dtype).eps
+    difference = torch.stack([cos / magnitude - angle.cos(), sin / magnitude - angle.sin()]).abs().max()
+    return bool(difference <= tolerance)
+
+
+def shift_tokens(options: StringOptions, rotary_emb: Any, hf_text_config: Any) -> int:
+    """S in tokens: given so, or the fraction of the length that the model was trained at.
+
+    That length is the one before extension for YaRN and dynamic NTK scaling, which commonly stretch a trained model
+    further, and `max_position_embeddings` for all others, llama3 and LongRoPE included, which models are trained with.
+    Raises ConfigError where the result is below the window, or the length is not known.
+    """
+    from vllm.model_executor.layers import rotary_embedding as rope
+
+    if isinstance(options.shift, int):
+        return options.shift
+    if isinstance(rotary_emb, rope.YaRNScalingRotaryEmbedding):
+        trained_length = rotary_emb.max_position_embeddings  # vLLM passes the original length here.
+    elif isinstance(rotary_emb, rope.DynamicNTKScalingRotaryEmbedding):
+        trained_length = rotary_emb.max_trained_positions
+    else:
+        trained_length = getattr(hf_text_config, "max_position_embeddings", None)
+    if trained_length is None:
+        raise ConfigError(
+            f"string.shift={options.shift} is a fraction of the trained length, but the model's configuration has no "
+            "max_position_embeddings. Give shift in tokens."
+        )
+    shift = int(options.shift * trained_length)
+    if shift < max(options.window, 1):
+        raise ConfigError(
+            f"string.shift={options.shift} of the trained length, {trained_length} tokens, is {shift} tokens, less "
+            f"than window={options.window}; a longer window would move keys further away. Raise shift or lower window."
+        )
+    return shift
