@@ -62,7 +62,7 @@ def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:
     )
 
 
-def inverse_frequencies(rotary_emb: torch.nn.Module, layer_name: str = "the layer") -> torch.Tensor:
+def inverse_frequencies(rotary_emb: Any, layer_name: str = "the layer") -> torch.Tensor:
     """[rotary_dim / 2] float32, radians a token, on the CPU: what the module rotates by, its magnitude left out.
 
     layer_name: for the message. Raises UnsupportedModelError for a module whose rotation is not a constant frequency a
@@ -136,6 +136,7 @@ def shift_tokens(options: StringOptions, rotary_emb: Any, hf_text_config: Any) -
 
     if isinstance(options.shift, int):
         return options.shift
+    trained_length: int | None
     if isinstance(rotary_emb, rope.YaRNScalingRotaryEmbedding):
         trained_length = rotary_emb.max_position_embeddings  # vLLM passes the original length here.
     elif isinstance(rotary_emb, rope.DynamicNTKScalingRotaryEmbedding):
