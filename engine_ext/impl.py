@@ -10,6 +10,7 @@ from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
 from farspan.engine_ext.selection import LayerShape, SparsePrefill, make_sparse_prefill
 from farspan.engine_ext.support import config_of, layer_refusals
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -65,6 +66,9 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             num_kv_heads=self.num_kv_heads,
             head_dim=head_size,
             scale=self.scale,
+            max_seq_len=vllm_config.model_config.max_model_len,
+            tp_rank=get_tensor_model_parallel_rank(),
+            tp_size=vllm_config.parallel_config.tensor_parallel_size,
         )
         self.sparse: SparsePrefill | None = make_sparse_prefill(self.config.prefill, layer)
         self.string: Any = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from farspan.engine_ext.block_sparse import load_mask_blocks, pattern_blocks
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.metadata import PrefillGroup
@@ -22,6 +23,11 @@ class LayerShape:
     num_kv_heads: int
     head_dim: int
     scale: float
+    max_seq_len: int
+    """max_model_len of the engine."""
+    tp_rank: int
+    tp_size: int
+    """The layer holds heads [tp_rank * num_q_heads, (tp_rank + 1) * num_q_heads) of tp_size * num_q_heads."""
 
 
 class SparsePrefill(Protocol):
@@ -44,4 +50,14 @@ def make_sparse_prefill(prefill: Prefill, layer: LayerShape) -> SparsePrefill | 
     if isinstance(prefill, FlexPrefill):
         raise ConfigError("prefill.method='flex' is not available yet; allowed: 'dense'. Leave prefill out.")
     assert isinstance(prefill, BlockSparsePrefill)
-    raise ConfigError("prefill.method='block_sparse' is not available yet; allowed: 'dense'. Leave prefill out.")
+    if prefill.pattern != "file":
+        return pattern_blocks(prefill)
+    return load_mask_blocks(
+        prefill,
+        layer_index=layer.layer_index,
+        num_q_heads=layer.num_q_heads,
+        num_kv_heads=layer.num_kv_heads,
+        tp_rank=layer.tp_rank,
+        tp_size=layer.tp_size,
+        max_seq_len=layer.max_seq_len,
+    )
