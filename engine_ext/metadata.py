@@ -4,7 +4,7 @@ The batch is split by one rule: the leading requests with at most one query toke
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
 from farspan.engine_ext.requests import prefill_of_request, source_of
 from farspan.engine_ext.support import config_of
 from farspan.kernels.paged_decode import DecodeWorkspace
-from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -50,6 +50,10 @@ class PrefillGroup:
     max_seq_len: int
     tiles: PrefillTiles | None
     """None where the dense kernel cuts its own tiles."""
+    request_ids: torch.Tensor
+    """[num_requests] int32, on the device: 0, 1, …"""
+    shared_lists: dict[str, BlockLists] = field(default_factory=dict)
+    """Block lists that the layers of this step share; filled by the first one."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             device=device,
         )
         dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
+        self.request_ids = torch.arange(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
         self.dense_needs_tiles = dense_kernel == "triton"
 
     def build(
@@ -153,6 +158,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                     max_query_len=max(query_lens[first:last]),
                     max_seq_len=max(seq_lens[first:last]),
                     tiles=self.make_tiles(prefill, [start - starts[0] for start in starts], seq_lens[first:last]),
+                    request_ids=self.request_ids[: last - first],
                 )
             )
         return tuple(groups)
