@@ -2,8 +2,9 @@
 
 Random queries and keys give near-uniform attention, on which sparse timings mean nothing. Here every query head mixes
 seven ingredients with weights of its own: attention sinks, the token itself, a local band, a slash (a fixed distance),
-scattered vertical tokens, topics (blocks that look for blocks of their kind) and a diffuse rest. A weight is the share of attention mass
-that the ingredient gets on a typical late row; logits grow with ln N so that the shares hold at every length.
+scattered vertical tokens, topics (blocks that look for blocks of their kind) and a diffuse rest. A weight is the share
+of attention mass that the ingredient gets on a typical late row; logits grow with ln N so that the shares hold at
+every length.
 """
 
 import math

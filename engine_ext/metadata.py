@@ -115,10 +115,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         common = common_attn_metadata
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
         num_reqs = common.num_reqs
-        if common.max_query_len <= 1:
-            num_decodes = num_reqs
-            groups: tuple[PrefillGroup, ...] = ()
-        else:
+        num_decodes = num_reqs
+        groups: tuple[PrefillGroup, ...] = ()
+        if common.max_query_len > 1:
             query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].tolist()
             query_lens = [end - start for start, end in pairwise(query_start_loc)]
             num_decodes = count_decodes(query_lens)
