@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.paged_decode import paged_decode
+from farspan.kernels.paged_decode import choose_num_splits, paged_decode
 
 from benchmarks import peers
 from benchmarks.gate import check_attention
@@ -47,9 +47,12 @@ def ours(batch: PagedBatch) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Build our kernel's call on a batch."""
     out = torch.empty_like(batch.query)
     lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 2
+    num_splits = choose_num_splits(len(batch.seq_lens_cpu), batch.shape.num_kv_heads, max(batch.seq_lens_cpu), num_sms)
     return lambda: paged_decode(
-        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.shape.scale, out=out, lse=lse
-    )
+        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.shape.scale,
+        num_splits=num_splits, out=out, lse=lse,
+    )  # fmt: skip
 
 
 def builders_of(case: Case) -> dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]]:

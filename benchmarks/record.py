@@ -161,7 +161,7 @@ def append_rows(rows: Sequence[Row], folder: Path) -> None:
 
 def read_rows(folder: Path = DATA) -> list[Row]:
     """Read every row of the CSV files in a folder, file by file, in the order they were appended."""
-    rows = []
+    rows: list[Row] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as stream:
             reader = csv.DictReader(stream)

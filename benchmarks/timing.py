@@ -41,7 +41,7 @@ def time_interleaved(
     if not torch.cuda.is_available():
         return {name: [wall_ms(work)] for name, work in variants.items()}
     for name, work in variants.items():
-        for _ in range(min(warmup, 1 if counts[name] < repeats else warmup)):
+        for _ in range(1 if counts[name] < repeats else warmup):
             work()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
+from farspan.engine_ext.dispatch import choose_dense_kernel, make_split_chooser
 from farspan.engine_ext.requests import prefill_of_request, source_of
 from farspan.engine_ext.support import config_of
-from farspan.kernels.paged_decode import DecodeWorkspace
 from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -66,8 +65,6 @@ class StepMetadata(AttentionMetadata):
     """[num_reqs + 1] int32, on the device."""
     num_splits: int
     """Parts that decode cuts each KV sequence into."""
-    decode_workspace: DecodeWorkspace | None
-    """Where the parts are combined; None on the CPU."""
     prefill_groups: tuple[PrefillGroup, ...]
 
 
@@ -91,15 +88,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.decode_planner = DecodePlanner(
-            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
-            max_seq_len=vllm_config.model_config.max_model_len,
-            num_q_heads=layer.num_heads,
-            num_kv_heads=kv_cache_spec.num_kv_heads,
-            head_dim=kv_cache_spec.head_size,
-            device=device,
-        )
+        self.choose_num_splits = make_split_chooser(kv_cache_spec.num_kv_heads, device)
         dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
         self.dense_needs_tiles = dense_kernel == "triton"
 
@@ -110,21 +99,20 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         common = common_attn_metadata
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
         num_reqs = common.num_reqs
-        if common.max_query_len <= 1:
-            num_decodes = num_reqs
-            groups: tuple[PrefillGroup, ...] = ()
-        else:
+        num_decodes = num_reqs
+        groups: tuple[PrefillGroup, ...] = ()
+        if common.max_query_len > 1:
             query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].tolist()
             query_lens = [end - start for start, end in pairwise(query_start_loc)]
             num_decodes = count_decodes(query_lens)
             groups = self.build_groups(common, num_decodes, query_start_loc, query_lens)
+        num_splits = self.choose_num_splits(num_decodes, common.max_seq_len) if num_decodes else 1
         return StepMetadata(
             num_decodes=num_decodes,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             query_start_loc=common.query_start_loc,
-            num_splits=self.decode_planner.num_splits(num_decodes, common.max_seq_len),
-            decode_workspace=self.decode_planner.workspace,
+            num_splits=num_splits,
             prefill_groups=groups,
         )
 

@@ -182,7 +182,7 @@ def runner_class(is_v2: bool) -> type[Any]:
     if is_v2:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     else:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # type: ignore[assignment]
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     return GPUModelRunner
 
 

