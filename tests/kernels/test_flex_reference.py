@@ -101,8 +101,9 @@ def test_divergence_survives_underflow_and_is_bounded() -> None:
     logits[:, 0, 0, :2] = torch.tensor([-1e4, 0.0])
     apart = flex_reference.divergence(FlexEstimate(mass, torch.zeros(1, 1, 4), logits))
     assert float(apart) == pytest.approx(0.832555, abs=1e-4)
-    same = flex_reference.divergence(FlexEstimate(mass, torch.zeros(1, 1, 4), logits.flip(-1).roll(-2, -1).neg()))
-    assert 0.0 <= float(same)
+    mass[1, 0, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    same = flex_reference.divergence(FlexEstimate(mass, torch.zeros(1, 1, 4), mass[1].log().expand(2, -1, -1, -1)))
+    assert float(same) == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("gamma", [0.9, 0.95], ids=lambda gamma: f"g{gamma}")
@@ -113,14 +114,15 @@ def test_gamma_is_delivered_near_the_oracle(seq_len: int, gamma: float) -> None:
     mass = flex_oracle.block_mass(*arguments_of(batch), tiles, batch.scale, torch.float32)
     causal = int((tiles.tile_block + 1).sum())
     for min_budget in (0, 512):
-        lists = select(batch, tiles, gamma, tau=0.1, min_budget=min_budget).block_lists
+        lists = select(batch, tiles, gamma, tau=0.2, min_budget=min_budget).block_lists
         coverage = flex_oracle.kept_mass(mass, lists).mean(1)
         density = lists.block_counts.sum(1) / causal
         oracle = flex_oracle.smallest_counts(mass, gamma).sum(1) / causal
         print(f"min {min_budget} coverage {coverage.tolist()} density {density.tolist()} oracle {oracle.tolist()}")
         assert float(coverage.mean()) >= gamma - 0.01
-        assert float(coverage.min()) >= gamma - 0.05
-        if min_budget == 0:
+        if min_budget:
+            assert float(coverage.min()) >= gamma - 0.05
+        else:
             assert float(density.mean()) <= 1.25 * float(oracle.mean())
 
 
