@@ -55,8 +55,12 @@ class Launcher(Protocol):
         scale: float,
         string: RotaryShift | None,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed."""
+        """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed.
+
+        lse: [num_q_heads, num_tokens] float32, natural log, where it is wanted; only together with block lists.
+        """
         ...
 
 
@@ -90,6 +94,7 @@ class CpuLauncher:
         scale: float,
         string: RotaryShift | None,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
         cpu_attention(
             query,
@@ -99,6 +104,7 @@ class CpuLauncher:
             group.query_start_loc,
             scale,
             out=out,
+            lse=lse,
             tiles=group.tiles,
             block_lists=block_lists,
             string=string,
@@ -144,6 +150,7 @@ class CudaLauncher:
         scale: float,
         string: RotaryShift | None,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
         if group.tiles is None:
             assert block_lists is None
@@ -162,6 +169,7 @@ class CudaLauncher:
             string=string,
             max_query_len=group.max_query_len,
             out=out,
+            lse=lse,
         )
 
 

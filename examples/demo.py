@@ -34,6 +34,7 @@ STOCK = "vLLM's own"
 ENGINES: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "farspan dense": {"prefill": {"method": "dense"}},
+    "farspan flex": {"prefill": {"method": "flex", "gamma": 0.95}},
 }
 EXACT = ("farspan dense",)
 
@@ -44,6 +45,7 @@ class Prompt:
 
     title: str
     text: str
+    num_tokens: int
     max_tokens: int
     answers: list[str]
     """Words that a right answer contains; empty where there is nothing to be right about."""
@@ -66,13 +68,13 @@ def make_prompts(model_dir: Path, length: int) -> list[Prompt]:
     from transformers import AutoTokenizer
 
     sample = make_sample("niah_multiquery", length, seed=7)
-    question = Prompt("A question", sample.prompt, sample.max_new_tokens, list(sample.answers))
+    question = Prompt("A question", sample.prompt, length, sample.max_new_tokens, list(sample.answers))
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     files = [path for path in map(ROOT.joinpath, CONTINUED) if path.exists()]
     text = "\n".join(path.read_text() for path in files)
     token_ids = tokenizer.encode(text)[1 : length // 2]
     names = ", ".join(str(path.relative_to(ROOT)) for path in files)
-    return [question, Prompt(f"Text of this repository ({names})", tokenizer.decode(token_ids), 32, [])]
+    return [question, Prompt(f"Text of this repository ({names})", tokenizer.decode(token_ids), len(token_ids), 32, [])]
 
 
 def start_engine(model_dir: Path, options: dict[str, Any] | None, max_len: int) -> Any:
@@ -123,13 +125,15 @@ def serve_parent(job_path: Path) -> None:
     job = json.loads(job_path.read_text())
     llm = start_engine(Path(job["model_dir"]), job["options"], job["max_len"])
     print("ready", flush=True)
-    ask(llm, Prompt("", job["prompts"][0]["text"][:2000], 2, []), "warm-up")
+    ask(llm, Prompt("", job["prompts"][0]["text"][:2000], 0, 2, []), "warm-up")
     print("warm", flush=True)
     answers = [asdict(ask(llm, Prompt(**prompt), str(index))) for index, prompt in enumerate(job["prompts"])]
     job_path.with_suffix(".answers").write_text(json.dumps(answers))
 
 
-def run_engine(name: str, options: dict[str, Any] | None, model_dir: Path, prompts: list[Prompt], max_len: int):
+def run_engine(
+    name: str, options: dict[str, Any] | None, model_dir: Path, prompts: list[Prompt], max_len: int
+) -> list[Answer]:
     """Run an engine in a process of its own, behind a progress bar; returns its answers, one a prompt."""
     from tqdm import tqdm
 
@@ -138,9 +142,11 @@ def run_engine(name: str, options: dict[str, Any] | None, model_dir: Path, promp
         job = {"model_dir": str(model_dir), "options": options, "prompts": [asdict(p) for p in prompts]}
         job_path.write_text(json.dumps(job | {"max_len": max_len}))
         log_path = Path(scratch, "log")
-        total = sum(max_len for _ in prompts)
-        with log_path.open("w") as log, tqdm(total=total, desc=f"{name:14}", unit="token", leave=False) as bar:
-            bar.set_postfix_str("starting")
+        total = sum(prompt.num_tokens + prompt.max_tokens for prompt in prompts)
+        # No bar where the output is no terminal.
+        bar = tqdm(total=total, desc=f"{name:14}", unit="token", leave=False, disable=None)
+        with log_path.open("w") as log, bar:
+            bar.set_postfix_str("starting vLLM")
             process = subprocess.Popen(
                 [sys.executable, __file__, "--job", str(job_path)],
                 env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -160,10 +166,9 @@ def run_engine(name: str, options: dict[str, Any] | None, model_dir: Path, promp
 
 def show_needles(prompt: Prompt) -> None:
     """Print where the answers hide, and the question."""
-    for answer in prompt.answers:
-        found = re.search(rf"[^.]*\b{re.escape(answer)}\b[^.]*\.", prompt.text)
-        if found:
-            print(f"  at {found.start() / len(prompt.text):4.0%}: “{found.group().strip()}”")
+    places = [re.search(rf"[^.]*\b{re.escape(answer)}\b[^.]*\.", prompt.text) for answer in prompt.answers]
+    for found in sorted(filter(None, places), key=lambda place: place.start()):
+        print(f"  at {found.start() / len(prompt.text):4.0%}: “{found.group().strip()}”")
     print(f"  asked at the end: “{prompt.text[prompt.text.rfind('question') :].strip()}”")
 
 
@@ -206,6 +211,7 @@ def main() -> None:
     max_len = arguments.length + 2 * max(prompt.max_tokens for prompt in prompts)
     answers: dict[str, list[Answer]] = {}
     for name, options in ENGINES.items():
+        print(f"Starting vLLM with {name} attention …", flush=True)
         answers[name] = run_engine(name, options, model_dir(), prompts, max_len)
     for index, prompt in enumerate(prompts):
         report(prompt, {name: each[index] for name, each in answers.items()})

@@ -1,0 +1,54 @@
+"""The README says what the code does: its numbers have rows, its options exist with the defaults it names."""
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StringOptions
+
+from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
+from benchmarks.record import Row, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_numbers_are_those_of_the_rows() -> None:
+    text = README.read_text()
+    assert replace_numbers(text, format_numbers(read_rows())) == text, "run: python -m benchmarks.readme_table --write"
+
+
+def documented_options() -> dict[str, object]:
+    """Option -> default, as the README's tables have them."""
+    section = README.read_text().partition("## Options\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", section, flags=re.MULTILINE)
+    assert len(found) == len(dict(found)), "an option stands twice"
+    return {name: json.loads(default) for name, default in found}
+
+
+def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
+    return {prefix + field.name: field.default for field in msgspec.structs.fields(struct)}
+
+
+def test_options_are_those_of_the_code() -> None:
+    expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
+    for struct in PREFILL_METHODS.values():
+        expected |= fields_of(struct, "prefill.")
+    assert documented_options() == expected
+    assert {name.partition(".")[0] for name in expected} == set(FarspanConfig.__struct_fields__)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_table_names_ratio_to_the_baseline() -> None:
+    def row(variant: str, ms: str) -> Row:
+        head = ("r1", "2026-11-22", "0123", "some GPU", "1", "2", "3", "0.32")
+        return Row(*head, "decode", "n8192", variant, "time", "ms", ms, ms, ms)
+
+    table = next(table for table in TABLES if table.benchmark == "decode")
+    last = format_table([row("fa3", "3"), row("farspan", "1.5"), row("sdpa", "9")], table).splitlines()[-1]
+    assert last == "| `n8192` | 1.5 | 3 | 9 | 2.00× |"
