@@ -24,6 +24,7 @@ CHUNK = 2048
 CONTINUED = ("README.md", "docs/design.md", "CONTRIBUTING.md", "kernels/reference.py")
 ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve each other where cores are shared
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
