@@ -18,11 +18,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of every option struct: frozen, unknown fields refused."""
 
 
-class DensePrefill(Options, tag_field="method", tag="dense"):
+class DensePrefill(Options, frozen=True, tag_field="method", tag="dense"):
     """Exact attention for every prompt."""
 
 
-class FlexPrefill(Options, tag_field="method", tag="flex"):
+class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     """Dynamic sparse prefill: a pattern and a budget per head and per prompt. Source: FlexPrefill, arXiv 2502.20766."""
 
     gamma: float = 0.95
@@ -60,7 +60,7 @@ class FlexPrefill(Options, tag_field="method", tag="flex"):
         check_at_least(f"{path}.coverage_rows", self.coverage_rows, 0, unit="rows", hint="0 to measure nothing")
 
 
-class BlockSparsePrefill(Options, tag_field="method", tag="block_sparse"):
+class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sparse"):
     """Static block masks. Source: Block-Sparse FlashAttention, arXiv 2205.14135, section 3.3."""
 
     pattern: Pattern = "sink_local"
@@ -89,7 +89,7 @@ class BlockSparsePrefill(Options, tag_field="method", tag="block_sparse"):
                 refuse(f"{path}.mask_file", self.mask_file, "a path ending in .npy or .safetensors", "Convert the mask")
 
 
-class StringOptions(Options):
+class StringOptions(Options, frozen=True):
     """Shifted rotary positions. Source: STRING, arXiv 2410.18745."""
 
     shift: float | int = 0.33
@@ -138,7 +138,7 @@ PATTERN_OPTIONS: dict[str, frozenset[str]] = {
 """The options of BlockSparsePrefill that each pattern reads, besides `pattern` and `block_size`."""
 
 
-class FarspanConfig(Options):
+class FarspanConfig(Options, frozen=True):
     """Everything that a user can set."""
 
     kernel: Kernel = "auto"
@@ -169,6 +169,13 @@ def parse_config(raw: Any) -> FarspanConfig:
         config.prefill.check(f"{ROOT}.prefill")
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
+        if isinstance(config.prefill, FlexPrefill):
+            refuse(
+                f"{ROOT}.string",
+                raw["string"],
+                "nothing together with prefill method 'flex', which does not select under shifted positions yet",
+                "Use prefill method 'dense' or 'block_sparse', or leave string out",
+            )
         if config.kernel == "fa3":
             refuse(
                 f"{ROOT}.kernel",

@@ -1,6 +1,5 @@
 """Which kernel computes what, by device: the CPU platform's PyTorch path, or Triton and FlashAttention 3 on CUDA."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -8,6 +7,9 @@ import torch
 from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
+from farspan.kernels.kv_write import write_kv
+from farspan.kernels.paged_decode import DecodeWorkspace, choose_num_splits, decode_workspace, paged_decode
+from farspan.kernels.paged_prefill import paged_prefill
 from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
@@ -53,8 +55,12 @@ class Launcher(Protocol):
         scale: float,
         string: RotaryShift | None,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed."""
+        """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed.
+
+        lse: [num_q_heads, num_tokens] float32, natural log, where it is wanted; only together with block lists.
+        """
         ...
 
 
@@ -88,6 +94,7 @@ class CpuLauncher:
         scale: float,
         string: RotaryShift | None,
         out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
         cpu_attention(
             query,
@@ -97,17 +104,104 @@ class CpuLauncher:
             group.query_start_loc,
             scale,
             out=out,
+            lse=lse,
             tiles=group.tiles,
             block_lists=block_lists,
             string=string,
         )
 
 
+class CudaLauncher:
+    """Triton kernels, and FlashAttention 3 for dense prefill where it is chosen."""
+
+    def write_kv(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        write_kv(key, value, kv_cache, slot_mapping)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: "StepMetadata",
+        scale: float,
+        string: RotaryShift | None,
+        out: torch.Tensor,
+    ) -> None:
+        n = step.num_decodes
+        paged_decode(
+            query,
+            kv_cache,
+            step.block_table[:n],
+            step.seq_lens[:n],
+            scale,
+            num_splits=step.num_splits,
+            string=string,
+            out=out,
+            workspace=step.decode_workspace,
+        )
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        group: "PrefillGroup",
+        block_lists: BlockLists | None,
+        scale: float,
+        string: RotaryShift | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        if group.tiles is None:
+            assert block_lists is None
+            assert string is None
+            prefill_fa3(query, kv_cache, group, scale, out)
+            return
+        paged_prefill(
+            query,
+            kv_cache,
+            group.block_table,
+            group.seq_lens,
+            group.query_start_loc,
+            group.tiles,
+            scale,
+            block_lists=block_lists,
+            string=string,
+            max_query_len=group.max_query_len,
+            out=out,
+            lse=lse,
+        )
+
+
+def prefill_fa3(
+    query: torch.Tensor, kv_cache: torch.Tensor, group: "PrefillGroup", scale: float, out: torch.Tensor
+) -> None:
+    """Dense causal prefill by vLLM's FlashAttention 3; arguments as in `Launcher.prefill`."""
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    # It wants [num_pages, page_size, num_kv_heads, head_dim]; the copy engine rejects the odd strides that torch gives
+    # to dimensions of size 1.
+    key, value = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
+    flash_attn_varlen_func(
+        q=query,
+        k=canonicalize_singleton_dim_strides(key),
+        v=canonicalize_singleton_dim_strides(value),
+        out=out,
+        cu_seqlens_q=group.query_start_loc,
+        max_seqlen_q=group.max_query_len,
+        seqused_k=group.seq_lens,
+        max_seqlen_k=group.max_seq_len,
+        softmax_scale=scale,
+        causal=True,
+        block_table=group.block_table,
+        fa_version=3,
+    )
+
+
 def make_launcher(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> Launcher:
     """The kernels of a device. Raises ConfigError where the `kernel` option cannot be honoured there."""
-    if choose_dense_kernel(config, device, head_size, dtype) == "cpu":
-        return CpuLauncher()
-    raise NotImplementedError
+    return CpuLauncher() if choose_dense_kernel(config, device, head_size, dtype) == "cpu" else CudaLauncher()
 
 
 def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> DenseKernel:
@@ -143,8 +237,30 @@ def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
     return None if is_fa_version_supported(3) else "FlashAttention 3 needs an NVIDIA Hopper GPU and vLLM's build of it"
 
 
-def make_split_chooser(num_kv_heads: int, device: torch.device) -> Callable[[int, int], int]:
-    """A function from (number of decoding requests, longest sequence) to the number of splits on this device."""
-    if device.type == "cpu":
-        return lambda num_requests, max_seq_len: 1
-    raise NotImplementedError
+class DecodePlanner:
+    """Numbers of splits, and the one workspace that captured graphs and eager steps share."""
+
+    def __init__(
+        self,
+        max_num_reqs: int,
+        max_seq_len: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        """max_num_reqs: of any step; max_seq_len: tokens of any request, both upper bounds."""
+        self.num_kv_heads = num_kv_heads
+        self.workspace: DecodeWorkspace | None = None
+        self.num_sms = 0
+        if device.type != "cpu":
+            self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            self.workspace = decode_workspace(
+                max_num_reqs, num_q_heads, num_kv_heads, head_dim, max_seq_len, self.num_sms, device
+            )
+
+    def num_splits(self, num_reqs: int, max_seq_len: int) -> int:
+        """Parts to cut each KV sequence into; 1 on the CPU."""
+        if self.workspace is None or num_reqs == 0:
+            return 1
+        return choose_num_splits(num_reqs, self.num_kv_heads, max_seq_len, self.num_sms)

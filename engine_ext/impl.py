@@ -4,12 +4,14 @@ from collections import Counter
 from typing import Any
 
 import torch
+from farspan.engine_ext.config import DensePrefill
 from farspan.engine_ext.dispatch import make_launcher
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
 from farspan.engine_ext.selection import LayerShape, SparsePrefill, make_sparse_prefill
 from farspan.engine_ext.support import config_of, layer_refusals
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -63,8 +65,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             layer_index=len(vllm_config.compilation_config.static_forward_context),
             num_q_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            head_dim=head_size,
             scale=self.scale,
+            max_model_len=vllm_config.model_config.max_model_len,
+            tp_rank=get_tensor_model_parallel_rank(),
+            tp_size=vllm_config.parallel_config.tensor_parallel_size,
+            device=device,
         )
         self.sparse: SparsePrefill | None = make_sparse_prefill(self.config.prefill, layer)
         self.string: Any = None
@@ -113,8 +118,16 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
 
     def prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, output: torch.Tensor) -> None:
         rows = slice(group.token_start, group.token_start + group.num_tokens)
-        block_lists = None
-        if self.sparse is not None and group.prefill.__class__ is self.config.prefill.__class__:
-            block_lists = self.sparse.block_lists_for(query[rows], kv_cache, group)
-        self.launcher.prefill(query[rows], kv_cache, group, block_lists, self.scale, self.string, output[rows])
-        self.launches["prefill_dense" if block_lists is None else "prefill_sparse"] += 1
+        query, output = query[rows], output[rows]
+        if self.sparse is None or isinstance(group.prefill, DensePrefill):
+            self.launcher.prefill(query, kv_cache, group, None, self.scale, self.string, output)
+            self.launches["prefill_dense"] += 1
+            return
+        block_lists = self.sparse.block_lists_for(query, kv_cache, group)
+        lse = None
+        if self.sparse.measures:
+            lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+        self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, self.string, output, lse)
+        self.launches["prefill_sparse"] += 1
+        if lse is not None:
+            self.sparse.measure(query, kv_cache, group, lse)

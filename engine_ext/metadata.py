@@ -4,16 +4,17 @@ The batch is split by one rule: the leading requests with at most one query toke
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.dispatch import choose_dense_kernel, make_split_chooser
+from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
 from farspan.engine_ext.requests import prefill_of_request, source_of
 from farspan.engine_ext.support import config_of
-from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+from farspan.kernels.paged_decode import DecodeWorkspace
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -49,6 +50,10 @@ class PrefillGroup:
     max_seq_len: int
     tiles: PrefillTiles | None
     """None where the dense kernel cuts its own tiles."""
+    request_ids: torch.Tensor
+    """[num_requests] int32, on the device: 0, 1, …"""
+    shared_lists: dict[str, BlockLists] = field(default_factory=dict)
+    """Block lists that the layers of this step share; filled by the first one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class StepMetadata(AttentionMetadata):
     """[num_reqs + 1] int32, on the device."""
     num_splits: int
     """Parts that decode cuts each KV sequence into."""
+    decode_workspace: DecodeWorkspace | None
+    """Where the parts are combined; None on the CPU."""
     prefill_groups: tuple[PrefillGroup, ...]
 
 
@@ -88,8 +95,17 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
-        self.choose_num_splits = make_split_chooser(kv_cache_spec.num_kv_heads, device)
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self.decode_planner = DecodePlanner(
+            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
+            max_seq_len=vllm_config.model_config.max_model_len,
+            num_q_heads=layer.num_heads,
+            num_kv_heads=kv_cache_spec.num_kv_heads,
+            head_dim=kv_cache_spec.head_size,
+            device=device,
+        )
         dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
+        self.request_ids = torch.arange(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
         self.dense_needs_tiles = dense_kernel == "triton"
 
     def build(
@@ -106,13 +122,13 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             query_lens = [end - start for start, end in pairwise(query_start_loc)]
             num_decodes = count_decodes(query_lens)
             groups = self.build_groups(common, num_decodes, query_start_loc, query_lens)
-        num_splits = self.choose_num_splits(num_decodes, common.max_seq_len) if num_decodes else 1
         return StepMetadata(
             num_decodes=num_decodes,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             query_start_loc=common.query_start_loc,
-            num_splits=num_splits,
+            num_splits=self.decode_planner.num_splits(num_decodes, common.max_seq_len),
+            decode_workspace=self.decode_planner.workspace,
             prefill_groups=groups,
         )
 
@@ -141,6 +157,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                     max_query_len=max(query_lens[first:last]),
                     max_seq_len=max(seq_lens[first:last]),
                     tiles=self.make_tiles(prefill, [start - starts[0] for start in starts], seq_lens[first:last]),
+                    request_ids=self.request_ids[: last - first],
                 )
             )
         return tuple(groups)

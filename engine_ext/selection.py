@@ -4,12 +4,17 @@ An impl holds one `SparsePrefill` per layer, or none; it asks it for block lists
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.config import ROOT, BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.metadata import PrefillGroup
+from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
+from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
+from farspan.kernels.flex_select import flex_block_lists
 from farspan.kernels.tiles import BlockLists
 
 
@@ -20,15 +25,20 @@ class LayerShape:
     layer_index: int
     num_q_heads: int
     num_kv_heads: int
-    head_dim: int
+    """Heads on this rank."""
     scale: float
+    """Factor on the logits."""
+    max_model_len: int
+    tp_rank: int
+    tp_size: int
+    device: torch.device
 
 
 class SparsePrefill(Protocol):
     """Chooses blocks for one layer; holds that layer's state (measured budgets, masks), if any."""
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists | None:
-        """The blocks that each tile of `group.tiles` reads, or None for all causal blocks.
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+        """The blocks that each tile of `group.tiles` reads.
 
         query: [group.num_tokens, num_q_heads, head_dim], the group's tokens only.
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], holding the group's own keys already.
@@ -36,12 +46,167 @@ class SparsePrefill(Protocol):
         """
         ...
 
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` wants to see what the launch kept."""
+        ...
+
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+        """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log."""
+        ...
+
 
 def make_sparse_prefill(prefill: Prefill, layer: LayerShape) -> SparsePrefill | None:
-    """The selector of one layer; None for dense. Raises ConfigError for a method that cannot be served."""
+    """The selector of one layer; None for dense. Raises ConfigError for a mask that does not fit the layer."""
     if isinstance(prefill, DensePrefill):
         return None
     if isinstance(prefill, FlexPrefill):
-        raise ConfigError("prefill.method='flex' is not available yet; allowed: 'dense'. Leave prefill out.")
-    assert isinstance(prefill, BlockSparsePrefill)
-    raise ConfigError("prefill.method='block_sparse' is not available yet; allowed: 'dense'. Leave prefill out.")
+        return FlexSelector(prefill, layer)
+    if prefill.pattern == "file":
+        return MaskSelector(prefill, layer)
+    return PatternSelector(prefill)
+
+
+class FlexSelector:
+    """Dynamic selection per prompt and head. A request's own gamma arrives with its group's options."""
+
+    def __init__(self, prefill: FlexPrefill, layer: LayerShape) -> None:
+        self.prefill = prefill
+        self.scale = layer.scale
+        self.budgets = BudgetController(layer.num_q_heads, layer.device)
+        self.density: torch.Tensor | None = None
+        """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
+
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+        """See `SparsePrefill`."""
+        assert isinstance(group.prefill, FlexPrefill)
+        assert group.tiles is not None
+        gamma = self.gamma_of(group)
+        selection = flex_block_lists(
+            query,
+            kv_cache,
+            group.block_table,
+            group.seq_lens,
+            group.query_start_loc,
+            group.tiles,
+            self.scale,
+            requests=group.request_ids,
+            gamma=self.budgets.effective_gamma(gamma) if self.measures else gamma,
+            tau=self.prefill.tau,
+            min_budget=self.prefill.min_budget,
+            max_budget=self.prefill.max_budget,
+            share_kv_group=self.prefill.share_kv_group,
+        )
+        if self.measures:
+            self.density = selection.density(group.tiles, group.request_ids)
+        return selection.block_lists
+
+    @property
+    def measures(self) -> bool:
+        """See `SparsePrefill`."""
+        return self.prefill.coverage_rows > 0
+
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+        """Raise the budgets of the heads that kept less than gamma."""
+        rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
+        batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
+        coverage = measure_coverage(*batch, self.scale, lse, rows)
+        self.budgets.update(coverage, self.gamma_of(group))
+
+    def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
+        """[num_requests] float32: what the group's requests asked for."""
+        assert isinstance(group.prefill, FlexPrefill)
+        shape = group.request_ids.shape
+        return torch.full(shape, group.prefill.gamma, dtype=torch.float32, device=group.request_ids.device)
+
+
+class StaticSelector:
+    """Base of the selectors whose lists depend on positions only."""
+
+    measures = False
+
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+        """Never called: there is no promise to keep."""
+        raise AssertionError
+
+
+class PatternSelector(StaticSelector):
+    """A named pattern, the same for every head and layer."""
+
+    def __init__(self, prefill: BlockSparsePrefill) -> None:
+        self.prefill = prefill
+
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+        """See `SparsePrefill`. The first layer of a step makes the lists, the others find them."""
+        assert group.tiles is not None
+        if "pattern" not in group.shared_lists:
+            group.shared_lists["pattern"] = static_block_lists(
+                group.tiles,
+                self.prefill.pattern,
+                sink_blocks=self.prefill.sink_blocks,
+                local_blocks=self.prefill.local_blocks,
+                stride=self.prefill.stride,
+            )
+        return group.shared_lists["pattern"]
+
+
+class MaskSelector(StaticSelector):
+    """A mask from a file, per layer and head if the file says so."""
+
+    def __init__(self, prefill: BlockSparsePrefill, layer: LayerShape) -> None:
+        assert prefill.mask_file is not None
+        path = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
+        mask = load_mask(prefill.mask_file)
+        layers = mask.shape[0]
+        if layers != 1 and layer.layer_index >= layers:
+            raise ConfigError(
+                f"{path} has masks for {layers} layers, the model has more. Give one mask, or one a layer."
+            )
+        mask = mask[layer.layer_index if layers > 1 else 0]
+        heads = mask.shape[0]
+        per_rank = {layer.num_q_heads * layer.tp_size, layer.num_kv_heads * layer.tp_size}
+        if heads != 1 and heads not in per_rank:
+            raise ConfigError(
+                f"{path} has masks for {heads} heads; allowed: 1 or {sorted(per_rank)}. Change its shape."
+            )
+        if heads != 1:
+            mask = mask.chunk(layer.tp_size)[layer.tp_rank]
+        covered = mask.shape[2] * prefill.block_size
+        if mask.shape[1] != mask.shape[2] or covered < layer.max_model_len:
+            raise ConfigError(
+                f"{path} has {mask.shape[1]} x {mask.shape[2]} blocks of {prefill.block_size} tokens; allowed: a "
+                f"square that covers max_model_len={layer.max_model_len}. Give a larger mask or lower --max-model-len."
+            )
+        try:
+            check_block_mask(mask)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        rows = mask_rows(mask)
+        self.rows = BlockLists(rows.block_ids.to(layer.device), rows.block_counts.to(layer.device))
+
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+        """See `SparsePrefill`."""
+        assert group.tiles is not None
+        return gather_rows(self.rows, group.tiles)
+
+
+def load_mask(file: str) -> torch.Tensor:
+    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError."""
+    path = f"{ROOT}.prefill.mask_file={file!r}"
+    if not Path(file).is_file():
+        raise ConfigError(f"{path} is not there. Name an existing .npy or .safetensors file.")
+    if file.endswith(".npy"):
+        mask = torch.from_numpy(np.load(file, allow_pickle=False))
+    else:
+        from safetensors.torch import load_file
+
+        tensors = load_file(file)
+        if len(tensors) != 1:
+            raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
+        (mask,) = tensors.values()
+    if mask.dtype != torch.bool or mask.ndim != 4:
+        raise ConfigError(
+            f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
+            "Convert it."
+        )
+    return mask

@@ -70,14 +70,14 @@ def honour_custom_on_cpu() -> None:
 
     if not current_platform.is_cpu():
         return
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     stock = platform.get_attn_backend_cls
 
     @functools.wraps(stock)
     def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
         if selected_backend is not AttentionBackendEnum.CUSTOM:
             return stock(selected_backend, attn_selector_config, num_heads)
-        backend = selected_backend.get_class()
+        backend: Any = selected_backend.get_class()
         # No CPU has a compute capability, and none of the checks that ours answers looks at it.
         reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
@@ -94,7 +94,7 @@ def check_engines() -> None:
     """Refuse engines that chose CUSTOM and cannot have it, while their configuration is made; see `check_engine`."""
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     stock = platform.check_and_update_config
 
     @functools.wraps(stock)
@@ -122,7 +122,8 @@ def salt_requests() -> None:
     """In the front end: check each request's `farspan.*` overrides, and salt its prefix-cache blocks by its options."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    stock = InputProcessor.process_inputs
+    processor: Any = InputProcessor
+    stock = processor.process_inputs
     if hasattr(stock, "__wrapped__"):
         return
 
@@ -133,7 +134,7 @@ def salt_requests() -> None:
             request.cache_salt = salt_of(self.vllm_config, request)
         return request
 
-    InputProcessor.process_inputs = process_inputs
+    processor.process_inputs = process_inputs
 
 
 def salt_of(vllm_config: Any, request: Any) -> str | None:

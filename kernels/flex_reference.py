@@ -87,17 +87,22 @@ def divergence(found: FlexEstimate) -> torch.Tensor:
     return ((halves[0] + halves[1]) / 2).clamp_min(0).sqrt()
 
 
-def mass_threshold(mass: torch.Tensor, forced: torch.Tensor, valid: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """The largest T such that the forced entries and those >= T hold `gamma` of the mass.
+def mass_threshold(
+    mass: torch.Tensor, forced: torch.Tensor, valid: torch.Tensor, gamma: torch.Tensor, key: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The largest T such that the forced entries and those with key >= T hold `gamma` of the mass.
 
-    It gives the smallest number of entries that reach `gamma`; entries that tie with the last one all count.
-    mass: [..., n]; forced, valid: [..., n] bool; gamma: [...]. Returns [...], 0 for "everything" (gamma >= 1).
+    It gives the smallest number of entries, in the order of the key, that reach `gamma`; entries that tie with the
+    last one all count.
+    mass, key: [..., n], the mass itself being the key when None; forced, valid: [..., n] bool; gamma: [...].
+    Returns [...], 0 for "everything" (gamma >= 1).
     """
-    free = torch.where(valid & ~forced, mass, -1.0)
+    free = torch.where(valid & ~forced, mass if key is None else key, -1.0)
     held = torch.where(valid & forced, mass, 0.0).sum(-1)
-    ordered = free.sort(-1, descending=True).values
-    target = gamma * (held + free.clamp_min(0).sum(-1))
-    reached = held[..., None] + ordered.clamp_min(0).cumsum(-1) >= target[..., None]
+    ordered, order = free.sort(dim=-1, descending=True)
+    weights = torch.where(valid & ~forced, mass, 0.0).gather(-1, order)
+    target = gamma * (held + weights.sum(-1))
+    reached = held[..., None] + weights.cumsum(-1) >= target[..., None]
     index = (~reached).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
     threshold = torch.where(reached.any(-1), ordered.gather(-1, index)[..., 0], 0.0)
     # Just above the rest where the forced entries suffice; still of their size, because the min budget divides by it.
@@ -127,6 +132,30 @@ def column_and_diagonal_mass(
         inside = (distance >= 0).expand_as(mass)
         diagonal += torch.where(inside, (mass * (1 - share)).gather(-1, distance.clamp_min(0).expand_as(mass)), 0.0)
     return column, diagonal
+
+
+def line_thresholds(
+    found: FlexEstimate,
+    column: torch.Tensor,
+    diagonal: torch.Tensor,
+    kv_lens: torch.Tensor,
+    block_size: int,
+    gamma: torch.Tensor,
+) -> torch.Tensor:
+    """The largest T whose columns and diagonals of mass >= T keep gamma of the representative queries' attention.
+
+    A block is kept by its column or by its diagonal. Returns [num_q_heads, num_selected].
+    """
+    index = torch.arange(column.shape[-1])
+    last = ((kv_lens + block_size - 1) // block_size - 1)[None, :, None].long()
+    keys, forced = [], []
+    for tile in (last - 1, last):
+        on_diagonal = diagonal.gather(-1, (tile - index).clamp_min(0).expand_as(diagonal))
+        keys.append(torch.maximum(column, torch.where(index <= tile, on_diagonal, 0.0)))
+        forced.append(((index == 0) | (index == tile)).expand_as(column))
+    valid = (index <= last).expand_as(column)
+    key, mass = torch.cat(keys, -1), torch.cat([found.tile_mass[0], found.tile_mass[1]], -1)
+    return mass_threshold(mass, torch.cat(forced, -1), torch.cat([valid] * 2, -1), gamma, key)
 
 
 def tile_rows(tiles: PrefillTiles, tile: int, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> tuple[int, int]:
@@ -191,10 +220,7 @@ def select(
     is_query_aware = distance < tau
 
     column, diagonal = column_and_diagonal_mass(found, kv_lens, tiles.block_size)
-    valid = (index < (kv_lens[:, None] + tiles.block_size - 1) // tiles.block_size).expand_as(column)
-    forced = (index == 0).expand_as(column)
-    lines = torch.cat([column, diagonal], -1)
-    line_threshold = mass_threshold(lines, torch.cat([forced] * 2, -1), torch.cat([valid] * 2, -1), gamma)
+    line_threshold = line_thresholds(found, column, diagonal, kv_lens, tiles.block_size, gamma)
 
     slots = torch.searchsorted(requests, tiles.tile_request)
     diagonal_block = tiles.tile_block.long()[:, None]

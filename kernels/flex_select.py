@@ -13,19 +13,20 @@ from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
 @triton.jit
-def _mass_threshold(first, second, held, gamma):
-    """The largest T such that `held` and the entries >= T reach gamma of all; -1 marks entries that do not count.
+def _mass_threshold(first_key, first, second_key, second, held, gamma):
+    """The largest T such that `held` and the entries with key >= T reach gamma of all mass.
 
-    first, second: two vectors of one size, float32. See `flex_reference.mass_threshold`.
+    first, second: mass of two vectors of entries, float32, with their keys; entries that do not count have key -1 and
+    mass 0. See `flex_reference.mass_threshold`.
     """
-    target = gamma * (held + tl.sum(tl.maximum(first, 0.0)) + tl.sum(tl.maximum(second, 0.0)))
-    above = tl.maximum(2 * tl.maximum(tl.max(first, 0), tl.max(second, 0)), 1e-30)
+    target = gamma * (held + tl.sum(first) + tl.sum(second))
+    above = tl.maximum(2 * tl.maximum(tl.max(first_key, 0), tl.max(second_key, 0)), 1e-30)
     low = tl.zeros([], tl.int32)
     high = above.to(tl.int32, bitcast=True)
     while low + 1 < high:
         middle = low + (high - low) // 2
         cut = middle.to(tl.float32, bitcast=True)
-        got = held + tl.sum(tl.where(first >= cut, first, 0.0)) + tl.sum(tl.where(second >= cut, second, 0.0))
+        got = held + tl.sum(tl.where(first_key >= cut, first, 0.0)) + tl.sum(tl.where(second_key >= cut, second, 0.0))
         low = tl.where(got >= target, middle, low)
         high = tl.where(got >= target, high, middle)
     threshold = tl.where(held >= target, above, low.to(tl.float32, bitcast=True))
@@ -96,9 +97,22 @@ def _head_kernel(
     tl.store(column_ptr + row + offs, column, mask=used)
     tl.store(diagonal_ptr + row + offs, diagonal, mask=used)
 
-    held = tl.sum(tl.where(offs == 0, column + diagonal, 0.0))
-    free = used & (offs > 0)
-    threshold = _mass_threshold(tl.where(free, column, -1.0), tl.where(free, diagonal, -1.0), held, gamma)
+    # A block is kept by its column or by its diagonal: for each tile, the larger of the two decides.
+    tl.debug_barrier()
+    on_diagonal = tl.load(diagonal_ptr + row + last - offs, mask=used, other=0.0)
+    in_before = offs < last
+    before_diagonal = tl.load(diagonal_ptr + row + last - 1 - offs, mask=in_before, other=0.0)
+    last_free = used & (offs > 0) & (offs != last)
+    before_free = used & (offs > 0) & (offs != last - 1)
+    held = tl.sum(tl.where(last_free, 0.0, last_mass)) + tl.sum(tl.where(before_free, 0.0, before_mass))
+    threshold = _mass_threshold(
+        tl.where(last_free, tl.maximum(column, on_diagonal), -1.0),
+        tl.where(last_free, last_mass, 0.0),
+        tl.where(before_free, tl.maximum(column, before_diagonal), -1.0),
+        tl.where(before_free, before_mass, 0.0),
+        held,
+        gamma,
+    )
     tl.store(threshold_ptr + head * num_selected + slot, threshold)
 
 
@@ -242,8 +256,10 @@ def _lists_kernel(
             request = tl.load(tile_request_ptr + tile)
             gamma = tl.load(gamma_ptr + head * stride_gamma_head + request * stride_gamma_request)
             held = tl.sum(tl.where(always, mass, 0.0))
-            free = tl.where(causal & (offs > 0) & (offs != tile_block), mass, -1.0)
-            threshold = _mass_threshold(free, tl.full([PADDED], -1.0, tl.float32), held, gamma)
+            key = tl.where(always | (offs > tile_block), -1.0, mass)
+            free = tl.where(always, 0.0, mass)
+            nothing = tl.zeros([PADDED], tl.float32)
+            threshold = _mass_threshold(key, free, nothing - 1.0, nothing, held, gamma)
         else:
             row = (head * num_selected + slot).to(tl.int64) * num_blocks
             column = tl.load(column_ptr + row + offs, mask=causal, other=0.0)

@@ -58,18 +58,23 @@ def _attend_keys(
     mask_d = offs_d[None, :] < HEAD_DIM
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     first = key_begin // BLOCK_N * BLOCK_N
-    next_page = tl.load(table_row_ptr + first // PAGE_SIZE, mask=key_begin < key_end, other=0)
+    # Page ids are loaded one step ahead, so that the loads of keys and values wait for no other load.
+    if ONE_PAGE:
+        next_page = tl.load(table_row_ptr + first // PAGE_SIZE, mask=key_begin < key_end, other=0)
+    else:
+        position = first + offs_n
+        next_page = tl.load(table_row_ptr + position // PAGE_SIZE, mask=position < key_end, other=0)
     for start in tl.range(first, key_end, BLOCK_N, num_stages=NUM_STAGES):
         position = start + offs_n
         in_reach = position < key_end
+        page = next_page.to(tl.int64)
         if ONE_PAGE:
-            page = next_page.to(tl.int64)
             following = start + BLOCK_N
-            next_page = tl.load(table_row_ptr + following // PAGE_SIZE, mask=following < key_end, other=0)
             key_ptrs = kv_head_ptr + page * stride_page + (start % PAGE_SIZE + offs_n)[:, None] * stride_token
         else:
-            pages = tl.load(table_row_ptr + position // PAGE_SIZE, mask=in_reach, other=0).to(tl.int64)
-            key_ptrs = kv_head_ptr + (pages * stride_page + position % PAGE_SIZE * stride_token)[:, None]
+            following = position + BLOCK_N
+            key_ptrs = kv_head_ptr + (page * stride_page + position % PAGE_SIZE * stride_token)[:, None]
+        next_page = tl.load(table_row_ptr + following // PAGE_SIZE, mask=following < key_end, other=0)
         key_ptrs += offs_d[None, :]
         # Memory past a request's end may hold NaN, which no zero weight removes.
         mask_kv = in_reach[:, None] & mask_d

@@ -28,6 +28,9 @@ NEAR = tl.constexpr(0)
 FAR = tl.constexpr(1)
 STRADDLING = tl.constexpr(2)
 
+# Entries of a block list that are compared with the shift at a time.
+BLOCKS_COUNTED = tl.constexpr(128)
+
 
 @triton.jit
 def _load_key_value(
@@ -53,43 +56,47 @@ def _load_key_value(
     MASKED zeroes the values at and past kv_end, which may be NaN in memory.
     """
     offs_n = start + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    # Whether a key tile lies in one page.
     ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0
     if ONE_PAGE:
-        # Every tile lies in one page.
         if PAGE_SIZE == 0:
             page = tl.load(table_row_ptr)
             offset = start
         else:
             page = tl.load(table_row_ptr + start // PAGE_SIZE)
             offset = start % PAGE_SIZE
-        if USE_TMA:
-            # The copy engine takes 32-bit coordinates; the launcher checks that every row has one.
-            row = page * stride_page + kv_head * stride_head + offset
-            key = key_source.load([row, 0])
-            value = value_source.load([row, 0])
-            if MASKED:
-                value = tl.where((offs_n < kv_end)[:, None], value, 0.0)
-            return key, value
-        base = page.to(tl.int64) * stride_page + kv_head.to(tl.int64) * stride_head + offset.to(tl.int64) * stride_token
-        rows = base + tl.arange(0, BLOCK_N) * stride_token
     else:
         if MASKED:
             page = tl.load(table_row_ptr + offs_n // PAGE_SIZE, mask=offs_n < kv_end, other=0)
         else:
             page = tl.load(table_row_ptr + offs_n // PAGE_SIZE)
-        base = page.to(tl.int64) * stride_page + kv_head.to(tl.int64) * stride_head
-        rows = base + (offs_n % PAGE_SIZE) * stride_token
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = rows[:, None] + offs_d[None, :]
-    if MASKED or HEAD_DIM != BLOCK_D:
-        mask = offs_d[None, :] < HEAD_DIM
+        offset = offs_n % PAGE_SIZE
+
+    if USE_TMA:
+        # The copy engine takes 32-bit coordinates; the launcher checks that every row has one.
+        row = page * stride_page + kv_head * stride_head + offset
+        key = key_source.load([row, 0])
+        value = value_source.load([row, 0])
         if MASKED:
-            mask = mask & (offs_n < kv_end)[:, None]
-        key = tl.load(key_source + pointers, mask=mask, other=0.0)
-        value = tl.load(value_source + pointers, mask=mask, other=0.0)
+            value = tl.where((offs_n < kv_end)[:, None], value, 0.0)
     else:
-        key = tl.load(key_source + pointers)
-        value = tl.load(value_source + pointers)
+        rows = page.to(tl.int64) * stride_page + kv_head.to(tl.int64) * stride_head
+        if ONE_PAGE:
+            rows += offset.to(tl.int64) * stride_token
+            rows += tl.arange(0, BLOCK_N) * stride_token
+        else:
+            rows += offset * stride_token
+        pointers = rows[:, None] + offs_d[None, :]
+        if MASKED or HEAD_DIM != BLOCK_D:
+            mask = offs_d[None, :] < HEAD_DIM
+            if MASKED:
+                mask = mask & (offs_n < kv_end)[:, None]
+            key = tl.load(key_source + pointers, mask=mask, other=0.0)
+            value = tl.load(value_source + pointers, mask=mask, other=0.0)
+        else:
+            key = tl.load(key_source + pointers)
+            value = tl.load(value_source + pointers)
     return key, value
 
 
@@ -306,20 +313,21 @@ def _prefill_kernel(
 
     # Blocks [0, num_far) lie at distance `shift` or more from every query of the tile, [num_far, num_shifted) from
     # some, [num_shifted, last) from none. Lists ascend, so that these are ranges.
-    num_shifted = 0
     query_far = query
     if HAS_SHIFT:
         query_far = _rotate(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         far_end = first_position - shift + 1
         shifted_end = end_position - shift
         if HAS_LISTS:
-            num_far = 0
-            for chunk in range(0, last, 128):
-                offs_block = chunk + tl.arange(0, 128)
-                ids = tl.load(ids_ptr + offs_block, mask=offs_block < last, other=0)
-                first_key = ids * BLOCK_SIZE
-                num_far += tl.sum(((offs_block < last) & (first_key + BLOCK_SIZE <= far_end)).to(tl.int32), 0)
-                num_shifted += tl.sum(((offs_block < last) & (first_key < shifted_end)).to(tl.int32), 0)
+            is_far = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
+            is_shifted = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
+            for first_index in range(0, last, BLOCKS_COUNTED):
+                index = first_index + tl.arange(0, BLOCKS_COUNTED)
+                first_key = tl.load(ids_ptr + index, mask=index < last, other=0) * BLOCK_SIZE
+                is_far += ((index < last) & (first_key + BLOCK_SIZE <= far_end)).to(tl.int32)
+                is_shifted += ((index < last) & (first_key < shifted_end)).to(tl.int32)
+            num_far = tl.sum(is_far, 0)
+            num_shifted = tl.sum(is_shifted, 0)
         else:
             num_far = tl.minimum(tl.maximum(far_end, 0) // BLOCK_SIZE, last)
             num_shifted = tl.minimum((tl.maximum(shifted_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
@@ -336,6 +344,8 @@ def _prefill_kernel(
             BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, STRADDLING,
             PRECISION,
         )  # fmt: skip
+    else:
+        num_shifted = 0
     acc, row_max, row_sum = _attend_blocks(
         acc, row_max, row_sum, query, query_far, position, num_shifted * TILES_PER_BLOCK, last * TILES_PER_BLOCK,
         ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,

@@ -9,21 +9,6 @@ from functools import lru_cache
 
 import torch
 
-# Shared memory that one program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table of
-# technical specifications per compute capability).
-SHARED_MEMORY_BYTES = {
-    (8, 0): 163 * 1024,
-    (8, 6): 99 * 1024,
-    (8, 7): 163 * 1024,
-    (8, 9): 99 * 1024,
-    (9, 0): 227 * 1024,
-    (10, 0): 227 * 1024,
-    (10, 3): 227 * 1024,
-    (12, 0): 99 * 1024,
-    (12, 1): 99 * 1024,
-}
-SMALLEST_SHARED_MEMORY_BYTES = 99 * 1024
-
 
 @dataclass(frozen=True)
 class PrefillConfig:
@@ -78,25 +63,32 @@ def prefill_config(
     heads_that_share: query heads that read the same keys, values and block lists.
     has_shift: whether a second, rotated query tile is held.
     """
-    is_wide = dtype == torch.float32
-    max_rows, block_n, num_stages = 128, 64, 2
-    shared_memory = SHARED_MEMORY_BYTES.get(capability, SMALLEST_SHARED_MEMORY_BYTES)
     is_hopper = capability[0] == 9
+    is_wide = dtype == torch.float32
+    # Rows of a program, keys of a step, warps, stages. Shapes of 16-bit types that only were compiled, for 8.0 and 9.0,
+    # have no spills and stay within the 99 KiB of shared memory that 8.6 and 8.9 have.
     if is_wide:
-        # Tensor cores in three tf32 passes: right to float32, and rarely used. Compiled for 8.0 and 9.0, not tuned.
-        max_rows, block_n, num_stages = (64, 32, 2) if head_dim <= 128 else (32, 16, 2)
+        # Three tf32 products stand for each float32 one, which costs registers. Compiled only.
+        rows, block_n, num_warps, num_stages = (16, 32, 4, 2) if head_dim <= 128 else (16, 16, 8, 2)
+    elif head_dim > 128 and has_shift:
+        # Compiled only.
+        rows, block_n, num_warps, num_stages = 64, 16, 8, 2
     elif head_dim > 128:
-        # Compiled for 8.0 and 9.0, not tuned.
-        block_n = 64 if shared_memory > 200 * 1024 else 32
+        # Compiled only.
+        rows, block_n, num_warps, num_stages = (128, 32, 8, 3) if is_hopper else (64, 32, 8, 3)
     elif is_hopper:
-        # H100 80GB, 2026-11-22.
-        num_stages = 3 if has_shift else 4
+        # H100 80GB, 2026-11-22. The pipeliner spreads the stages over the two look-ups of a page as well: 5 are three
+        # buffers of keys and values.
+        rows, block_n, num_warps, num_stages = 128, 64, 8, 5
+    else:
+        # Compiled only.
+        rows, block_n, num_warps, num_stages = 128, 64 if head_dim <= 64 else 32, 8, 3
 
-    block_t = min(block_size, next_power_of_2(tokens_per_tile), max_rows)
+    block_t = min(block_size, next_power_of_2(tokens_per_tile), rows)
     heads_per_tile = max(
         heads
         for heads in range(1, heads_that_share + 1)
-        if heads_that_share % heads == 0 and (heads == 1 or block_t * next_power_of_2(heads) <= max_rows)
+        if heads_that_share % heads == 0 and (heads == 1 or block_t * next_power_of_2(heads) <= rows)
     )
     # The tensor cores take no fewer than 16 rows.
     block_t = max(block_t, 16 // next_power_of_2(heads_per_tile))
@@ -105,7 +97,8 @@ def prefill_config(
         block_t=block_t,
         heads_per_tile=heads_per_tile,
         block_n=min(block_n, block_size),
-        num_warps=8 if block_m >= 128 else 4,
+        # Fewer rows than planned for want fewer warps; wide heads keep them for their registers.
+        num_warps=num_warps if block_m == rows or (head_dim > 128 and block_m >= 64) else 4,
         num_stages=num_stages,
         use_tma=is_hopper and not is_wide,
         kv_heads_together=2,

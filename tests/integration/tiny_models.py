@@ -87,12 +87,10 @@ def make_weights(architecture: str, hidden: int) -> dict[str, torch.Tensor]:
 
 def write_tokenizer(folder: Path) -> None:
     """Words t0, t1, …, separated by spaces, each its own number."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # A word level model joins tokens by spaces only if a decoder tells it to; each token keeps the space before it.
-    tokenizer.decoder = decoders.Metaspace(replacement="_", prepend_scheme="never")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", unk_token="t0")
     fast.save_pretrained(folder)

@@ -39,8 +39,8 @@ class Case:
 CASES = [
     Case((1,), (1,)),
     Case((1,), (63,), group=1),
-    Case((1000,), (1000,), tau=0.15),
-    Case((640,), (640,), page_size=64, tau=0.15, share=True),
+    Case((1000,), (1000,), tau=0.15, group=1),
+    Case((320,), (640,), page_size=64, tau=0.15, share=True),
     Case((65, 200, 2), (65, 777, 130), group=1, tau=0.12, min_blocks=3),
     Case((127,), (511,), group=7, tau=0.5, page_size=32),
     Case((129, 64), (513, 640), group=4, share=True, tau=0.1, min_blocks=4),
@@ -117,20 +117,14 @@ def test_estimate_equals_reference(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_lists_equal_reference(case: Case, device: torch.device) -> None:
-    ours, expected = select_both(case, batch_of(case, device))
+def test_lists_equal_reference_and_keep_their_contract(case: Case, device: torch.device) -> None:
+    batch = batch_of(case, device)
+    ours, expected = select_both(case, batch)
     torch.testing.assert_close(ours.divergence.cpu(), expected.divergence, atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.is_query_aware.cpu(), expected.is_query_aware)
     assert lists_of(ours.block_lists) == lists_of(expected.block_lists)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_lists_keep_their_contract(case: Case, device: torch.device) -> None:
-    batch = batch_of(case, device)
-    tiles = batch.tiles(case.block_size)
-    ours, _ = select_both(case, batch)
     for head in lists_of(ours.block_lists):
-        for block, ids in zip(tiles.tile_block.tolist(), head, strict=True):
+        for block, ids in zip(batch.tiles(case.block_size).tile_block.tolist(), head, strict=True):
             assert ids == sorted(set(ids))
             assert ids[0] == 0
             assert ids[-1] == block

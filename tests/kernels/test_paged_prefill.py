@@ -231,8 +231,8 @@ def test_strided_query_and_output(device: torch.device) -> None:
 def test_contiguous_sequences_are_one_page_each(
     device: torch.device, length: int, head_dim: int, dtype: torch.dtype, use_tma: bool | None, packed: bool
 ) -> None:
-    if use_tma and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("the tensor copy engine came with Hopper")
+    if use_tma and device.type == "cuda" and (torch.cuda.get_device_capability()[0] < 9 or dtype == torch.float32):
+        pytest.skip("the copy engine came with Hopper, and is not used for float32")
     num_seqs, num_heads = 2, 2
     if packed:
         packed_kv = torch.randn(num_seqs, num_heads, length, 2 * head_dim).to(dtype).to(device)

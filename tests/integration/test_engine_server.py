@@ -1,0 +1,79 @@
+"""The OpenAI server with farspan, driven by the `openai` client."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_engine_tokens import generate, make_prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+START_LIMIT_S = 180
+PROMPTS = make_prompts((5, 300, 900), seed=11)
+
+
+@pytest.fixture
+def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
+    """An `openai` client of a running server; the server's log must name our backend."""
+    import openai
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dirs("llama"))]
+    command += ["--attention-backend", "CUSTOM", "--served-model-name", "tiny", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    command += ["--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--num-gpu-blocks-override", "128"]
+    command += ["--additional-config", '{"farspan": {"prefill": {"method": "flex", "min_seq_len": 1000000}}}']
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        try:
+            wait_until_up(client, process, log)
+            yield client
+            assert "farspan attention on cpu" in log.read_text()
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_until_up(client: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    import openai
+
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            client.models.list()
+            return
+        except openai.APIConnectionError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start in {START_LIMIT_S} s: {log.read_text()[-4000:]}")
+
+
+def test_completions(make_llm: Any, server: Any) -> None:
+    import openai
+
+    expected = generate(make_llm("llama", None, enable_prefix_caching=False), PROMPTS, 12)
+    ask = {"model": "tiny", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        words = [f"t{token}" for token in tokens]
+        assert server.completions.create(prompt=prompt, **ask).choices[0].text.split() == words
+        parts = [chunk.choices[0].text for chunk in server.completions.create(prompt=prompt, stream=True, **ask)]
+        assert len(parts) > 1
+        assert "".join(parts).split() == words
+    bad = {**ask, "extra_body": {"vllm_xargs": {"farspan.gamma": 2}}}
+    with pytest.raises(openai.BadRequestError, match=r"farspan.gamma=2"):
+        server.completions.create(prompt=PROMPTS[0], **bad)
+    good = {**ask, "extra_body": {"ignore_eos": True, "vllm_xargs": {"farspan.method": "dense"}}}
+    assert server.completions.create(prompt=PROMPTS[0], **good).choices[0].text.split() == [
+        f"t{token}" for token in expected[0]
+    ]

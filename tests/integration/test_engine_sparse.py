@@ -1,0 +1,71 @@
+"""Sparse prefill through vLLM: exact where all blocks are read, apart from exact KV in the cache, overridable."""
+
+from typing import Any
+
+import pytest
+
+from tests.integration.test_engine_tokens import generate, launches, make_prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+PROMPTS = make_prompts((63, 700, 1500, 129), seed=3)
+EVERYTHING = {
+    "flex": {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "coverage_rows": 2},
+    "sink_local": {"method": "block_sparse", "local_blocks": 100, "block_size": 64},
+}
+"""Options under which every causal block is read."""
+
+
+def with_prefill(make_llm: Any, prefill: dict[str, Any]) -> Any:
+    options = {"farspan": {"prefill": prefill}}
+    return make_llm(max_num_batched_tokens=512, max_num_seqs=16, block_size=32, additional_config=options)
+
+
+def run(llm: Any, **extra_args: Any) -> tuple[list[list[int]], list[int]]:
+    """Greedy tokens of the prompts, and how many of each prompt's tokens came from the prefix cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, extra_args=extra_args or None)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
+
+
+@pytest.mark.parametrize("method", EVERYTHING)
+def test_all_blocks_give_the_stock_tokens(make_llm: Any, method: str) -> None:
+    expected = generate(make_llm("llama", None, enable_prefix_caching=False), PROMPTS, 10)
+    llm = with_prefill(make_llm, EVERYTHING[method])
+    assert run(llm)[0] == expected
+    assert launches(llm)["prefill_sparse"] > 0
+    assert "prefill_dense" not in launches(llm)
+    # Sparse stays sparse on a prefix hit.
+    tokens, cached = run(llm)
+    assert tokens == expected
+    assert cached[1] >= 640
+
+
+@pytest.mark.parametrize(
+    "prefill",
+    [
+        {"method": "flex", "gamma": 0.6, "min_budget": 0, "min_seq_len": 0},
+        {"method": "block_sparse", "local_blocks": 2},
+    ],
+    ids=["flex", "sink_local"],
+)
+def test_sparse_and_dense_requests_share_an_engine_but_no_blocks(make_llm: Any, prefill: dict[str, Any]) -> None:
+    expected = generate(make_llm("llama", None, enable_prefix_caching=False), PROMPTS, 10)
+    llm = with_prefill(make_llm, prefill)
+    sparse, cached = run(llm)
+    assert cached == [0, 0, 0, 0]
+    assert sparse != expected
+    dense, cached = run(llm, **{"farspan.method": "dense"})
+    assert cached == [0, 0, 0, 0]
+    assert dense == expected
+    assert run(llm, **{"farspan.method": "dense"})[1][1] >= 640
+    assert run(llm) == (sparse, run(llm)[1])
+
+
+def test_bad_override_fails_its_request_alone(make_llm: Any) -> None:
+    llm = with_prefill(make_llm, EVERYTHING["flex"])
+    with pytest.raises(ValueError, match=r"farspan.gamma=2; allowed: a number in \(0, 1\]"):
+        run(llm, **{"farspan.gamma": 2})
+    assert len(run(llm, **{"farspan.gamma": 0.9})[0]) == len(PROMPTS)
