@@ -36,6 +36,7 @@ STOCK = "vLLM's own"
 ENGINES: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "farspan dense": {"prefill": {"method": "dense"}},
+    "farspan flex": {"prefill": {"method": "flex", "gamma": 0.95}},
 }
 EXACT = ("farspan dense",)
 
