@@ -12,7 +12,7 @@ import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
 from farspan.engine_ext.requests import prefill_of_request, source_of
-from farspan.engine_ext.shift import shift_of_model
+from farspan.engine_ext.rotary import string_shift_for_layer
 from farspan.engine_ext.support import config_of
 from farspan.kernels.paged_decode import DecodeWorkspace
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
@@ -110,10 +110,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.dense_needs_tiles = dense_kernel == "triton"
 
         if self.config.string is not None:
-            trained_len = vllm_config.model_config.hf_text_config.max_position_embeddings
-            shift = shift_of_model(self.config.string, self.requests.model(), layers, trained_len, device)
-            for layer in layers:
-                layer.impl.string = shift
+            for name, layer in zip(layer_names, layers, strict=True):
+                layer.impl.string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
