@@ -120,6 +120,8 @@ def chooses_farspan(vllm_config: Any) -> bool:
 # vLLM has no hook on incoming requests. Drop when backends can validate and salt them (not in 0.33).
 def salt_requests() -> None:
     """In the front end: check each request's `farspan.*` overrides, and salt its prefix-cache blocks by its options."""
+    from farspan.engine_ext.errors import ConfigError
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     processor: Any = InputProcessor
@@ -131,7 +133,11 @@ def salt_requests() -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = stock(self, *args, **kwargs)
         if chooses_farspan(self.vllm_config):
-            request.cache_salt = salt_of(self.vllm_config, request)
+            try:
+                request.cache_salt = salt_of(self.vllm_config, request)
+            except ConfigError as error:
+                # The server answers 400 to vLLM's own validation errors alone.
+                raise VLLMValidationError(str(error), parameter="extra_args") from error
         return request
 
     processor.process_inputs = process_inputs
