@@ -33,6 +33,17 @@ BLOCKS_COUNTED = tl.constexpr(128)
 
 
 @triton.jit
+def _look_up(ptr, index):
+    """Load one int32 as two halves.
+
+    The pipeliner shares its stages among all chained loads of 32 bits and more: seen as one of them, each look-up on
+    the way to a page would cost a buffer of keys and values. The entries come out of the L1 cache in time without it.
+    """
+    halves = (ptr + index).to(tl.pointer_type(tl.uint16))
+    return tl.load(halves).to(tl.int32) | (tl.load(halves + 1).to(tl.int32) << 16)
+
+
+@triton.jit
 def _load_key_value(
     key_source,
     value_source,
@@ -64,7 +75,7 @@ def _load_key_value(
             page = tl.load(table_row_ptr)
             offset = start
         else:
-            page = tl.load(table_row_ptr + start // PAGE_SIZE)
+            page = _look_up(table_row_ptr, start // PAGE_SIZE)
             offset = start % PAGE_SIZE
     else:
         if MASKED:
@@ -138,7 +149,7 @@ def _attend_blocks(
     for step in tl.range(first_step, end_step):
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
-            block = tl.load(ids_ptr + step // TILES_PER_BLOCK)
+            block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
             start = block * BLOCK_SIZE + (step % TILES_PER_BLOCK) * BLOCK_N
         else:
             start = step * BLOCK_N
