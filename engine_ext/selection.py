@@ -15,6 +15,7 @@ from farspan.engine_ext.metadata import PrefillGroup
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
 from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
 from farspan.kernels.flex_select import flex_block_lists
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 
@@ -74,6 +75,8 @@ class FlexSelector:
         self.prefill = prefill
         self.scale = layer.scale
         self.budgets = BudgetController(layer.num_q_heads, layer.device)
+        self.string: RotaryShift | None = None
+        """The layer's shifted positions, by which its keys are scored too."""
         self.density: torch.Tensor | None = None
         """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
 
@@ -96,6 +99,7 @@ class FlexSelector:
             min_budget=self.prefill.min_budget,
             max_budget=self.prefill.max_budget,
             share_kv_group=self.prefill.share_kv_group,
+            string=self.string,
         )
         if self.measures:
             self.density = selection.density(group.tiles, group.request_ids)
@@ -110,7 +114,7 @@ class FlexSelector:
         """Raise the budgets of the heads that kept less than gamma."""
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows)
+        coverage = measure_coverage(*batch, self.scale, lse, rows, self.string)
         self.budgets.update(coverage, self.gamma_of(group))
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
