@@ -15,6 +15,7 @@ from farspan.engine_ext.metadata import PrefillGroup
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
 from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
 from farspan.kernels.flex_select import flex_block_lists
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 
@@ -74,6 +75,8 @@ class FlexSelector:
         self.prefill = prefill
         self.scale = layer.scale
         self.budgets = BudgetController(layer.num_q_heads, layer.device)
+        self.string: RotaryShift | None = None
+        """The layer's shifted positions, by which its keys are scored too."""
         self.density: torch.Tensor | None = None
         """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
 
@@ -96,6 +99,7 @@ class FlexSelector:
             min_budget=self.prefill.min_budget,
             max_budget=self.prefill.max_budget,
             share_kv_group=self.prefill.share_kv_group,
+            string=self.string,
         )
         if self.measures:
             self.density = selection.density(group.tiles, group.request_ids)
@@ -110,7 +114,7 @@ class FlexSelector:
         """Raise the budgets of the heads that kept less than gamma."""
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows)
+        coverage = measure_coverage(*batch, self.scale, lse, rows, self.string)
         self.budgets.update(coverage, self.gamma_of(group))
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
@@ -156,13 +160,13 @@ class MaskSelector(StaticSelector):
     def __init__(self, prefill: BlockSparsePrefill, layer: LayerShape) -> None:
         assert prefill.mask_file is not None
         path = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
-        mask = load_mask(prefill.mask_file)
-        layers = mask.shape[0]
+        masks = load_mask(prefill.mask_file)
+        layers = masks.shape[0]
         if layers != 1 and layer.layer_index >= layers:
             raise ConfigError(
                 f"{path} has masks for {layers} layers, the model has more. Give one mask, or one a layer."
             )
-        mask = mask[layer.layer_index if layers > 1 else 0]
+        mask = torch.from_numpy(np.array(masks[layer.layer_index if layers > 1 else 0]))
         heads = mask.shape[0]
         per_rank = {layer.num_q_heads * layer.tp_size, layer.num_kv_heads * layer.tp_size}
         if heads != 1 and heads not in per_rank:
@@ -190,21 +194,24 @@ class MaskSelector(StaticSelector):
         return gather_rows(self.rows, group.tiles)
 
 
-def load_mask(file: str) -> torch.Tensor:
-    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError."""
+def load_mask(file: str) -> np.ndarray:
+    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError.
+
+    What is not asked for of an .npy file stays on disk.
+    """
     path = f"{ROOT}.prefill.mask_file={file!r}"
     if not Path(file).is_file():
         raise ConfigError(f"{path} is not there. Name an existing .npy or .safetensors file.")
     if file.endswith(".npy"):
-        mask = torch.from_numpy(np.load(file, allow_pickle=False))
+        mask = np.load(file, mmap_mode="r", allow_pickle=False)
     else:
-        from safetensors.torch import load_file
+        from safetensors.numpy import load_file
 
         tensors = load_file(file)
         if len(tensors) != 1:
             raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
         (mask,) = tensors.values()
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
+    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
         raise ConfigError(
             f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
             "Convert it."

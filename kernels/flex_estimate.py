@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
+from farspan.kernels.rope_shift import RotaryShift, rotate_tile
 
 # Programs a pass, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 TARGET_PROGRAMS = 528
@@ -47,16 +48,37 @@ def _load_rows(
     stride_query_token,
     first_row,
     num_rows,
+    cos_ptr,
+    sin_ptr,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
 ):
-    """Query rows [first_row, first_row + num_rows) of one head as [BLOCK_M, BLOCK_D], zero beyond."""
+    """Query rows [first_row, first_row + num_rows) of one head as [BLOCK_M, BLOCK_D], zero beyond.
+
+    Returns them as they are and as keys at shifted distances meet them; the same where HALF_ROTARY is 0.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m[:, None] < num_rows) & (offs_d[None, :] < HEAD_DIM)
     rows = (first_row + offs_m).to(tl.int64) * stride_query_token
-    return tl.load(query_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    query_ptrs = query_ptr + rows[:, None] + offs_d[None, :]
+    query = tl.load(query_ptrs, mask=mask, other=0.0)
+    far = query
+    if HALF_ROTARY > 0:
+        far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    return query, far
+
+
+@triton.jit
+def _logits(query, far, key, distance, shift, scale, HALF_ROTARY: tl.constexpr):
+    """Scaled logits in base 2; keys at `distance >= shift` meet the far query."""
+    logits = tl.dot(query, key, input_precision="ieee")
+    if HALF_ROTARY > 0:
+        logits = tl.where(distance < shift, logits, tl.dot(far, key, input_precision="ieee"))
+    return logits * (scale * 1.4426950408889634)
 
 
 @triton.jit
@@ -67,10 +89,13 @@ def _lse_kernel(
     seq_lens_ptr,
     query_start_ptr,
     requests_ptr,
+    cos_ptr,
+    sin_ptr,
     max_ptr,
     sum_ptr,
     pooled_logits_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     stride_page,
@@ -84,6 +109,8 @@ def _lse_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
 ):
     """Running maximum (base 2) and sum of every representative query over one split of the keys.
 
@@ -95,11 +122,17 @@ def _lse_kernel(
     query_end = tl.load(query_start_ptr + request + 1)
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
-    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    query, far = _load_rows(
+        query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+        BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+    )  # fmt: skip
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
     row_pos = kv_len - num_rows + tl.arange(0, BLOCK)
+    in_last = row_pos // BLOCK == tl.cdiv(kv_len, BLOCK) - 1
+    rows_in_last = tl.minimum((kv_len - 1) % BLOCK + 1, num_rows)
     out_row = (head * num_selected + slot).to(tl.int64)
+    second_row = (tl.num_programs(0) * num_selected).to(tl.int64) + out_row
 
     blocks_per_split = tl.cdiv(tl.cdiv(kv_len, BLOCK), tl.num_programs(1))
     low = split * blocks_per_split
@@ -111,15 +144,19 @@ def _lse_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
+        distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
+        logits = _logits(query, far, key, distance, shift, scale, HALF_ROTARY)
         # Rows and keys that do not exist are zero: the mean over the rest needs no mask.
-        pooled = tl.sum(logits) * 0.6931471805599453 / (num_rows * tl.minimum(kv_len - start, BLOCK))
-        tl.store(pooled_logits_ptr + out_row * num_blocks + block, pooled)
-        logits = tl.where((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None], logits, float("-inf"))
+        row_mean = tl.sum(logits, 1) * (0.6931471805599453 / tl.minimum(kv_len - start, BLOCK))
+        before_last = tl.sum(tl.where(in_last, 0.0, row_mean)) / tl.maximum(num_rows - rows_in_last, 1)
+        tl.store(pooled_logits_ptr + out_row * num_blocks + block, before_last)
+        last = tl.sum(tl.where(in_last, row_mean, 0.0)) / rows_in_last
+        tl.store(pooled_logits_ptr + second_row * num_blocks + block, last)
+        logits = tl.where(distance >= 0, logits, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         # A split that lies behind a query's position shows it no key: keep -inf - -inf out of exp2.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         maximum = new_maximum
     out = ((split * tl.num_programs(0) * num_selected).to(tl.int64) + out_row) * BLOCK + tl.arange(0, BLOCK)
     tl.store(max_ptr + out, maximum)
@@ -134,11 +171,14 @@ def _mass_kernel(
     seq_lens_ptr,
     query_start_ptr,
     requests_ptr,
+    cos_ptr,
+    sin_ptr,
     max_ptr,
     sum_ptr,
     tile_mass_ptr,
     column_share_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     stride_page,
@@ -152,6 +192,8 @@ def _mass_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
     SUB: tl.constexpr,
 ):
     """Block sums of the probabilities; grid and splits as in `_lse_kernel`, whose results it combines first."""
@@ -161,7 +203,10 @@ def _mass_kernel(
     query_end = tl.load(query_start_ptr + request + 1)
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
-    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    query, far = _load_rows(
+        query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+        BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+    )  # fmt: skip
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
     offs_m = tl.arange(0, BLOCK)
@@ -189,8 +234,9 @@ def _mass_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
-        causal = ((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None]) & (offs_m < num_rows)[:, None]
+        distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
+        logits = _logits(query, far, key, distance, shift, scale, HALF_ROTARY)
+        causal = (distance >= 0) & (offs_m < num_rows)[:, None]
         mass = tl.where(causal, tl.exp2(logits - lse[:, None]), 0.0) / num_rows
         by_columns = tl.sum(tl.reshape(mass, (BLOCK, SUB, BLOCK // SUB)), 2)
         row_mass = tl.sum(by_columns, 1)
@@ -220,6 +266,7 @@ def estimate(
     block_size: int,
     scale: float,
     num_splits: int | None = None,
+    string: RotaryShift | None = None,
 ) -> FlexEstimate:
     """Sum the representative queries' attention over blocks; tensors as in `flex_block_lists`.
 
@@ -235,13 +282,15 @@ def estimate(
     shape = (num_heads, num_selected, num_blocks)
     tile_mass = query.new_zeros((2, *shape), dtype=torch.float32)
     column_share = query.new_full(shape, 0.5, dtype=torch.float32)
-    pooled_logits = query.new_full(shape, float("-inf"), dtype=torch.float32)
+    pooled_logits = query.new_full((2, *shape), float("-inf"), dtype=torch.float32)
     maximum = query.new_empty((num_splits, num_heads, num_selected, block_size), dtype=torch.float32)
     total = torch.empty_like(maximum)
     grid = (num_heads, num_splits, num_selected)
-    tensors = (query, kv_cache, block_table, seq_lens, query_start_loc, requests, maximum, total)
+    cos, sin = (query, query) if string is None else (string.cos, string.sin)
+    tensors = (query, kv_cache, block_table, seq_lens, query_start_loc, requests, cos, sin, maximum, total)
     scalars = (
         scale,
+        0 if string is None else string.shift,
         query.stride(0),
         query.stride(1),
         kv_cache.stride(0),
@@ -251,15 +300,34 @@ def estimate(
         num_selected,
         num_blocks,
     )
+    block_d = max(triton.next_power_of_2(head_dim), 16)
     shapes = {
         "GROUP": num_heads // num_kv_heads,
         "BLOCK": block_size,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_D": block_d,
         "PAGE_SIZE": page_size,
+        **rotary_shapes(string),
         "num_warps": 8 if block_size == 128 else 4,
-        "num_stages": 3 if query.element_size() == 2 and head_dim <= 128 else 1,
+        "num_stages": _num_stages(
+            query.device, block_size * block_d * query.element_size(), 1 if string is None else 2
+        ),
     }
     _lse_kernel[grid](*tensors, pooled_logits, *scalars, **shapes)
     _mass_kernel[grid](*tensors, tile_mass, column_share, *scalars, **shapes, SUB=SUB_BLOCKS)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
+
+
+def _num_stages(device: torch.device, tile_bytes: int, num_query_tiles: int) -> int:
+    """Key tiles in flight: up to 3, as shared memory has room beside the queries."""
+    if device.type != "cuda":
+        return 1
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max(1, min(room // tile_bytes - num_query_tiles, 3))
+
+
+def rotary_shapes(string: RotaryShift | None) -> dict[str, int | bool]:
+    """Compile-time parameters of the shifted query."""
+    if string is None:
+        return {"HALF_ROTARY": 0, "IS_NEOX": True}
+    return {"HALF_ROTARY": len(string.cos), "IS_NEOX": string.is_neox}

@@ -8,6 +8,7 @@ inside the block, and one threshold serves both, so that a vertical line does no
 import torch
 from farspan.kernels.flex_types import NO_LIMIT, SUB_BLOCKS, TINY, FlexEstimate, FlexSelection
 from farspan.kernels.reference import gather_kv
+from farspan.kernels.rope_shift import RotaryShift, apply_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -22,12 +23,13 @@ def estimate(
     block_size: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    string: RotaryShift | None = None,
 ) -> FlexEstimate:
     """Sum the representative queries' attention over blocks; arguments as in `flex_block_lists`."""
     num_heads = query.shape[1]
     tile_mass = torch.zeros(2, num_heads, len(requests), num_blocks, dtype=dtype)
     column_share = torch.full((num_heads, len(requests), num_blocks), 0.5, dtype=dtype)
-    pooled_logits = torch.full((num_heads, len(requests), num_blocks), float("-inf"), dtype=dtype)
+    pooled_logits = torch.full_like(tile_mass, float("-inf"))
     for slot, request in enumerate(requests.tolist()):
         start, end = query_start_loc[request : request + 2].tolist()
         kv_len = int(seq_lens[request])
@@ -35,16 +37,20 @@ def estimate(
         key, _ = gather_kv(kv_cache, block_table[request], kv_len, dtype)
         key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
         num_rows = min(end - start, block_size)
-        rows = query[end - num_rows : end].to(dtype)
+        rows = query[end - num_rows : end]
         row_pos = torch.arange(kv_len - num_rows, kv_len)
-        logits = torch.einsum("qhd,khd->hqk", rows, key) * scale
-        pooled_logits[:, slot, :used] = _block_sums(logits.mean(1), block_size) / _block_lens(kv_len, block_size)
+        logits = torch.einsum("qhd,khd->hqk", rows.to(dtype), key) * scale
+        if string is not None:
+            far = torch.einsum("qhd,khd->hqk", apply_shift(rows, string).to(dtype), key) * scale
+            logits = torch.where(row_pos[:, None] - torch.arange(kv_len) < string.shift, logits, far)
         mask = torch.arange(kv_len) <= row_pos[:, None]
         mass = logits.masked_fill(~mask, float("-inf")).softmax(-1) / num_rows
         row_mass = _block_sums(mass, block_size)
         in_last = row_pos // block_size == used - 1
-        tile_mass[0, :, slot, :used] = row_mass[:, ~in_last].sum(1)
-        tile_mass[1, :, slot, :used] = row_mass[:, in_last].sum(1)
+        for tile, members in enumerate((~in_last, in_last)):
+            tile_mass[tile, :, slot, :used] = row_mass[:, members].sum(1)
+            mean = logits[:, members].sum(1) / members.sum().clamp_min(1)
+            pooled_logits[tile, :, slot, :used] = _block_sums(mean, block_size) / _block_lens(kv_len, block_size)
         column_share[:, slot, :used] = _column_share(mass, block_size)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
 
@@ -81,7 +87,9 @@ def divergence(found: FlexEstimate) -> torch.Tensor:
     """
     true = found.tile_mass.sum(0)
     true = true / true.sum(-1, keepdim=True)
-    pooled = found.pooled_logits.softmax(-1)
+    # Every query has mass 1, so a tile's sum is its share of the representative queries.
+    shares = found.tile_mass.sum(-1, keepdim=True)
+    pooled = (found.pooled_logits.softmax(-1) * shares / shares.sum(0)).sum(0)
     mean = (true + pooled) / 2
     halves = [torch.where(x > 0, x * (x / mean.clamp_min(TINY)).log(), 0.0).sum(-1) for x in (true, pooled)]
     return ((halves[0] + halves[1]) / 2).clamp_min(0).sqrt()
@@ -177,6 +185,7 @@ def pooled_scores(
     num_blocks: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Scaled products of every tile's mean query and every block's mean key: [num_q_heads, num_tiles, num_blocks]."""
     num_heads = query.shape[1]
@@ -190,8 +199,13 @@ def pooled_scores(
             sums = _block_sums(key.permute(1, 2, 0), tiles.block_size) / _block_lens(kv_len, tiles.block_size)
             mean_key[request] = sums.repeat_interleave(num_heads // key.shape[1], dim=0)
         low, high = tile_rows(tiles, tile, seq_lens, query_start_loc)
-        mean_query = query[low:high].to(dtype).mean(0)
-        products = torch.einsum("hd,hdb->hb", mean_query, mean_key[request]) * scale
+        rows = query[low:high]
+        products = torch.einsum("hd,hdb->hb", rows.to(dtype).mean(0), mean_key[request]) * scale
+        if string is not None:
+            mean_far = apply_shift(rows, string).to(dtype).mean(0)
+            distance = (int(tiles.tile_block[tile]) - torch.arange(products.shape[1])) * tiles.block_size
+            far = torch.einsum("hd,hdb->hb", mean_far, mean_key[request]) * scale
+            products = torch.where(distance < string.shift, products, far)
         scores[:, tile, : products.shape[1]] = products
     return scores
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from farspan.kernels import flex_estimate, flex_reference
 from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -66,11 +67,15 @@ def _head_kernel(
 
     before_mass = tl.load(tile_mass_ptr + row + offs, mask=used, other=0.0)
     last_mass = tl.load(tile_mass_ptr + second_row + offs, mask=used, other=0.0)
-    logits = tl.load(pooled_logits_ptr + row + offs, mask=used, other=float("-inf"))
     true = before_mass + last_mass
     true = true / tl.sum(true)
+    # Every query has mass 1, so a tile's sum is its share of the representative queries.
+    logits = tl.load(pooled_logits_ptr + row + offs, mask=used, other=float("-inf"))
+    before_pooled = tl.exp(logits - tl.max(logits, 0))
+    logits = tl.load(pooled_logits_ptr + second_row + offs, mask=used, other=float("-inf"))
     pooled = tl.exp(logits - tl.max(logits, 0))
-    pooled = pooled / tl.sum(pooled)
+    before_part = tl.sum(before_mass) / (tl.sum(before_mass) + tl.sum(last_mass))
+    pooled = pooled / tl.sum(pooled) * (1 - before_part) + before_pooled / tl.sum(before_pooled) * before_part
     mean = tl.maximum((true + pooled) / 2, 1e-30)
     # 0·log 0 counts as 0.
     true_part = tl.where(true > 0, true * tl.log(tl.where(true > 0, true / mean, 1.0)), 0.0)
@@ -173,8 +178,11 @@ def _pooled_scores_kernel(
     tile_slot_ptr,
     aware_ptr,
     mean_key_ptr,
+    cos_ptr,
+    sin_ptr,
     scores_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     num_selected,
@@ -184,6 +192,8 @@ def _pooled_scores_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
 ):
     """Mean query of one tile against the mean keys up to its own block, for query-aware heads."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -197,10 +207,12 @@ def _pooled_scores_kernel(
         origin = query_end - tl.load(seq_lens_ptr + request) + tile_block * BLOCK
         first = tl.maximum(origin, query_start)
         num_rows = tl.minimum(origin + BLOCK, query_end) - first
-        rows = flex_estimate._load_rows(
-            query_ptr + head * stride_query_head, stride_query_token, first, num_rows, BLOCK, HEAD_DIM, BLOCK_D
-        )
+        rows, far_rows = flex_estimate._load_rows(
+            query_ptr + head * stride_query_head, stride_query_token, first, num_rows, cos_ptr, sin_ptr,
+            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+        )  # fmt: skip
         mean_query = tl.sum(rows.to(tl.float32), 0) / num_rows * scale
+        far_query = tl.sum(far_rows.to(tl.float32), 0) / num_rows * scale
         offs_d = tl.arange(0, BLOCK_D)
         key_row = ((head // GROUP) * num_selected + slot).to(tl.int64) * num_blocks
         score_row = (head * tl.num_programs(0) + tile).to(tl.int64) * num_blocks
@@ -212,7 +224,11 @@ def _pooled_scores_kernel(
                 mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :],
                 other=0.0,
             )
-            tl.store(scores_ptr + score_row + offs_n, tl.sum(keys * mean_query[None, :], 1), mask=mask)
+            scores = tl.sum(keys * mean_query[None, :], 1)
+            if HALF_ROTARY > 0:
+                far_scores = tl.sum(keys * far_query[None, :], 1)
+                scores = tl.where((tile_block - offs_n) * BLOCK < shift, scores, far_scores)
+            tl.store(scores_ptr + score_row + offs_n, scores, mask=mask)
 
 
 @triton.jit
@@ -312,6 +328,7 @@ def flex_block_lists(
     min_budget: int = 1024,
     max_budget: int | None = None,
     share_kv_group: bool = False,
+    string: RotaryShift | None = None,
 ) -> FlexSelection:
     """Choose per query tile and head the KV blocks that are to keep `gamma` of the attention mass.
 
@@ -324,6 +341,7 @@ def flex_block_lists(
     tau: query-aware where the divergence lies below; 0 for never.
     min_budget, max_budget: KV tokens that a list covers at least (where they exist) and at most; rounded to blocks.
     share_kv_group: one list for the query heads of a KV head, the union of theirs.
+    string: shifted rotary positions: keys at distance `shift` or more meet the query rotated by the angles given.
     CPU tensors go through PyTorch, others through Triton; the lists are the same.
     """
     num_heads = query.shape[1]
@@ -334,14 +352,14 @@ def flex_block_lists(
     batch = (query, kv_cache, block_table, seq_lens, query_start_loc)
     blocks = tiles.max_kv_blocks
     if query.device.type == "cpu":
-        found = flex_reference.estimate(*batch, requests, blocks, tiles.block_size, scale)
-        scores = flex_reference.pooled_scores(*batch, tiles, blocks, scale)
+        found = flex_reference.estimate(*batch, requests, blocks, tiles.block_size, scale, string=string)
+        scores = flex_reference.pooled_scores(*batch, tiles, blocks, scale, string=string)
         gamma = gamma.expand(num_heads, -1)[:, requests.long()]
         return flex_reference.select(
             found, scores, tiles, seq_lens, requests, gamma, tau, min_blocks, max_blocks, group
         )
-    found = flex_estimate.estimate(*batch, requests, blocks, tiles.block_size, scale)
-    return select(*batch, tiles, scale, found, requests, gamma, tau, min_blocks, max_blocks, group)
+    found = flex_estimate.estimate(*batch, requests, blocks, tiles.block_size, scale, string=string)
+    return select(*batch, tiles, scale, found, requests, gamma, tau, min_blocks, max_blocks, group, string)
 
 
 def select(
@@ -359,6 +377,7 @@ def select(
     min_blocks: int,
     max_blocks: int,
     group: int,
+    string: RotaryShift | None = None,
 ) -> FlexSelection:
     """Turn estimates into block lists with Triton; arguments as in `flex_block_lists`, budgets in blocks.
 
@@ -434,14 +453,18 @@ def select(
             slots,
             aware,
             mean_key,
+            *((query, query) if string is None else (string.cos, string.sin)),
             scores,
             scale,
+            0 if string is None else string.shift,
             query.stride(0),
             query.stride(1),
             num_selected,
             num_blocks,
             **shapes,
             BLOCK_N=32,
+            **flex_estimate.rotary_shapes(string),
+            num_warps=4 if head_dim <= 128 and string is None else 8,
         )
     _lists_kernel[(num_tiles, num_heads // group)](
         column,

@@ -6,19 +6,13 @@ loop has none. Softmax runs in base 2 with the scale folded in. Sources: FlashAt
 streaming softmax, FlexPrefill (arXiv 2502.20766) for block lists, STRING (arXiv 2410.18745) for shifted positions.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.rope_shift import RotaryShift, rotate_tile
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-if TYPE_CHECKING:
-    from farspan.kernels.rope_shift import RotaryShift
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -195,28 +189,6 @@ def _attend_blocks(
 
 
 @triton.jit
-def _rotate(query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY: tl.constexpr, IS_NEOX, BLOCK_D: tl.constexpr):
-    """Rotate a [BLOCK_M, BLOCK_D] query tile by one constant angle a pair of dimensions; the rest stay as they are."""
-    offs_d = tl.arange(0, BLOCK_D)
-    is_rotated = offs_d < 2 * HALF_ROTARY
-    if IS_NEOX:
-        is_first = offs_d < HALF_ROTARY
-        pair = offs_d % HALF_ROTARY
-        to_partner = tl.where(is_first, HALF_ROTARY, -HALF_ROTARY)
-    else:
-        is_first = offs_d % 2 == 0
-        pair = offs_d // 2
-        to_partner = tl.where(is_first, 1, -1)
-    cos = tl.load(cos_ptr + pair, mask=is_rotated, other=1.0)
-    sin = tl.load(sin_ptr + pair, mask=is_rotated, other=0.0)
-    sin = tl.where(is_first, -sin, sin)
-    to_partner = tl.where(is_rotated, to_partner, 0)
-    partner = tl.load(query_ptrs + to_partner[None, :], mask=mask, other=0.0)
-    rotated = query.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * sin[None, :]
-    return rotated.to(query.dtype)
-
-
-@triton.jit
 def _prefill_kernel(
     query_ptr,
     key_source,
@@ -326,7 +298,7 @@ def _prefill_kernel(
     # some, [num_shifted, last) from none. Lists ascend, so that these are ranges.
     query_far = query
     if HAS_SHIFT:
-        query_far = _rotate(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         far_end = first_position - shift + 1
         shifted_end = end_position - shift
         if HAS_LISTS:

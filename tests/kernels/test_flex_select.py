@@ -6,9 +6,11 @@ import pytest
 import torch
 from farspan.kernels import flex_estimate, flex_reference, flex_select
 from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import BlockLists
 
 from tests.kernels.helpers import PagedBatch, make_batch
+from tests.kernels.string_helpers import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class Case:
     max_blocks: int = NO_LIMIT
     share: bool = False
     layout: str = "lbhnc"
+    shift: int = 0
+    """Distance S from which positions are shifted; 0 for ordinary positions."""
     dtype: torch.dtype = field(default=torch.float32)
 
     @property
     def name(self) -> str:
         lens = "+".join(f"{q}of{kv}" for q, kv in zip(self.query_lens, self.seq_lens, strict=True))
         extras = f"{'-shared' if self.share else ''}-tau{self.tau}-min{self.min_blocks}"
+        extras += f"-string{self.shift}" if self.shift else ""
         return f"{lens}-gqa{self.group}-d{self.head_dim}-page{self.page_size}-block{self.block_size}{extras}"
 
 
@@ -50,10 +55,13 @@ CASES = [
     Case((300,), (700,), gamma=1.0),
     Case((100,), (257,), head_dim=80, page_size=48),
     Case((100,), (257,), dtype=torch.float16),
+    Case((100,), (700,), shift=200, tau=0.2, head_dim=64),
 ]
 
 
 def batch_of(case: Case, device: torch.device) -> PagedBatch:
+    # A GPU multiplies float32 slowly, and float16 operands into exact float32 products.
+    dtype = torch.float16 if device.type == "cuda" else case.dtype
     return make_batch(
         case.query_lens,
         case.seq_lens,
@@ -61,11 +69,18 @@ def batch_of(case: Case, device: torch.device) -> PagedBatch:
         num_kv_heads=2,
         head_dim=case.head_dim,
         page_size=case.page_size,
-        dtype=case.dtype,
+        dtype=dtype,
         device=device,
         layout=case.layout,
         sharpness=3.0,
     )
+
+
+def string_of(case: Case, device: torch.device) -> RotaryShift | None:
+    if not case.shift:
+        return None
+    inv_freq = inverse_frequencies(case.head_dim // 2)
+    return make_rotary_shift(inv_freq, case.shift, 16, True, device)
 
 
 def arguments_of(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
@@ -89,14 +104,15 @@ def select_both(case: Case, batch: PagedBatch) -> tuple[FlexSelection, FlexSelec
     requests = torch.arange(len(case.seq_lens), dtype=torch.int32, device=device)
     num_heads = batch.query.shape[1]
     shape = (requests, tiles.max_kv_blocks, case.block_size, batch.scale)
-    found = flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=2)
+    string, cpu_string = string_of(case, device), string_of(case, torch.device("cpu"))
+    found = flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=2, string=string)
     gamma = torch.full((num_heads, len(case.seq_lens)), case.gamma, device=device)
     group = case.group if case.share else 1
     budget = (case.tau, case.min_blocks, case.max_blocks, group)
-    ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, requests, gamma, *budget)
+    ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, requests, gamma, *budget, string)
     cpu = [tensor.cpu() for tensor in arguments_of(batch)]
     cpu_tiles = type(tiles)(tiles.block_size, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks)
-    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale)
+    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale, string=cpu_string)
     selection = (on_cpu(found), scores, cpu_tiles, cpu[3], requests.cpu(), gamma.cpu(), *budget)
     return ours, flex_reference.select(*selection)
 
@@ -107,9 +123,13 @@ def test_estimate_equals_reference(case: Case, device: torch.device) -> None:
     requests = torch.arange(len(case.seq_lens), dtype=torch.int32)
     num_blocks = batch.tiles(case.block_size).max_kv_blocks
     shape = (num_blocks, case.block_size, batch.scale)
-    found = on_cpu(flex_estimate.estimate(*arguments_of(batch), requests.to(device), *shape, num_splits=3))
+    string = string_of(case, device)
+    found = on_cpu(
+        flex_estimate.estimate(*arguments_of(batch), requests.to(device), *shape, num_splits=3, string=string)
+    )
     cpu = [tensor.cpu() for tensor in arguments_of(batch)]
-    expected = flex_reference.estimate(*cpu, requests, *shape)
+    string = string_of(case, torch.device("cpu"))
+    expected = flex_reference.estimate(*cpu, requests, *shape, string=string)
     torch.testing.assert_close(found.tile_mass, expected.tile_mass, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.column_share, expected.column_share, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.pooled_logits, expected.pooled_logits, atol=1e-4, rtol=1e-4)
