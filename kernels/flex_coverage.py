@@ -7,6 +7,7 @@ decode kernel), a layer of selection and sparse attention 60 ms: 4 rows add abou
 
 import torch
 from farspan.kernels.cpu_attention import cpu_attention
+from farspan.kernels.rope_shift import RotaryShift
 
 # The closed loop never asks for less than this part of the mass that may be lost: gamma 0.95 ends at 0.997.
 STRICTEST = 1 / 16
@@ -34,12 +35,14 @@ def measure_coverage(
     scale: float,
     kept_lse: torch.Tensor,
     rows: torch.Tensor,
+    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Share of the attention mass that the sparse prefill kept on sampled rows.
 
     Tensors of the batch as in `flex_block_lists`.
     kept_lse: [num_q_heads, num_tokens] float32, natural log: what the sparse prefill returned.
     rows: [num_reqs, rows_per_request] int64, rows of `query`, as from `sample_rows`.
+    string: the shifted positions that the sparse prefill ran under; None for ordinary ones.
     Returns [num_q_heads, num_reqs, rows_per_request] float32, at most 1; no host sync on the GPU.
     """
     num_reqs, rows_per_request = rows.shape
@@ -50,14 +53,15 @@ def measure_coverage(
     full_lse = torch.empty(query.shape[1], len(flat), dtype=torch.float32, device=query.device)
     if query.device.type == "cpu":
         starts = torch.arange(len(flat) + 1)
-        cpu_attention(sampled, kv_cache, table, lens, starts, scale, out=torch.empty_like(sampled), lse=full_lse)
+        out = torch.empty_like(sampled)
+        cpu_attention(sampled, kv_cache, table, lens, starts, scale, out=out, lse=full_lse, string=string)
     else:
         from farspan.kernels.paged_decode import choose_num_splits, paged_decode
 
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
         max_seq_len = block_table.shape[1] * kv_cache.shape[2]
         num_splits = choose_num_splits(len(flat), kv_cache.shape[1], max_seq_len, num_sms)
-        paged_decode(sampled, kv_cache, table, lens, scale, num_splits=num_splits, lse=full_lse)
+        paged_decode(sampled, kv_cache, table, lens, scale, num_splits=num_splits, string=string, lse=full_lse)
     coverage = (kept_lse[:, flat] - full_lse).exp().clamp_max(1.0)
     return coverage.unflatten(1, (num_reqs, rows_per_request))
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
+from farspan.kernels.rope_shift import RotaryShift, rotate_tile
 
 # Programs a pass, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 TARGET_PROGRAMS = 528
@@ -60,6 +61,50 @@ def _load_rows(
 
 
 @triton.jit
+def _load_shifted_rows(
+    rows,
+    query_ptr,
+    stride_query_token,
+    first_row,
+    num_rows,
+    cos_ptr,
+    sin_ptr,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+):
+    """`rows`, as `_load_rows` returned them, under the second rotation of shifted positions."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m[:, None] < num_rows) & (offs_d[None, :] < HEAD_DIM)
+    ptrs = query_ptr + ((first_row + offs_m).to(tl.int64) * stride_query_token)[:, None] + offs_d[None, :]
+    return rotate_tile(rows, ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+
+
+@triton.jit
+def _logits(query, query_far, key, row_pos, start, first_pos, last_pos, shift, HAS_SHIFT: tl.constexpr):
+    """Products of the queries, at positions first_pos to last_pos, and a block of keys that begins at `start`.
+
+    Under shifted positions each pair takes the query that its distance asks for; only a block that has both kinds
+    costs two products.
+    """
+    if HAS_SHIFT:
+        BLOCK: tl.constexpr = key.shape[1]
+        if first_pos - (start + BLOCK - 1) >= shift:
+            logits = tl.dot(query_far, key, input_precision="ieee")
+        else:
+            logits = tl.dot(query, key, input_precision="ieee")
+            if last_pos - start >= shift:
+                distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
+                logits = tl.where(distance >= shift, tl.dot(query_far, key, input_precision="ieee"), logits)
+    else:
+        logits = tl.dot(query, key, input_precision="ieee")
+    return logits
+
+
+@triton.jit
 def _lse_kernel(
     query_ptr,
     cache_ptr,
@@ -67,10 +112,13 @@ def _lse_kernel(
     seq_lens_ptr,
     query_start_ptr,
     requests_ptr,
+    cos_ptr,
+    sin_ptr,
     max_ptr,
     sum_ptr,
     pooled_logits_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     stride_page,
@@ -84,6 +132,9 @@ def _lse_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
 ):
     """Running maximum (base 2) and sum of every representative query over one split of the keys.
 
@@ -96,9 +147,16 @@ def _lse_kernel(
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
     query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    query_far = query
+    if HAS_SHIFT:
+        query_far = _load_shifted_rows(
+            query, query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+        )  # fmt: skip
+    first_pos = kv_len - num_rows
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
-    row_pos = kv_len - num_rows + tl.arange(0, BLOCK)
+    row_pos = first_pos + tl.arange(0, BLOCK)
     in_last = row_pos // BLOCK == tl.cdiv(kv_len, BLOCK) - 1
     rows_in_last = tl.minimum((kv_len - 1) % BLOCK + 1, num_rows)
     out_row = (head * num_selected + slot).to(tl.int64)
@@ -114,7 +172,8 @@ def _lse_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
+        logits = _logits(query, query_far, key, row_pos, start, first_pos, kv_len - 1, shift, HAS_SHIFT)
+        logits = logits * (scale * 1.4426950408889634)
         # Rows and keys that do not exist are zero: the mean over the rest needs no mask.
         row_mean = tl.sum(logits, 1) * (0.6931471805599453 / tl.minimum(kv_len - start, BLOCK))
         before_last = tl.sum(tl.where(in_last, 0.0, row_mean)) / tl.maximum(num_rows - rows_in_last, 1)
@@ -124,8 +183,8 @@ def _lse_kernel(
         logits = tl.where((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None], logits, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         # A split that lies behind a query's position shows it no key: keep -inf - -inf out of exp2.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         maximum = new_maximum
     out = ((split * tl.num_programs(0) * num_selected).to(tl.int64) + out_row) * BLOCK + tl.arange(0, BLOCK)
     tl.store(max_ptr + out, maximum)
@@ -140,11 +199,14 @@ def _mass_kernel(
     seq_lens_ptr,
     query_start_ptr,
     requests_ptr,
+    cos_ptr,
+    sin_ptr,
     max_ptr,
     sum_ptr,
     tile_mass_ptr,
     column_share_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     stride_page,
@@ -158,6 +220,9 @@ def _mass_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     SUB: tl.constexpr,
 ):
     """Block sums of the probabilities; grid and splits as in `_lse_kernel`, whose results it combines first."""
@@ -168,10 +233,17 @@ def _mass_kernel(
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
     query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+    query_far = query
+    if HAS_SHIFT:
+        query_far = _load_shifted_rows(
+            query, query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+        )  # fmt: skip
+    first_pos = kv_len - num_rows
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
     offs_m = tl.arange(0, BLOCK)
-    row_pos = kv_len - num_rows + offs_m
+    row_pos = first_pos + offs_m
     out_row = (head * num_selected + slot).to(tl.int64)
     split_size = (tl.num_programs(0) * num_selected).to(tl.int64) * BLOCK
 
@@ -195,7 +267,8 @@ def _mass_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
+        logits = _logits(query, query_far, key, row_pos, start, first_pos, kv_len - 1, shift, HAS_SHIFT)
+        logits = logits * (scale * 1.4426950408889634)
         causal = ((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None]) & (offs_m < num_rows)[:, None]
         mass = tl.where(causal, tl.exp2(logits - lse[:, None]), 0.0) / num_rows
         by_columns = tl.sum(tl.reshape(mass, (BLOCK, SUB, BLOCK // SUB)), 2)
@@ -215,6 +288,13 @@ def _mass_kernel(
         tl.store(column_share_ptr + out_row * num_blocks + block, share)
 
 
+def rotary_constants(string: RotaryShift | None) -> dict[str, int]:
+    """Compile-time constants of the kernels that may hold a second rotation of the queries."""
+    if string is None:
+        return {"HALF_ROTARY": 1, "IS_NEOX": True, "HAS_SHIFT": False}
+    return {"HALF_ROTARY": string.rotary_dim // 2, "IS_NEOX": string.is_neox, "HAS_SHIFT": True}
+
+
 def estimate(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -226,8 +306,9 @@ def estimate(
     block_size: int,
     scale: float,
     num_splits: int | None = None,
+    string: RotaryShift | None = None,
 ) -> FlexEstimate:
-    """Sum the representative queries' attention over blocks; tensors as in `flex_block_lists`.
+    """Sum the representative queries' attention over blocks; arguments as in `flex_block_lists`.
 
     num_blocks: host-side upper bound of the requests' KV blocks. num_splits: parts of the keys that run in parallel.
     """
@@ -245,9 +326,11 @@ def estimate(
     maximum = query.new_empty((num_splits, num_heads, num_selected, block_size), dtype=torch.float32)
     total = torch.empty_like(maximum)
     grid = (num_heads, num_splits, num_selected)
-    tensors = (query, kv_cache, block_table, seq_lens, query_start_loc, requests, maximum, total)
+    batch = (query, kv_cache, block_table, seq_lens, query_start_loc, requests)
+    tensors = (*batch, string.cos if string else None, string.sin if string else None, maximum, total)
     scalars = (
         scale,
+        string.shift if string else 0,
         query.stride(0),
         query.stride(1),
         kv_cache.stride(0),
@@ -263,6 +346,7 @@ def estimate(
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "PAGE_SIZE": page_size,
+        **rotary_constants(string),
         "num_warps": 8 if block_size == 128 else 4,
         "num_stages": 3 if query.element_size() == 2 and head_dim <= 128 else 1,
     }

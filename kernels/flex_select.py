@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from farspan.kernels import flex_estimate, flex_reference
 from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -178,7 +179,10 @@ def _pooled_scores_kernel(
     aware_ptr,
     mean_key_ptr,
     scores_ptr,
+    cos_ptr,
+    sin_ptr,
     scale,
+    shift,
     stride_query_token,
     stride_query_head,
     num_selected,
@@ -188,8 +192,14 @@ def _pooled_scores_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
 ):
-    """Mean query of one tile against the mean keys up to its own block, for query-aware heads."""
+    """Mean query of one tile against the mean keys up to its own block, for query-aware heads.
+
+    Under shifted positions a pair of blocks counts as shifted as a whole, by the distance between their starts.
+    """
     tile, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tile_slot_ptr + tile)
     if tl.load(aware_ptr + head * num_selected + slot) != 0:
@@ -201,10 +211,16 @@ def _pooled_scores_kernel(
         origin = query_end - tl.load(seq_lens_ptr + request) + tile_block * BLOCK
         first = tl.maximum(origin, query_start)
         num_rows = tl.minimum(origin + BLOCK, query_end) - first
-        rows = flex_estimate._load_rows(
-            query_ptr + head * stride_query_head, stride_query_token, first, num_rows, BLOCK, HEAD_DIM, BLOCK_D
-        )
+        query_ptr += head * stride_query_head
+        rows = flex_estimate._load_rows(query_ptr, stride_query_token, first, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
         mean_query = tl.sum(rows.to(tl.float32), 0) / num_rows * scale
+        mean_far = mean_query
+        if HAS_SHIFT:
+            rows = flex_estimate._load_shifted_rows(
+                rows, query_ptr, stride_query_token, first, num_rows, cos_ptr, sin_ptr,
+                BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+            )  # fmt: skip
+            mean_far = tl.sum(rows.to(tl.float32), 0) / num_rows * scale
         offs_d = tl.arange(0, BLOCK_D)
         key_row = ((head // GROUP) * num_selected + slot).to(tl.int64) * num_blocks
         score_row = (head * tl.num_programs(0) + tile).to(tl.int64) * num_blocks
@@ -216,7 +232,11 @@ def _pooled_scores_kernel(
                 mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :],
                 other=0.0,
             )
-            tl.store(scores_ptr + score_row + offs_n, tl.sum(keys * mean_query[None, :], 1), mask=mask)
+            scores = tl.sum(keys * mean_query[None, :], 1)
+            if HAS_SHIFT:
+                is_far = (tile_block - offs_n) * BLOCK >= shift
+                scores = tl.where(is_far, tl.sum(keys * mean_far[None, :], 1), scores)
+            tl.store(scores_ptr + score_row + offs_n, scores, mask=mask)
 
 
 @triton.jit
@@ -316,6 +336,7 @@ def flex_block_lists(
     min_budget: int = 1024,
     max_budget: int | None = None,
     share_kv_group: bool = False,
+    string: RotaryShift | None = None,
 ) -> FlexSelection:
     """Choose per query tile and head the KV blocks that are to keep `gamma` of the attention mass.
 
@@ -328,6 +349,7 @@ def flex_block_lists(
     tau: query-aware where the divergence lies below; 0 for never.
     min_budget, max_budget: KV tokens that a list covers at least (where they exist) and at most; rounded to blocks.
     share_kv_group: one list for the query heads of a KV head, the union of theirs.
+    string: shifted positions, under which the attention itself will run; None for ordinary ones.
     CPU tensors go through PyTorch, others through Triton; the lists are the same.
     """
     num_heads = query.shape[1]
@@ -338,14 +360,14 @@ def flex_block_lists(
     batch = (query, kv_cache, block_table, seq_lens, query_start_loc)
     blocks = tiles.max_kv_blocks
     if query.device.type == "cpu":
-        found = flex_reference.estimate(*batch, requests, blocks, tiles.block_size, scale)
-        scores = flex_reference.pooled_scores(*batch, tiles, blocks, scale)
+        found = flex_reference.estimate(*batch, requests, blocks, tiles.block_size, scale, string=string)
+        scores = flex_reference.pooled_scores(*batch, tiles, blocks, scale, string=string)
         gamma = gamma.expand(num_heads, -1)[:, requests.long()]
         return flex_reference.select(
             found, scores, tiles, seq_lens, requests, gamma, tau, min_blocks, max_blocks, group
         )
-    found = flex_estimate.estimate(*batch, requests, blocks, tiles.block_size, scale)
-    return select(*batch, tiles, scale, found, requests, gamma, tau, min_blocks, max_blocks, group)
+    found = flex_estimate.estimate(*batch, requests, blocks, tiles.block_size, scale, string=string)
+    return select(*batch, tiles, scale, found, requests, gamma, tau, min_blocks, max_blocks, group, string)
 
 
 def select(
@@ -363,6 +385,7 @@ def select(
     min_blocks: int,
     max_blocks: int,
     group: int,
+    string: RotaryShift | None = None,
 ) -> FlexSelection:
     """Turn estimates into block lists with Triton; arguments as in `flex_block_lists`, budgets in blocks.
 
@@ -439,13 +462,17 @@ def select(
             aware,
             mean_key,
             scores,
+            string.cos if string else None,
+            string.sin if string else None,
             scale,
+            string.shift if string else 0,
             query.stride(0),
             query.stride(1),
             num_selected,
             num_blocks,
             **shapes,
             BLOCK_N=32,
+            **flex_estimate.rotary_constants(string),
         )
     _lists_kernel[(num_tiles, num_heads // group)](
         column,
