@@ -15,6 +15,7 @@ from farspan.engine_ext.metadata import PrefillGroup
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
 from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
 from farspan.kernels.flex_select import flex_block_lists
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 
@@ -37,11 +38,14 @@ class LayerShape:
 class SparsePrefill(Protocol):
     """Chooses blocks for one layer; holds that layer's state (measured budgets, masks), if any."""
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+    def block_lists_for(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
+    ) -> BlockLists:
         """The blocks that each tile of `group.tiles` reads.
 
         query: [group.num_tokens, num_q_heads, head_dim], the group's tokens only.
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], holding the group's own keys already.
+        string: the shifted positions that the attention will run under, or None.
         Runs on the device without waiting for it.
         """
         ...
@@ -51,7 +55,14 @@ class SparsePrefill(Protocol):
         """Whether `measure` wants to see what the launch kept."""
         ...
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+    def measure(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        group: PrefillGroup,
+        lse: torch.Tensor,
+        string: RotaryShift | None,
+    ) -> None:
         """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log."""
         ...
 
@@ -77,7 +88,9 @@ class FlexSelector:
         self.density: torch.Tensor | None = None
         """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+    def block_lists_for(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
+    ) -> BlockLists:
         """See `SparsePrefill`."""
         assert isinstance(group.prefill, FlexPrefill)
         assert group.tiles is not None
@@ -96,6 +109,7 @@ class FlexSelector:
             min_budget=self.prefill.min_budget,
             max_budget=self.prefill.max_budget,
             share_kv_group=self.prefill.share_kv_group,
+            string=string,
         )
         if self.measures:
             self.density = selection.density(group.tiles, group.request_ids)
@@ -106,11 +120,18 @@ class FlexSelector:
         """See `SparsePrefill`."""
         return self.prefill.coverage_rows > 0
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+    def measure(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        group: PrefillGroup,
+        lse: torch.Tensor,
+        string: RotaryShift | None,
+    ) -> None:
         """Raise the budgets of the heads that kept less than gamma."""
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows)
+        coverage = measure_coverage(*batch, self.scale, lse, rows, string=string)
         self.budgets.update(coverage, self.gamma_of(group))
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
@@ -125,7 +146,14 @@ class StaticSelector:
 
     measures = False
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+    def measure(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        group: PrefillGroup,
+        lse: torch.Tensor,
+        string: RotaryShift | None,
+    ) -> None:
         """Never called: there is no promise to keep."""
         raise AssertionError
 
@@ -136,7 +164,9 @@ class PatternSelector(StaticSelector):
     def __init__(self, prefill: BlockSparsePrefill) -> None:
         self.prefill = prefill
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+    def block_lists_for(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
+    ) -> BlockLists:
         """See `SparsePrefill`. The first layer of a step makes the lists, the others find them."""
         assert group.tiles is not None
         if "pattern" not in group.shared_lists:
@@ -184,7 +214,9 @@ class MaskSelector(StaticSelector):
         rows = mask_rows(mask)
         self.rows = BlockLists(rows.block_ids.to(layer.device), rows.block_counts.to(layer.device))
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
+    def block_lists_for(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
+    ) -> BlockLists:
         """See `SparsePrefill`."""
         assert group.tiles is not None
         return gather_rows(self.rows, group.tiles)
