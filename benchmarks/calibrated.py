@@ -91,9 +91,12 @@ def calibrated_qkv(
         verticals = (torch.rand(VERTICAL_TOKENS, generator=gen) * num_tokens).long().to(device)
         part(key, kv_head, 0).copy_(_rotated(pos, slash_freq))
         part(key, kv_head, 1).copy_(_rotated(pos, local_freq))
+        part(key, kv_head, 4).copy_(topic)
+        # Sinks and verticals are met for what they are, wherever the query stands: no position, no topic.
+        key[:NUM_SINKS, kv_head] = 0.0
+        key[verticals, kv_head] = 0.0
         part(key, kv_head, 2)[:NUM_SINKS] = 1.0
         part(key, kv_head, 3)[verticals] = 1.0
-        part(key, kv_head, 4).copy_(topic)
         part(key, kv_head, 5).copy_(torch.randn(num_tokens, noise_dims, generator=noise_gen, device=device))
         for head in range(kv_head * group, (kv_head + 1) * group):
             mix = mixes[head % len(mixes)]

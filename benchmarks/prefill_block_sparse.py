@@ -11,6 +11,7 @@ memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from farspan.kernels import BlockLists, attention, attention_tiles, static_block_lists
@@ -50,7 +51,7 @@ class Case:
 def cases(dry_run: bool) -> list[Case]:
     """Tables 18 and 12 at every length, figure 6 up to 16384."""
     if dry_run:
-        tiny = {"batch": 1, "heads": 8, "dtype": torch.float32}
+        tiny: dict[str, Any] = {"batch": 1, "heads": 8, "dtype": torch.float32}
         return [Case(200, **tiny), Case(200, padded=True, **tiny), Case(300, causal=True, **tiny)]
     tables = [Case(length, padded=padded) for length in LENGTHS for padded in (False, True)]
     return tables + [Case(length, heads=12, head_dim=128, causal=True) for length in LENGTHS if length <= 16384]

@@ -7,9 +7,8 @@ import torch
 from farspan.engine_ext.config import DensePrefill
 from farspan.engine_ext.dispatch import make_launcher
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.layer_owner import LayerOwner
 from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
-from farspan.engine_ext.rotary import string_shift_for_layer
+from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.selection import LayerShape, SparsePrefill, make_sparse_prefill
 from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.rope_shift import RotaryShift
@@ -60,7 +59,10 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.head_size = head_size
         self.kv_cache_dtype = kv_cache_dtype
         self.config = config_of(vllm_config)
-        self.scale = float(scale) * (1.0 if self.config.string is None else self.config.string.logit_scale)
+        self.scale = float(scale) * (self.config.string.logit_scale if self.config.string is not None else 1.0)
+        # The metadata builder sets the shift once the model is complete; from here on it can reach the runner.
+        self.string: RotaryShift | None = None
+        source_of(vllm_config)
         device = torch.device(vllm_config.device_config.device_type)
         self.launcher = make_launcher(self.config, device, head_size, dtype)
         layer = LayerShape(
@@ -75,19 +77,8 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             device=device,
         )
         self.sparse: SparsePrefill | None = make_sparse_prefill(self.config.prefill, layer)
-        self.string: RotaryShift | None = None
-        """Shifted positions; from the loaded model, before vLLM's first batch."""
-        self.vllm_config = vllm_config
-        self.owner = None if self.config.string is None else LayerOwner(self)
         self.launches: Counter[str] = Counter()
         logger.info_once("farspan attention on %s: %s", device, self.config)
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take the layer's rotary frequencies from the loaded model. Raises UnsupportedModelError or ConfigError."""
-        if self.owner is not None:
-            assert self.config.string is not None
-            model, layer_name = self.owner.found()
-            self.string = string_shift_for_layer(model, self.vllm_config, layer_name, self.config.string)
 
     def do_kv_cache_update(
         self,
@@ -121,7 +112,6 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         step = attn_metadata
         if step is None:  # vLLM measures memory without a batch
             return output.fill_(0)
-        assert self.owner is None or self.string is not None, "vLLM calls process_weights_after_loading"
         if step.num_decodes:
             rows = slice(0, step.num_decodes)
             self.launcher.decode(query[rows], kv_cache, step, self.scale, self.string, output[rows])
@@ -137,11 +127,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             self.launcher.prefill(query, kv_cache, group, None, self.scale, self.string, output)
             self.launches["prefill_dense"] += 1
             return
-        block_lists = self.sparse.block_lists_for(query, kv_cache, group, self.string)
+        block_lists = self.sparse.block_lists_for(query, kv_cache, group)
         lse = None
         if self.sparse.measures:
             lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
         self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, self.string, output, lse)
         self.launches["prefill_sparse"] += 1
         if lse is not None:
-            self.sparse.measure(query, kv_cache, group, lse, self.string)
+            self.sparse.measure(query, kv_cache, group, lse)

@@ -38,14 +38,11 @@ class LayerShape:
 class SparsePrefill(Protocol):
     """Chooses blocks for one layer; holds that layer's state (measured budgets, masks), if any."""
 
-    def block_lists_for(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
-    ) -> BlockLists:
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """The blocks that each tile of `group.tiles` reads.
 
         query: [group.num_tokens, num_q_heads, head_dim], the group's tokens only.
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], holding the group's own keys already.
-        string: the shifted positions that the attention will run under, or None.
         Runs on the device without waiting for it.
         """
         ...
@@ -55,14 +52,7 @@ class SparsePrefill(Protocol):
         """Whether `measure` wants to see what the launch kept."""
         ...
 
-    def measure(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        group: PrefillGroup,
-        lse: torch.Tensor,
-        string: RotaryShift | None,
-    ) -> None:
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
         """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log."""
         ...
 
@@ -85,12 +75,12 @@ class FlexSelector:
         self.prefill = prefill
         self.scale = layer.scale
         self.budgets = BudgetController(layer.num_q_heads, layer.device)
+        self.string: RotaryShift | None = None
+        """The layer's shifted positions, by which its keys are scored too."""
         self.density: torch.Tensor | None = None
         """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
 
-    def block_lists_for(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
-    ) -> BlockLists:
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """See `SparsePrefill`."""
         assert isinstance(group.prefill, FlexPrefill)
         assert group.tiles is not None
@@ -109,7 +99,7 @@ class FlexSelector:
             min_budget=self.prefill.min_budget,
             max_budget=self.prefill.max_budget,
             share_kv_group=self.prefill.share_kv_group,
-            string=string,
+            string=self.string,
         )
         if self.measures:
             self.density = selection.density(group.tiles, group.request_ids)
@@ -120,18 +110,11 @@ class FlexSelector:
         """See `SparsePrefill`."""
         return self.prefill.coverage_rows > 0
 
-    def measure(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        group: PrefillGroup,
-        lse: torch.Tensor,
-        string: RotaryShift | None,
-    ) -> None:
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
         """Raise the budgets of the heads that kept less than gamma."""
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows, string=string)
+        coverage = measure_coverage(*batch, self.scale, lse, rows, self.string)
         self.budgets.update(coverage, self.gamma_of(group))
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
@@ -146,14 +129,7 @@ class StaticSelector:
 
     measures = False
 
-    def measure(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        group: PrefillGroup,
-        lse: torch.Tensor,
-        string: RotaryShift | None,
-    ) -> None:
+    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
         """Never called: there is no promise to keep."""
         raise AssertionError
 
@@ -164,9 +140,7 @@ class PatternSelector(StaticSelector):
     def __init__(self, prefill: BlockSparsePrefill) -> None:
         self.prefill = prefill
 
-    def block_lists_for(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
-    ) -> BlockLists:
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """See `SparsePrefill`. The first layer of a step makes the lists, the others find them."""
         assert group.tiles is not None
         if "pattern" not in group.shared_lists:
@@ -186,13 +160,13 @@ class MaskSelector(StaticSelector):
     def __init__(self, prefill: BlockSparsePrefill, layer: LayerShape) -> None:
         assert prefill.mask_file is not None
         path = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
-        mask = load_mask(prefill.mask_file)
-        layers = mask.shape[0]
+        masks = load_mask(prefill.mask_file)
+        layers = masks.shape[0]
         if layers != 1 and layer.layer_index >= layers:
             raise ConfigError(
                 f"{path} has masks for {layers} layers, the model has more. Give one mask, or one a layer."
             )
-        mask = mask[layer.layer_index if layers > 1 else 0]
+        mask = torch.from_numpy(np.array(masks[layer.layer_index if layers > 1 else 0]))
         heads = mask.shape[0]
         per_rank = {layer.num_q_heads * layer.tp_size, layer.num_kv_heads * layer.tp_size}
         if heads != 1 and heads not in per_rank:
@@ -214,29 +188,30 @@ class MaskSelector(StaticSelector):
         rows = mask_rows(mask)
         self.rows = BlockLists(rows.block_ids.to(layer.device), rows.block_counts.to(layer.device))
 
-    def block_lists_for(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, string: RotaryShift | None
-    ) -> BlockLists:
+    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """See `SparsePrefill`."""
         assert group.tiles is not None
         return gather_rows(self.rows, group.tiles)
 
 
-def load_mask(file: str) -> torch.Tensor:
-    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError."""
+def load_mask(file: str) -> np.ndarray:
+    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError.
+
+    What is not asked for of an .npy file stays on disk.
+    """
     path = f"{ROOT}.prefill.mask_file={file!r}"
     if not Path(file).is_file():
         raise ConfigError(f"{path} is not there. Name an existing .npy or .safetensors file.")
     if file.endswith(".npy"):
-        mask = torch.from_numpy(np.load(file, allow_pickle=False))
+        mask = np.load(file, mmap_mode="r", allow_pickle=False)
     else:
-        from safetensors.torch import load_file
+        from safetensors.numpy import load_file
 
         tensors = load_file(file)
         if len(tensors) != 1:
             raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
         (mask,) = tensors.values()
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
+    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
         raise ConfigError(
             f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
             "Convert it."

@@ -1,7 +1,8 @@
 """`make demo`: one long question, vLLM's own attention next to farspan's, on whatever machine this is.
 
-Every engine runs in a process of its own, with the same prompts: a question whose answers hide in a long prompt, asked
-of the small bundled model, and files of this repository to be continued.
+Every engine gets the same prompts: a question whose answers hide in a long prompt, asked of the small bundled model,
+and files of this repository to be continued. The engines run one behind the other in a child process, whose log is
+shown only if it fails.
 """
 
 import argparse
@@ -23,6 +24,7 @@ CHUNK = 2048
 CONTINUED = ("README.md", "docs/design.md", "CONTRIBUTING.md", "kernels/reference.py")
 ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve each other where cores are shared
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -121,47 +123,51 @@ def ask(llm: Any, prompt: Prompt, name: str) -> Answer:
 
 
 def serve_parent(job_path: Path) -> None:
-    """Be an engine's process: read the job, answer its prompts, write the answers beside it."""
+    """Be the engines' process: read the job, answer its prompts with each engine, write the answers beside it."""
     job = json.loads(job_path.read_text())
-    llm = start_engine(Path(job["model_dir"]), job["options"], job["max_len"])
-    print("ready", flush=True)
-    ask(llm, Prompt("", job["prompts"][0]["text"][:2000], 0, 2, []), "warm-up")
-    print("warm", flush=True)
-    answers = [asdict(ask(llm, Prompt(**prompt), str(index))) for index, prompt in enumerate(job["prompts"])]
+    prompts = [Prompt(**prompt) for prompt in job["prompts"]]
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for name, options in job["engines"].items():
+        print(f"starting {name}", flush=True)
+        llm = start_engine(Path(job["model_dir"]), options, job["max_len"])
+        ask(llm, Prompt("", prompts[0].text[:2000], 0, 2, []), "warm-up")
+        print("ready", flush=True)
+        answers[name] = [asdict(ask(llm, prompt, str(index))) for index, prompt in enumerate(prompts)]
+        del llm
     job_path.with_suffix(".answers").write_text(json.dumps(answers))
 
 
-def run_engine(
-    name: str, options: dict[str, Any] | None, model_dir: Path, prompts: list[Prompt], max_len: int
-) -> list[Answer]:
-    """Run an engine in a process of its own, behind a progress bar; returns its answers, one a prompt."""
+def run_engines(model_dir: Path, prompts: list[Prompt], max_len: int) -> dict[str, list[Answer]]:
+    """Run all engines in a child process, behind a progress bar; returns each one's answers, one a prompt."""
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as scratch:
-        job_path = Path(scratch, "job")
-        job = {"model_dir": str(model_dir), "options": options, "prompts": [asdict(p) for p in prompts]}
-        job_path.write_text(json.dumps(job | {"max_len": max_len}))
-        log_path = Path(scratch, "log")
-        total = sum(prompt.num_tokens + prompt.max_tokens for prompt in prompts)
+        job_path, log_path = Path(scratch, "job"), Path(scratch, "log")
+        job = {"engines": ENGINES, "model_dir": str(model_dir), "max_len": max_len}
+        job_path.write_text(json.dumps(job | {"prompts": [asdict(prompt) for prompt in prompts]}))
+        total = len(ENGINES) * sum(prompt.num_tokens + prompt.max_tokens for prompt in prompts)
         # No bar where the output is no terminal.
-        bar = tqdm(total=total, desc=f"{name:14}", unit="token", leave=False, disable=None)
+        bar = tqdm(total=total, desc="starting vLLM", unit="token", leave=False, disable=None)
         with log_path.open("w") as log, bar:
-            bar.set_postfix_str("starting vLLM")
             process = subprocess.Popen(
                 [sys.executable, __file__, "--job", str(job_path)],
                 env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
             assert process.stdout is not None
-            is_warm = False
+            name, is_ready = "", False
             for line in process.stdout:
-                if line.strip() == "warm":
-                    is_warm = True
-                    bar.set_postfix_str("answering")
-                elif is_warm and re.fullmatch(r"\+\d+\s*", line):
+                if line.startswith("starting "):
+                    name, is_ready = line.removeprefix("starting ").strip(), False
+                    bar.set_description(f"starting {name}")
+                elif line == "ready\n":
+                    is_ready = True
+                    bar.set_description(f"asking {name}")
+                elif is_ready and re.fullmatch(r"\+\d+\n", line):
                     bar.update(min(int(line), total - bar.n))
         if process.wait() != 0:
             sys.exit(f"The engine {name!r} failed. The end of its log:\n{log_path.read_text()[-3000:]}")
-        return [Answer(**answer) for answer in json.loads(job_path.with_suffix(".answers").read_text())]
+        raw = json.loads(job_path.with_suffix(".answers").read_text())
+    return {name: [Answer(**answer) for answer in each] for name, each in raw.items()}
 
 
 def show_needles(prompt: Prompt) -> None:
@@ -207,18 +213,15 @@ def main() -> None:
     from farspan.needle import model_dir
 
     started = time.monotonic()
+    print(f"Making a question of {arguments.length} tokens and starting vLLM …", flush=True)
     prompts = make_prompts(model_dir(), arguments.length)
     max_len = arguments.length + 2 * max(prompt.max_tokens for prompt in prompts)
-    answers: dict[str, list[Answer]] = {}
-    for name, options in ENGINES.items():
-        print(f"Starting vLLM with {name} attention …", flush=True)
-        answers[name] = run_engine(name, options, model_dir(), prompts, max_len)
+    answers = run_engines(model_dir(), prompts, max_len)
     for index, prompt in enumerate(prompts):
         report(prompt, {name: each[index] for name, each in answers.items()})
-    print(f"\n{time.monotonic() - started:.0f} s in all, of which most is vLLM starting once for each row.")
-    differing = [
-        name for name in EXACT if [a.token_ids for a in answers[name]] != [a.token_ids for a in answers[STOCK]]
-    ]
+    print(f"\n{time.monotonic() - started:.0f} s in all.")
+    tokens = {name: [answer.token_ids for answer in each] for name, each in answers.items()}
+    differing = [name for name in EXACT if tokens[name] != tokens[STOCK]]
     if differing:
         sys.exit(f"Exact attention gave other tokens than {STOCK}: {', '.join(differing)}")
 

@@ -1,6 +1,7 @@
 """Attention on contiguous tensors: exact or block-sparse, causal or not, with padding, and with LSE.
 
-It is `prefill_attention` with every sequence as one page. Inference only: no dropout, no backward pass.
+It is `prefill_attention` with every sequence as one page, or a kernel of its own where block lists are short. Inference
+only: no dropout, no backward pass.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from farspan.kernels.block_patterns import check_block_mask, end_with_request, mask_rows
 from farspan.kernels.paged_prefill import prefill_attention
+from farspan.kernels.short_lists import short_list_attention
 from farspan.kernels.tiles import BlockLists, PrefillTiles
+from farspan.kernels.tuning import SHORT_LIST_BLOCKS
 
 BLOCK_SIZES = (64, 128)
 
@@ -54,35 +57,63 @@ def attention(
     lse = torch.empty(heads, batch * query_len, dtype=torch.float32, device=q.device)
     if out.numel():
         layout = _layout(batch, query_len, kv_len, block_size, q.device)
-        seq_lens, query_start_loc = layout.seq_lens, layout.query_start_loc
-        if lengths is not None:
-            seq_lens, query_start_loc = _padded_batch(lengths, query_len, kv_len)
         lists = _block_lists(block_mask, layout, batch, heads, causal)
-        if lists is not None and lengths is not None and not causal:
-            lists = end_with_request(lists, layout.tiles, -(-seq_lens // block_size))
+        scale = head_dim**-0.5 if scale is None else scale
         key, value = k, v
         if k.stride() != v.stride():
             key, value = k.contiguous(), v.contiguous()
-        prefill_attention(
-            q.flatten(0, 1),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            layout.block_table,
-            seq_lens,
-            query_start_loc,
-            layout.tiles,
-            head_dim**-0.5 if scale is None else scale,
-            block_lists=lists,
-            causal=causal,
-            max_query_len=query_len,
-            out=out.flatten(0, 1),
-            lse=lse,
-        )
-        if lengths is not None:
-            _clear_padding(out, lse, query_start_loc)
+        if lists is not None and _is_short(lists, q):
+            short_list_attention(
+                q, key, value, layout.tiles, lists, scale, causal=causal, lengths=lengths, out=out, lse=lse
+            )
+        else:
+            _as_pages(q, key, value, layout, lists, scale, causal=causal, lengths=lengths, out=out, lse=lse)
     if return_lse:
         return out, lse.view(heads, batch, query_len).transpose(0, 1)
     return out
+
+
+def _is_short(lists: BlockLists, q: torch.Tensor) -> bool:
+    return lists.block_ids.shape[2] <= SHORT_LIST_BLOCKS and q.element_size() == 2 and q.shape[3] <= 128
+
+
+def _as_pages(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: "_Layout",
+    lists: BlockLists | None,
+    scale: float,
+    *,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Compute with the paged kernel, a sequence being a page; arguments as in `short_list_attention`."""
+    query_len, kv_len = q.shape[1], k.shape[1]
+    seq_lens, query_start_loc = layout.seq_lens, layout.query_start_loc
+    if lengths is not None:
+        seq_lens, query_start_loc = _padded_batch(lengths, query_len, kv_len)
+        if lists is not None and not causal:
+            lists = end_with_request(lists, layout.tiles, -(-seq_lens // layout.tiles.block_size))
+    prefill_attention(
+        q.flatten(0, 1),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        layout.block_table,
+        seq_lens,
+        query_start_loc,
+        layout.tiles,
+        scale,
+        block_lists=lists,
+        causal=causal,
+        max_query_len=query_len,
+        out=out.flatten(0, 1),
+        lse=lse,
+    )
+    if lengths is not None:
+        _clear_padding(out, lse, query_start_loc)
 
 
 def attention_tiles(

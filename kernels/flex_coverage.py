@@ -42,7 +42,7 @@ def measure_coverage(
     Tensors of the batch as in `flex_block_lists`.
     kept_lse: [num_q_heads, num_tokens] float32, natural log: what the sparse prefill returned.
     rows: [num_reqs, rows_per_request] int64, rows of `query`, as from `sample_rows`.
-    string: the shifted positions that the sparse prefill ran under; None for ordinary ones.
+    string: the shifted rotary positions of the prefill, if any.
     Returns [num_q_heads, num_reqs, rows_per_request] float32, at most 1; no host sync on the GPU.
     """
     num_reqs, rows_per_request = rows.shape
@@ -61,7 +61,9 @@ def measure_coverage(
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
         max_seq_len = block_table.shape[1] * kv_cache.shape[2]
         num_splits = choose_num_splits(len(flat), kv_cache.shape[1], max_seq_len, num_sms)
-        paged_decode(sampled, kv_cache, table, lens, scale, num_splits=num_splits, string=string, lse=full_lse)
+        paged_decode(
+            sampled, kv_cache, table, lens, scale, num_splits=num_splits, string=string, lse=full_lse
+        )  # fmt: skip
     coverage = (kept_lse[:, flat] - full_lse).exp().clamp_max(1.0)
     return coverage.unflatten(1, (num_reqs, rows_per_request))
 

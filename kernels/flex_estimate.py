@@ -48,25 +48,6 @@ def _load_rows(
     stride_query_token,
     first_row,
     num_rows,
-    BLOCK_M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Query rows [first_row, first_row + num_rows) of one head as [BLOCK_M, BLOCK_D], zero beyond."""
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (offs_m[:, None] < num_rows) & (offs_d[None, :] < HEAD_DIM)
-    rows = (first_row + offs_m).to(tl.int64) * stride_query_token
-    return tl.load(query_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_shifted_rows(
-    rows,
-    query_ptr,
-    stride_query_token,
-    first_row,
-    num_rows,
     cos_ptr,
     sin_ptr,
     BLOCK_M: tl.constexpr,
@@ -75,33 +56,29 @@ def _load_shifted_rows(
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
 ):
-    """`rows`, as `_load_rows` returned them, under the second rotation of shifted positions."""
+    """Query rows [first_row, first_row + num_rows) of one head as [BLOCK_M, BLOCK_D], zero beyond.
+
+    Returns them as they are and as keys at shifted distances meet them; the same where HALF_ROTARY is 0.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m[:, None] < num_rows) & (offs_d[None, :] < HEAD_DIM)
-    ptrs = query_ptr + ((first_row + offs_m).to(tl.int64) * stride_query_token)[:, None] + offs_d[None, :]
-    return rotate_tile(rows, ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    rows = (first_row + offs_m).to(tl.int64) * stride_query_token
+    query_ptrs = query_ptr + rows[:, None] + offs_d[None, :]
+    query = tl.load(query_ptrs, mask=mask, other=0.0)
+    far = query
+    if HALF_ROTARY > 0:
+        far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    return query, far
 
 
 @triton.jit
-def _logits(query, query_far, key, row_pos, start, first_pos, last_pos, shift, HAS_SHIFT: tl.constexpr):
-    """Products of the queries, at positions first_pos to last_pos, and a block of keys that begins at `start`.
-
-    Under shifted positions each pair takes the query that its distance asks for; only a block that has both kinds
-    costs two products.
-    """
-    if HAS_SHIFT:
-        BLOCK: tl.constexpr = key.shape[1]
-        if first_pos - (start + BLOCK - 1) >= shift:
-            logits = tl.dot(query_far, key, input_precision="ieee")
-        else:
-            logits = tl.dot(query, key, input_precision="ieee")
-            if last_pos - start >= shift:
-                distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
-                logits = tl.where(distance >= shift, tl.dot(query_far, key, input_precision="ieee"), logits)
-    else:
-        logits = tl.dot(query, key, input_precision="ieee")
-    return logits
+def _logits(query, far, key, distance, shift, scale, HALF_ROTARY: tl.constexpr):
+    """Scaled logits in base 2; keys at `distance >= shift` meet the far query."""
+    logits = tl.dot(query, key, input_precision="ieee")
+    if HALF_ROTARY > 0:
+        logits = tl.where(distance < shift, logits, tl.dot(far, key, input_precision="ieee"))
+    return logits * (scale * 1.4426950408889634)
 
 
 @triton.jit
@@ -134,7 +111,6 @@ def _lse_kernel(
     PAGE_SIZE: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
 ):
     """Running maximum (base 2) and sum of every representative query over one split of the keys.
 
@@ -146,17 +122,13 @@ def _lse_kernel(
     query_end = tl.load(query_start_ptr + request + 1)
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
-    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
-    query_far = query
-    if HAS_SHIFT:
-        query_far = _load_shifted_rows(
-            query, query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
-            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
-        )  # fmt: skip
-    first_pos = kv_len - num_rows
+    query, far = _load_rows(
+        query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+        BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+    )  # fmt: skip
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
-    row_pos = first_pos + tl.arange(0, BLOCK)
+    row_pos = kv_len - num_rows + tl.arange(0, BLOCK)
     in_last = row_pos // BLOCK == tl.cdiv(kv_len, BLOCK) - 1
     rows_in_last = tl.minimum((kv_len - 1) % BLOCK + 1, num_rows)
     out_row = (head * num_selected + slot).to(tl.int64)
@@ -172,15 +144,15 @@ def _lse_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = _logits(query, query_far, key, row_pos, start, first_pos, kv_len - 1, shift, HAS_SHIFT)
-        logits = logits * (scale * 1.4426950408889634)
+        distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
+        logits = _logits(query, far, key, distance, shift, scale, HALF_ROTARY)
         # Rows and keys that do not exist are zero: the mean over the rest needs no mask.
         row_mean = tl.sum(logits, 1) * (0.6931471805599453 / tl.minimum(kv_len - start, BLOCK))
         before_last = tl.sum(tl.where(in_last, 0.0, row_mean)) / tl.maximum(num_rows - rows_in_last, 1)
         tl.store(pooled_logits_ptr + out_row * num_blocks + block, before_last)
         last = tl.sum(tl.where(in_last, row_mean, 0.0)) / rows_in_last
         tl.store(pooled_logits_ptr + second_row * num_blocks + block, last)
-        logits = tl.where((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None], logits, float("-inf"))
+        logits = tl.where(distance >= 0, logits, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         # A split that lies behind a query's position shows it no key: keep -inf - -inf out of exp2.
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -222,7 +194,6 @@ def _mass_kernel(
     PAGE_SIZE: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
     SUB: tl.constexpr,
 ):
     """Block sums of the probabilities; grid and splits as in `_lse_kernel`, whose results it combines first."""
@@ -232,18 +203,14 @@ def _mass_kernel(
     query_end = tl.load(query_start_ptr + request + 1)
     num_rows = tl.minimum(query_end - tl.load(query_start_ptr + request), BLOCK)
     query_ptr += head * stride_query_head
-    query = _load_rows(query_ptr, stride_query_token, query_end - num_rows, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
-    query_far = query
-    if HAS_SHIFT:
-        query_far = _load_shifted_rows(
-            query, query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
-            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
-        )  # fmt: skip
-    first_pos = kv_len - num_rows
+    query, far = _load_rows(
+        query_ptr, stride_query_token, query_end - num_rows, num_rows, cos_ptr, sin_ptr,
+        BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+    )  # fmt: skip
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
     offs_m = tl.arange(0, BLOCK)
-    row_pos = first_pos + offs_m
+    row_pos = kv_len - num_rows + offs_m
     out_row = (head * num_selected + slot).to(tl.int64)
     split_size = (tl.num_programs(0) * num_selected).to(tl.int64) * BLOCK
 
@@ -267,9 +234,9 @@ def _mass_kernel(
         key = _load_keys(
             cache_ptr, table_ptr, stride_page, stride_token, start, kv_len, BLOCK, HEAD_DIM, BLOCK_D, PAGE_SIZE
         )
-        logits = _logits(query, query_far, key, row_pos, start, first_pos, kv_len - 1, shift, HAS_SHIFT)
-        logits = logits * (scale * 1.4426950408889634)
-        causal = ((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None]) & (offs_m < num_rows)[:, None]
+        distance = row_pos[:, None] - (start + tl.arange(0, BLOCK))[None, :]
+        logits = _logits(query, far, key, distance, shift, scale, HALF_ROTARY)
+        causal = (distance >= 0) & (offs_m < num_rows)[:, None]
         mass = tl.where(causal, tl.exp2(logits - lse[:, None]), 0.0) / num_rows
         by_columns = tl.sum(tl.reshape(mass, (BLOCK, SUB, BLOCK // SUB)), 2)
         row_mass = tl.sum(by_columns, 1)
@@ -288,13 +255,6 @@ def _mass_kernel(
         tl.store(column_share_ptr + out_row * num_blocks + block, share)
 
 
-def rotary_constants(string: RotaryShift | None) -> dict[str, int]:
-    """Compile-time constants of the kernels that may hold a second rotation of the queries."""
-    if string is None:
-        return {"HALF_ROTARY": 1, "IS_NEOX": True, "HAS_SHIFT": False}
-    return {"HALF_ROTARY": string.rotary_dim // 2, "IS_NEOX": string.is_neox, "HAS_SHIFT": True}
-
-
 def estimate(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -308,7 +268,7 @@ def estimate(
     num_splits: int | None = None,
     string: RotaryShift | None = None,
 ) -> FlexEstimate:
-    """Sum the representative queries' attention over blocks; arguments as in `flex_block_lists`.
+    """Sum the representative queries' attention over blocks; tensors as in `flex_block_lists`.
 
     num_blocks: host-side upper bound of the requests' KV blocks. num_splits: parts of the keys that run in parallel.
     """
@@ -326,11 +286,11 @@ def estimate(
     maximum = query.new_empty((num_splits, num_heads, num_selected, block_size), dtype=torch.float32)
     total = torch.empty_like(maximum)
     grid = (num_heads, num_splits, num_selected)
-    batch = (query, kv_cache, block_table, seq_lens, query_start_loc, requests)
-    tensors = (*batch, string.cos if string else None, string.sin if string else None, maximum, total)
+    cos, sin = (query, query) if string is None else (string.cos, string.sin)
+    tensors = (query, kv_cache, block_table, seq_lens, query_start_loc, requests, cos, sin, maximum, total)
     scalars = (
         scale,
-        string.shift if string else 0,
+        0 if string is None else string.shift,
         query.stride(0),
         query.stride(1),
         kv_cache.stride(0),
@@ -340,16 +300,34 @@ def estimate(
         num_selected,
         num_blocks,
     )
+    block_d = max(triton.next_power_of_2(head_dim), 16)
     shapes = {
         "GROUP": num_heads // num_kv_heads,
         "BLOCK": block_size,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_D": block_d,
         "PAGE_SIZE": page_size,
-        **rotary_constants(string),
+        **rotary_shapes(string),
         "num_warps": 8 if block_size == 128 else 4,
-        "num_stages": 3 if query.element_size() == 2 and head_dim <= 128 else 1,
+        "num_stages": _num_stages(
+            query.device, block_size * block_d * query.element_size(), 1 if string is None else 2
+        ),
     }
     _lse_kernel[grid](*tensors, pooled_logits, *scalars, **shapes)
     _mass_kernel[grid](*tensors, tile_mass, column_share, *scalars, **shapes, SUB=SUB_BLOCKS)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
+
+
+def _num_stages(device: torch.device, tile_bytes: int, num_query_tiles: int) -> int:
+    """Key tiles in flight: up to 3, as shared memory has room beside the queries."""
+    if device.type != "cuda":
+        return 1
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max(1, min(room // tile_bytes - num_query_tiles, 3))
+
+
+def rotary_shapes(string: RotaryShift | None) -> dict[str, int | bool]:
+    """Compile-time parameters of the shifted query."""
+    if string is None:
+        return {"HALF_ROTARY": 0, "IS_NEOX": True}
+    return {"HALF_ROTARY": len(string.cos), "IS_NEOX": string.is_neox}

@@ -1,9 +1,7 @@
 """The exact attention mass of every block, and the fewest blocks that reach gamma: what a selection is held against."""
 
 import torch
-from farspan.kernels.flex_reference import logits_at
 from farspan.kernels.reference import gather_kv
-from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -16,7 +14,6 @@ def block_mass(
     tiles: PrefillTiles,
     scale: float,
     dtype: torch.dtype = torch.float64,
-    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Attention mass of each KV block, mean over a tile's queries: [num_q_heads, num_tiles, num_blocks], rows sum to 1.
 
@@ -32,9 +29,9 @@ def block_mass(
         for tile in (tiles.tile_request == request).nonzero()[:, 0].tolist():
             low = max(int(tiles.tile_block[tile]) * block, kv_len - (end - start))
             high = min((int(tiles.tile_block[tile]) + 1) * block, kv_len)
-            rows = query[end - kv_len + low : end - kv_len + high]
+            rows = query[end - kv_len + low : end - kv_len + high].to(dtype)
+            logits = torch.einsum("qhd,khd->hqk", rows, key[:high]) * scale
             pos = torch.arange(high, device=query.device)
-            logits = logits_at(rows, key[:high], pos[low:], string) * scale
             weights = logits.masked_fill(pos > pos[low:, None], float("-inf")).softmax(-1).mean(1)
             weights = torch.nn.functional.pad(weights, (0, -high % block)).unflatten(-1, (-1, block)).sum(-1)
             mass[:, tile, : weights.shape[-1]] = weights

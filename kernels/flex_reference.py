@@ -37,8 +37,12 @@ def estimate(
         key, _ = gather_kv(kv_cache, block_table[request], kv_len, dtype)
         key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
         num_rows = min(end - start, block_size)
+        rows = query[end - num_rows : end]
         row_pos = torch.arange(kv_len - num_rows, kv_len)
-        logits = logits_at(query[end - num_rows : end], key, row_pos, string) * scale
+        logits = torch.einsum("qhd,khd->hqk", rows.to(dtype), key) * scale
+        if string is not None:
+            far = torch.einsum("qhd,khd->hqk", apply_shift(rows, string).to(dtype), key) * scale
+            logits = torch.where(row_pos[:, None] - torch.arange(kv_len) < string.shift, logits, far)
         mask = torch.arange(kv_len) <= row_pos[:, None]
         mass = logits.masked_fill(~mask, float("-inf")).softmax(-1) / num_rows
         row_mass = _block_sums(mass, block_size)
@@ -49,20 +53,6 @@ def estimate(
             pooled_logits[tile, :, slot, :used] = _block_sums(mean, block_size) / _block_lens(kv_len, block_size)
         column_share[:, slot, :used] = _column_share(mass, block_size)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
-
-
-def logits_at(rows: torch.Tensor, key: torch.Tensor, row_pos: torch.Tensor, string: RotaryShift | None) -> torch.Tensor:
-    """Products of queries and keys, those at distance `string.shift` and beyond under the second rotation.
-
-    rows: [num_rows, num_heads, head_dim] at positions row_pos [num_rows]; key: [kv_len, num_heads, head_dim], all keys
-        from position 0 on, in the dtype to compute in. Returns [num_heads, num_rows, kv_len].
-    """
-    logits = torch.einsum("qhd,khd->hqk", rows.to(key.dtype), key)
-    if string is None:
-        return logits
-    distance = row_pos[:, None] - torch.arange(key.shape[0], device=key.device)
-    shifted = apply_shift(rows, string).to(key.dtype)
-    return torch.where(distance >= string.shift, torch.einsum("qhd,khd->hqk", shifted, key), logits)
 
 
 def _block_lens(kv_len: int, block_size: int) -> torch.Tensor:
@@ -197,10 +187,7 @@ def pooled_scores(
     dtype: torch.dtype = torch.float32,
     string: RotaryShift | None = None,
 ) -> torch.Tensor:
-    """Scaled products of every tile's mean query and every block's mean key: [num_q_heads, num_tiles, num_blocks].
-
-    Under shifted positions a pair of blocks counts as shifted as a whole, by the distance between their starts.
-    """
+    """Scaled products of every tile's mean query and every block's mean key: [num_q_heads, num_tiles, num_blocks]."""
     num_heads = query.shape[1]
     scores = torch.full((num_heads, tiles.num_tiles, num_blocks), float("-inf"), dtype=dtype)
     mean_key: dict[int, torch.Tensor] = {}
@@ -212,13 +199,13 @@ def pooled_scores(
             sums = _block_sums(key.permute(1, 2, 0), tiles.block_size) / _block_lens(kv_len, tiles.block_size)
             mean_key[request] = sums.repeat_interleave(num_heads // key.shape[1], dim=0)
         low, high = tile_rows(tiles, tile, seq_lens, query_start_loc)
-        mean_query = query[low:high].to(dtype).mean(0)
-        products = torch.einsum("hd,hdb->hb", mean_query, mean_key[request]) * scale
+        rows = query[low:high]
+        products = torch.einsum("hd,hdb->hb", rows.to(dtype).mean(0), mean_key[request]) * scale
         if string is not None:
-            shifted = apply_shift(query[low:high], string).to(dtype).mean(0)
-            block_distance = (tiles.tile_block[tile] - torch.arange(products.shape[1])) * tiles.block_size
-            far = block_distance >= string.shift
-            products = torch.where(far, torch.einsum("hd,hdb->hb", shifted, mean_key[request]) * scale, products)
+            mean_far = apply_shift(rows, string).to(dtype).mean(0)
+            distance = (int(tiles.tile_block[tile]) - torch.arange(products.shape[1])) * tiles.block_size
+            far = torch.einsum("hd,hdb->hb", mean_far, mean_key[request]) * scale
+            products = torch.where(distance < string.shift, products, far)
         scores[:, tile, : products.shape[1]] = products
     return scores
 

@@ -178,9 +178,9 @@ def _pooled_scores_kernel(
     tile_slot_ptr,
     aware_ptr,
     mean_key_ptr,
-    scores_ptr,
     cos_ptr,
     sin_ptr,
+    scores_ptr,
     scale,
     shift,
     stride_query_token,
@@ -194,12 +194,8 @@ def _pooled_scores_kernel(
     BLOCK_N: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
 ):
-    """Mean query of one tile against the mean keys up to its own block, for query-aware heads.
-
-    Under shifted positions a pair of blocks counts as shifted as a whole, by the distance between their starts.
-    """
+    """Mean query of one tile against the mean keys up to its own block, for query-aware heads."""
     tile, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tile_slot_ptr + tile)
     if tl.load(aware_ptr + head * num_selected + slot) != 0:
@@ -211,16 +207,12 @@ def _pooled_scores_kernel(
         origin = query_end - tl.load(seq_lens_ptr + request) + tile_block * BLOCK
         first = tl.maximum(origin, query_start)
         num_rows = tl.minimum(origin + BLOCK, query_end) - first
-        query_ptr += head * stride_query_head
-        rows = flex_estimate._load_rows(query_ptr, stride_query_token, first, num_rows, BLOCK, HEAD_DIM, BLOCK_D)
+        rows, far_rows = flex_estimate._load_rows(
+            query_ptr + head * stride_query_head, stride_query_token, first, num_rows, cos_ptr, sin_ptr,
+            BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
+        )  # fmt: skip
         mean_query = tl.sum(rows.to(tl.float32), 0) / num_rows * scale
-        mean_far = mean_query
-        if HAS_SHIFT:
-            rows = flex_estimate._load_shifted_rows(
-                rows, query_ptr, stride_query_token, first, num_rows, cos_ptr, sin_ptr,
-                BLOCK, HEAD_DIM, BLOCK_D, HALF_ROTARY, IS_NEOX,
-            )  # fmt: skip
-            mean_far = tl.sum(rows.to(tl.float32), 0) / num_rows * scale
+        far_query = tl.sum(far_rows.to(tl.float32), 0) / num_rows * scale
         offs_d = tl.arange(0, BLOCK_D)
         key_row = ((head // GROUP) * num_selected + slot).to(tl.int64) * num_blocks
         score_row = (head * tl.num_programs(0) + tile).to(tl.int64) * num_blocks
@@ -233,9 +225,9 @@ def _pooled_scores_kernel(
                 other=0.0,
             )
             scores = tl.sum(keys * mean_query[None, :], 1)
-            if HAS_SHIFT:
-                is_far = (tile_block - offs_n) * BLOCK >= shift
-                scores = tl.where(is_far, tl.sum(keys * mean_far[None, :], 1), scores)
+            if HALF_ROTARY > 0:
+                far_scores = tl.sum(keys * far_query[None, :], 1)
+                scores = tl.where((tile_block - offs_n) * BLOCK < shift, scores, far_scores)
             tl.store(scores_ptr + score_row + offs_n, scores, mask=mask)
 
 
@@ -349,7 +341,7 @@ def flex_block_lists(
     tau: query-aware where the divergence lies below; 0 for never.
     min_budget, max_budget: KV tokens that a list covers at least (where they exist) and at most; rounded to blocks.
     share_kv_group: one list for the query heads of a KV head, the union of theirs.
-    string: shifted positions, under which the attention itself will run; None for ordinary ones.
+    string: shifted rotary positions: keys at distance `shift` or more meet the query rotated by the angles given.
     CPU tensors go through PyTorch, others through Triton; the lists are the same.
     """
     num_heads = query.shape[1]
@@ -461,18 +453,18 @@ def select(
             slots,
             aware,
             mean_key,
+            *((query, query) if string is None else (string.cos, string.sin)),
             scores,
-            string.cos if string else None,
-            string.sin if string else None,
             scale,
-            string.shift if string else 0,
+            0 if string is None else string.shift,
             query.stride(0),
             query.stride(1),
             num_selected,
             num_blocks,
             **shapes,
             BLOCK_N=32,
-            **flex_estimate.rotary_constants(string),
+            **flex_estimate.rotary_shapes(string),
+            num_warps=4 if head_dim <= 128 and string is None else 8,
         )
     _lists_kernel[(num_tiles, num_heads // group)](
         column,

@@ -68,17 +68,26 @@ def test_dense(batch, query_len, kv_len, heads, kv_heads, head_dim, causal, dtyp
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("query_len", [257, 70])
-def test_padding(query_len, causal, device):
-    q, k, v = draw(5, query_len, 257, 2, 1, 64, torch.float32, device)
+@pytest.mark.parametrize(
+    ("query_len", "listed", "dtype"),
+    [(257, False, torch.float32), (70, False, torch.float32), (257, True, torch.float16), (70, True, torch.float16)],
+    ids=["q257-dense-fp32", "q70-dense-fp32", "q257-lists-fp16", "q70-lists-fp16"],
+)
+def test_padding(query_len, listed, dtype, causal, device):
+    q, k, v = draw(5, query_len, 257, 2, 1, 64, dtype, device)
     lengths = torch.tensor([257, 256, 200, 1, 0], device=device)
     for b, length in enumerate(lengths.tolist()):
         k[b, length:] = v[b, length:] = float("nan")
-    out, lse = attention(q, k, v, lengths=lengths, causal=causal, return_lse=True)
-    assert_attention_close(out, lse, *expected(q, k, v, lengths=lengths, causal=causal), torch.float32)
+    mask = torch.ones(attention_tiles(1, query_len, 257, device=device).num_tiles, 3, dtype=torch.bool, device=device)
+    out, lse = attention(q, k, v, lengths=lengths, causal=causal, return_lse=True, block_mask=mask if listed else None)
+    assert_attention_close(out, lse, *expected(q, k, v, lengths=lengths, causal=causal), dtype)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole-lists", "lengths-mask"])
+@pytest.mark.parametrize(
+    ("masked", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.float16)],
+    ids=["whole-lists", "lengths-mask", "lengths-mask-fp16"],
+)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
@@ -89,9 +98,9 @@ def test_padding(query_len, causal, device):
         pytest.param(70, 500, 64, id="q70-kv500-block64"),
     ],
 )
-def test_patterns(query_len, kv_len, block_size, pattern, causal, masked, device):
+def test_patterns(query_len, kv_len, block_size, pattern, causal, masked, dtype, device):
     batch, heads = 2, 2
-    q, k, v = draw(batch, query_len, kv_len, heads, 1, 64, torch.float32, device)
+    q, k, v = draw(batch, query_len, kv_len, heads, 1, 64, dtype, device)
     blocks = -(-kv_len // block_size)
     options = {"sink_blocks": 1, "local_blocks": 2, "stride": 3, "causal": causal}
     num_kv_blocks = torch.full((2 * batch,), blocks, dtype=torch.int32, device=device)
@@ -110,7 +119,7 @@ def test_patterns(query_len, kv_len, block_size, pattern, causal, masked, device
     out, lse = attention(
         q, k, v, block_mask=block_mask, lengths=lengths, causal=causal, block_size=block_size, return_lse=True
     )
-    assert_attention_close(out, lse, *truth, torch.float32)
+    assert_attention_close(out, lse, *truth, dtype)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])

@@ -142,7 +142,7 @@ def test_chunks_choose_like_the_whole_prompt() -> None:
                 query, query, query, whole.kv_cache, whole.block_table, torch.tensor([end], dtype=torch.int32), starts,
                 whole.slot_mapping, whole.scale,
             )  # fmt: skip
-            lists = select(part, part.tiles(64), gamma, min_budget=256).block_lists
+            lists = select(part, part.tiles(64), gamma, tau=0.2, min_budget=256).block_lists
             rows = slice((end - chunk) // 64, end // 64)
             coverage.append(flex_oracle.kept_mass(mass[:, rows, : end // 64], lists))
             counts.append(lists.block_counts)

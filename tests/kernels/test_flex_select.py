@@ -29,17 +29,15 @@ class Case:
     max_blocks: int = NO_LIMIT
     share: bool = False
     layout: str = "lbhnc"
+    shift: int = 0
+    """Distance S from which positions are shifted; 0 for ordinary positions."""
     dtype: torch.dtype = field(default=torch.float32)
-    string: tuple[int, int, int, bool] | None = None
-    """Shift, window, rotary_dim, is_neox."""
 
     @property
     def name(self) -> str:
         lens = "+".join(f"{q}of{kv}" for q, kv in zip(self.query_lens, self.seq_lens, strict=True))
         extras = f"{'-shared' if self.share else ''}-tau{self.tau}-min{self.min_blocks}"
-        if self.string is not None:
-            shift, window, rotary_dim, is_neox = self.string
-            extras += f"-shift{shift}-window{window}-rotary{rotary_dim}-{'neox' if is_neox else 'interleaved'}"
+        extras += f"-string{self.shift}" if self.shift else ""
         return f"{lens}-gqa{self.group}-d{self.head_dim}-page{self.page_size}-block{self.block_size}{extras}"
 
 
@@ -57,12 +55,7 @@ CASES = [
     Case((300,), (700,), gamma=1.0),
     Case((100,), (257,), head_dim=80, page_size=48),
     Case((100,), (257,), dtype=torch.float16),
-    Case((300,), (700,), tau=0.15, group=1, string=(200, 16, 32, True)),
-    Case((65, 200, 2), (65, 777, 130), tau=0.5, min_blocks=3, string=(64, 5, 32, False)),
-    Case((129, 64), (513, 640), group=4, share=True, string=(127, 20, 16, True)),
-    Case((127,), (511,), tau=0.5, head_dim=80, page_size=48, string=(1, 0, 48, False)),
-    Case((100,), (257,), tau=0.5, dtype=torch.float16, string=(129, 20, 32, True)),
-    Case((300,), (300,), tau=0.15, string=(1000, 20, 32, True)),
+    Case((100,), (700,), shift=200, tau=0.2, head_dim=64),
 ]
 
 
@@ -84,10 +77,10 @@ def batch_of(case: Case, device: torch.device) -> PagedBatch:
 
 
 def string_of(case: Case, device: torch.device) -> RotaryShift | None:
-    if case.string is None:
+    if not case.shift:
         return None
-    shift, window, rotary_dim, is_neox = case.string
-    return make_rotary_shift(inverse_frequencies(rotary_dim), shift, window, is_neox, device)
+    inv_freq = inverse_frequencies(case.head_dim // 2)
+    return make_rotary_shift(inv_freq, case.shift, 16, True, device)
 
 
 def arguments_of(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
@@ -111,7 +104,7 @@ def select_both(case: Case, batch: PagedBatch) -> tuple[FlexSelection, FlexSelec
     requests = torch.arange(len(case.seq_lens), dtype=torch.int32, device=device)
     num_heads = batch.query.shape[1]
     shape = (requests, tiles.max_kv_blocks, case.block_size, batch.scale)
-    string = string_of(case, device)
+    string, cpu_string = string_of(case, device), string_of(case, torch.device("cpu"))
     found = flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=2, string=string)
     gamma = torch.full((num_heads, len(case.seq_lens)), case.gamma, device=device)
     group = case.group if case.share else 1
@@ -119,8 +112,7 @@ def select_both(case: Case, batch: PagedBatch) -> tuple[FlexSelection, FlexSelec
     ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, requests, gamma, *budget, string)
     cpu = [tensor.cpu() for tensor in arguments_of(batch)]
     cpu_tiles = type(tiles)(tiles.block_size, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks)
-    string = string_of(case, torch.device("cpu"))
-    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale, string=string)
+    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale, string=cpu_string)
     selection = (on_cpu(found), scores, cpu_tiles, cpu[3], requests.cpu(), gamma.cpu(), *budget)
     return ours, flex_reference.select(*selection)
 
@@ -131,12 +123,13 @@ def test_estimate_equals_reference(case: Case, device: torch.device) -> None:
     requests = torch.arange(len(case.seq_lens), dtype=torch.int32)
     num_blocks = batch.tiles(case.block_size).max_kv_blocks
     shape = (num_blocks, case.block_size, batch.scale)
-    found = flex_estimate.estimate(
-        *arguments_of(batch), requests.to(device), *shape, num_splits=3, string=string_of(case, device)
+    string = string_of(case, device)
+    found = on_cpu(
+        flex_estimate.estimate(*arguments_of(batch), requests.to(device), *shape, num_splits=3, string=string)
     )
-    found = on_cpu(found)
     cpu = [tensor.cpu() for tensor in arguments_of(batch)]
-    expected = flex_reference.estimate(*cpu, requests, *shape, string=string_of(case, torch.device("cpu")))
+    string = string_of(case, torch.device("cpu"))
+    expected = flex_reference.estimate(*cpu, requests, *shape, string=string)
     torch.testing.assert_close(found.tile_mass, expected.tile_mass, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.column_share, expected.column_share, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.pooled_logits, expected.pooled_logits, atol=1e-4, rtol=1e-4)

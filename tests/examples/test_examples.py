@@ -1,0 +1,46 @@
+"""The examples run, and the demo says what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENV = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | ENV, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.e2e
+def test_demo_answers_with_the_stock_tokens() -> None:
+    demo = run("examples/demo.py", "--length", "1024")
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    question, _, repository = demo.stdout.partition("Text of this repository")
+    for name in ("vLLM's own", "farspan dense", "farspan flex"):
+        assert re.search(rf"^{name} .* 4 of 4 ", question, flags=re.MULTILINE), question
+    for text in (question, repository):
+        assert re.search(r"^farspan dense .* yes ", text, flags=re.MULTILINE), text
+
+
+@pytest.mark.e2e
+def test_offline_example_answers() -> None:
+    example = run("examples/offline.py")
+    assert example.returncode == 0, example.stderr[-3000:]
+    expected = re.search(r"^expected: (.*)$", example.stdout, flags=re.MULTILINE)
+    assert expected is not None
+    for method in ("flex", "dense"):
+        line = re.search(rf"^{method}: (.*)$", example.stdout, flags=re.MULTILINE)
+        assert line is not None, example.stdout
+        assert set(expected[1].split()) <= set(line[1].split())
+
+
+def test_demo_refuses_an_unknown_option() -> None:
+    demo = run("examples/demo.py", "--lenght", "10")
+    assert demo.returncode == 2
+    assert "--lenght" in demo.stderr
