@@ -59,6 +59,8 @@ class Request:
     prompt_len: int
     output_len: int = 1
     repeats: int = 1
+    string: bool = True
+    """False: with the shifted positions of the engine's options switched off, in an eager engine only."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Timing:
     token_ids: list[int]
     top_logprobs: dict[str, float]
     """Natural-log probabilities of the first token's best candidates, by token id."""
+    string: bool = True
+    """As in the `Request`."""
+    peak_gpu_memory_gib: float = 0.0
+    """The most that torch allocated while the request ran, weights and KV cache included; 0 without a GPU."""
 
 
 @dataclass(frozen=True)

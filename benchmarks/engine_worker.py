@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,37 @@ def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
     )
 
 
+def switch_string(llm: Any, is_on: bool) -> None:
+    """Switch the shifted positions of an engine that was started with them off, or on again.
+
+    One engine for both, so that nothing but the shift differs between two requests, sent one behind the other.
+    """
+
+    def switch(model: torch.nn.Module) -> None:
+        for module in model.modules():
+            impl = getattr(module, "impl", None)
+            if impl is not None:
+                impl.benchmark_string = getattr(impl, "benchmark_string", impl.string)
+                impl.string = impl.benchmark_string if is_on else None
+
+    llm.apply_model(switch)
+
+
+def measure_request(llm: Any, spec: EngineSpec, request: Request, prompt: list[int], name: str) -> Timing:
+    """Send one request, its prompt given."""
+    if "string" in (spec.options or {}):
+        switch_string(llm, request.string)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return replace(
+        send(llm, prompt, request.output_len, name), string=request.string, peak_gpu_memory_gib=peak_gpu_memory_gib()
+    )
+
+
+def peak_gpu_memory_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
 def main() -> None:
     raw = json.loads(Path(sys.argv[1]).read_text())
     spec = EngineSpec(**(raw | {"requests": [Request(**request) for request in raw["requests"]]}))
@@ -116,12 +147,13 @@ def main() -> None:
     for index in range(2):  # compiles kernels, and fills what is allocated at first use
         send(llm, prompt_of(min(WARMUP_LEN, max(r.prompt_len for r in spec.requests))), 4, f"warmup-{index}")
     start_s = time.perf_counter() - started
-    timings = [
-        send(llm, prompt_of(request.prompt_len), request.output_len, f"n{request.prompt_len}-{repeat}")
-        for request in spec.requests
-        for repeat in range(request.repeats)
-    ]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    peaks = [peak_gpu_memory_gib()]
+    timings = []
+    for index, request in enumerate(spec.requests):
+        for repeat in range(request.repeats):
+            timings.append(measure_request(llm, spec, request, prompt_of(request.prompt_len), f"{index}-{repeat}"))
+            peaks.append(timings[-1].peak_gpu_memory_gib)
+    peak = max(peaks)
     Path(sys.argv[2]).write_text(json.dumps(asdict(EngineResult(start_s, timings, peak))))
 
 

@@ -169,13 +169,6 @@ def parse_config(raw: Any) -> FarspanConfig:
         config.prefill.check(f"{ROOT}.prefill")
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
-        if isinstance(config.prefill, FlexPrefill):
-            refuse(
-                f"{ROOT}.string",
-                raw["string"],
-                "nothing together with prefill method 'flex', which does not select under shifted positions yet",
-                "Use prefill method 'dense' or 'block_sparse', or leave string out",
-            )
         if config.kernel == "fa3":
             refuse(
                 f"{ROOT}.kernel",

@@ -109,6 +109,11 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
     config = config_of(vllm_config)
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
+        if config.string is not None and getattr(vllm_config.model_config, "uses_mrope", False):
+            raise UnsupportedModelError(
+                f"string: {vllm_config.model_config.model} has multimodal rotary positions (mrope), several for each "
+                "token; string shifts one position. Leave out the option string."
+            )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)

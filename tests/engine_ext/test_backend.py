@@ -108,9 +108,14 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
         (engine(speculative=SimpleNamespace(method="ngram")), UnsupportedEngineError, "speculative decoding"),
         (engine({"string": {}}, connector=object()), UnsupportedEngineError, "a KV connector together with"),
+        (
+            engine({"string": {}}, model={"uses_mrope": True}),
+            UnsupportedModelError,
+            "m has multimodal rotary positions",
+        ),
         (engine({"kernel": "x"}), ConfigError, "kernel='x'"),
     ],
-    ids=["mla", "hybrid", "encoder", "fp8", "dcp", "speculative", "connector", "option"],
+    ids=["mla", "hybrid", "encoder", "fp8", "dcp", "speculative", "connector", "mrope", "option"],
 )
 def test_engine_is_refused(vllm_config: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error) as caught:

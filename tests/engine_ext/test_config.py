@@ -50,7 +50,6 @@ MISTAKES = {
     "window-beyond-shift": ({"string": {"shift": 100, "window": 200}}, ".string.window=200; allowed: at most shift"),
     "logit-scale": ({"string": {"logit_scale": 0}}, ".string.logit_scale=0.0; allowed: a finite number above 0"),
     "fa3-with-string": ({"kernel": "fa3", "string": {}}, ".kernel='fa3'; allowed: auto or triton together with string"),
-    "flex-with-string": ({**flex(), "string": {}}, ".string={}; allowed: nothing together with prefill method 'flex'"),
 }
 
 
@@ -86,6 +85,7 @@ def test_values_are_taken() -> None:
         pattern="strided", stride=4
     )
     assert parse_config({"string": {"shift": 4096}}).string == StringOptions(shift=4096)
+    assert parse_config({**flex(), "string": {}}).string == StringOptions()
 
 
 @pytest.mark.parametrize(
