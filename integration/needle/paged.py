@@ -12,6 +12,7 @@ from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, 
 from farspan.engine_ext.dispatch import choose_dense_kernel, make_launcher
 from farspan.engine_ext.metadata import TILE_SIZE, PrefillGroup
 from farspan.engine_ext.selection import FlexSelector, LayerShape
+from farspan.kernels.flex_coverage import measure_coverage, sample_rows
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 
 from .network import Layer, NeedleNet, rotate
@@ -35,6 +36,7 @@ class PagedNeedle:
         num_pages = -(-max_len // PAGE_SIZE)
         cache_shape = (num_pages, self.shape.num_key_value_heads, PAGE_SIZE, 2 * self.shape.head_dim)
         self.caches = [torch.zeros(cache_shape, dtype=net.dtype, device=self.device) for _ in net.layers]
+        self.rows_per_step = 0
         self.block_table = torch.arange(num_pages, dtype=torch.int32, device=self.device)[None]
 
     def selectors(self, prefill: Prefill) -> list[FlexSelector] | None:
@@ -67,6 +69,7 @@ class PagedNeedle:
         prefill: Prefill,
         selectors: list[FlexSelector] | None,
         on_lists: OnLists | None = None,
+        measured_rows: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each completion token, and whether it is the most likely one: two [num_completion].
 
@@ -75,8 +78,11 @@ class PagedNeedle:
         chunk: prompt tokens a step; None for the whole prompt.
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
         on_lists: told the layer, the step and the block lists of every sparse launch.
+        measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
+            themselves; the closed loop of budgets stays off.
         """
         step = chunk or len(prompt)
+        self.rows_per_step = -(-measured_rows * step // len(prompt))
         hidden = None
         for start in range(0, len(prompt), step):
             hidden = self._step(prompt[start : start + step], start, prefill, selectors, on_lists)
@@ -154,6 +160,10 @@ class PagedNeedle:
             self.launcher.prefill(query, cache, group, lists, scale, None, out, lse)
             if selector.measures:
                 selector.measure(query, cache, group, lse)
+            elif self.rows_per_step:
+                rows = sample_rows(group.query_start_loc, self.rows_per_step)
+                batch = (query, cache, group.block_table, group.seq_lens, group.query_start_loc)
+                selector.stats.add_coverage(measure_coverage(*batch, scale, lse, rows))
             if on_lists is not None:
                 on_lists(index, group, lists)
         x = x + _linear(out.flatten(1), attn.o_proj)
