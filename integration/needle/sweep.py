@@ -85,17 +85,20 @@ class Answers:
 
 
 class Tables:
-    """CSV files that grow row by row."""
+    """CSV files that grow row by row; a fresh start replaces what an earlier run left."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
         self.folder = folder
+        self.known: set[str] = set()
+        self.fresh = fresh
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
         """Append rows, with the header if the file is new."""
         path = self.folder / name
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
+        is_new = not path.exists() or (self.fresh and name not in self.known)
+        self.known.add(name)
+        with path.open("w" if is_new else "a", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             if is_new:
                 writer.writeheader()
