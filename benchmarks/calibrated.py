@@ -1,7 +1,7 @@
 """Synthetic queries and keys whose attention looks like that of trained models, with shares that do not depend on N.
 
 Random queries and keys give near-uniform attention, on which sparse timings mean nothing. Here every query head mixes
-seven ingredients with weights of its own: attention sinks, the token itself, a local band, a slash (a fixed distance),
+ingredients with weights of its own: attention sinks, the token itself, a local band, a slash (a fixed distance),
 scattered vertical tokens, topics (blocks that look for blocks of their kind) and a diffuse rest. A weight is the share
 of attention mass that the ingredient gets on a typical late row; logits grow with ln N so that the shares hold at
 every length.
@@ -51,49 +51,56 @@ def calibrated_qkv(
     head_dim: int = 128,
     *,
     seed: int = 0,
+    query_len: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     mixes: tuple[HeadMix, ...] = HEAD_MIXES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one request.
 
-    Returns q [num_tokens, num_q_heads, head_dim] and k, v [num_tokens, num_kv_heads, head_dim] in `dtype`, for
-    attention with scale `head_dim ** -0.5`. The same seed gives the same structure at every length.
+    query_len: queries of the last tokens alone, as a chunk has them; all when None.
+    Returns q [query_len, num_q_heads, head_dim] and k, v [num_tokens, num_kv_heads, head_dim] in `dtype`, for
+    attention with scale `head_dim ** -0.5`. The same seed gives the same structure whatever the query length; sinks,
+    verticals, slashes and topics are drawn on the CPU, so also on every device.
     """
     gen = torch.Generator().manual_seed(seed)
+    noise_gen = torch.Generator(device).manual_seed(seed)
     factor = head_dim / 128
     slash_pairs, local_pairs = int(SLASH_PAIRS * factor), int(LOCAL_PAIRS * factor)
     topic_dims, noise_dims = int(TOPIC_DIMS * factor), int(NOISE_DIMS * factor)
     group = num_q_heads // num_kv_heads
+    first_query = num_tokens - (num_tokens if query_len is None else query_len)
     pos = torch.arange(num_tokens, device=device, dtype=torch.float32)
-    query = torch.zeros(num_tokens, num_q_heads, head_dim, device=device)
-    key = torch.zeros(num_tokens, num_kv_heads, head_dim, device=device)
-    value = torch.randn(num_tokens, num_kv_heads, head_dim, generator=gen).to(device)
-    columns = torch.tensor([2 * slash_pairs, 2 * local_pairs, 1, 1, topic_dims, noise_dims]).cumsum(0).tolist()
+    query_pos = pos[first_query:]
+    query = torch.zeros(len(query_pos), num_q_heads, head_dim, device=device, dtype=dtype)
+    key = torch.zeros(num_tokens, num_kv_heads, head_dim, device=device, dtype=dtype)
+    value = torch.randn(num_tokens, num_kv_heads, head_dim, generator=noise_gen, device=device).to(dtype)
+    widths = [2 * slash_pairs, 2 * local_pairs, 1, 1, topic_dims, noise_dims]
+    columns = torch.tensor([0, *widths]).cumsum(0).tolist()
     assert columns[-1] <= head_dim
 
     def part(tensor: torch.Tensor, head: int, index: int) -> torch.Tensor:
-        return tensor[:, head, columns[index - 1] if index else 0 : columns[index]]
+        return tensor[:, head, columns[index] : columns[index + 1]]
 
     for kv_head in range(num_kv_heads):
         slash_freq = torch.rand(slash_pairs, generator=gen).mul(math.pi).to(device)
         local_freq = torch.randn(local_pairs, generator=gen).mul(4 / BAND).to(device)
         topics = torch.nn.functional.normalize(torch.randn(NUM_TOPICS, topic_dims, generator=gen), dim=-1)
-        num_topic_blocks = -(-num_tokens // TOPIC_BLOCK)
-        block_topic = torch.randint(NUM_TOPICS, (num_topic_blocks,), generator=gen)
+        block_topic = torch.randint(NUM_TOPICS, (-(-num_tokens // TOPIC_BLOCK),), generator=gen)
         topic = topics[block_topic].repeat_interleave(TOPIC_BLOCK, dim=0)[:num_tokens].to(device)
         verticals = (torch.rand(VERTICAL_TOKENS, generator=gen) * num_tokens).long().to(device)
         part(key, kv_head, 0).copy_(_rotated(pos, slash_freq))
         part(key, kv_head, 1).copy_(_rotated(pos, local_freq))
+        part(key, kv_head, 4).copy_(topic)
+        # Sinks and verticals are met for what they are, wherever the query stands: no position, no topic.
+        key[:NUM_SINKS, kv_head] = 0.0
+        key[verticals, kv_head] = 0.0
         part(key, kv_head, 2)[:NUM_SINKS] = 1.0
         part(key, kv_head, 3)[verticals] = 1.0
-        part(key, kv_head, 4).copy_(topic)
-        part(key, kv_head, 5).copy_(torch.randn(num_tokens, noise_dims, generator=gen))
+        part(key, kv_head, 5).copy_(torch.randn(num_tokens, noise_dims, generator=noise_gen, device=device))
         for head in range(kv_head * group, (kv_head + 1) * group):
             mix = mixes[head % len(mixes)]
             rest = max(1 - mix.sink - mix.recent - mix.band - mix.slash - mix.vertical - mix.topic, 0.02)
-            # A spread of about ±1 nat between rows, as content gives it.
-            noise = torch.randn(num_tokens, noise_dims, generator=gen).to(device) * (0.5 / noise_dims**0.5)
             # A mean of F cosines times a leaves noise of variance a²/2F over far keys: it feeds the diffuse rest.
             recent_gain = slash_gain = band_gain = 0.0
             for _ in range(20):
@@ -102,15 +109,16 @@ def calibrated_qkv(
                 recent_gain, slash_gain = gain(mix.recent, 1, background), gain(mix.slash, 1, background)
                 band_gain = gain(mix.band, BAND / 4, background)
             distance = 300 + int(float(torch.rand(1, generator=gen)) * min(num_tokens, 32768) * 0.6)
-            recent, slash = _rotated(pos, slash_freq), _rotated(pos - distance, slash_freq)
+            recent, slash = _rotated(query_pos, slash_freq), _rotated(query_pos - distance, slash_freq)
             part(query, head, 0).copy_(recent * recent_gain + slash * slash_gain)
-            part(query, head, 1).copy_(_rotated(pos, local_freq) * band_gain)
+            part(query, head, 1).copy_(_rotated(query_pos, local_freq) * band_gain)
             part(query, head, 2).fill_(gain(mix.sink, NUM_SINKS, background))
             part(query, head, 3).fill_(gain(mix.vertical, VERTICAL_TOKENS, background))
-            part(query, head, 4).copy_(topic * gain(mix.topic, num_tokens / NUM_TOPICS, background))
-            part(query, head, 5).copy_(noise)
-    query *= math.sqrt(head_dim)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+            part(query, head, 4).copy_(topic[first_query:] * gain(mix.topic, num_tokens / NUM_TOPICS, background))
+            # A spread of half a nat between the logits of one row, as content gives it.
+            noise = torch.randn(len(query_pos), noise_dims, generator=noise_gen, device=device)
+            part(query, head, 5).copy_(noise * (0.5 / noise_dims**0.5))
+    return query * math.sqrt(head_dim), key, value
 
 
 def gain(share: float, count: float, background: float) -> float:

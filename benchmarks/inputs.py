@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.calibrated import calibrated_qkv
+
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -97,6 +99,21 @@ def make_paged_batch(
         shape, query, kv_cache, block_table, torch.tensor(seq_lens, dtype=torch.int32, device=device), starts,
         list(query_lens), list(seq_lens),
     )  # fmt: skip
+
+
+def make_calibrated_batch(query_len: int, seq_len: int, shape: AttentionShape, *, seed: int = 0) -> PagedBatch:
+    """Make one request with calibrated attention, its pages in random order: for sparse timings."""
+    device = default_device()
+    batch = make_paged_batch([query_len], [seq_len], shape, seed=seed)
+    query, key, value = calibrated_qkv(
+        seq_len, shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
+        seed=seed, query_len=query_len, dtype=shape.dtype, device=device,
+    )  # fmt: skip
+    batch.query.copy_(query)
+    position = torch.arange(seq_len, device=device)
+    page = batch.block_table[0, position // shape.page_size].long()
+    batch.kv_cache[page, :, position % shape.page_size] = torch.cat([key, value], dim=-1)
+    return batch
 
 
 def contiguous_kv(batch: PagedBatch, request: int) -> tuple[torch.Tensor, torch.Tensor]:

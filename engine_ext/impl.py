@@ -8,8 +8,10 @@ from farspan.engine_ext.config import DensePrefill
 from farspan.engine_ext.dispatch import make_launcher
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
+from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.selection import LayerShape, SparsePrefill, make_sparse_prefill
 from farspan.engine_ext.support import config_of, layer_refusals
+from farspan.kernels.rope_shift import RotaryShift
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -55,9 +57,12 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
-        self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.config = config_of(vllm_config)
+        self.scale = float(scale) * (self.config.string.logit_scale if self.config.string is not None else 1.0)
+        # The metadata builder sets the shift once the model is complete; from here on it can reach the runner.
+        self.string: RotaryShift | None = None
+        source_of(vllm_config)
         device = torch.device(vllm_config.device_config.device_type)
         self.launcher = make_launcher(self.config, device, head_size, dtype)
         layer = LayerShape(
@@ -72,7 +77,6 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             device=device,
         )
         self.sparse: SparsePrefill | None = make_sparse_prefill(self.config.prefill, layer)
-        self.string: Any = None
         self.launches: Counter[str] = Counter()
         logger.info_once("farspan attention on %s: %s", device, self.config)
 

@@ -12,6 +12,7 @@ import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
 from farspan.engine_ext.requests import prefill_of_request, source_of
+from farspan.engine_ext.rotary import string_shift_for_layer
 from farspan.engine_ext.support import config_of
 from farspan.kernels.paged_decode import DecodeWorkspace
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
@@ -95,11 +96,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.decode_planner = DecodePlanner(
             max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
             max_seq_len=vllm_config.model_config.max_model_len,
-            num_q_heads=layer.num_heads,
+            num_q_heads=layers[0].num_heads,
             num_kv_heads=kv_cache_spec.num_kv_heads,
             head_dim=kv_cache_spec.head_size,
             device=device,
@@ -107,6 +108,10 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
         self.request_ids = torch.arange(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
         self.dense_needs_tiles = dense_kernel == "triton"
+
+        if self.config.string is not None:
+            for name, layer in zip(layer_names, layers, strict=True):
+                layer.impl.string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -172,10 +172,10 @@ class MaskSelector(StaticSelector):
         if heads != 1:
             mask = mask.chunk(layer.tp_size)[layer.tp_rank]
         covered = mask.shape[2] * prefill.block_size
-        if mask.shape[1] != mask.shape[2] or covered < layer.max_model_len:
+        if covered < layer.max_model_len:
             raise ConfigError(
-                f"{path} has {mask.shape[1]} x {mask.shape[2]} blocks of {prefill.block_size} tokens; allowed: a "
-                f"square that covers max_model_len={layer.max_model_len}. Give a larger mask or lower --max-model-len."
+                f"{path} has {mask.shape[2]} blocks of {prefill.block_size} tokens and covers prompts of {covered} "
+                f"tokens, but max_model_len is {layer.max_model_len}. Give a larger mask or lower --max-model-len."
             )
         try:
             check_block_mask(mask)
@@ -204,7 +204,7 @@ def load_mask(file: str) -> torch.Tensor:
         if len(tensors) != 1:
             raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
         (mask,) = tensors.values()
-    if mask.dtype != torch.bool or mask.ndim != 4:
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
         raise ConfigError(
             f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
             "Convert it."

@@ -4,7 +4,8 @@ Each entry says what it stands in for and when it can go.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from farspan.engine_ext.errors import UnsupportedEngineError, UnsupportedModelError
@@ -120,6 +121,8 @@ def chooses_farspan(vllm_config: Any) -> bool:
 # vLLM has no hook on incoming requests. Drop when backends can validate and salt them (not in 0.33).
 def salt_requests() -> None:
     """In the front end: check each request's `farspan.*` overrides, and salt its prefix-cache blocks by its options."""
+    from farspan.engine_ext.errors import ConfigError
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     processor: Any = InputProcessor
@@ -131,7 +134,11 @@ def salt_requests() -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = stock(self, *args, **kwargs)
         if chooses_farspan(self.vllm_config):
-            request.cache_salt = salt_of(self.vllm_config, request)
+            try:
+                request.cache_salt = salt_of(self.vllm_config, request)
+            except ConfigError as error:
+                # The server answers 400 to vLLM's own validation errors alone.
+                raise VLLMValidationError(str(error), parameter="extra_args") from error
         return request
 
     processor.process_inputs = process_inputs
@@ -157,10 +164,14 @@ class RunnerSource:
         follow_runner(runner_class(self.is_v2))
 
     def extra_args(self, common_attn_metadata: Any) -> Sequence[Mapping[str, Any] | None]:
+        """By request of the batch; none while graphs are captured and memory is measured, outside of any step."""
+        if not _running:
+            return []
         runner = _running[-1]
         return [runner.farspan_extra_args.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
 
     def model(self) -> Any:
+        """The torch module; inside a step or while the KV cache is set up."""
         return _running[-1].get_model()
 
     # The two runners keep the batch's request ids in different places. Drop when runner V1 is gone.
@@ -175,7 +186,7 @@ class RunnerSource:
 
 
 _running: list[Any] = []
-"""The model runners whose `execute_model` is on the stack, innermost last."""
+"""The model runners at work in this thread of control, innermost last."""
 
 
 def runner_class(is_v2: bool) -> type[Any]:
@@ -190,12 +201,12 @@ def runner_class(is_v2: bool) -> type[Any]:
 # CommonAttentionMetadata carries both (not in 0.33).
 def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, and the extra args of the requests that it holds."""
-    stock = runner_cls.execute_model
-    if hasattr(stock, "follows_farspan"):
+    execute_model, initialize_kv_cache = runner_cls.execute_model, runner_cls.initialize_kv_cache
+    if hasattr(execute_model, "__wrapped_by_farspan__"):
         return
 
-    @functools.wraps(stock)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(execute_model)
+    def followed_execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         extra_args = self.__dict__.setdefault("farspan_extra_args", {})
         for req_id in scheduler_output.finished_req_ids:
             extra_args.pop(req_id, None)
@@ -203,11 +214,24 @@ def follow_runner(runner_cls: type[Any]) -> None:
             params = request.sampling_params
             if params is not None and params.extra_args:
                 extra_args[request.req_id] = params.extra_args
-        _running.append(self)
-        try:
-            return stock(self, scheduler_output, *args, **kwargs)
-        finally:
-            _running.pop()
+        with running(self):
+            return execute_model(self, scheduler_output, *args, **kwargs)
 
-    execute_model.follows_farspan = True  # type: ignore[attr-defined]
-    runner_cls.execute_model = execute_model
+    @functools.wraps(initialize_kv_cache)
+    def followed_initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.setdefault("farspan_extra_args", {})
+        with running(self):
+            return initialize_kv_cache(self, *args, **kwargs)
+
+    followed_execute_model.__wrapped_by_farspan__ = True  # type: ignore[attr-defined]
+    runner_cls.execute_model = followed_execute_model
+    runner_cls.initialize_kv_cache = followed_initialize_kv_cache
+
+
+@contextmanager
+def running(runner: Any) -> Iterator[None]:
+    _running.append(runner)
+    try:
+        yield
+    finally:
+        _running.pop()

@@ -54,8 +54,8 @@ def measure_coverage(
     else:
         from farspan.kernels.paged_decode import choose_num_splits, paged_decode
 
-        max_seq_len = block_table.shape[1] * kv_cache.shape[2]
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
+        max_seq_len = block_table.shape[1] * kv_cache.shape[2]
         num_splits = choose_num_splits(len(flat), kv_cache.shape[1], max_seq_len, num_sms)
         paged_decode(sampled, kv_cache, table, lens, scale, num_splits=num_splits, lse=full_lse)
     coverage = (kept_lse[:, flat] - full_lse).exp().clamp_max(1.0)

@@ -99,7 +99,10 @@ def _lse_kernel(
     cache_ptr += (head // GROUP).to(tl.int64) * stride_cache_head
     table_ptr += request.to(tl.int64) * stride_table
     row_pos = kv_len - num_rows + tl.arange(0, BLOCK)
+    in_last = row_pos // BLOCK == tl.cdiv(kv_len, BLOCK) - 1
+    rows_in_last = tl.minimum((kv_len - 1) % BLOCK + 1, num_rows)
     out_row = (head * num_selected + slot).to(tl.int64)
+    second_row = (tl.num_programs(0) * num_selected).to(tl.int64) + out_row
 
     blocks_per_split = tl.cdiv(tl.cdiv(kv_len, BLOCK), tl.num_programs(1))
     low = split * blocks_per_split
@@ -113,8 +116,11 @@ def _lse_kernel(
         )
         logits = tl.dot(query, key, input_precision="ieee") * (scale * 1.4426950408889634)
         # Rows and keys that do not exist are zero: the mean over the rest needs no mask.
-        pooled = tl.sum(logits) * 0.6931471805599453 / (num_rows * tl.minimum(kv_len - start, BLOCK))
-        tl.store(pooled_logits_ptr + out_row * num_blocks + block, pooled)
+        row_mean = tl.sum(logits, 1) * (0.6931471805599453 / tl.minimum(kv_len - start, BLOCK))
+        before_last = tl.sum(tl.where(in_last, 0.0, row_mean)) / tl.maximum(num_rows - rows_in_last, 1)
+        tl.store(pooled_logits_ptr + out_row * num_blocks + block, before_last)
+        last = tl.sum(tl.where(in_last, row_mean, 0.0)) / rows_in_last
+        tl.store(pooled_logits_ptr + second_row * num_blocks + block, last)
         logits = tl.where((start + tl.arange(0, BLOCK))[None, :] <= row_pos[:, None], logits, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         # A split that lies behind a query's position shows it no key: keep -inf - -inf out of exp2.
@@ -235,7 +241,7 @@ def estimate(
     shape = (num_heads, num_selected, num_blocks)
     tile_mass = query.new_zeros((2, *shape), dtype=torch.float32)
     column_share = query.new_full(shape, 0.5, dtype=torch.float32)
-    pooled_logits = query.new_full(shape, float("-inf"), dtype=torch.float32)
+    pooled_logits = query.new_full((2, *shape), float("-inf"), dtype=torch.float32)
     maximum = query.new_empty((num_splits, num_heads, num_selected, block_size), dtype=torch.float32)
     total = torch.empty_like(maximum)
     grid = (num_heads, num_splits, num_selected)

@@ -27,7 +27,7 @@ def estimate(
     num_heads = query.shape[1]
     tile_mass = torch.zeros(2, num_heads, len(requests), num_blocks, dtype=dtype)
     column_share = torch.full((num_heads, len(requests), num_blocks), 0.5, dtype=dtype)
-    pooled_logits = torch.full((num_heads, len(requests), num_blocks), float("-inf"), dtype=dtype)
+    pooled_logits = torch.full_like(tile_mass, float("-inf"))
     for slot, request in enumerate(requests.tolist()):
         start, end = query_start_loc[request : request + 2].tolist()
         kv_len = int(seq_lens[request])
@@ -38,13 +38,14 @@ def estimate(
         rows = query[end - num_rows : end].to(dtype)
         row_pos = torch.arange(kv_len - num_rows, kv_len)
         logits = torch.einsum("qhd,khd->hqk", rows, key) * scale
-        pooled_logits[:, slot, :used] = _block_sums(logits.mean(1), block_size) / _block_lens(kv_len, block_size)
         mask = torch.arange(kv_len) <= row_pos[:, None]
         mass = logits.masked_fill(~mask, float("-inf")).softmax(-1) / num_rows
         row_mass = _block_sums(mass, block_size)
         in_last = row_pos // block_size == used - 1
-        tile_mass[0, :, slot, :used] = row_mass[:, ~in_last].sum(1)
-        tile_mass[1, :, slot, :used] = row_mass[:, in_last].sum(1)
+        for tile, members in enumerate((~in_last, in_last)):
+            tile_mass[tile, :, slot, :used] = row_mass[:, members].sum(1)
+            mean = logits[:, members].sum(1) / members.sum().clamp_min(1)
+            pooled_logits[tile, :, slot, :used] = _block_sums(mean, block_size) / _block_lens(kv_len, block_size)
         column_share[:, slot, :used] = _column_share(mass, block_size)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
 
@@ -81,7 +82,9 @@ def divergence(found: FlexEstimate) -> torch.Tensor:
     """
     true = found.tile_mass.sum(0)
     true = true / true.sum(-1, keepdim=True)
-    pooled = found.pooled_logits.softmax(-1)
+    # Every query has mass 1, so a tile's sum is its share of the representative queries.
+    shares = found.tile_mass.sum(-1, keepdim=True)
+    pooled = (found.pooled_logits.softmax(-1) * shares / shares.sum(0)).sum(0)
     mean = (true + pooled) / 2
     halves = [torch.where(x > 0, x * (x / mean.clamp_min(TINY)).log(), 0.0).sum(-1) for x in (true, pooled)]
     return ((halves[0] + halves[1]) / 2).clamp_min(0).sqrt()

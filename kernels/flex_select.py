@@ -66,11 +66,15 @@ def _head_kernel(
 
     before_mass = tl.load(tile_mass_ptr + row + offs, mask=used, other=0.0)
     last_mass = tl.load(tile_mass_ptr + second_row + offs, mask=used, other=0.0)
-    logits = tl.load(pooled_logits_ptr + row + offs, mask=used, other=float("-inf"))
     true = before_mass + last_mass
     true = true / tl.sum(true)
+    # Every query has mass 1, so a tile's sum is its share of the representative queries.
+    logits = tl.load(pooled_logits_ptr + row + offs, mask=used, other=float("-inf"))
+    before_pooled = tl.exp(logits - tl.max(logits, 0))
+    logits = tl.load(pooled_logits_ptr + second_row + offs, mask=used, other=float("-inf"))
     pooled = tl.exp(logits - tl.max(logits, 0))
-    pooled = pooled / tl.sum(pooled)
+    before_part = tl.sum(before_mass) / (tl.sum(before_mass) + tl.sum(last_mass))
+    pooled = pooled / tl.sum(pooled) * (1 - before_part) + before_pooled / tl.sum(before_pooled) * before_part
     mean = tl.maximum((true + pooled) / 2, 1e-30)
     # 0·log 0 counts as 0.
     true_part = tl.where(true > 0, true * tl.log(tl.where(true > 0, true / mean, 1.0)), 0.0)

@@ -26,7 +26,8 @@ class FlexEstimate:
     """[num_q_heads, num_selected, num_blocks] float32 in [0, 1]: how far the mass in a block stands in columns (1)
     rather than along diagonals (0)."""
     pooled_logits: torch.Tensor
-    """[num_q_heads, num_selected, num_blocks] float32: scaled product of the mean query and the block's mean key."""
+    """[2, num_q_heads, num_selected, num_blocks] float32: scaled product of the mean representative query of each of
+    the two tiles and the block's mean key. Apart, because query-aware lists pool tile by tile as well."""
 
 
 @dataclass(frozen=True)

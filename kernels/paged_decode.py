@@ -8,6 +8,7 @@ to the host: a captured graph replays for any lengths. Sources: Flash-Decoding (
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,11 +18,21 @@ from farspan.kernels.rope_shift import RotaryShift, rotate_tile
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
 
-# Programs aimed at, per multiprocessor: two fit beside each other by shared memory. H100 80GB, 2026-11-22.
-PROGRAMS_PER_SM = 2
+# Fewest keys that a split is worth where all programs run at once, so that splits hide latency, and where they queue,
+# so that a split only costs its start. H100 80GB, 2026-11-22: 1 x 1K takes 8.1 us in 8 splits, 9.7 in 4; 256 x 1K
+# 359 us in 1, 397 in 4.
+MIN_SPLIT_KEYS = 128
+MIN_QUEUED_SPLIT_KEYS = 512
 
-# Fewest keys that a split is worth: below, starting and combining it costs more than it saves. H100 80GB, 2026-11-22.
-MIN_SPLIT_KEYS = 256
+# Programs that run on a multiprocessor at once, by shared memory. One alone draws its share of the bandwidth: what
+# costs is a multiprocessor with more of them than the others. H100 80GB, 2026-11-22: 1 x 128K takes 190 us in 16 splits
+# (128 programs), 199 in 24; 8 x 32K 364 us in 2, 4 or 6 splits (at most 384 programs), 403 in 8.
+PROGRAMS_PER_SM = 3
+
+# Programs a multiprocessor that a batch is cut into where its tiles alone fill the device: short programs leave no long
+# request running alone at the end, but those that find no keys of theirs cost time. H100 80GB, 2026-11-22, 32 requests
+# in 1 and in 8 splits: of 8K each 359 and 367 us, of 4K to 8K 293 and 285 us, of 2K but one of 128K 2215 and 530 us.
+QUEUED_PROGRAMS_PER_SM = 16
 
 # Most splits, so that the combination stays small.
 MAX_SPLITS = 128
@@ -214,10 +225,12 @@ def _combine_kernel(
         step = start + tl.arange(0, STEP)
         step_lse = tl.load(split_lse_ptr + row + step, mask=step < num_splits, other=float("-inf"))
         weights = tl.exp(step_lse - finite)
-        # Splits without keys wrote no output.
-        mask = (step_lse > float("-inf"))[:, None] & (offs_d[None, :] < HEAD_DIM)
+        mask = (step < num_splits)[:, None] & (offs_d[None, :] < HEAD_DIM)
         partial_ptrs = split_out_ptr + (row + step)[:, None] * HEAD_DIM + offs_d[None, :]
         partial = tl.load(partial_ptrs, mask=mask, other=0.0)
+        # Splits without keys wrote no output: whatever lies there, NaN too, is left out. After the load, so that it
+        # need not wait for the LSE.
+        partial = tl.where((step_lse > float("-inf"))[:, None], partial, 0.0)
         acc += tl.sum(weights[:, None] * partial, 0)
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor
@@ -238,13 +251,22 @@ class DecodeWorkspace:
 
 
 def choose_num_splits(num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
-    """Number of splits that fills the device in one wave, and no more than are worth their combination.
+    """Number of splits that loads the multiprocessors of a device evenly, whatever the lengths of a batch.
 
     max_seq_len: an upper bound in tokens; under graph capture the longest that the graph may see.
+    num_sms: multiprocessors of the device.
     """
-    to_fill = PROGRAMS_PER_SM * num_sms // max(num_reqs * num_kv_heads, 1)
-    useful = -(-max_seq_len // MIN_SPLIT_KEYS)
-    return max(min(to_fill, useful, MAX_SPLITS), 1)
+    tiles = max(num_reqs * num_kv_heads, 1)
+    if tiles >= num_sms:
+        num_splits, min_keys = QUEUED_PROGRAMS_PER_SM * num_sms // tiles, MIN_QUEUED_SPLIT_KEYS
+    elif num_reqs > 1:
+        num_splits, min_keys = PROGRAMS_PER_SM * num_sms // tiles, MIN_SPLIT_KEYS
+    else:
+        # Nothing to even out: of one, two or three programs a multiprocessor the first that leaves few without.
+        shares = [(per_sm * num_sms // tiles) * tiles / (per_sm * num_sms) for per_sm in range(1, PROGRAMS_PER_SM + 1)]
+        per_sm = 1 + next((index for index, share in enumerate(shares) if share >= 0.9), shares.index(max(shares)))
+        num_splits, min_keys = per_sm * num_sms // tiles, MIN_SPLIT_KEYS
+    return max(min(num_splits, -(-max_seq_len // min_keys), MAX_SPLITS), 1)
 
 
 def decode_workspace(
@@ -260,6 +282,12 @@ def decode_workspace(
     splits_of = (choose_num_splits(num_reqs, num_kv_heads, max_seq_len, num_sms) for num_reqs in range(max_num_reqs))
     capacity = num_q_heads * max((index + 1) * splits for index, splits in enumerate(splits_of))
     return _make_workspace(capacity, head_dim, device)
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 for the CPU, where kernels run in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _make_workspace(capacity: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
@@ -313,6 +341,8 @@ def paged_decode(
     group_size = num_q_heads // num_kv_heads
     block_d = triton.next_power_of_2(head_dim)
     block_n = min(64, max(16, STAGE_BYTES // (2 * block_d * kv_cache.element_size())))
+    queued = num_splits * num_kv_heads * num_reqs > PROGRAMS_PER_SM * _num_multiprocessors(query.device)
+    min_split_keys = MIN_QUEUED_SPLIT_KEYS if queued else MIN_SPLIT_KEYS
     if num_splits == 1:
         split_out, split_lse = out, lse
         out_strides, lse_strides = out.stride()[:2], (1, lse.stride(0))
@@ -337,7 +367,7 @@ def paged_decode(
         scale * LOG2_E,
         string.shift if string else 0,
         num_splits,
-        1 if num_splits == 1 else -(-MIN_SPLIT_KEYS // 2 // block_n),
+        min_split_keys // block_n,
         group_size,
         query.stride(0),
         query.stride(1),

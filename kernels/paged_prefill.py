@@ -6,19 +6,13 @@ loop has none. Softmax runs in base 2 with the scale folded in. Sources: FlashAt
 streaming softmax, FlexPrefill (arXiv 2502.20766) for block lists, STRING (arXiv 2410.18745) for shifted positions.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.rope_shift import RotaryShift, rotate_tile
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-if TYPE_CHECKING:
-    from farspan.kernels.rope_shift import RotaryShift
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -30,6 +24,17 @@ STRADDLING = tl.constexpr(2)
 
 # Entries of a block list that are compared with the shift at a time.
 BLOCKS_COUNTED = tl.constexpr(128)
+
+
+@triton.jit
+def _look_up(ptr, index):
+    """Load one int32 as two halves.
+
+    The pipeliner shares its stages among all chained loads of 32 bits and more: seen as one of them, each look-up on
+    the way to a page would cost a buffer of keys and values. The entries come out of the L1 cache in time without it.
+    """
+    halves = (ptr + index).to(tl.pointer_type(tl.uint16))
+    return tl.load(halves).to(tl.int32) | (tl.load(halves + 1).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -64,7 +69,7 @@ def _load_key_value(
             page = tl.load(table_row_ptr)
             offset = start
         else:
-            page = tl.load(table_row_ptr + start // PAGE_SIZE)
+            page = _look_up(table_row_ptr, start // PAGE_SIZE)
             offset = start % PAGE_SIZE
     else:
         if MASKED:
@@ -138,7 +143,7 @@ def _attend_blocks(
     for step in tl.range(first_step, end_step):
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
-            block = tl.load(ids_ptr + step // TILES_PER_BLOCK)
+            block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
             start = block * BLOCK_SIZE + (step % TILES_PER_BLOCK) * BLOCK_N
         else:
             start = step * BLOCK_N
@@ -181,28 +186,6 @@ def _attend_blocks(
         acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
-
-
-@triton.jit
-def _rotate(query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY: tl.constexpr, IS_NEOX, BLOCK_D: tl.constexpr):
-    """Rotate a [BLOCK_M, BLOCK_D] query tile by one constant angle a pair of dimensions; the rest stay as they are."""
-    offs_d = tl.arange(0, BLOCK_D)
-    is_rotated = offs_d < 2 * HALF_ROTARY
-    if IS_NEOX:
-        is_first = offs_d < HALF_ROTARY
-        pair = offs_d % HALF_ROTARY
-        to_partner = tl.where(is_first, HALF_ROTARY, -HALF_ROTARY)
-    else:
-        is_first = offs_d % 2 == 0
-        pair = offs_d // 2
-        to_partner = tl.where(is_first, 1, -1)
-    cos = tl.load(cos_ptr + pair, mask=is_rotated, other=1.0)
-    sin = tl.load(sin_ptr + pair, mask=is_rotated, other=0.0)
-    sin = tl.where(is_first, -sin, sin)
-    to_partner = tl.where(is_rotated, to_partner, 0)
-    partner = tl.load(query_ptrs + to_partner[None, :], mask=mask, other=0.0)
-    rotated = query.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * sin[None, :]
-    return rotated.to(query.dtype)
 
 
 @triton.jit
@@ -315,7 +298,7 @@ def _prefill_kernel(
     # some, [num_shifted, last) from none. Lists ascend, so that these are ranges.
     query_far = query
     if HAS_SHIFT:
-        query_far = _rotate(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         far_end = first_position - shift + 1
         shifted_end = end_position - shift
         if HAS_LISTS:

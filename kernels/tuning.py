@@ -77,9 +77,8 @@ def prefill_config(
         # Compiled only.
         rows, block_n, num_warps, num_stages = (128, 32, 8, 3) if is_hopper else (64, 32, 8, 3)
     elif is_hopper:
-        # H100 80GB, 2026-11-22. The pipeliner spreads the stages over the two look-ups of a page as well: 5 are three
-        # buffers of keys and values.
-        rows, block_n, num_warps, num_stages = 128, 64, 8, 5
+        # H100 80GB, 2026-11-22.
+        rows, block_n, num_warps, num_stages = 128, 128, 8, 2 if has_shift else 3
     else:
         # Compiled only.
         rows, block_n, num_warps, num_stages = 128, 64 if head_dim <= 64 else 32, 8, 3
@@ -101,5 +100,5 @@ def prefill_config(
         num_warps=num_warps if block_m == rows or (head_dim > 128 and block_m >= 64) else 4,
         num_stages=num_stages,
         use_tma=is_hopper and not is_wide,
-        kv_heads_together=2,
+        kv_heads_together=1,
     )

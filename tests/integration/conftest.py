@@ -64,6 +64,9 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
         return llm
 
     yield make
-    # Not shut down by name: that ends the process groups which other engines in this process still use.
+    # Ends the process groups of all engines in this process, so none may outlive its test: not even one that a
+    # failure's traceback keeps.
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()

@@ -1,7 +1,6 @@
 """An engine that cannot work is refused when it is made, with the sentence of the refusal."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,8 @@ from farspan import vllm_compat
 from farspan.engine_ext.errors import UnsupportedEngineError
 
 pytestmark = [pytest.mark.filterwarnings("default")]
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 
 @pytest.mark.e2e
@@ -59,7 +60,7 @@ def test_versions_served(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "dev"])
 def test_other_versions_are_refused_when_chosen(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_compat, "vllm_version", lambda: version)
-    with pytest.raises(UnsupportedEngineError, match=re.escape("farspan supports vllm>=0.32,<0.34")):
+    with pytest.raises(UnsupportedEngineError, match=r"farspan supports vllm>=0\.32,<0\.34"):
         _ = vllm_compat.RefusedBackend
 
 

@@ -61,11 +61,17 @@ def test_sparse_and_dense_requests_share_an_engine_but_no_blocks(make_llm: Any, 
     assert cached == [0, 0, 0, 0]
     assert dense == expected
     assert run(llm, **{"farspan.method": "dense"})[1][1] >= 640
-    assert run(llm) == (sparse, run(llm)[1])
+    again, cached = run(llm)
+    assert cached[1] >= 640
+    if prefill["method"] == "block_sparse":
+        # Dynamic selection looks at the last queries of the chunk, which a prefix hit makes shorter.
+        assert again == sparse
 
 
 def test_bad_override_fails_its_request_alone(make_llm: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     llm = with_prefill(make_llm, EVERYTHING["flex"])
-    with pytest.raises(ValueError, match=r"farspan.gamma=2; allowed: a number in \(0, 1\]"):
+    with pytest.raises(VLLMValidationError, match=r"farspan.gamma=2; allowed: a number in \(0, 1\]"):
         run(llm, **{"farspan.gamma": 2})
     assert len(run(llm, **{"farspan.gamma": 0.9})[0]) == len(PROMPTS)

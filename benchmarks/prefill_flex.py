@@ -1,0 +1,166 @@
+"""Dynamic sparse prefill on calibrated inputs: one attention call, selection included, against dense peers.
+
+Every time stands beside the density of the lists and the attention mass that they kept on sampled rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from farspan.kernels.flex_coverage import measure_coverage, sample_rows
+from farspan.kernels.flex_select import flex_block_lists
+from farspan.kernels.flex_types import FlexSelection
+from farspan.kernels.paged_prefill import paged_prefill
+from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+
+from benchmarks import peers
+from benchmarks.gate import relative_error
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, contiguous_kv, make_calibrated_batch
+from benchmarks.record import BenchmarkError, Recorder
+from benchmarks.timing import time_interleaved
+
+BLOCK_SIZE = 128
+GAMMAS = (0.9, 0.95)
+COVERAGE_ROWS = 128
+GATE_TILES = 6
+SLOW_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: the last `query_len` of `seq_len` tokens are computed."""
+
+    query_len: int
+    seq_len: int
+    shape: AttentionShape = LLAMA_8B
+
+    @property
+    def name(self) -> str:
+        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
+        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
+
+
+def cases(dry_run: bool) -> list[Case]:
+    """List whole prompts, and the last 8K chunk of a long one."""
+    if dry_run:
+        return [Case(70, 200, TINY)]
+    return [*(Case(n, n) for n in (8192, 16384, 32768, 65536, 131072, 262144)), Case(8192, 131072)]
+
+
+class FlexCall:
+    """Our selection and attention on one batch, the buffers and tiles made beforehand as the backend does."""
+
+    def __init__(self, batch: PagedBatch, gamma: float, block_size: int, *, shared: bool = False) -> None:
+        device = batch.query.device
+        self.batch, self.shared = batch, shared
+        starts = batch.query_start_loc.tolist()
+        self.tiles: PrefillTiles = make_prefill_tiles(starts, batch.seq_lens_cpu, block_size, device)
+        self.requests = torch.zeros(1, dtype=torch.int32, device=device)
+        self.gamma = torch.full((1,), gamma, device=device)
+        self.out = torch.empty_like(batch.query)
+        self.lse = torch.empty(batch.shape.num_q_heads, len(batch.query), dtype=torch.float32, device=device)
+        self.inputs = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+        self.selection = self.select()
+
+    def select(self) -> FlexSelection:
+        return flex_block_lists(
+            *self.inputs, self.tiles, self.batch.shape.scale,
+            requests=self.requests, gamma=self.gamma, share_kv_group=self.shared,
+        )  # fmt: skip
+
+    def attend(self, selection: FlexSelection | None = None) -> None:
+        lists = (selection or self.selection).block_lists
+        paged_prefill(
+            *self.inputs, self.tiles, self.batch.shape.scale, block_lists=lists, out=self.out, lse=self.lse
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        self.attend(self.select())
+
+    def density(self) -> float:
+        return float(self.selection.density(self.tiles, self.requests).mean())
+
+    def coverage(self) -> torch.Tensor:
+        """Kept mass per query head, mean over the sampled rows: [num_q_heads]."""
+        rows = sample_rows(self.batch.query_start_loc, COVERAGE_ROWS)
+        return measure_coverage(*self.inputs, self.batch.shape.scale, self.lse, rows).mean((1, 2))
+
+    def check(self) -> float:
+        """Compare some tiles of some heads with float32 attention over their lists; BenchmarkError where wrong."""
+        batch, block = self.batch, self.tiles.block_size
+        key, value = contiguous_kv(batch, 0)
+        group = batch.shape.num_q_heads // batch.shape.num_kv_heads
+        list_group = batch.shape.num_q_heads // self.selection.block_lists.block_ids.shape[0]
+        shift = batch.seq_lens_cpu[0] - batch.query_lens_cpu[0]
+        worst = 0.0
+        for index in range(GATE_TILES):
+            tile = (self.tiles.num_tiles - 1) * index // (GATE_TILES - 1)
+            head = (7 * index) % batch.shape.num_q_heads
+            first = int(self.tiles.tile_block[tile]) * block
+            low, high = max(first, shift), min(first + block, batch.seq_lens_cpu[0])
+            count = int(self.selection.block_lists.block_counts[head // list_group, tile])
+            ids = self.selection.block_lists.block_ids[head // list_group, tile, :count].long()
+            pos = (ids[:, None] * block + torch.arange(block, device=ids.device)).flatten()
+            pos = pos[pos < high]
+            rows = torch.arange(low, high, device=ids.device)
+            logits = batch.query[low - shift : high - shift, head].float() @ key[pos, head // group].float().T
+            logits = (logits * batch.shape.scale).masked_fill(pos > rows[:, None], float("-inf"))
+            expected = logits.softmax(-1) @ value[pos, head // group].float()
+            worst = max(worst, relative_error(self.out[low - shift : high - shift, head], expected))
+        if not worst < 0.02:
+            raise BenchmarkError(f"sparse attention differs from float32 over the same lists by {worst:.1e}")
+        return worst
+
+
+def public_flexprefill(batch: PagedBatch, gamma: float) -> peers.Peer | None:
+    """Build the public FlexPrefill call on contiguous keys and values where its module is on the path."""
+    if not peers.has_module("flex_prefill_attention"):
+        return None
+    from flex_prefill_attention import flex_prefill_attention
+
+    key, value = contiguous_kv(batch, 0)
+    return lambda: flex_prefill_attention(
+        batch.query[None], key[None], value[None], gamma, 0.1, min_budget=1024, block_size=BLOCK_SIZE
+    )[0]
+
+
+def works_of(batch: PagedBatch, calls: dict[str, FlexCall], recorder: Recorder) -> dict[str, Callable[[], object]]:
+    """Our calls and their stages, and the peers that exist here."""
+    works: dict[str, Callable[[], object]] = {}
+    for name, call in calls.items():
+        works |= {name: call, f"{name}-select": call.select, f"{name}-attention": call.attend}
+    if peers.has_module("vllm.vllm_flash_attn"):
+        works["fa3"] = peers.fa3(batch)
+        works["triton_attn"] = peers.triton_attn(batch)
+    if batch.query_lens_cpu == batch.seq_lens_cpu:
+        for gamma in GAMMAS:
+            if public := public_flexprefill(batch, gamma):
+                works[f"flexprefill-public-g{gamma}"] = public
+    for name in [name for name in works if not name.startswith("farspan")]:
+        try:
+            works[name]()
+        except (RuntimeError, AssertionError, ImportError, TypeError) as problem:
+            recorder.note(f"{name} left out: {str(problem)[:200]}")
+            del works[name]
+    return works
+
+
+def run(recorder: Recorder) -> None:
+    for case in cases(recorder.dry_run):
+        batch = make_calibrated_batch(case.query_len, case.seq_len, case.shape)
+        block_size = 64 if recorder.dry_run else BLOCK_SIZE
+        calls = {f"farspan-g{gamma}": FlexCall(batch, gamma, block_size) for gamma in GAMMAS}
+        for name, call in calls.items():
+            call()
+            error, coverage = call.check(), call.coverage()
+            recorder.note(f"{case.name} {name}: relative error {error:.1e}, worst head {float(coverage.min()):.4f}")
+            recorder.add("prefill_flex", case.name, name, "density", "fraction", [call.density()])
+            recorder.add("prefill_flex", case.name, name, "coverage", "fraction", coverage.tolist())
+        works = works_of(batch, calls, recorder)
+        slow = {name: SLOW_REPEATS for name in works if name == "triton_attn" or name.startswith("flexprefill")}
+        times = time_interleaved(works, repeats=7 if case.seq_len > 60000 else 15, repeats_of=slow)
+        for name, samples in times.items():
+            recorder.add("prefill_flex", case.name, name, "time", "ms", samples)
+        del batch, calls, works
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,80 @@
+"""Block selection of dynamic sparse prefill on calibrated inputs, stage by stage, 8K to 1M tokens.
+
+The reference is the public FlexPrefill's selection where its module is importable, and the design's 6 ms at 128K.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from farspan.kernels import flex_estimate, flex_select
+from farspan.kernels.flex_types import NO_LIMIT
+from farspan.kernels.tiles import make_prefill_tiles
+
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_calibrated_batch
+from benchmarks.record import Recorder
+from benchmarks.timing import time_interleaved
+
+BLOCK_SIZE = 128
+GAMMA = 0.95
+TAU = 0.1
+MIN_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: blocks are chosen for the last `query_len` of `seq_len` tokens."""
+
+    query_len: int
+    seq_len: int
+    shape: AttentionShape = LLAMA_8B
+
+    @property
+    def name(self) -> str:
+        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
+        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
+
+
+def cases(dry_run: bool) -> list[Case]:
+    """List whole prompts, and the last 8K chunk of long ones as chunked prefill computes it."""
+    if dry_run:
+        return [Case(70, 200, TINY)]
+    whole = [Case(n, n) for n in (8192, 32768, 65536, 131072, 262144)]
+    return [*whole, Case(8192, 131072), Case(8192, 1048576)]
+
+
+def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callable[[], object]]:
+    """Build the calls of the whole selection and of its two stages."""
+    device, shape = batch.query.device, batch.shape
+    tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, device)
+    requests = torch.arange(len(batch.seq_lens_cpu), dtype=torch.int32, device=device)
+    gamma = torch.full((shape.num_q_heads, len(requests)), GAMMA, device=device)
+    tensors = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    group = shape.num_q_heads // shape.num_kv_heads
+
+    def estimate() -> flex_estimate.FlexEstimate:
+        return flex_estimate.estimate(*tensors, requests, tiles.max_kv_blocks, block_size, shape.scale)
+
+    found = estimate()
+
+    def select(group: int = 1, found: flex_estimate.FlexEstimate = found) -> object:
+        budget = (TAU, MIN_BLOCKS, NO_LIMIT, group)
+        return flex_select.select(*tensors, tiles, shape.scale, found, requests, gamma, *budget)
+
+    return {
+        "farspan": lambda: select(found=estimate()),
+        "farspan-estimate": estimate,
+        "farspan-lists": select,
+        "farspan-lists-shared": lambda: select(group),
+    }
+
+
+def run(recorder: Recorder) -> None:
+    for case in cases(recorder.dry_run):
+        batch = make_calibrated_batch(case.query_len, case.seq_len, case.shape)
+        works = stages(batch, 64 if recorder.dry_run else BLOCK_SIZE)
+        for name, samples in time_interleaved(works, repeats=10).items():
+            recorder.add("select", case.name, name, "time", "ms", samples)
+        del batch, works
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,180 @@
+"""`farspan eval`: what it refuses, what it writes, how it goes on; with a model of the test's own."""
+
+from contextlib import contextmanager
+
+import pytest
+from farspan.cli import main
+from farspan.engine_ext.errors import ConfigError
+from farspan.eval_plots import draw_plots
+from farspan.eval_results import CSV_COLUMNS, Cell, format_table, read_csv
+from farspan.evaluate import EvalSettings, make_samples, method_options, run_eval
+from farspan.needle.tasks import TASKS
+
+
+class StubModels:
+    """Opens models that answer right, except for prompts longer than `limit` tokens; counts what it is asked."""
+
+    def __init__(self, limit=10**9):
+        self.limit = limit
+        self.opened = []
+        self.prompts = []
+
+    @contextmanager
+    def __call__(self, settings, options):
+        self.opened.append(options)
+
+        def generate(samples):
+            self.prompts += [sample.prompt for sample in samples]
+            return [sample.completion if sample.length <= self.limit else "nothing" for sample in samples]
+
+        yield generate
+
+
+def settings(out, **changes):
+    defaults = {"model": "needle", "tasks": ("niah_single",), "lengths": (256, 512), "out": out, "count": 3}
+    return EvalSettings(**(defaults | changes))
+
+
+def test_every_cell_becomes_a_row(tmp_path):
+    wanted = settings(
+        tmp_path, methods=("stock", "dense"), depths=(0.0, 1 / 3), tasks=("niah_single", "niah_multivalue")
+    )
+    cells = run_eval(wanted, StubModels(limit=256))
+    assert [(cell.method, cell.task, cell.length, cell.depth) for cell in cells] == [
+        (method, task, length, depth)
+        for method in ("stock", "dense")
+        for task in ("niah_single", "niah_multivalue")
+        for length in (256, 512)
+        for depth in (0.0, 1 / 3)
+    ]
+    assert [cell.accuracy for cell in cells] == [1.0, 1.0, 0.0, 0.0] * 4
+    lines = (tmp_path / "eval.csv").read_text().splitlines()
+    assert lines[0] == ",".join(CSV_COLUMNS) == "method,task,length,depth,seed,count,accuracy"
+    assert lines[1] == "stock,niah_single,256,0.0,0,3,1.0"
+    assert read_csv(tmp_path / "eval.csv") == cells
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    first, second = StubModels(), StubModels()
+    run_eval(settings(tmp_path, methods=("dense",)), first)
+    cells = run_eval(settings(tmp_path, methods=("dense", "flex"), lengths=(256, 512, 1024)), second)
+    assert len(cells) == 6
+    assert len(first.prompts) == 2 * 3
+    assert len(second.prompts) == 4 * 3
+    again = StubModels()
+    assert run_eval(settings(tmp_path, methods=("dense", "flex"), lengths=(256, 512, 1024)), again) == cells
+    assert again.opened == []
+
+
+def test_the_same_settings_ask_the_same_questions(tmp_path):
+    asked = []
+    for folder in ("a", "b"):
+        models = StubModels()
+        run_eval(settings(tmp_path / folder), models)
+        asked.append(models.prompts)
+    assert asked[0] == asked[1]
+    other = StubModels()
+    run_eval(settings(tmp_path / "c", seed=1), other)
+    assert not set(asked[0]) & set(other.prompts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"chunk": 512}, {"engine_args": {"dtype": "float32"}}, {"options": {"kernel": "triton"}}],
+    ids=["chunk", "engine", "options"],
+)
+def test_results_of_other_settings_are_not_mixed(tmp_path, changes):
+    run_eval(settings(tmp_path), StubModels())
+    with pytest.raises(ConfigError, match="choose another --out"):
+        run_eval(settings(tmp_path, **changes), StubModels())
+
+
+def test_options_go_to_all_methods_or_by_name(tmp_path):
+    gamma = {"prefill": {"gamma": 0.8}}
+    assert method_options("stock", settings(tmp_path, methods=("stock",))) is None
+    flex = settings(tmp_path, methods=("flex",), options=gamma)
+    assert method_options("flex", flex) == {"prefill": {"method": "flex", "gamma": 0.8}}
+    named = settings(
+        tmp_path,
+        methods=("dense", "flex-g0.8"),
+        options={"flex-g0.8": {"prefill": {"method": "flex", "gamma": 0.8}}},
+    )
+    assert method_options("flex-g0.8", named) == {"prefill": {"method": "flex", "gamma": 0.8}}
+    assert method_options("dense", named) == {"prefill": {"method": "dense"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "not a folder with a config.json"),
+        (["--tasks", "niah_double"], f"known tasks are {', '.join(TASKS)}"),
+        (["--tasks", ""], "tasks is empty"),
+        (["--methods", "magic"], "known methods are stock, dense, flex, block_sparse, string"),
+        (["--lengths", "100"], "at least 256 and at most 131072"),
+        (["--lengths", "262144"], "at least 256 and at most 131072"),
+        (["--depths", "1.5"], "between 0 "),
+        (["--count", "0"], "at least 1"),
+        (["--chunk", "0"], "at least 1 token"),
+        (["--seed", "-1"], "at least 0"),
+        (["--methods", "flex", "--options", '{"prefill": {"gamma": 2}}'], "gamma=2"),
+    ],
+    ids=["model", "task", "no-task", "method", "short", "long", "depth", "count", "chunk", "seed", "options"],
+)
+def test_mistakes_get_a_sentence(tmp_path, capsys, arguments, message):
+    assert main(["eval", "--out", str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("farspan eval: ")
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--lengths", "1k"], ["--options", "{"], ["--options", "[]"], ["--depths", "top"]]
+)
+def test_malformed_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", *arguments])
+    assert "argument --" in capsys.readouterr().err
+
+
+def test_table_and_pictures(tmp_path):
+    cells = [
+        Cell(method, "niah_single", length, depth, 0, 5, accuracy)
+        for method, accuracy in (("dense", 1.0), ("flex", 0.75))
+        for length in (1024, 2048)
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    table = format_table(cells)
+    assert table.splitlines()[0].split() == ["method", "task", "1024", "2048"]
+    assert table.splitlines()[2].split() == ["flex", "niah_single", "75.0", "75.0"]
+    files = draw_plots(cells, tmp_path)
+    assert [path.name for path in files] == [
+        "accuracy.png",
+        "heatmap-dense-niah_single.png",
+        "heatmap-flex-niah_single.png",
+    ]
+    before = [path.read_bytes() for path in files]
+    assert all(content.startswith(b"\x89PNG") for content in before)
+    assert [path.read_bytes() for path in draw_plots(cells, tmp_path)] == before
+
+
+def test_prompts_are_measured_with_the_models_own_tokenizer(tmp_path, model_dirs):
+    wanted = settings(tmp_path, model=str(model_dirs("llama")), lengths=(1024,))
+    cell = Cell("dense", "niah_single", 1024, None, 0, 2)
+    for sample in make_samples(wanted, cell):
+        assert sample.max_new_tokens >= 32
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("default")
+def test_needle_model_on_the_cpu(tmp_path, capsys):
+    """The command of the documentation, with fewer questions."""
+    arguments = "--model needle --tasks niah_single,niah_multikey --lengths 1024,4096,8192 --methods dense --count 3"
+    engine = '{"max_num_seqs": 4, "enforce_eager": true}'
+    assert main(["eval", *arguments.split(), "--out", str(tmp_path), "--engine-args", engine]) == 0
+    cells = read_csv(tmp_path / "eval.csv")
+    assert len(cells) == 6
+    assert all(cell.accuracy >= 0.95 for cell in cells)
+    assert "niah_multikey" in capsys.readouterr().out
+    assert (tmp_path / "accuracy.png").is_file()
