@@ -80,6 +80,12 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.launches: Counter[str] = Counter()
         logger.info_once("farspan attention on %s: %s", device, self.config)
 
+    def shift_positions(self, string: RotaryShift) -> None:
+        """Attend, and select blocks, under shifted positions from now on; before vLLM's first batch."""
+        self.string = string
+        if self.sparse is not None:
+            self.sparse.string = string
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,

@@ -111,7 +111,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
         if self.config.string is not None:
             for name, layer in zip(layer_names, layers, strict=True):
-                layer.impl.string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
+                string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
+                layer.impl.shift_positions(string)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -39,6 +39,9 @@ class LayerShape:
 class SparsePrefill(Protocol):
     """Chooses blocks for one layer; holds that layer's state (measured budgets, masks), if any."""
 
+    string: RotaryShift | None
+    """The layer's shifted positions, if it has any."""
+
     def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """The blocks that each tile of `group.tiles` reads.
 
@@ -128,6 +131,7 @@ class StaticSelector:
     """Base of the selectors whose lists depend on positions only."""
 
     measures = False
+    string: RotaryShift | None = None
 
     def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
         """Never called: there is no promise to keep."""

@@ -2,6 +2,7 @@
 
 import torch
 from farspan.kernels.reference import gather_kv
+from farspan.kernels.rope_shift import RotaryShift, apply_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -14,6 +15,7 @@ def block_mass(
     tiles: PrefillTiles,
     scale: float,
     dtype: torch.dtype = torch.float64,
+    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Attention mass of each KV block, mean over a tile's queries: [num_q_heads, num_tiles, num_blocks], rows sum to 1.
 
@@ -32,6 +34,9 @@ def block_mass(
             rows = query[end - kv_len + low : end - kv_len + high].to(dtype)
             logits = torch.einsum("qhd,khd->hqk", rows, key[:high]) * scale
             pos = torch.arange(high, device=query.device)
+            if string is not None:
+                far = torch.einsum("qhd,khd->hqk", apply_shift(rows, string), key[:high]) * scale
+                logits = torch.where(pos[low:, None] - pos >= string.shift, far, logits)
             weights = logits.masked_fill(pos > pos[low:, None], float("-inf")).softmax(-1).mean(1)
             weights = torch.nn.functional.pad(weights, (0, -high % block)).unflatten(-1, (-1, block)).sum(-1)
             mass[:, tile, : weights.shape[-1]] = weights
