@@ -1,7 +1,7 @@
 """Attention biases that give a model with random weights attention like that of trained ones.
 
-Random weights attend to everything alike, on which sparse timings mean nothing. Rotary positions turn a constant bias on
-queries and keys into attention that depends on the distance alone, so biases can make every kind of head that looks at
+Random weights attend to everything alike, on which sparse timings mean nothing. Rotary positions turn a constant bias
+on queries and keys into attention that depends on the distance alone, so biases make every kind of head that looks at
 distances: local ones, slashes, and diffuse ones where there is no bias. Sinks and verticals would need content.
 """
 

@@ -33,8 +33,8 @@ TOP_LOGPROBS = 20
 def register_random_weights() -> str:
     """Register a loader that gives a model seeded weights of a usual scale; returns its load format.
 
-    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt. Where the model has attention
-    biases, they give its heads patterns; see `benchmarks.calibrated_model`.
+    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt. Attention biases, where the
+    model has them, give its heads patterns; see `benchmarks.calibrated_model`.
     """
     from vllm.config import ModelConfig
     from vllm.config.load import LoadConfig
