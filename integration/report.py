@@ -129,13 +129,14 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
         panels[name] = answers[name].heads
         named = {"method": f"{each.name} {task}", "length": settings.length, "seed": settings.seed}
         tables.add("heads.csv", HEAD_COLUMNS, ({**named, **head} for head in answers[name].heads))
-    masks = pick_masks(next(iter(answers.values())))
+    shown = list(answers)[1]
+    masks = pick_masks(answers[shown])
     sections = head_sections(panels, settings.out)
     sections.append(
         Section(
             "Blocks that single heads read",
-            f"One head a layer, the one that reads most, for {next(iter(panels))}; then query-aware heads. The first "
-            "and the diagonal block are always read.",
+            f"One head a layer, the one that reads most, for {shown}; then query-aware heads. The first and the "
+            "diagonal block are always read.",
             (draw_masks(masks, settings.out / "masks.png"),),
         )
     )

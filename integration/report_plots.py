@@ -25,7 +25,7 @@ class HeadMask:
 def draw_heads(panels: dict[str, list[dict[str, Any]]], column: str, label: str, cmap: str, path: Path) -> Path:
     """One heatmap of `column` per panel (title -> rows with layer, head and the column), on one colour scale.
 
-    Cells of a whole panel that lack the column are left out of it; the number stands in each cell where there is room.
+    The number stands in each cell where there is room.
     """
     from matplotlib import pyplot as plt
 
@@ -132,6 +132,9 @@ def draw_accuracy_density(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     dense = {float(row["dense_accuracy"]) for row in rows}
     axis.axhline(100 * sum(dense) / len(dense), color="#888888", linewidth=1, linestyle="--")
     axis.set(xlabel="density (blocks read / causal blocks)", ylabel="exact match (%)", xscale="log", ylim=(-4, 105))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize=7)
     axis.grid(alpha=0.3, which="both")
     handles = [
         Line2D([], [], linestyle="", marker="s", color=colours(0.9 * i / max(len(budgets) - 1, 1)), label=f"{b} tokens")
