@@ -184,5 +184,5 @@ def _write_cells(axis: Any, grid: list[list[float]], image: Any) -> None:
         for x, value in enumerate(row):
             red, green, blue, _ = image.cmap(image.norm(value))
             is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-            text = f"{value:.3f}".lstrip("0") if value < 1 else "1"
+            text = f"{value:.3f}".removeprefix("0")
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if is_dark else "black")

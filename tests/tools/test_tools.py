@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import lock, setup_env
+from tools.evaluation_tables import PAGE, all_tables, format_tables, replace_tables
 from tools.link_tree import ROOT, make_link_tree
 
 
@@ -74,3 +75,22 @@ def test_link_tree_imports_as_the_package(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(tmp_path / "farspan" / "__init__.py"), "['farspan.plugin:register']"]
+
+
+def test_evaluation_tables_are_those_of_the_sweeps() -> None:
+    text = PAGE.read_text()
+    assert replace_tables(text, all_tables()) == text, "run: python -m tools.evaluation_tables --write"
+
+
+def test_a_sweep_becomes_tables() -> None:
+    def row(chunk: str, length: str, **changes: str) -> dict[str, str]:
+        options = {"gamma": "0.95", "tau": "0.1", "min_budget": "1024", "loop": "0", "seed": "7", "count": "4"}
+        found = {"accuracy": "0.75", "dense_accuracy": "1.0", "density": "0.2", "query_aware": "0.5", "overlap": "0.9"}
+        coverage = {"coverage": "0.98", "coverage_worst_head": "0.93", "logprob_change": "0.1"}
+        return {"chunk": chunk, "length": length, **options, **found, **coverage, **changes}
+
+    tables = format_tables("a GPU", [row("0", "4096"), row("2048", "4096"), row("0", "8192", accuracy="1.0")])
+    assert "| γ | chunk | 4K | 8K |" in tables
+    assert "| 0.95 | whole | 75.0 (0.200) | 100.0 (0.200) |" in tables
+    assert "| 0.95 | 2K | 0.980 (0.930) |  |" in tables
+    assert "table 6" not in tables
