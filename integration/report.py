@@ -118,8 +118,8 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     tables = Tables(settings.out, fresh=True)
 
     def variant(min_budget: int) -> Variant:
-        options = {"gamma": settings.gamma, "tau": settings.tau, "min_budget": min_budget}
-        return Variant(FlexPrefill(**options, min_seq_len=0), settings.chunk)
+        prefill = FlexPrefill(gamma=settings.gamma, tau=settings.tau, min_budget=min_budget, min_seq_len=0)
+        return Variant(prefill, settings.chunk)
 
     asked = variant(settings.min_budget)
     panels, answers = {}, {}
