@@ -123,13 +123,15 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
 
     asked = variant(settings.min_budget)
     panels, answers = {}, {}
-    for task, each in ((TASKS[0], variant(0)), (TASKS[0], asked), (TASKS[1], asked)):
-        name = f"{task}, min budget {each.prefill.min_budget}"  # type: ignore[union-attr]
+    # Without a budget of its own first: what gamma alone asks for. The same run twice is one panel.
+    for task, budget in dict.fromkeys([(TASKS[0], 0), *((task, settings.min_budget) for task in TASKS)]):
+        each = variant(budget)
+        name = f"{task}, min budget {budget}"
         answers[name] = answer_one(model, each, task, settings.length, settings.seed)
         panels[name] = answers[name].heads
         named = {"method": f"{each.name} {task}", "length": settings.length, "seed": settings.seed}
         tables.add("heads.csv", HEAD_COLUMNS, ({**named, **head} for head in answers[name].heads))
-    shown = list(answers)[1]
+    shown = f"{TASKS[0]}, min budget {settings.min_budget}"
     masks = pick_masks(answers[shown])
     sections = head_sections(panels, settings.out)
     sections.append(
