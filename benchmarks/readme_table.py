@@ -1,10 +1,11 @@
 """The README's numbers, from the rows: `python -m benchmarks.readme_table`, `--write` puts them into README.md.
 
 For each benchmark, the latest run: one line a case, one column a variant, and how many times the named baseline's
-speed ours is.
+speed each of ours is. Stages of a call are left to the CSV: only whole calls compare with a peer.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from benchmarks.record import ROOT, Row, read_rows
 README = ROOT / "README.md"
 BEGIN = "<!-- numbers: python -m benchmarks.readme_table -->\n"
 END = "<!-- end of numbers -->\n"
+STAGES = ("-select", "-attention")
 
 
 @dataclass(frozen=True)
@@ -23,45 +25,86 @@ class Table:
     metric: str
     title: str
     baseline: str = "fa3"
+    cases: str = ""
+    """Regular expression of the cases shown; all when empty."""
+    quality: tuple[str, ...] = ()
+    """Metrics of ours to show beside the time, as medians."""
 
 
 TABLES = (
     Table("ttft", "time", "Time to the first token in vLLM"),
     Table("tpot", "time", "Time between tokens in vLLM"),
-    Table("prefill_flex", "time", "Dynamic sparse prefill, one attention call, selection included"),
+    Table(
+        "prefill_flex",
+        "time",
+        "Dynamic sparse prefill on calibrated inputs, one attention call, selection included",
+        quality=("density", "coverage"),
+    ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
-    Table("prefill_block_sparse", "time", "Static block-sparse attention, one call"),
+    Table(
+        "prefill_block_sparse",
+        "time",
+        "Static block-sparse attention, both directions, one call",
+        cases=r"n(1024|8192|32768|65536)-.*-d64-fp16$",
+        quality=("density",),
+    ),
     Table("string_e2e", "time", "Shifted positions (STRING) in vLLM"),
 )
 
 
 def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
-    """Rows of the table's metric from the run that was appended last."""
-    matching = [row for row in rows if (row.benchmark, row.metric) == (table.benchmark, table.metric)]
-    return [row for row in matching if row.run_id == matching[-1].run_id]
+    """Rows of the table's metrics from the run that was appended last."""
+    metrics = (table.metric, *table.quality)
+    matching = [row for row in rows if row.benchmark == table.benchmark and row.metric in metrics]
+    matching = [row for row in matching if row.run_id == matching[-1].run_id]
+    return [row for row in matching if re.match(table.cases, row.case) and not row.variant.endswith(STAGES)]
 
 
 def format_table(rows: Sequence[Row], table: Table) -> str:
     """Format one run as Markdown; rows are not empty."""
-    cases = list(dict.fromkeys(row.case for row in rows))
-    variants = sorted({row.variant for row in rows}, key=lambda name: (not name.startswith("farspan"), name))
-    medians = {(row.case, row.variant): float(row.p50) for row in rows}
-    first = rows[0]
+    medians = {(row.case, row.variant, row.metric): float(row.p50) for row in rows}
+    timed = [row for row in rows if row.metric == table.metric]
+    cases = list(dict.fromkeys(row.case for row in timed))
+    variants = sorted({row.variant for row in timed}, key=lambda name: (not name.startswith("farspan"), name))
+    ours = [name for name in variants if name.startswith("farspan")]
+    first = timed[0]
+    header = [*variants, *(f"{name}, times {table.baseline}'s speed" for name in ours)]
+    header += [f"{name}, {metric}" for name in ours for metric in table.quality if has_metric(rows, name, metric)]
     lines = [
         f"**{table.title}**, {first.unit} ({first.gpu}, vLLM {first.vllm or 'none'}, torch {first.torch}, "
         f"Triton {first.triton}; run {first.run_id})",
         "",
-        f"| case | {' | '.join(variants)} | faster than {table.baseline} |",
-        f"| --- |{' ---: |' * (len(variants) + 1)}",
+        f"| case | {' | '.join(header)} |",
+        f"| --- |{' ---: |' * len(header)}",
     ]
     for case in cases:
-        times = [f"{medians[case, name]:.4g}" if (case, name) in medians else "" for name in variants]
-        ours = [medians[case, name] for name in variants if name.startswith("farspan") and (case, name) in medians]
-        baseline = medians.get((case, table.baseline))
-        ratio = f"{baseline / min(ours):.2f}×" if baseline and ours else ""
-        lines.append(f"| `{case}` | {' | '.join(times)} | {ratio} |")
+
+        def median(name: str, metric: str, case: str = case) -> float | None:
+            return medians.get((case, name, metric))
+
+        cells = [as_cell(median(name, table.metric)) for name in variants]
+        baseline = median(table.baseline, table.metric)
+        for name in ours:
+            time = median(name, table.metric)
+            cells.append(f"{baseline / time:.2f}×" if baseline and time else "")
+        for name in ours:
+            cells += [
+                as_cell(median(name, metric)) for metric in table.quality if has_metric(rows, name, metric)
+            ]  # fmt: skip
+        lines.append(f"| `{case}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def has_metric(rows: Sequence[Row], variant: str, metric: str) -> bool:
+    return any((row.variant, row.metric) == (variant, metric) for row in rows)
+
+
+def as_cell(number: float | None) -> str:
+    """Four digits and no exponent; nothing for what was not measured."""
+    if number is None:
+        return ""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def format_numbers(rows: Sequence[Row]) -> str:
