@@ -30,6 +30,8 @@ LLAMA_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+# The same shape with heads that have patterns: see benchmarks.calibrated_model.
+CALIBRATED_8B: dict[str, Any] = LLAMA_8B | {"attention_bias": True}
 TINY_LLAMA: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -40,6 +42,7 @@ TINY_LLAMA: dict[str, Any] = LLAMA_8B | {
     "vocab_size": 512,
     "max_position_embeddings": 4096,
     "torch_dtype": "float32",
+    "attention_bias": True,
 }
 WORKER_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -78,6 +81,8 @@ class EngineSpec:
     """More arguments of `LLM`."""
     model_dir: str | None = None
     """A model with trained weights instead of `model`."""
+    reads_selection: bool = False
+    """Whether to report what flex prefill kept."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class EngineResult:
     timings: list[Timing]
     peak_gpu_memory_gib: float
     """The most that torch allocated, KV cache included; 0 without a GPU."""
+    selection: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By prompt length, what flex prefill did per layer and head; rows of `farspan.metrics.read_selection`."""
 
     def of(self, prompt_len: int) -> list[Timing]:
         return [timing for timing in self.timings if timing.prompt_len == prompt_len]
@@ -131,7 +138,9 @@ def measure(spec: EngineSpec, *, timeout_s: float = 300) -> EngineResult:
             reason = f"took longer than {timeout_s} s" if code == -1 else f"ended with exit status {code}"
             raise BenchmarkError(f"engine {spec.backend}: {reason}\n{log_path.read_text()[-4000:]}")
         raw = json.loads(result_path.read_text())
-    return EngineResult(raw["start_s"], [Timing(**timing) for timing in raw["timings"]], raw["peak_gpu_memory_gib"])
+    return EngineResult(
+        raw["start_s"], [Timing(**timing) for timing in raw["timings"]], raw["peak_gpu_memory_gib"], raw["selection"]
+    )
 
 
 def logprob_distance(a: Timing, b: Timing) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.calibrated_model import attention_biases
 from benchmarks.engine import EngineResult, EngineSpec, Request, Timing
 
 # What vLLM compiles away at start-up and graphs beyond one request would only lengthen the run: prefill of long prompts
@@ -23,6 +24,8 @@ ENGINE: dict[str, Any] = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
 }
 WEIGHT_STD = 0.02  # as Llama models are initialised
+# Of the queries' and keys' usual weights, beside biases: content then spreads a row's logits by about half a nat.
+CONTENT_SHARE = 0.25
 WARMUP_LEN = 512
 TOP_LOGPROBS = 20
 
@@ -30,7 +33,8 @@ TOP_LOGPROBS = 20
 def register_random_weights() -> str:
     """Register a loader that gives a model seeded weights of a usual scale; returns its load format.
 
-    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt.
+    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt. Attention biases, where the
+    model has them, give its heads patterns; see `benchmarks.calibrated_model`.
     """
     from vllm.config import ModelConfig
     from vllm.config.load import LoadConfig
@@ -46,12 +50,32 @@ def register_random_weights() -> str:
             """Nothing to download."""
 
         def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+            config = model_config.hf_config
+            q_size = config.num_attention_heads * config.head_dim
+            kv_size = config.num_key_value_heads * config.head_dim
             for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
                 generator = torch.Generator(parameter.device).manual_seed(index)
                 if "norm" in name:
                     parameter.data.fill_(1.0)
+                elif name.endswith("bias"):
+                    parameter.data.zero_()
                 else:
                     parameter.data.normal_(0.0, WEIGHT_STD, generator=generator)
+                if not config.attention_bias or ".qkv_proj." not in name:
+                    continue
+                if name.endswith("weight"):
+                    parameter.data[: q_size + kv_size] *= CONTENT_SHARE
+                else:
+                    query, key = attention_biases(
+                        config.num_attention_heads,
+                        config.num_key_value_heads,
+                        config.head_dim,
+                        config.rope_parameters["rope_theta"],
+                        config.max_position_embeddings // 2,
+                        seed=index,
+                    )
+                    parameter.data[:q_size] = query
+                    parameter.data[q_size : q_size + kv_size] = key
 
     return "seeded_random"
 
@@ -66,6 +90,8 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
         arguments["attention_backend"] = spec.backend
     if spec.options is not None:
         arguments["additional_config"] = {"farspan": spec.options}
+    if spec.reads_selection:
+        arguments["worker_extension_cls"] = "farspan.metrics.SelectionMetrics"
     if spec.model_dir is None:
         arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
@@ -132,6 +158,8 @@ def peak_gpu_memory_gib() -> float:
 
 
 def main() -> None:
+    from farspan.metrics import read_selection
+
     raw = json.loads(Path(sys.argv[1]).read_text())
     spec = EngineSpec(**(raw | {"requests": [Request(**request) for request in raw["requests"]]}))
     started = time.perf_counter()
@@ -153,13 +181,18 @@ def main() -> None:
     start_s = time.perf_counter() - started
     peaks = [peak_gpu_memory_gib()]
     timings = []
+    selection = {}
     for index, request in enumerate(spec.requests):
+        if spec.reads_selection:
+            read_selection(llm, reset=True)
         for repeat in range(request.repeats):
             prompt = prompt_of(request.prompt_len, repeat)
             timings.append(measure_request(llm, spec, request, prompt, f"{index}-{repeat}"))
             peaks.append(timings[-1].peak_gpu_memory_gib)
+        if spec.reads_selection:
+            selection[str(request.prompt_len)] = read_selection(llm)
     peak = max(peaks)
-    Path(sys.argv[2]).write_text(json.dumps(asdict(EngineResult(start_s, timings, peak))))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(EngineResult(start_s, timings, peak, selection))))
 
 
 if __name__ == "__main__":

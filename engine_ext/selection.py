@@ -12,6 +12,7 @@ import torch
 from farspan.engine_ext.config import ROOT, BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.metadata import PrefillGroup
+from farspan.engine_ext.selection_stats import SelectionStats
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
 from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
 from farspan.kernels.flex_select import flex_block_lists
@@ -80,8 +81,7 @@ class FlexSelector:
         self.budgets = BudgetController(layer.num_q_heads, layer.device)
         self.string: RotaryShift | None = None
         """The layer's shifted positions, by which its keys are scored too."""
-        self.density: torch.Tensor | None = None
-        """[num_list_heads, num_requests] float32 of the last measured group: blocks listed over causal blocks."""
+        self.stats = SelectionStats(layer.num_q_heads, layer.device)
 
     def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
         """See `SparsePrefill`."""
@@ -104,8 +104,7 @@ class FlexSelector:
             share_kv_group=self.prefill.share_kv_group,
             string=self.string,
         )
-        if self.measures:
-            self.density = selection.density(group.tiles, group.request_ids)
+        self.stats.add_selection(selection, group.tiles)
         return selection.block_lists
 
     @property
@@ -118,6 +117,7 @@ class FlexSelector:
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
         coverage = measure_coverage(*batch, self.scale, lse, rows, self.string)
+        self.stats.add_coverage(coverage)
         self.budgets.update(coverage, self.gamma_of(group))
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:

@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="farspan", description="Long prompts made cheap, as a plugin for vLLM.")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
+    _add_report(subcommands)
     return parser
 
 
@@ -96,6 +97,48 @@ def _run_eval(arguments: argparse.Namespace) -> int:
     print(format_table(cells))
     print("written:", *files)
     return 0
+
+
+def _add_report(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "report",
+        help="pictures of what sparse prefill reads and keeps, as one HTML page",
+        description="Draw density, pattern and coverage per layer and head, masks of single heads, accuracy against "
+        "density and needle heatmaps. Writes OUT/report.html, its pictures and its tables.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", choices=["needle"], default="needle", help="other models: give their tables by --from-csv")
+    add("--length", type=int, default=8192, help="prompt tokens")
+    add("--gamma", type=float, default=0.95, help="attention mass to keep")
+    add("--tau", type=float, default=0.1, help="query-aware below this divergence")
+    add("--min-budget", type=int, default=1024, help="fewest KV tokens that a query block reads")
+    add("--chunk", type=int, default=0, help="prompt tokens in one engine step; 0 for the whole prompt")
+    add("--seed", type=int, default=0, help="which questions")
+    add("--from-csv", type=_paths, default="", metavar="FILES", help="draw these tables, separated by commas, instead")
+    add("--out", type=Path, default=Path("farspan-report"), help="folder for the page")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from farspan.report import ReportSettings, run_report
+
+    settings = ReportSettings(
+        out=arguments.out,
+        length=arguments.length,
+        gamma=arguments.gamma,
+        tau=arguments.tau,
+        min_budget=arguments.min_budget,
+        chunk=arguments.chunk,
+        seed=arguments.seed,
+        from_csv=arguments.from_csv,
+    )
+    print("written:", run_report(settings))
+    return 0
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(word) for word in _words(text))
 
 
 def _words(text: str) -> tuple[str, ...]:

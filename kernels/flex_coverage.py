@@ -13,17 +13,23 @@ from farspan.kernels.rope_shift import RotaryShift
 STRICTEST = 1 / 16
 TIGHTEN = 0.5
 RELAX = 1.05
+# Its multiples modulo 1 fill [0, 1) as evenly as any sequence does.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def sample_rows(query_start_loc: torch.Tensor, rows_per_request: int) -> torch.Tensor:
-    """Rows of `query` spread evenly over every request's chunk: [num_reqs, rows_per_request] int64, on the device.
+    """Rows of `query` spread over every request's chunk: [num_reqs, rows_per_request] int64, on the device.
 
+    One row lies in each of as many equal parts of the chunk, at a place in it that differs from part to part: at equal
+    distances all rows of a chunk of 2^n tokens would have the same place in their query block, and heads that look a
+    few tokens back keep all or nothing by that place alone.
     query_start_loc: [num_reqs + 1] int32, no chunk empty. A chunk with fewer tokens has rows more than once.
     """
     starts = query_start_loc[:-1, None].long()
-    lens = query_start_loc.diff()[:, None].long()
-    steps = torch.arange(rows_per_request, device=query_start_loc.device) * 2 + 1
-    return starts + steps * lens // (2 * rows_per_request)
+    lens = query_start_loc.diff()[:, None].double()
+    parts = torch.arange(rows_per_request, device=query_start_loc.device, dtype=torch.float64)
+    places = ((parts + 1) * GOLDEN_RATIO) % 1
+    return starts + ((parts + places) * lens / rows_per_request).long()
 
 
 def measure_coverage(

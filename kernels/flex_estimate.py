@@ -10,9 +10,13 @@ import triton
 import triton.language as tl
 from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
 from farspan.kernels.rope_shift import RotaryShift, rotate_tile
+from farspan.kernels.tuning import device_capability
 
 # Programs a pass, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 TARGET_PROGRAMS = 528
+# Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+SMALLEST_SHARED_MEMORY_KIB = 99
 
 
 @triton.jit
@@ -320,9 +324,7 @@ def estimate(
 
 def _num_stages(device: torch.device, tile_bytes: int, num_query_tiles: int) -> int:
     """Key tiles in flight: up to 3, as shared memory has room beside the queries."""
-    if device.type != "cuda":
-        return 1
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    room = SHARED_MEMORY_KIB.get(device_capability(device), SMALLEST_SHARED_MEMORY_KIB) * 1024
     return max(1, min(room // tile_bytes - num_query_tiles, 3))
 
 

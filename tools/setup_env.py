@@ -63,7 +63,10 @@ def install_cpu(venv: Path) -> None:
     if not pip(venv, "--no-deps", torch, check=False):
         print(f"pip finds no {torch} in its own settings; asking PyTorch's index …", flush=True)
         pip(venv, "--no-deps", torch, "--index-url", PYTORCH_CPU_INDEX)
-    print(f"Installing {len(pins)} locked packages (vLLM's CPU build, Ray, development tools) …", flush=True)
+    print(
+        f"Installing {len(pins)} locked packages (vLLM's CPU build, Ray, development tools); this takes minutes …",
+        flush=True,
+    )
     pip(venv, "--no-deps", "-r", str(LOCK))
 
 

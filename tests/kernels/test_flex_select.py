@@ -36,7 +36,7 @@ class Case:
     @property
     def name(self) -> str:
         lens = "+".join(f"{q}of{kv}" for q, kv in zip(self.query_lens, self.seq_lens, strict=True))
-        extras = f"{'-shared' if self.share else ''}-tau{self.tau}-min{self.min_blocks}"
+        extras = f"{'-shared' if self.share else ''}-g{self.gamma}-tau{self.tau}-min{self.min_blocks}"
         extras += f"-string{self.shift}" if self.shift else ""
         return f"{lens}-gqa{self.group}-d{self.head_dim}-page{self.page_size}-block{self.block_size}{extras}"
 
@@ -47,8 +47,8 @@ CASES = [
     Case((1000,), (1000,), tau=0.15, group=1),
     Case((320,), (640,), page_size=64, tau=0.15, share=True),
     Case((65, 200, 2), (65, 777, 130), group=1, tau=0.12, min_blocks=3),
-    Case((127,), (511,), group=7, tau=0.5, page_size=32),
-    Case((129, 64), (513, 640), group=4, share=True, tau=0.1, min_blocks=4),
+    Case((65,), (383,), group=7, tau=0.5, page_size=32),
+    Case((129, 64), (257, 320), group=4, share=True, tau=0.1, min_blocks=4),
     Case((300,), (900,), page_size=128, block_size=128, head_dim=64, tau=0.2),
     Case((300,), (700,), max_blocks=3, tau=0.1),
     Case((300,), (700,), gamma=1.0, max_blocks=5, layout="lbnhc"),

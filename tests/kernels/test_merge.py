@@ -31,9 +31,8 @@ def test_matches_the_reference(device: torch.device, num_tokens: int, num_heads:
 
 def test_order_does_not_matter(device: torch.device) -> None:
     a, b = (draw_partial(33, 2, 64, device) for _ in range(2))
-    ab, ba = merge_partials(*a, *b), merge_partials(*b, *a)
-    assert torch.equal(ab[0], ba[0])
-    assert torch.equal(ab[1], ba[1])
+    # Not bit for bit: a compiler fuses one of the two products into the sum.
+    assert_attention_close(*merge_partials(*a, *b), *merge_partials(*b, *a), torch.float32)
 
 
 def test_grouping_does_not_matter(device: torch.device) -> None:

@@ -1,0 +1,72 @@
+"""What the dynamic selection of one layer chose and kept, added up on the device; read only when somebody asks."""
+
+import torch
+from farspan.kernels.flex_types import FlexSelection
+from farspan.kernels.tiles import PrefillTiles
+
+
+class SelectionStats:
+    """Sums over all chunks since the last `reset`. Adding never waits for the device."""
+
+    def __init__(self, num_q_heads: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            # float64 counts blocks exactly: a layer lists more than 2^24 of them within a few long prompts.
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.listed_blocks = zeros(num_q_heads)
+        """[num_q_heads]: blocks in the lists that each head read."""
+        self.causal_blocks = zeros()
+        """Blocks that dense attention would have read, per head."""
+        self.query_aware = zeros(num_q_heads)
+        """[num_q_heads]: chunks whose blocks were selected query by query instead of by columns and diagonals."""
+        self.divergence = zeros(num_q_heads)
+        """[num_q_heads]: sum over chunks of sqrt(Jensen-Shannon divergence)."""
+        self.chunks = 0
+        """Chunks of requests that were selected for."""
+        self.coverage = zeros(num_q_heads)
+        """[num_q_heads]: sum of the kept attention mass over the measured rows."""
+        self.measured_rows = 0
+
+    def add_selection(self, selection: FlexSelection, tiles: PrefillTiles) -> None:
+        """Take in the lists of one step."""
+        num_heads, num_requests = selection.is_query_aware.shape
+        counts = selection.block_lists.block_counts.sum(1)
+        self.listed_blocks += counts.repeat_interleave(num_heads // len(counts))
+        self.causal_blocks += tiles.tile_block.sum() + tiles.num_tiles
+        self.query_aware += selection.is_query_aware.sum(1)
+        self.divergence += selection.divergence.sum(1)
+        self.chunks += num_requests
+
+    def add_coverage(self, coverage: torch.Tensor) -> None:
+        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1]."""
+        self.coverage += coverage.sum((1, 2))
+        self.measured_rows += coverage.shape[1] * coverage.shape[2]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for sums in (self.listed_blocks, self.causal_blocks, self.query_aware, self.divergence, self.coverage):
+            sums.zero_()
+        self.chunks = self.measured_rows = 0
+
+    def rows(self) -> list[dict[str, float | int | None]]:
+        """One row a head; waits for the device. Nothing where no chunk was selected for.
+
+        `density`: listed over causal blocks; `query_aware`: share of the chunks; `divergence`: mean over chunks;
+        `coverage`: mean kept attention mass, None where it was not measured; `chunks`, `measured_rows`: counts.
+        """
+        if self.chunks == 0:
+            return []
+        columns = {
+            "density": self.listed_blocks / self.causal_blocks,
+            "query_aware": self.query_aware / self.chunks,
+            "divergence": self.divergence / self.chunks,
+            "coverage": self.coverage / max(self.measured_rows, 1),
+        }
+        values = torch.stack(list(columns.values()), dim=1).tolist()
+        rows: list[dict[str, float | int | None]] = []
+        for head, row in enumerate(values):
+            named: dict[str, float | int | None] = dict(zip(columns, row, strict=True))
+            if self.measured_rows == 0:
+                named["coverage"] = None
+            rows.append({"head": head, **named, "chunks": self.chunks, "measured_rows": self.measured_rows})
+        return rows

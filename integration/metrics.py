@@ -1,0 +1,39 @@
+"""What sparse prefill did inside a running engine: density, pattern and coverage per layer and head.
+
+Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`, and with the option
+`coverage_rows` above 0 where coverage is wanted; then `read_selection(llm)` after `llm.generate(...)`.
+"""
+
+from typing import Any
+
+
+class SelectionMetrics:
+    """Mixed into vLLM's workers by `worker_extension_cls`; reached through `LLM.collective_rpc`."""
+
+    def farspan_selection(self, reset: bool = False) -> list[dict[str, Any]]:
+        """Rows of this rank's layers and heads since the last reset; see `read_selection`."""
+        worker: Any = self
+        rows = []
+        layer_index = 0
+        for module in worker.model_runner.get_model().modules():
+            if not hasattr(module, "impl"):
+                continue
+            stats = getattr(getattr(module.impl, "sparse", None), "stats", None)
+            if stats is not None:
+                rows += [{"rank": worker.rank, "layer": layer_index, **row} for row in stats.rows()]
+                if reset:
+                    stats.reset()
+            layer_index += 1
+        return rows
+
+
+def read_selection(llm: Any, reset: bool = False) -> list[dict[str, Any]]:
+    """One row per rank, layer and query head of the rank, for the chunks that flex prefilled since the last reset.
+
+    llm: a `vllm.LLM` whose `worker_extension_cls` is `farspan.metrics.SelectionMetrics`. Waits for the device.
+    Keys: rank, layer, head, density (blocks read over causal blocks), query_aware (share of the chunks whose blocks
+    were selected query by query, the others by columns and diagonals), divergence (mean sqrt of the Jensen-Shannon
+    divergence, natural log), coverage (mean share of the attention mass kept on sampled rows; None unless
+    `coverage_rows` is set), chunks, measured_rows.
+    """
+    return [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]

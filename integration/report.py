@@ -1,0 +1,285 @@
+"""`farspan report`: what flex prefill reads and keeps, as one HTML page without anything beside it.
+
+For the bundled needle model everything is computed here, by the engine's own selection and kernels. For other models
+the page is drawn from tables: those of `farspan eval`, and rows of `farspan.metrics.read_selection` written as CSV.
+"""
+
+import base64
+import csv
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farspan.engine_ext.config import FlexPrefill
+from farspan.engine_ext.errors import ConfigError
+from farspan.eval_results import CSV_COLUMNS, read_csv
+
+if TYPE_CHECKING:
+    from farspan.needle.paged import PagedNeedle
+    from farspan.needle.sweep import Answers, Variant
+    from farspan.report_plots import HeadMask
+
+HTML_NAME = "report.html"
+TASKS = ("niah_multikey_2", "variable_tracking")
+NIAH_LENGTHS = (1024, 2048, 4096)
+NIAH_DEPTHS = (0.0, 0.5, 1.0)
+# Accuracy against density: short enough for a CPU, long enough that budgets bite.
+CURVE_LENGTH = 4096
+CURVE = ((0.8, 0), (0.99, 0), (0.95, 384), (0.95, 512), (0.95, 1024))
+"""(gamma, min budget in tokens)."""
+MAX_MASKS = 6
+ROWS = 16
+"""Query rows of a prompt on which coverage is measured."""
+MIN_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to report on; see `farspan report --help`."""
+
+    out: Path
+    length: int = 8192
+    """Prompt tokens."""
+    gamma: float = 0.95
+    tau: float = 0.1
+    min_budget: int = 1024
+    chunk: int = 0
+    """Prompt tokens a step; 0 for the whole prompt."""
+    seed: int = 0
+    from_csv: tuple[Path, ...] = ()
+    """Tables to draw instead of running the needle model."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to see, and pictures."""
+
+    title: str
+    text: str
+    pictures: tuple[Path, ...]
+
+
+def run_report(settings: ReportSettings) -> Path:
+    """Write the page and its pictures and tables into `settings.out`; returns the page.
+
+    Raises ConfigError for an option out of range or a table that is none of those known.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if settings.from_csv:
+        title = "Flex prefill: " + ", ".join(path.name for path in settings.from_csv)
+        sections = [section for path in settings.from_csv for section in sections_of_csv(path, settings.out)]
+    else:
+        title = f"Flex prefill of the needle model, {settings.length} tokens, γ = {settings.gamma:g}"
+        sections = needle_sections(settings)
+    page = settings.out / HTML_NAME
+    page.write_text(render(title, sections))
+    return page
+
+
+def render(title: str, sections: list[Section]) -> str:
+    """The page, with its pictures inside."""
+    parts = []
+    for section in sections:
+        images = "".join(
+            f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,'
+            f'{base64.b64encode(path.read_bytes()).decode()}">'
+            for path in section.pictures
+        )
+        parts.append(
+            f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>{images}</section>"
+        )
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem}p{max-width:46rem}img{max-width:100%;display:block}"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def needle_sections(settings: ReportSettings) -> list[Section]:
+    """Run the needle model and draw every picture; also writes heads.csv, sweep.csv and accuracy.csv."""
+    import torch
+    from farspan.evaluate import NEEDLE_DIR
+    from farspan.needle.network import load_network
+    from farspan.needle.paged import PagedNeedle
+    from farspan.needle.sweep import HEAD_COLUMNS, Tables, Variant
+    from farspan.report_plots import draw_masks
+
+    check_settings(settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = load_network(NEEDLE_DIR, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = PagedNeedle(net, max(settings.length, CURVE_LENGTH, *NIAH_LENGTHS) + 256)
+    tables = Tables(settings.out, fresh=True)
+
+    def variant(min_budget: int) -> Variant:
+        options = {"gamma": settings.gamma, "tau": settings.tau, "min_budget": min_budget}
+        return Variant(FlexPrefill(**options, min_seq_len=0), settings.chunk)
+
+    asked = variant(settings.min_budget)
+    panels, answers = {}, {}
+    for task, each in ((TASKS[0], variant(0)), (TASKS[0], asked), (TASKS[1], asked)):
+        name = f"{task}, min budget {each.prefill.min_budget}"  # type: ignore[union-attr]
+        answers[name] = answer_one(model, each, task, settings.length, settings.seed)
+        panels[name] = answers[name].heads
+        named = {"method": f"{each.name} {task}", "length": settings.length, "seed": settings.seed}
+        tables.add("heads.csv", HEAD_COLUMNS, ({**named, **head} for head in answers[name].heads))
+    shown = list(answers)[1]
+    masks = pick_masks(answers[shown])
+    sections = head_sections(panels, settings.out)
+    sections.append(
+        Section(
+            "Blocks that single heads read",
+            f"One head a layer, the one that reads most, for {shown}; then query-aware heads. The first and the "
+            "diagonal block are always read.",
+            (draw_masks(masks, settings.out / "masks.png"),),
+        )
+    )
+    rows = curve_rows(model, tables, settings.seed)
+    sections.append(accuracy_density_section(rows, settings.out))
+    return [*sections, niah_section(model, tables, asked, settings)]
+
+
+def check_settings(settings: ReportSettings) -> None:
+    """Raise ConfigError for a number out of range."""
+    if not MIN_TOKENS <= settings.length <= 131072:
+        raise ConfigError(f"length={settings.length}; the needle model takes {MIN_TOKENS} to 131072 tokens")
+    FlexPrefill(gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check("report")
+    if settings.chunk < 0 or settings.seed < 0:
+        raise ConfigError(f"chunk={settings.chunk}, seed={settings.seed}; neither can be negative")
+
+
+def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int, seed: int) -> "Answers":
+    """One question of a task, with its lists and its coverage."""
+    from farspan.needle.evaluate import encode_sample
+    from farspan.needle.sweep import ask, to_question
+
+    question = to_question(task, *encode_sample(task, length, seed, 0.5), str(model.device))
+    return ask(model, variant, [question], ROWS, keep_lists=True)
+
+
+def pick_masks(answers: "Answers") -> "list[HeadMask]":
+    """The densest head of every layer, then query-aware ones, the densest first; at most `MAX_MASKS`."""
+    from farspan.engine_ext.metadata import TILE_SIZE
+    from farspan.report_plots import HeadMask
+
+    ordered = sorted(answers.heads, key=lambda row: -row["density"])
+    first = {row["layer"]: row for row in reversed(ordered)}
+    picked = [first[layer] for layer in sorted(first)]
+    picked += [row for row in ordered if row["query_aware"] > 0.5 and row not in picked]
+    masks = []
+    for row in picked[:MAX_MASKS]:
+        pattern = "query-aware" if row["query_aware"] > 0.5 else "vertical-slash"
+        title = (
+            f"layer {row['layer']} head {row['head']}, {pattern}\ndensity {row['density']:.3f}, "
+            f"coverage {row['coverage']:.3f}"
+        )
+        masks.append(HeadMask(title, answers.listed[row["layer"]][row["head"]], TILE_SIZE))
+    return masks
+
+
+def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Section]:
+    """Density, pattern and coverage per layer and head."""
+    from farspan.report_plots import draw_heads, draw_patterns
+
+    sections = [
+        Section(
+            "Density per layer and head",
+            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows where "
+            "all heads agree sit at the min budget.",
+            (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
+        ),
+        Section(
+            "Pattern per layer and head",
+            "Query-aware heads select blocks for each block of queries; vertical-slash heads extend the columns and "
+            "diagonals of the last queries. The square root of the Jensen-Shannon divergence between the true and "
+            "the pooled block distribution decides: below τ a head is query-aware.",
+            (
+                draw_patterns(panels, out / "patterns.png"),
+                draw_heads(panels, "divergence", "sqrt(JSD), natural log", "magma_r", out / "divergence.png"),
+            ),
+        ),
+    ]
+    measured = {title: rows for title, rows in panels.items() if rows[0]["coverage"] not in (None, "")}
+    if measured:
+        text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
+        picture = draw_heads(measured, "coverage", "coverage (fraction)", "cividis", out / "coverage.png")
+        sections.append(Section("Coverage per layer and head", text, (picture,)))
+    return sections
+
+
+def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, Any]]:
+    """Rows of sweep.csv for the accuracy against density."""
+    from farspan.engine_ext.config import DensePrefill
+    from farspan.needle.evaluate import encode_sample
+    from farspan.needle.sweep import SWEEP_COLUMNS, Variant, ask, sweep_row, to_question
+
+    tasks = ("niah_single", "niah_multikey_2")
+    questions = [to_question(t, *encode_sample(t, CURVE_LENGTH, seed, None), str(model.device)) for t in tasks]
+    dense = ask(model, Variant(DensePrefill(), 0), questions, 0)
+    rows = []
+    for gamma, min_budget in CURVE:
+        variant = Variant(FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0), 0)
+        rows.append(sweep_row(variant, CURVE_LENGTH, seed, ask(model, variant, questions, 0), dense, None))
+        tables.add("sweep.csv", SWEEP_COLUMNS, rows[-1:])
+    return rows
+
+
+def accuracy_density_section(rows: list[dict[str, Any]], out: Path) -> Section:
+    """The picture of sweep rows."""
+    from farspan.report_plots import draw_accuracy_density
+
+    return Section(
+        "Accuracy against density",
+        "Each marker is one set of options on one prompt length; density is the mean over layers and heads.",
+        (draw_accuracy_density(rows, out / "accuracy_density.png"),),
+    )
+
+
+def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings: ReportSettings) -> Section:
+    """Needle in a haystack over depth and length, one question a cell."""
+    from farspan.eval_plots import draw_plots
+    from farspan.needle.evaluate import encode_sample
+    from farspan.needle.sweep import ask, to_question
+
+    for length in NIAH_LENGTHS:
+        for depth in NIAH_DEPTHS:
+            raw = encode_sample("niah_single", length, settings.seed, depth)
+            right = ask(model, variant, [to_question("niah_single", *raw, str(model.device))], 0).right
+            values = (variant.name, "niah_single", length, depth, settings.seed, 1, float(right[0]))
+            tables.add("accuracy.csv", CSV_COLUMNS, [dict(zip(CSV_COLUMNS, values, strict=True))])
+    pictures = draw_plots(read_csv(settings.out / "accuracy.csv"), settings.out)
+    heatmaps = tuple(path for path in pictures if path.name.startswith("heatmap"))
+    return Section("Needle in a haystack", f"{variant.name}, one question a cell.", heatmaps)
+
+
+def sections_of_csv(path: Path, out: Path) -> list[Section]:
+    """What one table shows: accuracy (`farspan eval`), a sweep, or heads. Raises ConfigError for any other."""
+    if not path.is_file():
+        raise ConfigError(f"from_csv={str(path)!r} is not there; name a table such as eval.csv, sweep.csv or heads.csv")
+    with path.open(newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    columns = set(rows[0]) if rows else set()
+    if not rows:
+        raise ConfigError(f"from_csv={str(path)!r} has no rows")
+    if {"density", "accuracy", "min_budget"} <= columns:
+        return [accuracy_density_section(rows, out)]
+    if {"density", "layer", "head", "query_aware"} <= columns:
+        panels: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)
+        return head_sections(dict(list(panels.items())[:3]), out)
+    if set(CSV_COLUMNS) <= columns:
+        from farspan.eval_plots import draw_plots
+
+        pictures = tuple(draw_plots(read_csv(path), out))
+        return [Section("Accuracy", f"{path.name}: accuracy against prompt length, and by needle depth.", pictures)]
+    raise ConfigError(
+        f"from_csv={str(path)!r} has the columns {sorted(columns)}; known are the tables of farspan eval (eval.csv), "
+        "farspan.needle.sweep (sweep.csv, heads.csv) and farspan.metrics.read_selection"
+    )

@@ -1,0 +1,370 @@
+"""The device side of `paged_prefill`: one program streams the key tiles of one query tile through a softmax.
+
+Only the last block of a list can need a mask (the diagonal of a causal tile, the ragged end of any other), so it is
+split off and the main loop has none. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-2
+(arXiv 2307.08691) for the streaming softmax, STRING (arXiv 2410.18745) for shifted positions.
+"""
+
+import triton
+import triton.language as tl
+from farspan.kernels.rope_shift import rotate_tile
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# The keys that a pass over key tiles is for: all of them, those nearer than the shift, those at the shift or farther.
+ALL = tl.constexpr(0)
+NEAR = tl.constexpr(1)
+FAR = tl.constexpr(2)
+
+# Entries of a block list that are compared with the shift at a time.
+BLOCKS_COUNTED = tl.constexpr(128)
+
+
+@triton.jit
+def _look_up(ptr, index):
+    """Load one int32 as two halves.
+
+    The pipeliner shares its stages among all chained loads of 32 bits and more: seen as one of them, each look-up on
+    the way to a page would cost a buffer of keys and values. The entries come out of the L1 cache in time without it.
+    """
+    halves = (ptr + index).to(tl.pointer_type(tl.uint16))
+    return tl.load(halves).to(tl.int32) | (tl.load(halves + 1).to(tl.int32) << 16)
+
+
+@triton.jit
+def _load_key_value(
+    key_source,
+    value_source,
+    table_row_ptr,
+    kv_head,
+    start,
+    kv_end,
+    stride_page,
+    stride_head,
+    stride_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load the keys and values at positions [start, start + BLOCK_N) of one KV head as [BLOCK_N, BLOCK_D] tiles.
+
+    PAGE_SIZE 0 means one page a request. With USE_TMA the sources are descriptors of rows and the strides count rows.
+    MASKED zeroes the values at and past kv_end, which may be NaN in memory.
+    """
+    offs_n = start + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    # Whether a key tile lies in one page.
+    ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0
+    if ONE_PAGE:
+        if PAGE_SIZE == 0:
+            page = tl.load(table_row_ptr)
+            offset = start
+        else:
+            page = _look_up(table_row_ptr, start // PAGE_SIZE)
+            offset = start % PAGE_SIZE
+    else:
+        if MASKED:
+            page = tl.load(table_row_ptr + offs_n // PAGE_SIZE, mask=offs_n < kv_end, other=0)
+        else:
+            page = tl.load(table_row_ptr + offs_n // PAGE_SIZE)
+        offset = offs_n % PAGE_SIZE
+
+    if USE_TMA:
+        # The copy engine takes 32-bit coordinates; the launcher checks that every row has one.
+        row = page * stride_page + kv_head * stride_head + offset
+        key = key_source.load([row, 0])
+        value = value_source.load([row, 0])
+        if MASKED:
+            value = tl.where((offs_n < kv_end)[:, None], value, 0.0)
+    else:
+        rows = page.to(tl.int64) * stride_page + kv_head.to(tl.int64) * stride_head
+        if ONE_PAGE:
+            rows += offset.to(tl.int64) * stride_token
+            rows += tl.arange(0, BLOCK_N) * stride_token
+        else:
+            rows += offset * stride_token
+        pointers = rows[:, None] + offs_d[None, :]
+        if MASKED or HEAD_DIM != BLOCK_D:
+            mask = offs_d[None, :] < HEAD_DIM
+            if MASKED:
+                mask = mask & (offs_n < kv_end)[:, None]
+            key = tl.load(key_source + pointers, mask=mask, other=0.0)
+            value = tl.load(value_source + pointers, mask=mask, other=0.0)
+        else:
+            key = tl.load(key_source + pointers)
+            value = tl.load(value_source + pointers)
+    return key, value
+
+
+@triton.jit
+def _attend_blocks(
+    acc,
+    row_max,
+    row_sum,
+    query,
+    position,
+    first_step,
+    end_step,
+    gap_start,
+    gap_len,
+    ids_ptr,
+    key_source,
+    value_source,
+    table_row_ptr,
+    kv_head,
+    kv_end,
+    stride_page,
+    stride_head,
+    stride_token,
+    scale_log2,
+    shift,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
+
+    MASKED: leave out keys past the causal or ragged end, and those that are not KEYS; the steps from gap_start on are
+    gap_len tiles farther in the list.
+    """
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    for index in tl.range(first_step, end_step):
+        step = index
+        if MASKED and KEYS == NEAR:
+            step += tl.where(index >= gap_start, gap_len, 0)
+        if HAS_LISTS:
+            # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
+            block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
+            start = block * BLOCK_SIZE + (step % TILES_PER_BLOCK) * BLOCK_N
+        else:
+            start = step * BLOCK_N
+        key, value = _load_key_value(
+            key_source,
+            value_source,
+            table_row_ptr,
+            kv_head,
+            start,
+            kv_end,
+            stride_page,
+            stride_head,
+            stride_token,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            PAGE_SIZE,
+            USE_TMA,
+            MASKED,
+        )
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if MASKED:
+            offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
+            mask = offs_n < kv_end
+            if IS_CAUSAL:
+                mask = mask & (offs_n <= position[:, None])
+            if KEYS == NEAR:
+                mask = mask & (position[:, None] - offs_n < shift)
+            if KEYS == FAR:
+                mask = mask & (position[:, None] - offs_n >= shift)
+            scores = tl.where(mask, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        finite_max = new_max
+        if MASKED and KEYS != ALL:
+            # A row may have met none of these keys yet.
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores * scale_log2 - finite_max[:, None])
+        rescale = tl.exp2(row_max - finite_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def prefill_kernel(
+    query_ptr,
+    key_source,
+    value_source,
+    out_ptr,
+    lse_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    tile_request_ptr,
+    tile_block_ptr,
+    block_ids_ptr,
+    block_counts_ptr,
+    cos_ptr,
+    sin_ptr,
+    scale_log2,
+    shift,
+    num_tiles,
+    num_pieces,
+    max_blocks,
+    group_size,
+    heads_per_list,
+    units_together,
+    stride_query_token,
+    stride_query_head,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_head,
+    stride_table,
+    stride_page,
+    stride_head,
+    stride_token,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEADS_PER_TILE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_T tokens of a query tile times HEADS_PER_TILE query heads of one KV head.
+
+    Row m of the program is head slot m // BLOCK_T and token m % BLOCK_T.
+    """
+    # Longest tiles first, and heads that share keys and values side by side.
+    program = tl.program_id(0)
+    unit = program % units_together
+    program = program // units_together
+    piece = num_pieces - 1 - program % num_pieces
+    program = program // num_pieces
+    tile = num_tiles - 1 - program % num_tiles
+    unit += program // num_tiles * units_together
+    first_head = unit * HEADS_PER_TILE
+    kv_head = first_head // group_size
+
+    request = tl.load(tile_request_ptr + tile)
+    query_block = tl.load(tile_block_ptr + tile)
+    chunk_offset = tl.load(query_start_loc_ptr + request)
+    query_len = tl.load(query_start_loc_ptr + request + 1) - chunk_offset
+    seq_len = tl.load(seq_lens_ptr + request)
+    chunk_start = seq_len - query_len
+    # Positions [first_position, end_position) are this program's.
+    first_position = tl.maximum(query_block * BLOCK_SIZE, chunk_start) + piece * BLOCK_T
+    end_position = tl.minimum(tl.minimum(query_block * BLOCK_SIZE + BLOCK_SIZE, seq_len), first_position + BLOCK_T)
+    if first_position >= end_position:
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    slot = offs_m // BLOCK_T
+    position = first_position + offs_m % BLOCK_T
+    mask_m = (position < end_position) & (slot < HEADS_PER_TILE)
+    token = (chunk_offset + position - chunk_start).to(tl.int64)
+    head = (first_head + slot).to(tl.int64)
+    mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
+    query_ptrs = query_ptr + (token * stride_query_token + head * stride_query_head)[:, None] + offs_d[None, :]
+
+    table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_table
+    if IS_CAUSAL:
+        kv_end = end_position
+    else:
+        kv_end = seq_len
+    if HAS_LISTS:
+        list_index = (first_head // heads_per_list).to(tl.int64) * num_tiles + tile
+        ids_ptr = block_ids_ptr + list_index * max_blocks
+        num_blocks = tl.load(block_counts_ptr + list_index)
+    else:
+        ids_ptr = block_ids_ptr
+        num_blocks = (kv_end + BLOCK_SIZE - 1) // BLOCK_SIZE
+    last = tl.maximum(num_blocks - 1, 0)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
+
+    # Key tiles of the last block past kv_end are not read, as they may lie in no page.
+    last_block = last
+    if HAS_LISTS:
+        last_block = tl.load(ids_ptr + last, mask=num_blocks > 0, other=0)
+    num_last_keys = tl.minimum(kv_end - last_block * BLOCK_SIZE, BLOCK_SIZE)
+    num_last_tiles = tl.where(num_blocks > 0, (num_last_keys + BLOCK_N - 1) // BLOCK_N, 0)
+    last_tile = last * TILES_PER_BLOCK
+    end_tile = last_tile + num_last_tiles
+
+    near_tile = 0
+    masked_tile = last_tile
+    if HAS_SHIFT:
+        # Blocks [0, num_far) lie at distance `shift` or more from every query of the program, [num_far, num_shifted)
+        # from some, [num_shifted, last) from none: ranges, as lists ascend. The straddling blocks are passed over
+        # twice, so that only one rotation of the query is held at a time.
+        far_end = first_position - shift + 1
+        shifted_end = end_position - shift
+        if HAS_LISTS:
+            is_far = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
+            is_shifted = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
+            for first_index in range(0, last, BLOCKS_COUNTED):
+                index = first_index + tl.arange(0, BLOCKS_COUNTED)
+                first_key = tl.load(ids_ptr + index, mask=index < last, other=0) * BLOCK_SIZE
+                is_far += ((index < last) & (first_key + BLOCK_SIZE <= far_end)).to(tl.int32)
+                is_shifted += ((index < last) & (first_key < shifted_end)).to(tl.int32)
+            num_far = tl.sum(is_far, 0)
+            num_shifted = tl.sum(is_shifted, 0)
+        else:
+            num_far = tl.minimum(tl.maximum(far_end, 0) // BLOCK_SIZE, last)
+            num_shifted = tl.minimum((tl.maximum(shifted_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
+        near_tile = num_shifted * TILES_PER_BLOCK
+        masked_tile = num_far * TILES_PER_BLOCK
+        # The last block too may straddle, and then no block is near.
+        far_masked_end = tl.where(last_block * BLOCK_SIZE < shifted_end, end_tile, near_tile)
+        # Volatile, or the compiler would keep this tile for the unrotated query, which is loaded when this one is done.
+        query = tl.load(query_ptrs, mask=mask_q, other=0.0, volatile=True)
+        query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        acc, row_max, row_sum = _attend_blocks(
+            acc, row_max, row_sum, query, position, 0, masked_tile, 0, 0,
+            ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+            stride_page, stride_head, stride_token, scale_log2, shift,
+            BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, FAR, PRECISION,
+        )  # fmt: skip
+        acc, row_max, row_sum = _attend_blocks(
+            acc, row_max, row_sum, query, position, masked_tile, far_masked_end, 0, 0,
+            ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+            stride_page, stride_head, stride_token, scale_log2, shift,
+            BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, FAR, PRECISION,
+        )  # fmt: skip
+    KEYS: tl.constexpr = NEAR if HAS_SHIFT else ALL
+    query = tl.load(query_ptrs, mask=mask_q, other=0.0)
+    acc, row_max, row_sum = _attend_blocks(
+        acc, row_max, row_sum, query, position, near_tile, last_tile, 0, 0,
+        ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+        stride_page, stride_head, stride_token, scale_log2, shift,
+        BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, KEYS, PRECISION,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend_blocks(
+        acc, row_max, row_sum, query, position, masked_tile, end_tile - (last_tile - near_tile) * HAS_SHIFT,
+        near_tile, last_tile - near_tile,
+        ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+        stride_page, stride_head, stride_token, scale_log2, shift,
+        BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, KEYS, PRECISION,
+    )  # fmt: skip
+
+    # An empty list leaves a zero output and an LSE of -inf.
+    divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
+    acc = acc / divisor[:, None]
+    lse = (row_max + tl.log2(divisor)) * LN_2
+    out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
+    tl.store(lse_ptr + head * stride_lse_head + token, lse, mask=mask_m)

@@ -1,0 +1,32 @@
+"""What flex prefill did inside an engine can be read from outside."""
+
+from typing import Any
+
+import pytest
+from farspan.metrics import read_selection
+
+from tests.integration.test_engine_tokens import generate, make_prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+
+def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
+    prefill = {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0, "coverage_rows": 4}
+    llm = make_llm(
+        max_num_batched_tokens=512,
+        max_num_seqs=16,
+        worker_extension_cls="farspan.metrics.SelectionMetrics",
+        additional_config={"farspan": {"prefill": prefill}},
+        enable_prefix_caching=False,
+    )
+    assert read_selection(llm) == []
+    generate(llm, make_prompts((1500,), seed=5), 2)
+    rows = read_selection(llm, reset=True)
+    assert [(row["rank"], row["layer"], row["head"]) for row in rows] == [(0, i, h) for i in range(2) for h in range(4)]
+    for row in rows:
+        assert row["chunks"] == 3
+        assert row["measured_rows"] == 12
+        assert 0 < row["density"] < 1
+        assert 0.5 < row["coverage"] <= 1
+        assert 0 <= row["query_aware"] <= 1
+    assert read_selection(llm) == []
