@@ -10,6 +10,8 @@ Three measurements, all with the same Triton kernels on both sides:
 The last is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
 """
 
+from collections.abc import Callable
+
 import torch
 from farspan.kernels.paged_decode import choose_num_splits, decode_workspace, paged_decode
 from farspan.kernels.paged_prefill import paged_prefill
@@ -23,6 +25,9 @@ from benchmarks.inputs import LLAMA_8B as LLAMA_8B_LAYER
 from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import Work, time_graphs, time_interleaved
+
+Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Returns out and LSE of one layer."""
 
 NAME = "string_e2e"
 ON, OFF, FA3 = "farspan-string", "farspan-triton", "fa3"
@@ -49,7 +54,7 @@ def make_shift(shape: AttentionShape, dry_run: bool, device: torch.device) -> Ro
     return make_rotary_shift(inv_freq, shift_of(dry_run), WINDOW if not dry_run else 10, True, device)
 
 
-def prefill_call(batch: PagedBatch, string: RotaryShift | None, block_size: int) -> Work:
+def prefill_call(batch: PagedBatch, string: RotaryShift | None, block_size: int) -> Call:
     """Build one layer's prefill as the backend launches it; returns (out, lse) when called."""
     tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, batch.query.device)
     out = torch.empty_like(batch.query)
@@ -60,7 +65,7 @@ def prefill_call(batch: PagedBatch, string: RotaryShift | None, block_size: int)
     )  # fmt: skip
 
 
-def decode_call(batch: PagedBatch, string: RotaryShift | None) -> Work:
+def decode_call(batch: PagedBatch, string: RotaryShift | None) -> Call:
     """Build one layer's decode step of one request; returns (out, lse) when called."""
     shape, device = batch.shape, batch.query.device
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -84,8 +89,9 @@ def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
     string = make_shift(shape, recorder.dry_run, batch.query.device)
     works: dict[str, Work] = {}
     for name, shift in ((OFF, None), (ON, string)):
-        works[name] = prefill_call(batch, shift, block_size)
-        error = check_attention(batch, *works[name](), name=name, string=shift)
+        call = prefill_call(batch, shift, block_size)
+        error = check_attention(batch, *call(), name=name, string=shift)
+        works[name] = call
         recorder.note(f"prefill {case} {name}: relative error {error:.1e}")
     if peers.has_module("vllm.vllm_flash_attn"):
         works[FA3] = peers.fa3(batch)
