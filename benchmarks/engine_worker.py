@@ -167,13 +167,17 @@ def main() -> None:
         Path(model_dir, "config.json").write_text(json.dumps(spec.model))
         llm = start(spec, model_dir)
         vocab_size = llm.llm_engine.model_config.get_vocab_size()
-    generator = torch.Generator().manual_seed(0)
 
-    def prompt_of(length: int) -> list[int]:
+    def prompt_of(length: int, repeat: int = 0) -> list[int]:
+        """Random tokens; two requests of one length get the same ones."""
+        generator = torch.Generator().manual_seed(length + repeat)
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    for index in range(2):  # compiles kernels, and fills what is allocated at first use
-        send(llm, prompt_of(min(WARMUP_LEN, max(r.prompt_len for r in spec.requests))), 4, f"warmup-{index}")
+    warmup_len = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
+    for is_on in sorted({request.string for request in spec.requests}):
+        for index in range(2):  # compiles kernels, and fills what is allocated at first use
+            warmup = Request(warmup_len, 4, string=is_on)
+            measure_request(llm, spec, warmup, prompt_of(warmup_len, index), f"warmup-{is_on}-{index}")
     start_s = time.perf_counter() - started
     peaks = [peak_gpu_memory_gib()]
     timings = []
@@ -182,7 +186,8 @@ def main() -> None:
         if spec.reads_selection:
             read_selection(llm, reset=True)
         for repeat in range(request.repeats):
-            timings.append(measure_request(llm, spec, request, prompt_of(request.prompt_len), f"{index}-{repeat}"))
+            prompt = prompt_of(request.prompt_len, repeat)
+            timings.append(measure_request(llm, spec, request, prompt, f"{index}-{repeat}"))
             peaks.append(timings[-1].peak_gpu_memory_gib)
         if spec.reads_selection:
             selection[str(request.prompt_len)] = read_selection(llm)

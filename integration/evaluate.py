@@ -178,7 +178,7 @@ def check_settings(settings: EvalSettings) -> None:
     for task in settings.tasks:
         if task not in TASKS:
             raise ConfigError(f"task={task!r}; known tasks are {', '.join(TASKS)}")
-    limit = _max_position(path)
+    limit = _max_position(path, settings.engine_args)
     for length in settings.lengths:
         if length < MIN_LENGTH or (limit is not None and length > limit):
             most = "" if limit is None else f" and at most {limit} (the model's max_position_embeddings)"
@@ -216,8 +216,11 @@ def model_path(model: str) -> str:
     return model
 
 
-def _max_position(path: str) -> int | None:
-    """The model's max_position_embeddings; None if it is not on this machine or its config does not say."""
+def _max_position(path: str, engine_args: dict[str, Any]) -> int | None:
+    """The model's max_position_embeddings, or the user's; None if it is not on this machine or does not say."""
+    overrides = engine_args.get("hf_overrides")
+    if isinstance(overrides, dict) and "max_position_embeddings" in overrides:
+        return overrides["max_position_embeddings"]
     config = Path(path) / "config.json"
     return json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
 

@@ -7,7 +7,7 @@ from farspan.cli import main
 from farspan.engine_ext.errors import ConfigError
 from farspan.eval_plots import draw_plots
 from farspan.eval_results import CSV_COLUMNS, Cell, format_table, read_csv
-from farspan.evaluate import EvalSettings, make_samples, method_options, run_eval
+from farspan.evaluate import EvalSettings, check_settings, make_samples, method_options, run_eval
 from farspan.needle.tasks import TASKS
 
 
@@ -127,6 +127,11 @@ def test_mistakes_get_a_sentence(tmp_path, capsys, arguments, message):
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_lengths_beyond_the_models_own_can_be_asked_for(tmp_path):
+    engine_args = {"hf_overrides": {"max_position_embeddings": 262144}}
+    check_settings(settings(tmp_path, lengths=(262144,), engine_args=engine_args))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Shifted rotary positions (STRING) cost next to nothing: prefill and decode at 64K to 128K tokens, on against off.
+
+Three measurements, all with the same Triton kernels on both sides:
+
+- the prefill call of one layer, interleaved, with FlashAttention 3 as the dense backend's kernel beside it;
+- the decode call of one layer, in CUDA graphs;
+- a whole 8B-shape engine, each prompt sent with the shift and without to one and the same engine, so that clocks,
+  memory and start-up are shared: time to the first token, time between tokens, and peak memory of each request.
+
+The last is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
+"""
+
+from collections.abc import Callable
+
+import torch
+from farspan.kernels.paged_decode import choose_num_splits, decode_workspace, paged_decode
+from farspan.kernels.paged_prefill import paged_prefill
+from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.tiles import make_prefill_tiles
+
+from benchmarks import peers
+from benchmarks.engine import LLAMA_8B, TINY_LLAMA, EngineSpec, Request, Timing, logprob_distance, measure
+from benchmarks.gate import check_attention
+from benchmarks.inputs import LLAMA_8B as LLAMA_8B_LAYER
+from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.record import BenchmarkError, Recorder
+from benchmarks.timing import Work, time_graphs, time_interleaved
+
+Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Returns out and LSE of one layer."""
+
+NAME = "string_e2e"
+ON, OFF, FA3 = "farspan-string", "farspan-triton", "fa3"
+ROPE_BASE = LLAMA_8B["rope_theta"]
+WINDOW = 128
+FRACTION = 0.33
+OUTPUT_LEN = 17
+REPEATS = 4
+"""Of a prefill call; each takes a quarter of a second at 128K."""
+
+
+def prompt_lens(dry_run: bool) -> list[int]:
+    """List the lengths of figure 9."""
+    return [200, 300] if dry_run else [length * 1024 for length in (64, 80, 96, 112, 128)]
+
+
+def shift_of(dry_run: bool) -> int:
+    """S in tokens, for kernels and engine alike."""
+    return 100 if dry_run else int(FRACTION * 131072)
+
+
+def make_shift(shape: AttentionShape, dry_run: bool, device: torch.device) -> RotaryShift:
+    inv_freq = ROPE_BASE ** -(torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+    return make_rotary_shift(inv_freq, shift_of(dry_run), WINDOW if not dry_run else 10, True, device)
+
+
+def prefill_call(batch: PagedBatch, string: RotaryShift | None, block_size: int) -> Call:
+    """Build one layer's prefill as the backend launches it; returns (out, lse) when called."""
+    tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, batch.query.device)
+    out = torch.empty_like(batch.query)
+    lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
+    return lambda: paged_prefill(
+        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, tiles,
+        batch.shape.scale, string=string, max_query_len=max(batch.query_lens_cpu), out=out, lse=lse,
+    )  # fmt: skip
+
+
+def decode_call(batch: PagedBatch, string: RotaryShift | None) -> Call:
+    """Build one layer's decode step of one request; returns (out, lse) when called."""
+    shape, device = batch.shape, batch.query.device
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    num_splits = choose_num_splits(1, shape.num_kv_heads, batch.seq_lens_cpu[0], num_sms)
+    workspace = decode_workspace(
+        1, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, batch.seq_lens_cpu[0], num_sms, device
+    )
+    out = torch.empty_like(batch.query)
+    lse = torch.empty(shape.num_q_heads, 1, dtype=torch.float32, device=device)
+    return lambda: paged_decode(
+        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, shape.scale,
+        num_splits=num_splits, string=string, out=out, lse=lse, workspace=workspace,
+    )  # fmt: skip
+
+
+def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
+    """Time one layer's calls at one length, after checking both variants' results."""
+    case = f"n{length}-b1-{shape.label}"
+    block_size = 64 if recorder.dry_run else 128
+    batch = make_paged_batch([length], [length], shape)
+    string = make_shift(shape, recorder.dry_run, batch.query.device)
+    works: dict[str, Work] = {}
+    for name, shift in ((OFF, None), (ON, string)):
+        call = prefill_call(batch, shift, block_size)
+        error = check_attention(batch, *call(), name=name, string=shift)
+        works[name] = call
+        recorder.note(f"prefill {case} {name}: relative error {error:.1e}")
+    if peers.has_module("vllm.vllm_flash_attn"):
+        works[FA3] = peers.fa3(batch)
+    for name, samples in time_interleaved(works, repeats=REPEATS, warmup=1).items():
+        recorder.add(NAME, f"prefill-{case}", name, "time", "ms", samples)
+
+    token = make_paged_batch([1], [length], shape)
+    graphs: dict[str, list[Work]] = {}
+    for name, shift in ((OFF, None), (ON, string)):
+        call = decode_call(token, shift)
+        check_attention(token, *call(), name=name, string=shift)
+        graphs[name] = [call]
+    for name, samples in time_graphs(graphs).items():
+        recorder.add(NAME, f"decode-{case}", name, "time", "ms", samples)
+
+
+def engine_spec(dry_run: bool) -> EngineSpec:
+    """Every length twice, with the shift and without; eager, because a captured graph cannot be switched."""
+    # In turns, so that a drift of the clocks favours neither.
+    requests = [
+        Request(length, OUTPUT_LEN, string=is_on)
+        for index, length in enumerate(prompt_lens(dry_run))
+        for is_on in (index % 2 == 1, index % 2 == 0)
+    ]
+    string = {"shift": shift_of(dry_run), "window": 10 if dry_run else WINDOW}
+    return EngineSpec(
+        requests,
+        TINY_LLAMA if dry_run else LLAMA_8B,
+        "CUSTOM",
+        {"string": string},
+        {"enforce_eager": True, "compilation_config": {"mode": 0, "cudagraph_mode": "NONE"}},
+    )
+
+
+def record_engine(recorder: Recorder, timings: list[Timing], label: str) -> None:
+    for timing in timings:
+        name = ON if timing.string else OFF
+        case = f"n{timing.prompt_len}-b1-{label}"
+        recorder.add(NAME, f"ttft-{case}", name, "time", "ms", [timing.ttft_ms])
+        recorder.add(NAME, f"tpot-{case}", name, "time", "ms", timing.tpot_ms[1:])
+        recorder.add(NAME, f"total-{case}", name, "time", "ms", [timing.ttft_ms + sum(timing.tpot_ms)])
+        if timing.peak_gpu_memory_gib > 0:
+            recorder.add(NAME, f"engine-{case}", name, "peak_gpu_memory", "GiB", [timing.peak_gpu_memory_gib])
+
+
+def run(recorder: Recorder) -> None:
+    shape, label = (TINY, "tiny-fp32") if recorder.dry_run else (LLAMA_8B_LAYER, "llama8b-bf16")
+    lengths = prompt_lens(recorder.dry_run)
+    for length in sorted({lengths[0], lengths[-1]}):
+        run_kernels(recorder, shape, length)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    result = measure(engine_spec(recorder.dry_run))
+    recorder.note(f"engine ready after {result.start_s:.0f} s")
+    for length in lengths:
+        if logprob_distance(*result.of(length)) == 0:
+            raise BenchmarkError(f"n{length}: the shift changed no log probability, so it was not on")
+    record_engine(recorder, result.timings, label)

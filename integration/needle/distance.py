@@ -1,0 +1,137 @@
+"""Accuracy at distances beyond the trained ones, with ordinary and with shifted rotary positions (STRING).
+
+    python -m farspan.needle.distance --out string_needle_distance.csv
+
+The question stands `gap` positions behind the haystack, so that a short prompt has the distances of a prompt of `gap`
+more tokens, at the cost of a short one. What it lacks of the long prompt are its distractors: this measures positions
+alone. The haystack's own tokens are nearer to each other than any shift, so their keys and values serve every gap.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .network import NeedleNet, load_network, rotate
+from .tasks import make_sample
+from .tokenizer import build_tokenizer
+
+COLUMNS = ("task", "length", "gap", "shift", "window", "seed", "count", "accuracy")
+TASKS = ("niah_single", "niah_multivalue")
+# None, the advised range (a quarter to four tenths of the trained length of 131,072 tokens), all of it, and more.
+SHIFTS = (0, 32768, 43253, 52428, 131072, 524288)
+WINDOWS = (128, 512)
+GAPS = tuple(length * 1024 for length in (0, 64, 126, 160, 192, 256, 384, 512, 1024))
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """The first tokens of a prompt, and what its layers keep of them."""
+
+    keys: list[torch.Tensor]
+    """Of each layer, [kv_heads, tokens, head_dim], rotated to positions 0, 1, …"""
+    values: list[torch.Tensor]
+    """Of each layer, as the keys."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length in tokens."""
+        return self.keys[0].shape[1]
+
+
+def run_layers(
+    net: NeedleNet, tokens: torch.Tensor, positions: torch.Tensor, past: Haystack | None, shift: int, window: int
+) -> tuple[torch.Tensor, Haystack]:
+    """Final hidden states [num_tokens, hidden] of tokens behind a haystack, and all keys and values.
+
+    tokens, positions: [num_tokens] int64. shift: distances of so many positions and more are shortened to
+    `distance - shift + window`; 0 for none.
+    """
+    head_dim = net.shape.head_dim
+    group = net.shape.num_attention_heads // net.shape.num_key_value_heads
+    before = 0 if past is None else past.num_tokens
+    key_positions = torch.cat([torch.arange(before), positions])
+    distance = positions[:, None] - key_positions
+    cos, sin = (each[0] for each in net.rotary(positions[None]))
+    far_cos, far_sin = (each[0] for each in net.rotary(positions[None] - shift + window))
+    x = F.embedding(tokens, net.model.embed_tokens.weight)
+    keys, values = [], []
+    for index, layer in enumerate(net.layers):
+        attn, mlp = layer.self_attn, layer.mlp
+        h = layer.input_layernorm(x)
+        q, k, v = (
+            projection(h).unflatten(1, (-1, head_dim)).transpose(0, 1)
+            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        k = rotate(k, cos, sin)
+        if past is not None:
+            k, v = torch.cat([past.keys[index], k], dim=1), torch.cat([past.values[index], v], dim=1)
+        keys.append(k)
+        values.append(v)
+        k, v = (each.repeat_interleave(group, dim=0) for each in (k, v))
+        logits = rotate(q, cos, sin) @ k.mT
+        if shift:
+            logits = torch.where(distance >= shift, rotate(q, far_cos, far_sin) @ k.mT, logits)
+        weights = (logits * head_dim**-0.5).masked_fill(distance < 0, -torch.inf).softmax(dim=-1)
+        x = x + attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
+        h = layer.post_attention_layernorm(x)
+        x = x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+    return net.model.norm(x), Haystack(keys, values)
+
+
+def variants() -> Iterator[tuple[int, int]]:
+    """Every shift and window, ordinary positions first."""
+    for shift in SHIFTS:
+        for window in WINDOWS if shift else (0,):
+            yield shift, window
+
+
+@torch.no_grad()
+def right_answers(net: NeedleNet, task: str, length: int, seed: int, depth: float) -> dict[tuple[int, int, int], bool]:
+    """Whether the model would write the whole completion, by gap, shift and window. net: in float32."""
+    tokenizer = build_tokenizer()
+    sample = make_sample(task, length, seed, depth)
+    split = len(tokenizer.encode(sample.prompt[: sample.prompt.rindex("question")]).ids)
+    prompt = tokenizer.encode(sample.prompt).ids
+    answer = torch.tensor(tokenizer.encode(sample.completion, add_special_tokens=False).ids)
+    tokens = torch.cat([torch.tensor(prompt), answer])
+    _, haystack = run_layers(net, tokens[:split], torch.arange(split), None, 0, 0)
+    found = {}
+    for gap in GAPS:
+        positions = torch.arange(split, len(tokens)) + gap
+        for shift, window in variants():
+            hidden, _ = run_layers(net, tokens[split:], positions, haystack, shift, window)
+            predicted = net.logits(hidden[-len(answer) - 1 : -1]).argmax(dim=-1)
+            found[gap, shift, window] = bool((predicted == answer).all())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m farspan.needle.distance", description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--length", type=int, default=1024, help="prompt tokens, without the gap")
+    parser.add_argument("--count", type=int, default=50, help="prompts of each task; depths go evenly from 0 to 1")
+    parser.add_argument("--seed", type=int, default=20_000, help="of the first prompt")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    arguments = parser.parse_args()
+    net = load_network(arguments.model)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for task in TASKS:
+            answers = [
+                right_answers(net, task, arguments.length, arguments.seed + index, index / max(1, arguments.count - 1))
+                for index in range(arguments.count)
+            ]
+            for gap, shift, window in answers[0]:
+                accuracy = sum(each[gap, shift, window] for each in answers) / arguments.count
+                row = (task, arguments.length, gap, shift, window, arguments.seed, arguments.count, round(accuracy, 4))
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
