@@ -110,7 +110,7 @@ def prefill_config(
 
 
 # Lists of at most this many blocks go to the kernel that is made for them: 2.6 ms for lists of 3 blocks where the other
-# kernel takes 3.3 (16 sequences of 65536 tokens, 8 heads of 64). The bound itself is not measured. H100 80GB, 2026-11-22.
+# kernel takes 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound is not measured.
 SHORT_LIST_BLOCKS = 16
 
 
