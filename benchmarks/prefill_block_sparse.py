@@ -260,7 +260,13 @@ def run_case(recorder: Recorder, case: Case) -> None:
             del works[name]
             continue
         if out.shape == inputs.q.shape:
-            errors[name] = check(inputs, out, lists.get(name), name)
+            try:
+                errors[name] = check(inputs, out, lists.get(name), name)
+            except BenchmarkError as problem:
+                if name.startswith("farspan"):
+                    raise
+                # PyTorch's own scores in float16 lose a little more than the bound at some lengths.
+                recorder.note(f"{problem}; timed all the same")
         del out
         # Table 21; its inputs and output count, and nothing depends on the padding.
         if on_gpu and not case.padded:
