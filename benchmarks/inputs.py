@@ -72,6 +72,20 @@ class PagedBatch:
         return 4.0 * self.shape.head_dim * self.shape.num_q_heads * pairs
 
 
+@dataclass(frozen=True)
+class PrefillCase:
+    """One request: the last `query_len` of `seq_len` tokens are computed."""
+
+    query_len: int
+    seq_len: int
+    shape: AttentionShape = LLAMA_8B
+
+    @property
+    def name(self) -> str:
+        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
+        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
+
+
 def make_paged_batch(
     query_lens: Sequence[int], seq_lens: Sequence[int], shape: AttentionShape, *, seed: int = 0
 ) -> PagedBatch:

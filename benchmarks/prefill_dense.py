@@ -1,7 +1,6 @@
 """Dense causal prefill on paged KV: our kernel against FA3, vLLM's Triton kernel and SDPA, one call each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from farspan.kernels.paged_prefill import paged_prefill
@@ -9,7 +8,7 @@ from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks import peers
 from benchmarks.gate import check_attention
-from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
@@ -17,25 +16,11 @@ BLOCK_SIZE = 128
 SLOW_REPEATS = 2  # vLLM's Triton kernel needs seconds a call at 128K
 
 
-@dataclass(frozen=True)
-class Case:
-    """One request: the last `query_len` of `seq_len` tokens are computed."""
-
-    query_len: int
-    seq_len: int
-    shape: AttentionShape = LLAMA_8B
-
-    @property
-    def name(self) -> str:
-        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
-        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
-
-
-def cases(dry_run: bool) -> list[Case]:
+def cases(dry_run: bool) -> list[PrefillCase]:
     """List whole prompts, and the last chunk of a long one as chunked prefill computes it."""
     if dry_run:
-        return [Case(100, 100, TINY), Case(40, 100, TINY)]
-    return [Case(n, n) for n in (8192, 32768, 65536, 131072)] + [Case(8192, 131072)]
+        return [PrefillCase(100, 100, TINY), PrefillCase(40, 100, TINY)]
+    return [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072)] + [PrefillCase(8192, 131072)]
 
 
 def ours(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:

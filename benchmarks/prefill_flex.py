@@ -4,7 +4,6 @@ Every time stands beside the density of the lists and the attention mass that th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from farspan.kernels.flex_coverage import measure_coverage, sample_rows
@@ -15,7 +14,7 @@ from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
 
 from benchmarks import peers
 from benchmarks.gate import relative_error
-from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, contiguous_kv, make_calibrated_batch
+from benchmarks.inputs import TINY, PagedBatch, PrefillCase, contiguous_kv, make_calibrated_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
@@ -26,25 +25,11 @@ GATE_TILES = 6
 SLOW_REPEATS = 2
 
 
-@dataclass(frozen=True)
-class Case:
-    """One request: the last `query_len` of `seq_len` tokens are computed."""
-
-    query_len: int
-    seq_len: int
-    shape: AttentionShape = LLAMA_8B
-
-    @property
-    def name(self) -> str:
-        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
-        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
-
-
-def cases(dry_run: bool) -> list[Case]:
+def cases(dry_run: bool) -> list[PrefillCase]:
     """List whole prompts, and the last 8K chunk of a long one."""
     if dry_run:
-        return [Case(70, 200, TINY)]
-    return [*(Case(n, n) for n in (8192, 16384, 32768, 65536, 131072, 262144)), Case(8192, 131072)]
+        return [PrefillCase(70, 200, TINY)]
+    return [*(PrefillCase(n, n) for n in (8192, 16384, 32768, 65536, 131072, 262144)), PrefillCase(8192, 131072)]
 
 
 class FlexCall:

@@ -4,14 +4,13 @@ The reference is the public FlexPrefill's selection where its module is importab
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from farspan.kernels import flex_estimate, flex_select
 from farspan.kernels.flex_types import NO_LIMIT
 from farspan.kernels.tiles import make_prefill_tiles
 
-from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_calibrated_batch
+from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_calibrated_batch
 from benchmarks.record import Recorder
 from benchmarks.timing import time_interleaved
 
@@ -21,26 +20,12 @@ TAU = 0.1
 MIN_BLOCKS = 8
 
 
-@dataclass(frozen=True)
-class Case:
-    """One request: blocks are chosen for the last `query_len` of `seq_len` tokens."""
-
-    query_len: int
-    seq_len: int
-    shape: AttentionShape = LLAMA_8B
-
-    @property
-    def name(self) -> str:
-        chunk = "" if self.query_len == self.seq_len else f"q{self.query_len}-"
-        return f"{chunk}n{self.seq_len}-b1-{self.shape.label}"
-
-
-def cases(dry_run: bool) -> list[Case]:
+def cases(dry_run: bool) -> list[PrefillCase]:
     """List whole prompts, and the last 8K chunk of long ones as chunked prefill computes it."""
     if dry_run:
-        return [Case(70, 200, TINY)]
-    whole = [Case(n, n) for n in (8192, 32768, 65536, 131072, 262144)]
-    return [*whole, Case(8192, 131072), Case(8192, 1048576)]
+        return [PrefillCase(70, 200, TINY)]
+    whole = [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072, 262144)]
+    return [*whole, PrefillCase(8192, 131072), PrefillCase(8192, 1048576)]
 
 
 def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callable[[], object]]:
