@@ -233,6 +233,7 @@ def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterat
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {
         "model": model_path(settings.model),
@@ -240,6 +241,9 @@ def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterat
         "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
+    if current_platform.is_cpu():
+        # A share of the host's memory there: vLLM's own 0.92 refuses to start beside any other program of some size.
+        arguments["gpu_memory_utilization"] = 0.5
     if settings.chunk is not None:
         arguments["max_num_batched_tokens"] = settings.chunk
         # vLLM refuses more sequences than tokens in a step.

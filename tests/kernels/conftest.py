@@ -1,14 +1,7 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
-
-import os
+"""What the kernel tests share: the device, the seed, and leaving out what needs a GPU."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    # The interpreter makes many tiny tensors: threads only get in each other's way.
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

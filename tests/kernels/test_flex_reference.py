@@ -163,7 +163,8 @@ def test_measured_coverage_is_the_kept_mass(device: torch.device) -> None:
     _, kept_lse = reference.paged_attention(*arguments_of(batch), batch.scale, tiles=tiles, block_lists=lists)
     _, full_lse = reference.paged_attention(*arguments_of(batch), batch.scale)
     rows = flex_coverage.sample_rows(batch.query_start_loc, 5)
-    assert rows.tolist()[0] == [30, 90, 150, 210, 270]
+    assert (rows[0] // 60).tolist() == [0, 1, 2, 3, 4]
+    assert len((rows[0] % 60).unique()) > 1
     coverage = flex_coverage.measure_coverage(*arguments_of(batch), batch.scale, kept_lse, rows)
     torch.testing.assert_close(coverage, (kept_lse - full_lse).exp()[:, rows], atol=1e-4, rtol=1e-4)
     assert float(coverage.min()) < 0.99
