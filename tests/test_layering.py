@@ -75,7 +75,7 @@ def test_room_needs_no_other_packages(room: str) -> None:
 def test_messages_and_options_need_no_torch(name: str) -> None:
     path = ROOT / name
     if not path.exists():
-        pytest.skip(f"{name} is not there yet")
+        pytest.skip(f"{name} comes with head offload")
     room = name.partition("/")[0]
     assert not [module for module in imports_of(path, room) if is_within(module, ("torch", "triton", "vllm"))]
 
