@@ -11,11 +11,6 @@ from farspan.kernels.rope_shift import rotate_tile
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# The keys that a pass over key tiles is for: all of them, those nearer than the shift, those at the shift or farther.
-ALL = tl.constexpr(0)
-NEAR = tl.constexpr(1)
-FAR = tl.constexpr(2)
-
 # Entries of a block list that are compared with the shift at a time.
 BLOCKS_COUNTED = tl.constexpr(128)
 
@@ -106,10 +101,9 @@ def _attend_blocks(
     row_sum,
     query,
     position,
+    near,
     first_step,
     end_step,
-    gap_start,
-    gap_len,
     ids_ptr,
     key_source,
     value_source,
@@ -130,19 +124,16 @@ def _attend_blocks(
     IS_CAUSAL: tl.constexpr,
     USE_TMA: tl.constexpr,
     MASKED: tl.constexpr,
-    KEYS: tl.constexpr,
+    STRADDLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
 
-    MASKED: leave out keys past the causal or ragged end, and those that are not KEYS; the steps from gap_start on are
-    gap_len tiles farther in the list.
+    MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys at distance `shift` or more where
+    `near` is 1, keys below it where `near` is 0.
     """
     TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    for index in tl.range(first_step, end_step):
-        step = index
-        if MASKED and KEYS == NEAR:
-            step += tl.where(index >= gap_start, gap_len, 0)
+    for step in tl.range(first_step, end_step):
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
             block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
@@ -167,20 +158,23 @@ def _attend_blocks(
             MASKED,
         )
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        if MASKED:
+        if MASKED or STRADDLES:
             offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
-            mask = offs_n < kv_end
-            if IS_CAUSAL:
+            if STRADDLES:
+                # Of the same form for both passes: one comparison a score.
+                bound = position - shift
+                mask = offs_n * (2 * near - 1) >= tl.where(near == 1, bound + 1, -bound)[:, None]
+                if MASKED:
+                    mask = mask & (offs_n < kv_end)
+            else:
+                mask = offs_n < kv_end
+            if MASKED and IS_CAUSAL:
                 mask = mask & (offs_n <= position[:, None])
-            if KEYS == NEAR:
-                mask = mask & (position[:, None] - offs_n < shift)
-            if KEYS == FAR:
-                mask = mask & (position[:, None] - offs_n >= shift)
             scores = tl.where(mask, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         finite_max = new_max
-        if MASKED and KEYS != ALL:
-            # A row may have met none of these keys yet.
+        if STRADDLES:
+            # A row may have met no key of its pass yet.
             finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores * scale_log2 - finite_max[:, None])
         rescale = tl.exp2(row_max - finite_max)
@@ -305,12 +299,9 @@ def prefill_kernel(
     last_tile = last * TILES_PER_BLOCK
     end_tile = last_tile + num_last_tiles
 
-    near_tile = 0
-    masked_tile = last_tile
     if HAS_SHIFT:
         # Blocks [0, num_far) lie at distance `shift` or more from every query of the program, [num_far, num_shifted)
-        # from some, [num_shifted, last) from none: ranges, as lists ascend. The straddling blocks are passed over
-        # twice, so that only one rotation of the query is held at a time.
+        # from some, [num_shifted, last) from none: ranges, as lists ascend.
         far_end = first_position - shift + 1
         shifted_end = end_position - shift
         if HAS_LISTS:
@@ -326,40 +317,58 @@ def prefill_kernel(
         else:
             num_far = tl.minimum(tl.maximum(far_end, 0) // BLOCK_SIZE, last)
             num_shifted = tl.minimum((tl.maximum(shifted_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
+        far_tile = num_far * TILES_PER_BLOCK
         near_tile = num_shifted * TILES_PER_BLOCK
-        masked_tile = num_far * TILES_PER_BLOCK
-        # The last block too may straddle, and then no block is near.
-        far_masked_end = tl.where(last_block * BLOCK_SIZE < shifted_end, end_tile, near_tile)
-        # Volatile, or the compiler would keep this tile for the unrotated query, which is loaded when this one is done.
-        query = tl.load(query_ptrs, mask=mask_q, other=0.0, volatile=True)
-        query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        # The last block too may straddle.
+        far_end_tile = tl.where(last_block * BLOCK_SIZE < shifted_end, end_tile, near_tile)
+        # Two passes, so that only one rotation of the query is held at a time: over far keys (near = 0), if there are
+        # any, then over near ones (near = 1). Straddling blocks are in both. A loop, because the tensor cores take the
+        # query from shared memory only if it was loaded or is carried by a loop: with the rotated one in registers
+        # a shift costs 4 to 6 % of prefill, like this 0.5 to 2 % (64K to 128K, H100 80GB, 2026-11-22).
+        first_pass = (far_end_tile == 0).to(tl.int32)
+        query = tl.load(query_ptrs, mask=mask_q, other=0.0)
+        if first_pass == 0:
+            query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        for near in tl.range(first_pass, 2):
+            acc, row_max, row_sum = _attend_blocks(
+                acc, row_max, row_sum, query, position, near,
+                near * near_tile, tl.where(near == 1, last_tile, far_tile),
+                ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, PRECISION,
+            )  # fmt: skip
+            acc, row_max, row_sum = _attend_blocks(
+                acc, row_max, row_sum, query, position, near,
+                far_tile, near_tile,
+                ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, PRECISION,
+            )  # fmt: skip
+            acc, row_max, row_sum = _attend_blocks(
+                acc, row_max, row_sum, query, position, near,
+                last_tile, tl.where(near == 1, end_tile, far_end_tile),
+                ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
+                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, PRECISION,
+            )  # fmt: skip
+            # Volatile, or the compiler would keep this tile from the first load on.
+            query = tl.load(query_ptrs, mask=mask_q, other=0.0, volatile=True)
+    else:
+        query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         acc, row_max, row_sum = _attend_blocks(
-            acc, row_max, row_sum, query, position, 0, masked_tile, 0, 0,
+            acc, row_max, row_sum, query, position, 1,
+            0, last_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-            stride_page, stride_head, stride_token, scale_log2, shift,
-            BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, FAR, PRECISION,
+            stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, PRECISION,
         )  # fmt: skip
         acc, row_max, row_sum = _attend_blocks(
-            acc, row_max, row_sum, query, position, masked_tile, far_masked_end, 0, 0,
+            acc, row_max, row_sum, query, position, 1,
+            last_tile, end_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-            stride_page, stride_head, stride_token, scale_log2, shift,
-            BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, FAR, PRECISION,
+            stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, PRECISION,
         )  # fmt: skip
-    KEYS: tl.constexpr = NEAR if HAS_SHIFT else ALL
-    query = tl.load(query_ptrs, mask=mask_q, other=0.0)
-    acc, row_max, row_sum = _attend_blocks(
-        acc, row_max, row_sum, query, position, near_tile, last_tile, 0, 0,
-        ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-        stride_page, stride_head, stride_token, scale_log2, shift,
-        BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, KEYS, PRECISION,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend_blocks(
-        acc, row_max, row_sum, query, position, masked_tile, end_tile - (last_tile - near_tile) * HAS_SHIFT,
-        near_tile, last_tile - near_tile,
-        ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-        stride_page, stride_head, stride_token, scale_log2, shift,
-        BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, KEYS, PRECISION,
-    )  # fmt: skip
 
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
