@@ -62,8 +62,6 @@ class Request:
     prompt_len: int
     output_len: int = 1
     repeats: int = 1
-    string: bool = True
-    """False: with the shifted positions of the engine's options switched off, in an eager engine only."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,8 @@ class EngineSpec:
     """A model with trained weights instead of `model`."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
+    warmup_lens: list[int] = field(default_factory=list)
+    """Prompts to send beforehand, beside short ones: of a length for which kernels of their own are compiled."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,6 @@ class Timing:
     token_ids: list[int]
     top_logprobs: dict[str, float]
     """Natural-log probabilities of the first token's best candidates, by token id."""
-    string: bool = True
-    """As in the `Request`."""
     peak_gpu_memory_gib: float = 0.0
     """The most that torch allocated while the request ran, weights and KV cache included; 0 without a GPU."""
 

@@ -126,31 +126,11 @@ def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
     )
 
 
-def switch_string(llm: Any, is_on: bool) -> None:
-    """Switch the shifted positions of an engine that was started with them off, or on again.
-
-    One engine for both, so that nothing but the shift differs between two requests, sent one behind the other.
-    """
-
-    def switch(model: torch.nn.Module) -> None:
-        for module in model.modules():
-            impl = getattr(module, "impl", None)
-            if impl is not None:
-                impl.benchmark_string = getattr(impl, "benchmark_string", impl.string)
-                impl.string = impl.benchmark_string if is_on else None
-
-    llm.apply_model(switch)
-
-
-def measure_request(llm: Any, spec: EngineSpec, request: Request, prompt: list[int], name: str) -> Timing:
-    """Send one request, its prompt given."""
-    if "string" in (spec.options or {}):
-        switch_string(llm, request.string)
+def measure_request(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
+    """Send one request and read its peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return replace(
-        send(llm, prompt, request.output_len, name), string=request.string, peak_gpu_memory_gib=peak_gpu_memory_gib()
-    )
+    return replace(send(llm, prompt, output_len, name), peak_gpu_memory_gib=peak_gpu_memory_gib())
 
 
 def peak_gpu_memory_gib() -> float:
@@ -173,11 +153,10 @@ def main() -> None:
         generator = torch.Generator().manual_seed(length + repeat)
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    warmup_len = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
-    for is_on in sorted({request.string for request in spec.requests}):
-        for index in range(2):  # compiles kernels, and fills what is allocated at first use
-            warmup = Request(warmup_len, 4, string=is_on)
-            measure_request(llm, spec, warmup, prompt_of(warmup_len, index), f"warmup-{is_on}-{index}")
+    short = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
+    # Compiles kernels, and fills what is allocated at first use.
+    for index, length in enumerate([short, short, *spec.warmup_lens]):
+        send(llm, prompt_of(length, index), 4, f"warmup-{index}")
     start_s = time.perf_counter() - started
     peaks = [peak_gpu_memory_gib()]
     timings = []
@@ -187,7 +166,7 @@ def main() -> None:
             read_selection(llm, reset=True)
         for repeat in range(request.repeats):
             prompt = prompt_of(request.prompt_len, repeat)
-            timings.append(measure_request(llm, spec, request, prompt, f"{index}-{repeat}"))
+            timings.append(measure_request(llm, prompt, request.output_len, f"{index}-{repeat}"))
             peaks.append(timings[-1].peak_gpu_memory_gib)
         if spec.reads_selection:
             selection[str(request.prompt_len)] = read_selection(llm)

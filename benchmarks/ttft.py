@@ -88,7 +88,16 @@ def run(recorder: Recorder) -> None:
         prefill = {"method": "flex", "gamma": gamma, "coverage_rows": COVERAGE_ROWS}
         if recorder.dry_run:
             prefill |= {"min_seq_len": 0, "min_budget": 0}
-        result = measure(EngineSpec(requests, model, "CUSTOM", options={"prefill": prefill}, reads_selection=True))
+        spec = EngineSpec(
+            requests,
+            model,
+            "CUSTOM",
+            options={"prefill": prefill},
+            reads_selection=True,
+            # Selection has kernels of its own for every power of two of blocks.
+            warmup_lens=[requests[-1].prompt_len],
+        )
+        result = measure(spec)
         for request in requests:
             record(recorder, name, result, request.prompt_len, label)
             record_selection(recorder, name, result, request.prompt_len, label)

@@ -85,7 +85,7 @@ def _logits(query, far, key, distance, shift, scale, HALF_ROTARY: tl.constexpr):
     return logits * (scale * 1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
 def _lse_kernel(
     query_ptr,
     cache_ptr,
@@ -167,7 +167,7 @@ def _lse_kernel(
     tl.store(sum_ptr + out, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
 def _mass_kernel(
     query_ptr,
     cache_ptr,

@@ -34,7 +34,7 @@ def _mass_threshold(first_key, first, second_key, second, held, gamma):
     return tl.where(gamma >= 1, 0.0, threshold)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_gamma_head", "stride_gamma_request", "num_selected", "num_blocks"])
 def _head_kernel(
     tile_mass_ptr,
     column_share_ptr,
@@ -121,7 +121,7 @@ def _head_kernel(
     tl.store(threshold_ptr + head * num_selected + slot, threshold)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_selected", "num_blocks"])
 def _pooled_keys_kernel(
     cache_ptr,
     table_ptr,
@@ -168,7 +168,7 @@ def _pooled_keys_kernel(
         tl.store(mean_key_ptr + row * HEAD_DIM + offs_d, mean, mask=offs_d < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
 def _pooled_scores_kernel(
     query_ptr,
     seq_lens_ptr,
@@ -231,7 +231,16 @@ def _pooled_scores_kernel(
             tl.store(scores_ptr + score_row + offs_n, scores, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "stride_gamma_head",
+        "stride_gamma_request",
+        "num_selected",
+        "num_blocks",
+        "min_blocks",
+        "max_blocks",
+    ]
+)
 def _lists_kernel(
     column_ptr,
     diagonal_ptr,

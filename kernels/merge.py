@@ -7,7 +7,7 @@ import triton.language as tl
 BLOCK_T = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "stride_lse_a", "stride_lse_b", "stride_lse"])
 def _merge_kernel(
     out_a_ptr,
     lse_a_ptr,

@@ -185,7 +185,7 @@ def _attend_blocks(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head"])
 def prefill_kernel(
     query_ptr,
     key_source,

@@ -1,0 +1,44 @@
+"""Numbers that change from step to step must not compile a kernel anew: a request would wait seconds for it."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from farspan.kernels.flex_select import flex_block_lists
+from farspan.kernels.paged_decode import paged_decode
+from farspan.kernels.paged_prefill import paged_prefill
+
+from tests.kernels.helpers import make_batch
+
+SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": torch.bfloat16}
+
+
+def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
+    """Selection, sparse and dense prefill and decode of one batch."""
+    batch = make_batch(query_lens, seq_lens, device=torch.device("cuda"), **SHAPE)
+    paged = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    tiles = batch.tiles(64)
+    requests = torch.arange(len(query_lens), dtype=torch.int32, device="cuda")
+    gamma = torch.full((len(query_lens),), 0.9, device="cuda")
+    selection = flex_block_lists(*paged, tiles, batch.scale, requests=requests, gamma=gamma, min_budget=64)
+    paged_prefill(*paged, tiles, batch.scale, block_lists=selection.block_lists)
+    paged_prefill(*paged, tiles, batch.scale)
+    last = batch.query[batch.query_start_loc[1:].long() - 1]
+    paged_decode(last, batch.kv_cache, batch.block_table, batch.seq_lens, batch.scale, num_splits=2)
+
+
+@pytest.mark.gpu
+def test_another_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 9 to 16 blocks, for which selection has one set of kernels. Triton singles out 1 and multiples of 16.
+    run_step((130, 70), (1000, 600))
+    compiled: list[str] = []
+
+    def note(*_: Any, fn: Any, **__: Any) -> bool:
+        compiled.append(fn.name)
+        return False
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    for query_lens, seq_lens in [((1000,), (1000,)), ((1,), (900,)), ((64, 64, 64, 1), (640, 1000, 704, 900))]:
+        run_step(query_lens, seq_lens)
+    assert not compiled
