@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 SEEDS_PER_RUN = 1_000_000
 # A model that is not ours may say a few words before the answer.
 EXTRA_NEW_TOKENS = 32
+ANSWER_ROOM = 128
+"""Tokens of the model's length that are left to the longest answer."""
 
 Generate = Callable[["Sequence[Sample]"], list[str]]
 
@@ -180,8 +182,10 @@ def check_settings(settings: EvalSettings) -> None:
             raise ConfigError(f"task={task!r}; known tasks are {', '.join(TASKS)}")
     limit = _max_position(path, settings.engine_args)
     for length in settings.lengths:
-        if length < MIN_LENGTH or (limit is not None and length > limit):
-            most = "" if limit is None else f" and at most {limit} (the model's max_position_embeddings)"
+        if length < MIN_LENGTH or (limit is not None and length + ANSWER_ROOM > limit):
+            most = ""
+            if limit is not None:
+                most = f" and at most {limit - ANSWER_ROOM}: max_position_embeddings less {ANSWER_ROOM} for the answer"
             raise ConfigError(f"length={length}; lengths are in tokens, at least {MIN_LENGTH}{most}")
     for depth in settings.depths:
         if not 0 <= depth <= 1:

@@ -110,8 +110,8 @@ def test_options_go_to_all_methods_or_by_name(tmp_path):
         (["--tasks", "niah_double"], f"known tasks are {', '.join(TASKS)}"),
         (["--tasks", ""], "tasks is empty"),
         (["--methods", "magic"], "known methods are stock, dense, flex, block_sparse, string"),
-        (["--lengths", "100"], "at least 256 and at most 131072"),
-        (["--lengths", "262144"], "at least 256 and at most 131072"),
+        (["--lengths", "100"], "at least 256 and at most 130944"),
+        (["--lengths", "262144"], "at least 256 and at most 130944"),
         (["--depths", "1.5"], "between 0 "),
         (["--count", "0"], "at least 1"),
         (["--chunk", "0"], "at least 1 token"),
@@ -131,7 +131,12 @@ def test_mistakes_get_a_sentence(tmp_path, capsys, arguments, message):
 
 def test_lengths_beyond_the_models_own_can_be_asked_for(tmp_path):
     engine_args = {"hf_overrides": {"max_position_embeddings": 262144}}
-    check_settings(settings(tmp_path, lengths=(262144,), engine_args=engine_args))
+    check_settings(settings(tmp_path, lengths=(262144 - 128,), engine_args=engine_args))
+
+
+def test_a_prompt_leaves_room_for_the_answer(tmp_path):
+    with pytest.raises(ConfigError, match="at most 130944: max_position_embeddings less 128 for the answer"):
+        check_settings(settings(tmp_path, lengths=(131072,)))
 
 
 @pytest.mark.parametrize(
