@@ -54,7 +54,9 @@ def attention(
     batch, query_len, heads, head_dim = q.shape
     kv_len = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(heads, batch * query_len, dtype=torch.float32, device=q.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(heads, batch * query_len, dtype=torch.float32, device=q.device)
     if out.numel():
         layout = _layout(batch, query_len, kv_len, block_size, q.device)
         lists = _block_lists(block_mask, layout, batch, heads, causal)
@@ -68,7 +70,7 @@ def attention(
             )
         else:
             _as_pages(q, key, value, layout, lists, scale, causal=causal, lengths=lengths, out=out, lse=lse)
-    if return_lse:
+    if lse is not None:
         return out, lse.view(heads, batch, query_len).transpose(0, 1)
     return out
 
@@ -88,10 +90,12 @@ def _as_pages(
     causal: bool,
     lengths: torch.Tensor | None,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     """Compute with the paged kernel, a sequence being a page; arguments as in `short_list_attention`."""
     query_len, kv_len = q.shape[1], k.shape[1]
+    if lse is None:
+        lse = torch.empty(q.shape[2], q.shape[0] * query_len, dtype=torch.float32, device=q.device)
     seq_lens, query_start_loc = layout.seq_lens, layout.query_start_loc
     if lengths is not None:
         seq_lens, query_start_loc = _padded_batch(lengths, query_len, kv_len)

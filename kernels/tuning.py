@@ -109,18 +109,47 @@ def prefill_config(
     )
 
 
-# Lists of at most this many blocks go to the kernel that is made for them: 2.6 ms for lists of 3 blocks where the other
-# kernel takes 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound is not measured.
+# Lists of at most this many blocks go to the kernel that is made for them: for lists of 3 blocks, with pointers, 2.6 to
+# 2.7 ms where the other kernel takes 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The
+# bound is not measured.
 SHORT_LIST_BLOCKS = 16
 
 
-def short_list_config(head_dim: int, block_size: int) -> tuple[int, int, int]:
-    """Keys of a step, warps and stages of the short-list kernel.
+@dataclass(frozen=True)
+class ShortListConfig:
+    """How the short-list kernel steps through the keys of a tile."""
 
-    For heads of 64 and blocks of 128 the fastest of ten on the case above, 2.57 ms; with 4 to 6 stages 2.7-2.9 ms, with
-    128 keys 3.4-3.6 ms. The others were compiled only, for 9.0, without spills.
+    block_n: int
+    """Keys of one step; divides the block size of the lists."""
+    num_warps: int
+    num_stages: int
+    use_tma: bool = False
+    """Load keys and values, and store whole tiles, through the tensor copy engine."""
+    add_by_hand: bool = False
+    """Add each step's product to the output outside the tensor cores, which needs fewer registers."""
+    max_registers: int | None = None
+    """Bound for a thread, or None."""
+
+
+@lru_cache
+def short_list_config(
+    head_dim: int, block_size: int, capability: tuple[int, int], *, has_rows: bool, has_tail: bool, causal: bool
+) -> ShortListConfig:
+    """Choose the steps of the short-list kernel.
+
+    has_rows: whether the copy engine can read keys and values as rows of tokens.
+    has_tail: whether a sequence may end inside a block.
+    causal: then every step has masks, which the copy engine does not know.
+
+    H100 80GB, 2026-11-22, on the case above, prototypes of this kernel on a cool chip, without LSE: 2.23 ms with 128
+    keys a step in 128 registers, so that two programs share a multiprocessor (two stages 2.41; in 158 registers, with
+    LSE, 3.21); 64 keys 2.37; 64 keys through pointers, with a division for each element and LSE, 2.7. Beside a second
+    loop for a tail, 128 keys a step do not fit in 128 registers. The others were compiled only.
     """
     num_warps = 8 if block_size == 128 else 4
+    use_tma = has_rows and capability[0] == 9 and not causal
+    if use_tma and head_dim <= 64 and block_size == 128 and not has_tail:
+        return ShortListConfig(128, num_warps, 3, use_tma=True, add_by_hand=True, max_registers=128)
     if head_dim > 64:
-        return 64, num_warps, 2
-    return 64, num_warps, 3 if block_size == 128 else 4
+        return ShortListConfig(64, num_warps, 2, use_tma=use_tma)
+    return ShortListConfig(64, num_warps, 3 if block_size == 128 else 4, use_tma=use_tma)

@@ -156,6 +156,14 @@ def test_lists_of_one_sequence_serve_the_batch(device):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["paged-kernel", "short-lists"])
+def test_the_lse_changes_nothing(dtype, device):
+    q, k, v = draw(2, 150, 150, 2, 2, 64, dtype, device)
+    mask = torch.eye(3, dtype=torch.bool, device=device)
+    out, _ = attention(q, k, v, block_mask=mask, block_size=64, return_lse=True)
+    torch.testing.assert_close(attention(q, k, v, block_mask=mask, block_size=64), out, rtol=0, atol=0)
+
+
 def test_strided_inputs_and_scale(device):
     q, k, v = draw(2, 4, 100, 100, 100, 64, torch.float32, device)
     q, k, v = (tensor[..., :70, :].transpose(1, 2) for tensor in (q[:, :4], k[:, :4], v[:, :4]))
