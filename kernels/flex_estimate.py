@@ -85,7 +85,10 @@ def _logits(query, far, key, distance, shift, scale, HALF_ROTARY: tl.constexpr):
     return logits * (scale * 1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["shift", "num_selected", "num_blocks"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "requests_ptr"],
+)
 def _lse_kernel(
     query_ptr,
     cache_ptr,
@@ -167,7 +170,10 @@ def _lse_kernel(
     tl.store(sum_ptr + out, total)
 
 
-@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["shift", "num_selected", "num_blocks"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "requests_ptr"],
+)
 def _mass_kernel(
     query_ptr,
     cache_ptr,

@@ -34,7 +34,10 @@ def _mass_threshold(first_key, first, second_key, second, held, gamma):
     return tl.where(gamma >= 1, 0.0, threshold)
 
 
-@triton.jit(do_not_specialize=["stride_gamma_head", "stride_gamma_request", "num_selected", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["stride_gamma_head", "stride_gamma_request", "num_selected", "num_blocks"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "requests_ptr"],
+)
 def _head_kernel(
     tile_mass_ptr,
     column_share_ptr,
@@ -121,7 +124,10 @@ def _head_kernel(
     tl.store(threshold_ptr + head * num_selected + slot, threshold)
 
 
-@triton.jit(do_not_specialize=["num_selected", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["num_selected", "num_blocks"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "requests_ptr"],
+)
 def _pooled_keys_kernel(
     cache_ptr,
     table_ptr,
@@ -168,7 +174,16 @@ def _pooled_keys_kernel(
         tl.store(mean_key_ptr + row * HEAD_DIM + offs_d, mean, mask=offs_d < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["shift", "num_selected", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["shift", "num_selected", "num_blocks"],
+    do_not_specialize_on_alignment=[
+        "seq_lens_ptr",
+        "query_start_ptr",
+        "tile_request_ptr",
+        "tile_block_ptr",
+        "tile_slot_ptr",
+    ],
+)
 def _pooled_scores_kernel(
     query_ptr,
     seq_lens_ptr,
@@ -239,7 +254,8 @@ def _pooled_scores_kernel(
         "num_blocks",
         "min_blocks",
         "max_blocks",
-    ]
+    ],
+    do_not_specialize_on_alignment=["tile_request_ptr", "tile_block_ptr", "tile_slot_ptr"],
 )
 def _lists_kernel(
     column_ptr,

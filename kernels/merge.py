@@ -7,7 +7,10 @@ import triton.language as tl
 BLOCK_T = 16
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_lse_a", "stride_lse_b", "stride_lse"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "stride_lse_a", "stride_lse_b", "stride_lse"],
+    do_not_specialize_on_alignment=["lse_a_ptr", "lse_b_ptr", "lse_ptr"],
+)
 def _merge_kernel(
     out_a_ptr,
     lse_a_ptr,

@@ -103,7 +103,10 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["shift", "num_splits", "min_split_blocks", "stride_lse_token", "stride_lse_head"])
+@triton.jit(
+    do_not_specialize=["shift", "num_splits", "min_split_blocks", "stride_lse_token", "stride_lse_head"],
+    do_not_specialize_on_alignment=["lse_ptr", "block_table_ptr", "seq_lens_ptr"],
+)
 def _decode_kernel(
     query_ptr,
     kv_cache_ptr,
@@ -194,7 +197,10 @@ def _decode_kernel(
     tl.store(lse_ptrs, lse, mask=mask_h)
 
 
-@triton.jit(do_not_specialize=["num_splits", "stride_lse_head"])
+@triton.jit(
+    do_not_specialize=["num_splits", "stride_lse_head"],
+    do_not_specialize_on_alignment=["lse_ptr"],
+)
 def _combine_kernel(
     split_out_ptr,
     split_lse_ptr,

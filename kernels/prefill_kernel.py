@@ -185,7 +185,17 @@ def _attend_blocks(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head"])
+@triton.jit(
+    do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head"],
+    do_not_specialize_on_alignment=[
+        "lse_ptr",
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "query_start_loc_ptr",
+        "tile_request_ptr",
+        "tile_block_ptr",
+    ],
+)
 def prefill_kernel(
     query_ptr,
     key_source,
