@@ -32,13 +32,14 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     min_budget: int = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them)."""
     max_budget: int | None = None
-    """Most KV tokens that a query tile reads; None for no limit."""
+    """Most KV tokens that a query tile reads; None for no limit. A limit goes before gamma: no head is repaired."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one a query head."""
     min_seq_len: int | None = None
     """Requests shorter than this prefill densely; None for the measured crossover."""
-    coverage_rows: int = 0
-    """Query rows a chunk on which the kept mass is measured; 0 switches the measurement and its closed loop off."""
+    coverage_rows: int = 4
+    """Query rows a chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
+    again over all keys, and get larger budgets in the chunks to come. 0 switches all of it off."""
 
     def check(self, path: str) -> None:
         """Raise ConfigError where a value is out of range; path: where the struct lies in the tree."""
@@ -57,7 +58,7 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
         if self.min_seq_len is not None:
             hint = "null for the measured crossover"
             check_at_least(f"{path}.min_seq_len", self.min_seq_len, 0, unit="tokens", hint=hint)
-        check_at_least(f"{path}.coverage_rows", self.coverage_rows, 0, unit="rows", hint="0 to measure nothing")
+        check_at_least(f"{path}.coverage_rows", self.coverage_rows, 0, unit="rows", hint="4, or 0 to measure nothing")
 
 
 class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sparse"):

@@ -56,10 +56,13 @@ class Launcher(Protocol):
         string: RotaryShift | None,
         out: torch.Tensor,
         lse: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
     ) -> None:
         """Causal attention of a group's chunks over their whole prefixes, or over the blocks listed.
 
-        lse: [num_q_heads, num_tokens] float32, natural log, where it is wanted; only together with block lists.
+        lse: [num_q_heads, num_tokens] float32, natural log, where it is wanted; only of a group with tiles.
+        head_mask: [num_q_heads, num_requests] bool, on the device: the heads of each request to compute, all when None.
+            `out` and `lse` of the others stay as they are. Only without block lists, of a group with tiles.
         """
         ...
 
@@ -95,6 +98,7 @@ class CpuLauncher:
         string: RotaryShift | None,
         out: torch.Tensor,
         lse: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
     ) -> None:
         cpu_attention(
             query,
@@ -107,6 +111,7 @@ class CpuLauncher:
             lse=lse,
             tiles=group.tiles,
             block_lists=block_lists,
+            head_mask=head_mask,
             string=string,
         )
 
@@ -151,9 +156,11 @@ class CudaLauncher:
         string: RotaryShift | None,
         out: torch.Tensor,
         lse: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
     ) -> None:
         if group.tiles is None:
             assert block_lists is None
+            assert head_mask is None
             assert string is None
             prefill_fa3(query, kv_cache, group, scale, out)
             return
@@ -166,6 +173,7 @@ class CudaLauncher:
             group.tiles,
             scale,
             block_lists=block_lists,
+            head_mask=head_mask,
             string=string,
             max_query_len=group.max_query_len,
             out=out,

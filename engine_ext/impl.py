@@ -139,5 +139,10 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
         self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, self.string, output, lse)
         self.launches["prefill_sparse"] += 1
-        if lse is not None:
-            self.sparse.measure(query, kv_cache, group, lse)
+        if lse is None:
+            return
+        short = self.sparse.measure(query, kv_cache, group, lse)
+        if short is not None:
+            # Launched whether a head is short or not: to know would be to wait for the device.
+            self.launcher.prefill(query, kv_cache, group, None, self.scale, self.string, output, lse, short)
+            self.launches["prefill_repair"] += 1

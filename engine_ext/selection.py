@@ -14,7 +14,7 @@ from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.metadata import PrefillGroup
 from farspan.engine_ext.selection_stats import SelectionStats
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
-from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows
+from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows, short_heads
 from farspan.kernels.flex_select import flex_block_lists
 from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists
@@ -56,8 +56,14 @@ class SparsePrefill(Protocol):
         """Whether `measure` wants to see what the launch kept."""
         ...
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
-        """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log."""
+    def measure(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log.
+
+        Returns the heads that lost too much and are to be computed again over all their keys, [num_q_heads,
+        num_requests] bool; None where nothing is computed again whatever was measured.
+        """
         ...
 
 
@@ -112,13 +118,26 @@ class FlexSelector:
         """See `SparsePrefill`."""
         return self.prefill.coverage_rows > 0
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
-        """Raise the budgets of the heads that kept less than gamma."""
+    def measure(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
+    ) -> torch.Tensor | None:
+        """See `SparsePrefill`. Heads that kept less than gamma get larger budgets in the chunks to come.
+
+        A limit on what a query reads (max_budget) goes before gamma: nothing is computed again then.
+        """
+        assert group.tiles is not None
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
         coverage = measure_coverage(*batch, self.scale, lse, rows, self.string)
-        self.stats.add_coverage(coverage)
-        self.budgets.update(coverage, self.gamma_of(group))
+        gamma = self.gamma_of(group)
+        self.budgets.update(coverage, gamma)
+        if self.prefill.max_budget is not None:
+            self.stats.add_coverage(coverage)
+            return None
+        short = short_heads(coverage, gamma)
+        self.stats.add_repair(short, group.tiles)
+        self.stats.add_coverage(coverage.masked_fill(short[..., None], 1.0))
+        return short
 
     def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
         """[num_requests] float32: what the group's requests asked for."""
@@ -133,7 +152,9 @@ class StaticSelector:
     measures = False
     string: RotaryShift | None = None
 
-    def measure(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor) -> None:
+    def measure(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
+    ) -> torch.Tensor | None:
         """Never called: there is no promise to keep."""
         raise AssertionError
 

@@ -14,7 +14,7 @@ class SelectionStats:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.listed_blocks = zeros(num_q_heads)
-        """[num_q_heads]: blocks in the lists that each head read."""
+        """[num_q_heads]: blocks that each head read, those of heads that were computed again included."""
         self.causal_blocks = zeros()
         """Blocks that dense attention would have read, per head."""
         self.query_aware = zeros(num_q_heads)
@@ -26,6 +26,8 @@ class SelectionStats:
         self.coverage = zeros(num_q_heads)
         """[num_q_heads]: sum of the kept attention mass over the measured rows."""
         self.measured_rows = 0
+        self.repaired = zeros(num_q_heads)
+        """[num_q_heads]: chunks in which the head was computed again over all its keys."""
 
     def add_selection(self, selection: FlexSelection, tiles: PrefillTiles) -> None:
         """Take in the lists of one step."""
@@ -42,17 +44,24 @@ class SelectionStats:
         self.coverage += coverage.sum((1, 2))
         self.measured_rows += coverage.shape[1] * coverage.shape[2]
 
+    def add_repair(self, heads: torch.Tensor, tiles: PrefillTiles) -> None:
+        """Take in the heads that were computed again, [num_q_heads, num_requests] bool; tiles: of the requests."""
+        self.listed_blocks += (heads[:, tiles.tile_request.long()] * (tiles.tile_block + 1)).sum(1)
+        self.repaired += heads.sum(1)
+
     def reset(self) -> None:
         """Forget everything."""
-        for sums in (self.listed_blocks, self.causal_blocks, self.query_aware, self.divergence, self.coverage):
-            sums.zero_()
+        sums = (self.listed_blocks, self.causal_blocks, self.query_aware, self.divergence, self.coverage, self.repaired)
+        for each in sums:
+            each.zero_()
         self.chunks = self.measured_rows = 0
 
     def rows(self) -> list[dict[str, float | int | None]]:
         """One row a head; waits for the device. Nothing where no chunk was selected for.
 
-        `density`: listed over causal blocks; `query_aware`: share of the chunks; `divergence`: mean over chunks;
-        `coverage`: mean kept attention mass, None where it was not measured; `chunks`, `measured_rows`: counts.
+        `density`: blocks read over causal blocks, where a head that was computed again read its list and all of them;
+        `query_aware`: share of the chunks; `divergence`: mean over chunks; `coverage`: mean kept attention mass after
+        repair, None where it was not measured; `repaired`: share of the chunks; `chunks`, `measured_rows`: counts.
         """
         if self.chunks == 0:
             return []
@@ -61,6 +70,7 @@ class SelectionStats:
             "query_aware": self.query_aware / self.chunks,
             "divergence": self.divergence / self.chunks,
             "coverage": self.coverage / max(self.measured_rows, 1),
+            "repaired": self.repaired / self.chunks,
         }
         values = torch.stack(list(columns.values()), dim=1).tolist()
         rows: list[dict[str, float | int | None]] = []

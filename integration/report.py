@@ -118,7 +118,10 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     tables = Tables(settings.out, fresh=True)
 
     def variant(min_budget: int) -> Variant:
-        prefill = FlexPrefill(gamma=settings.gamma, tau=settings.tau, min_budget=min_budget, min_seq_len=0)
+        # What selection alone keeps: the page measures it without repairing.
+        prefill = FlexPrefill(
+            gamma=settings.gamma, tau=settings.tau, min_budget=min_budget, min_seq_len=0, coverage_rows=0
+        )
         return Variant(prefill, settings.chunk)
 
     asked = variant(settings.min_budget)
@@ -192,8 +195,8 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
     sections = [
         Section(
             "Density per layer and head",
-            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows where "
-            "all heads agree sit at the min budget.",
+            "Share of the causal blocks that each query head read; dense attention reads all of them (1), a head that was "
+            "computed again its list and all of them. Rows where all heads agree sit at the min budget.",
             (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
         ),
         Section(
@@ -212,6 +215,11 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
         text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
         picture = draw_heads(measured, "coverage", "coverage (fraction)", "cividis", out / "coverage.png")
         sections.append(Section("Coverage per layer and head", text, (picture,)))
+    repaired = {title: rows for title, rows in panels.items() if any(float(row.get("repaired") or 0) for row in rows)}
+    if repaired:
+        text = "Share of the chunks in which the head kept too little and was computed again over all keys."
+        picture = draw_heads(repaired, "repaired", "repaired (share of chunks)", "magma_r", out / "repaired.png")
+        sections.append(Section("Repaired per layer and head", text, (picture,)))
     return sections
 
 
@@ -226,7 +234,7 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     dense = ask(model, Variant(DensePrefill(), 0), questions, 0)
     rows = []
     for gamma, min_budget in CURVE:
-        variant = Variant(FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0), 0)
+        variant = Variant(FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0, coverage_rows=0), 0)
         rows.append(sweep_row(variant, CURVE_LENGTH, seed, ask(model, variant, questions, 0), dense, None))
         tables.add("sweep.csv", SWEEP_COLUMNS, rows[-1:])
     return rows

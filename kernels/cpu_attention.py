@@ -50,6 +50,7 @@ def cpu_attention(
     lse: torch.Tensor | None = None,
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
+    head_mask: torch.Tensor | None = None,
     string: RotaryShift | None = None,
 ) -> None:
     """Causal attention of a varlen batch on paged KV, prefill and decode mixed.
@@ -64,12 +65,18 @@ def cpu_attention(
     lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token of a request with
         `seq_len` 0 has no keys: its output is 0 and its LSE -inf.
     tiles, block_lists: requests that have tiles read only the blocks listed for each of them; the others are dense.
+    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute, densely; `out` and `lse` of the
+        others stay as they are. All when None.
     string: shifted positions; None for ordinary ones.
 
     All arithmetic is in float32 whatever the dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
     """
     lens: list[int] = seq_lens.tolist() if isinstance(seq_lens, torch.Tensor) else seq_lens
     starts: list[int] = query_start_loc.tolist() if isinstance(query_start_loc, torch.Tensor) else query_start_loc
+    if head_mask is not None:
+        assert block_lists is None
+        _attend_heads(query, kv_cache, block_table, lens, starts, scale, head_mask, out, lse, string)
+        return
     tiles_of: dict[int, list[int]] = {}
     if tiles is not None and block_lists is not None:
         for tile, request in enumerate(tiles.tile_request.tolist()):
@@ -104,6 +111,41 @@ def cpu_attention(
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
+
+
+def _attend_heads(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    lens: list[int],
+    starts: list[int],
+    scale: float,
+    head_mask: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    string: RotaryShift | None,
+) -> None:
+    """Dense attention of some heads of some requests; arguments as in `cpu_attention`."""
+    group = query.shape[1] // kv_cache.shape[1]
+    for kv_head, of_group in enumerate(head_mask.unflatten(0, (-1, group))):
+        for request in of_group.any(0).nonzero()[:, 0].tolist():
+            rows = slice(starts[request], starts[request + 1])
+            heads = kv_head * group + of_group[:, request].nonzero()[:, 0]
+            part_out, part_lse = query.new_empty(query[rows, heads].shape), torch.empty(len(heads), rows.stop - rows.start)
+            cpu_attention(
+                query[rows, heads],
+                kv_cache[:, kv_head : kv_head + 1],
+                block_table[request : request + 1],
+                [lens[request]],
+                [0, rows.stop - rows.start],
+                scale,
+                out=part_out,
+                lse=part_lse,
+                string=string,
+            )
+            out[rows, heads] = part_out
+            if lse is not None:
+                lse[heads, rows] = part_lse
 
 
 class _Prompt:

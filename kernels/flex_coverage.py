@@ -1,4 +1,7 @@
-"""How much attention mass the listed blocks kept, measured on sampled rows, and the closed loop that reacts to it.
+"""How much attention mass the listed blocks kept, measured on sampled rows, and what reacts to it.
+
+A head that kept clearly too little is told apart by `short_heads`, to be computed again over all its keys;
+`BudgetController` raises the budgets of the chunks to come.
 
 A sampled row costs one decode over its prefix: n rows of a chunk of q tokens add about n / q of the dense chunk's
 arithmetic, but read the prefix once a row and KV head. At 128K one row is about 184 µs on an H100 (kernel-notes of the
@@ -9,12 +12,16 @@ import torch
 from farspan.kernels.cpu_attention import cpu_attention
 from farspan.kernels.rope_shift import RotaryShift
 
+# Heads are computed again where they kept less than gamma by more than this: a few rows tell a chunk's mean no better.
+COVERAGE_SLACK = 0.05
 # The closed loop never asks for less than this part of the mass that may be lost: gamma 0.95 ends at 0.997.
 STRICTEST = 1 / 16
 TIGHTEN = 0.5
 RELAX = 1.05
 # Its multiples modulo 1 fill [0, 1) as evenly as any sequence does.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+# Where in its part of the chunk the first sampled row lies; docs/decisions/block-selection.md.
+FIRST_PLACE = 0.25
 
 
 def sample_rows(query_start_loc: torch.Tensor, rows_per_request: int) -> torch.Tensor:
@@ -22,13 +29,14 @@ def sample_rows(query_start_loc: torch.Tensor, rows_per_request: int) -> torch.T
 
     One row lies in each of as many equal parts of the chunk, at a place in it that differs from part to part: at equal
     distances all rows of a chunk of 2^n tokens would have the same place in their query block, and heads that look a
-    few tokens back keep all or nothing by that place alone.
+    few tokens back keep all or nothing by that place alone. The first row lies early: the first queries of a chunk are
+    the least like its last ones, which the blocks were chosen by.
     query_start_loc: [num_reqs + 1] int32, no chunk empty. A chunk with fewer tokens has rows more than once.
     """
     starts = query_start_loc[:-1, None].long()
     lens = query_start_loc.diff()[:, None].double()
     parts = torch.arange(rows_per_request, device=query_start_loc.device, dtype=torch.float64)
-    places = ((parts + 1) * GOLDEN_RATIO) % 1
+    places = (FIRST_PLACE + parts * GOLDEN_RATIO) % 1
     return starts + ((parts + places) * lens / rows_per_request).long()
 
 
@@ -72,6 +80,14 @@ def measure_coverage(
         )  # fmt: skip
     coverage = (kept_lse[:, flat] - full_lse).exp().clamp_max(1.0)
     return coverage.unflatten(1, (num_reqs, rows_per_request))
+
+
+def short_heads(coverage: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """The heads that kept too little of a request to be left as they are: [num_q_heads, num_reqs] bool.
+
+    coverage: [num_q_heads, num_reqs, rows] as measured; gamma: [num_reqs] as asked for.
+    """
+    return coverage.mean(2) < gamma - COVERAGE_SLACK
 
 
 class BudgetController:

@@ -27,6 +27,7 @@ def paged_prefill(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
+    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     string: RotaryShift | None = None,
     max_query_len: int | None = None,
@@ -50,6 +51,7 @@ def paged_prefill(
         tiles,
         scale,
         block_lists=block_lists,
+        head_mask=head_mask,
         causal=causal,
         string=string,
         max_query_len=max_query_len,
@@ -69,6 +71,7 @@ def prefill_attention(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
+    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     string: RotaryShift | None = None,
     max_query_len: int | None = None,
@@ -88,6 +91,9 @@ def prefill_attention(
     tiles: the query tiles to compute. Tokens outside of them are neither read nor written, in `out` and in `lse`.
     scale: factor on the logits, above 0.
     block_lists: the KV blocks that each tile reads; all that it may see when None.
+    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the others stay as
+        they are. All when None. Read on the device, where programs without a wanted head end at once. Not together
+        with block lists.
     causal: a query at position p sees keys [0, p]; otherwise [0, seq_len).
     string: shifted rotary positions: keys at distance `shift` or more meet the query rotated by the angles given.
     max_query_len: upper bound of the requests' chunk lengths, where known: short chunks then take small tiles.
@@ -124,6 +130,11 @@ def prefill_attention(
         assert block_lists.block_ids.is_contiguous()
         assert block_lists.block_counts.is_contiguous()
     heads_per_list = num_heads // num_list_heads
+    if head_mask is not None:
+        assert head_mask.shape == (num_heads, seq_lens.shape[0])
+        assert head_mask.dtype == torch.bool
+        assert head_mask.is_contiguous()
+        assert block_lists is None
 
     paged = block_table.shape[1] > 1
     tokens_per_tile = min(tiles.block_size, max_query_len or tiles.block_size)
@@ -172,6 +183,7 @@ def prefill_attention(
         block_lists.block_counts if block_lists is not None else None,
         string.cos if string is not None else None,
         string.sin if string is not None else None,
+        head_mask.view(torch.int8) if head_mask is not None else None,
         scale * LOG2_E,
         string.shift if string is not None else 0,
         tiles.num_tiles,
@@ -189,6 +201,8 @@ def prefill_attention(
         stride_page,
         stride_head,
         stride_token,
+        # None, so that it is no argument at all of the kernels that have no mask.
+        head_mask.stride(0) if head_mask is not None else None,
         BLOCK_SIZE=tiles.block_size,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -201,6 +215,7 @@ def prefill_attention(
         IS_NEOX=string.is_neox if string is not None else True,
         HAS_LISTS=block_lists is not None,
         HAS_SHIFT=string is not None,
+        HAS_HEAD_MASK=head_mask is not None,
         IS_CAUSAL=causal,
         USE_TMA=config.use_tma,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",

@@ -79,7 +79,7 @@ class PagedNeedle:
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
         on_lists: told the layer, the step and the block lists of every sparse launch.
         measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
-            themselves; the closed loop of budgets stays off.
+            themselves; neither repair nor the closed loop of budgets runs.
         """
         step = chunk or len(prompt)
         self.rows_per_step = -(-measured_rows * step // len(prompt))
@@ -159,7 +159,9 @@ class PagedNeedle:
             lse = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=self.device)
             self.launcher.prefill(query, cache, group, lists, scale, None, out, lse)
             if selector.measures:
-                selector.measure(query, cache, group, lse)
+                short = selector.measure(query, cache, group, lse)
+                if short is not None:
+                    self.launcher.prefill(query, cache, group, None, scale, None, out, lse, short)
             elif self.rows_per_step:
                 rows = sample_rows(group.query_start_loc, self.rows_per_step)
                 batch = (query, cache, group.block_table, group.seq_lens, group.query_start_loc)

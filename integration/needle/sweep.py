@@ -36,8 +36,8 @@ from .paged import PagedNeedle
 
 TASKS = "niah_single,niah_multikey_2,niah_multiquery,variable_tracking"
 HEAD_COLUMNS = (
-    "method", "length", "seed", "layer", "head", "density", "query_aware", "divergence", "coverage", "chunks",
-    "measured_rows",
+    "method", "length", "seed", "layer", "head", "density", "query_aware", "divergence", "coverage", "repaired",
+    "chunks", "measured_rows",
 )  # fmt: skip
 SWEEP_COLUMNS = (
     "method", "gamma", "tau", "min_budget", "chunk", "loop", "length", "seed", "count", "accuracy", "dense_accuracy",

@@ -42,6 +42,20 @@ def test_chunks_add_up_per_head() -> None:
     assert stats.rows() == []
 
 
+def test_repaired_heads_read_their_lists_and_all_blocks() -> None:
+    stats = SelectionStats(2, torch.device("cpu"))
+    # Two prompts, of 2 and 3 blocks; the second head fails in the second one alone.
+    tiles = make_prefill_tiles([0, 256, 640], [256, 384], 128, torch.device("cpu"))
+    stats.add_selection(selection([[1, 1, 1, 1, 1], [1, 2, 1, 1, 2]], [[False, False]] * 2), tiles)
+    stats.add_repair(torch.tensor([[False, False], [False, True]]), tiles)
+    rows = stats.rows()
+    assert [row["density"] for row in rows] == pytest.approx([5 / 9, (7 + 6) / 9])
+    assert [row["repaired"] for row in rows] == [0.0, 0.5]
+    stats.reset()
+    stats.add_selection(selection([[1, 1, 1, 1, 1], [1, 2, 1, 1, 2]], [[False, False]] * 2), tiles)
+    assert [row["repaired"] for row in stats.rows()] == [0.0, 0.0]
+
+
 def test_a_shared_list_counts_for_every_head_of_its_group() -> None:
     stats = SelectionStats(4, torch.device("cpu"))
     aware = [[False]] * 4

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 
 def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
-    prefill = {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0, "coverage_rows": 4}
+    prefill = {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0}
     llm = make_llm(
         max_num_batched_tokens=512,
         max_num_seqs=16,
@@ -26,7 +26,8 @@ def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
     for row in rows:
         assert row["chunks"] == 3
         assert row["measured_rows"] == 12
-        assert 0 < row["density"] < 1
+        assert 0 < row["density"] < 1 + row["repaired"]
         assert 0.5 < row["coverage"] <= 1
         assert 0 <= row["query_aware"] <= 1
+        assert 0 <= row["repaired"] <= 1
     assert read_selection(llm) == []

@@ -9,7 +9,7 @@ from farspan.cli import main
 from farspan.report_plots import HeadMask, draw_masks
 from PIL import Image
 
-HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97}
+HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97, "repaired": 0.25}
 
 
 def write(path, rows):
@@ -49,7 +49,10 @@ def test_tables_become_pages(tmp_path) -> None:
     out = tmp_path / "page"
     assert main(["report", "--from-csv", ",".join(map(str, tables)), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    headings = ["Density per layer", "Pattern per layer", "Coverage per layer", "Accuracy against density", "Accuracy<"]
+    headings = [
+        "Density per layer", "Pattern per layer", "Coverage per layer", "Repaired per layer", "Accuracy against density",
+        "Accuracy<",
+    ]  # fmt: skip
     assert all(heading in page for heading in headings)
 
 

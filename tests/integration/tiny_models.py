@@ -1,6 +1,7 @@
 """Random-weight models of two layers whose greedy tokens depend on the whole prompt, as checkpoints on disk."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -11,9 +12,12 @@ ARCHITECTURES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "slash": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
 }
-NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4)}
-"""Query and KV heads: groups of 2, 7 and 1."""
+NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1)}
+"""Query and KV heads: groups of 2, 7, 1 and 4."""
+SLASH_HEAD, SLASH = 2, 1152
+"""The query head of "slash" that looks SLASH tokens back; all others look at their own token."""
 
 
 def write_model(folder: Path, architecture: str) -> Path:
@@ -37,7 +41,7 @@ def write_model(folder: Path, architecture: str) -> Path:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-    if architecture == "qwen2":
+    if has_biases(architecture):
         # Without it vLLM derives the head size from the hidden size.
         config["hidden_size"] = num_heads * HEAD_DIM
     config |= ARCHITECTURES[architecture]
@@ -75,14 +79,44 @@ def make_weights(architecture: str, hidden: int) -> dict[str, torch.Tensor]:
             f"{prefix}.input_layernorm.weight": torch.ones(hidden),
             f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
         }
-        if architecture == "qwen2":
+        if has_biases(architecture):
             for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
                 bias = torch.randn(heads * HEAD_DIM, generator=generator) * 0.1
                 weights[f"{prefix}.self_attn.{name}_proj.bias"] = bias
         if architecture == "qwen3":
             weights[f"{prefix}.self_attn.q_norm.weight"] = torch.full((HEAD_DIM,), 1.6)
             weights[f"{prefix}.self_attn.k_norm.weight"] = torch.full((HEAD_DIM,), 1.6)
+    if architecture == "slash":
+        weights |= slash_projections(weights)
     return weights
+
+
+def has_biases(architecture: str) -> bool:
+    return ARCHITECTURES[architecture]["model_type"] == "qwen2"
+
+
+def slash_projections(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Queries and keys of heads that look at distances: rotary positions turn constant biases into that.
+
+    weights: the model's, of whose content a little stays.
+    """
+    num_heads, num_kv_heads = NUM_HEADS["slash"]
+    half, key_gain, peak = HEAD_DIM // 2, 2.0, 14.0
+    frequency = 10000.0 ** (-torch.arange(half) / half)
+    takes_part = (frequency > 1 / 32).float()
+    distance = torch.zeros(num_heads, 1)
+    distance[SLASH_HEAD] = SLASH
+    angle = -frequency * distance
+    gain = peak * math.sqrt(HEAD_DIM) / (key_gain * float(takes_part.sum()))
+    query = torch.cat([angle.cos() * takes_part, angle.sin() * takes_part], dim=1) * gain
+    key = torch.cat([torch.full((num_kv_heads, half), key_gain), torch.zeros(num_kv_heads, half)], dim=1)
+    changed = {}
+    for layer in range(LAYERS):
+        for name, bias in (("q_proj", query), ("k_proj", key)):
+            projection = f"model.layers.{layer}.self_attn.{name}"
+            changed[f"{projection}.weight"] = weights[f"{projection}.weight"] * 0.05
+            changed[f"{projection}.bias"] = bias.flatten().clone()
+    return changed
 
 
 def write_tokenizer(folder: Path) -> None:
