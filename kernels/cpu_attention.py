@@ -131,7 +131,10 @@ def _attend_heads(
         for request in of_group.any(0).nonzero()[:, 0].tolist():
             rows = slice(starts[request], starts[request + 1])
             heads = kv_head * group + of_group[:, request].nonzero()[:, 0]
-            part_out, part_lse = query.new_empty(query[rows, heads].shape), torch.empty(len(heads), rows.stop - rows.start)
+            part_out, part_lse = (
+                query.new_empty(query[rows, heads].shape),
+                torch.empty(len(heads), rows.stop - rows.start),
+            )
             cpu_attention(
                 query[rows, heads],
                 kv_cache[:, kv_head : kv_head + 1],

@@ -92,7 +92,7 @@ class Layer:
 @pytest.mark.parametrize("options", [{}, {"share_kv_group": True}], ids=["per-head", "shared"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["gqa1", "gqa2", "gqa4"])
 def test_the_head_and_request_that_fail_are_repaired(num_kv_heads: int, options: dict[str, bool]) -> None:
-    # Of request 0's queries, [600, 1500), those before 1100 have no key 1100 back yet; request 1's all have one 90 back.
+    # Of request 0's queries, [600, 1500), those before 1100 have no key 1100 back yet. Request 1 is too short for one.
     layer = Layer([(900, 1500), (65, 420)], [90, 1100, 90, 90], num_kv_heads)
     sparse, out, short, selector = layer.run(**options)
     assert short is not None

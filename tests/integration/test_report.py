@@ -49,10 +49,8 @@ def test_tables_become_pages(tmp_path) -> None:
     out = tmp_path / "page"
     assert main(["report", "--from-csv", ",".join(map(str, tables)), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    headings = [
-        "Density per layer", "Pattern per layer", "Coverage per layer", "Repaired per layer", "Accuracy against density",
-        "Accuracy<",
-    ]  # fmt: skip
+    headings = [f"{name} per layer" for name in ("Density", "Pattern", "Coverage", "Repaired")]
+    headings += ["Accuracy against density", "Accuracy<"]
     assert all(heading in page for heading in headings)
 
 
