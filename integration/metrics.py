@@ -1,7 +1,7 @@
 """What sparse prefill did inside a running engine: density, pattern and coverage per layer and head.
 
-Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`, and with the option
-`coverage_rows` above 0 where coverage is wanted; then `read_selection(llm)` after `llm.generate(...)`.
+Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`; then `read_selection(llm)`
+after `llm.generate(...)`. Coverage is there unless the option `coverage_rows` is 0.
 """
 
 from typing import Any
@@ -31,9 +31,10 @@ def read_selection(llm: Any, reset: bool = False) -> list[dict[str, Any]]:
     """One row per rank, layer and query head of the rank, for the chunks that flex prefilled since the last reset.
 
     llm: a `vllm.LLM` whose `worker_extension_cls` is `farspan.metrics.SelectionMetrics`. Waits for the device.
-    Keys: rank, layer, head, density (blocks read over causal blocks), query_aware (share of the chunks whose blocks
-    were selected query by query, the others by columns and diagonals), divergence (mean sqrt of the Jensen-Shannon
-    divergence, natural log), coverage (mean share of the attention mass kept on sampled rows; None unless
-    `coverage_rows` is set), chunks, measured_rows.
+    Keys: rank, layer, head, density (blocks read over causal blocks; a head that was computed again read its list and
+    all of them), query_aware (share of the chunks whose blocks were selected query by query, the others by columns and
+    diagonals), divergence (mean sqrt of the Jensen-Shannon divergence, natural log), coverage (mean share of the
+    attention mass kept on sampled rows, after repair; None where `coverage_rows` is 0), repaired (share of the chunks
+    in which the head kept too little and was computed again), chunks, measured_rows.
     """
     return [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]

@@ -131,16 +131,14 @@ def _attend_heads(
         for request in of_group.any(0).nonzero()[:, 0].tolist():
             rows = slice(starts[request], starts[request + 1])
             heads = kv_head * group + of_group[:, request].nonzero()[:, 0]
-            part_out, part_lse = (
-                query.new_empty(query[rows, heads].shape),
-                torch.empty(len(heads), rows.stop - rows.start),
-            )
+            part = query[rows, heads]
+            part_out, part_lse = torch.empty_like(part), torch.empty(len(heads), len(part))
             cpu_attention(
-                query[rows, heads],
+                part,
                 kv_cache[:, kv_head : kv_head + 1],
                 block_table[request : request + 1],
                 [lens[request]],
-                [0, rows.stop - rows.start],
+                [0, len(part)],
                 scale,
                 out=part_out,
                 lse=part_lse,

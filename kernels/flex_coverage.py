@@ -20,25 +20,29 @@ TIGHTEN = 0.5
 RELAX = 1.05
 # Its multiples modulo 1 fill [0, 1) as evenly as any sequence does.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-# Where in its part of the chunk the first sampled row lies: early, and of chunks of 2^n tokens no row of the usual four
-# begins a query block. docs/decisions/block-selection.md
+# Sampled rows lie early in their parts of the chunk, spread over this many tokens. In chunks of 2^n tokens none of the
+# usual four then begins a query block, where heads that look a few tokens back lose more than elsewhere.
+SPREAD = 512
+EARLINESS = 0.25
 FIRST_PLACE = 0.37
 
 
 def sample_rows(query_start_loc: torch.Tensor, rows_per_request: int) -> torch.Tensor:
     """Rows of `query` spread over every request's chunk: [num_reqs, rows_per_request] int64, on the device.
 
-    One row lies in each of as many equal parts of the chunk, at a place in it that differs from part to part: at equal
-    distances all rows of a chunk of 2^n tokens would have the same place in their query block, and heads that look a
-    few tokens back keep all or nothing by that place alone. The first row lies early: the first queries of a chunk are
-    the least like its last ones, which the blocks were chosen by.
+    One row lies in each of as many equal parts of the chunk, early in it, as the first queries of a chunk are the least
+    like its last ones, which the blocks were chosen by. The place differs from part to part: at equal distances all
+    rows of a chunk of 2^n tokens would have the same place in their query block, and heads that look a few tokens back
+    keep all or nothing by that place alone.
     query_start_loc: [num_reqs + 1] int32, no chunk empty. A chunk with fewer tokens has rows more than once.
     """
     starts = query_start_loc[:-1, None].long()
     lens = query_start_loc.diff()[:, None].double()
     parts = torch.arange(rows_per_request, device=query_start_loc.device, dtype=torch.float64)
-    places = (FIRST_PLACE + parts * GOLDEN_RATIO) % 1
-    return starts + ((parts + places) * lens / rows_per_request).long()
+    part_lens = lens / rows_per_request
+    spread = part_lens.clamp_max(SPREAD)
+    places = EARLINESS * (part_lens - spread) + (FIRST_PLACE + parts * GOLDEN_RATIO) % 1 * spread
+    return starts + (parts * part_lens + places).long()
 
 
 def measure_coverage(

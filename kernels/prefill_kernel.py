@@ -186,7 +186,7 @@ def _attend_blocks(
 
 
 @triton.jit(
-    do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head"],
+    do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head", "stride_head_mask"],
     do_not_specialize_on_alignment=[
         "lse_ptr",
         "block_table_ptr",

@@ -107,7 +107,7 @@ def format_tables(title: str, rows: Sequence[Row]) -> str:
         ]
     if loops:
         parts += [
-            "Closed loop of budgets (`coverage_rows` 8), γ 0.95, chunks of 2K: coverage (worst head).\n",
+            "With repair and raised budgets (`coverage_rows` 8), γ 0.95, chunks of 2K: coverage (worst head).\n",
             grid(loops, ("γ", "min budget"), by_budget, "coverage"),
         ]
     return "\n".join(parts)

@@ -4,7 +4,8 @@ Every combination of the lists given (gamma, tau, min budget, chunk, length) ans
 dense prefill. Three tables are written into DIR, row by row as they come:
 
 - `accuracy.csv`, in the columns of `farspan eval`: exact match per task. A method is called after its options, as
-  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk, a final `-loop` is the closed loop of budgets.
+  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk. With a final `-loop` heads are repaired and their
+  budgets raised.
 - `heads.csv`: density, pattern and coverage per layer and head, over the questions of a length.
 - `sweep.csv`: one row a combination: what the others sum up to, and how far the answers and the lists moved.
 
@@ -280,7 +281,12 @@ def main() -> None:
     add("--chunks", type=_numbers(int), default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
     add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
-    add("--loop-rows", type=int, default=0, help="the option coverage_rows: above 0 runs the closed loop of budgets")
+    add(
+        "--loop-rows",
+        type=int,
+        default=0,
+        help="the option coverage_rows: above 0 repairs heads and raises their budgets",
+    )
     add("--count", type=int, default=2, help="questions per task and length")
     add("--seed", type=int, default=30000, help="of the first question")
     add("--workers", type=int, default=1, help="processes that write the questions")

@@ -24,6 +24,8 @@ def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
     selection = flex_block_lists(*paged, tiles, batch.scale, requests=requests, gamma=gamma, min_budget=64)
     paged_prefill(*paged, tiles, batch.scale, block_lists=selection.block_lists)
     paged_prefill(*paged, tiles, batch.scale)
+    some_heads = torch.rand(4, len(query_lens), device="cuda") < 0.5
+    paged_prefill(*paged, tiles, batch.scale, head_mask=some_heads)
     last = batch.query[batch.query_start_loc[1:].long() - 1]
     paged_decode(last, batch.kv_cache, batch.block_table, batch.seq_lens, batch.scale, num_splits=2)
 
