@@ -185,8 +185,9 @@ def _attend_blocks(
     return acc, row_max, row_sum
 
 
+# num_pieces is 1 but for short chunks: as a constant it leaves heads of 64 with 128 registers, two programs at a time.
 @triton.jit(
-    do_not_specialize=["shift", "num_tiles", "num_pieces", "max_blocks", "stride_lse_head", "stride_head_mask"],
+    do_not_specialize=["shift", "num_tiles", "max_blocks", "stride_lse_head", "stride_head_mask"],
     do_not_specialize_on_alignment=[
         "lse_ptr",
         "block_table_ptr",
@@ -339,13 +340,13 @@ def prefill_kernel(
             num_shifted = tl.minimum((tl.maximum(shifted_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
         far_tile = num_far * TILES_PER_BLOCK
         near_tile = num_shifted * TILES_PER_BLOCK
-        # The last block too may straddle.
-        far_end_tile = tl.where(last_block * BLOCK_SIZE < shifted_end, end_tile, near_tile)
+        last_straddles = last_block * BLOCK_SIZE < shifted_end
         # Two passes, so that only one rotation of the query is held at a time: over far keys (near = 0), if there are
         # any, then over near ones (near = 1). Straddling blocks are in both. A loop, because the tensor cores take the
-        # query from shared memory only if it was loaded or is carried by a loop: with the rotated one in registers
-        # a shift costs 4 to 6 % of prefill, like this 0.5 to 2 % (64K to 128K, H100 80GB, 2026-11-22).
-        first_pass = (far_end_tile == 0).to(tl.int32)
+        # query from shared memory only if it was loaded or is carried by a loop. All registers are in use, and ptxas
+        # must find two more to look up pages early in a step. It did not with the same passes written otherwise: they
+        # cost 10 to 11 % of prefill, these 0.5 to 3 % (64K to 128K, H100 80GB, 2026-11-22).
+        first_pass = (num_shifted == 0).to(tl.int32) * (1 - last_straddles.to(tl.int32))
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         if first_pass == 0:
             query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
@@ -366,7 +367,7 @@ def prefill_kernel(
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
-                last_tile, tl.where(near == 1, end_tile, far_end_tile),
+                last_tile, tl.where(last_straddles | (near == 1), end_tile, 0),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
                 PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, PRECISION,
