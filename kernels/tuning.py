@@ -141,10 +141,10 @@ def short_list_config(
     has_tail: whether a sequence may end inside a block.
     causal: then every step has masks, which the copy engine does not know.
 
-    H100 80GB, 2026-11-22, on the case above, prototypes of this kernel on a cool chip, without LSE: 2.23 ms with 128
-    keys a step in 128 registers, so that two programs share a multiprocessor (two stages 2.41; in 158 registers, with
-    LSE, 3.21); 64 keys 2.37; 64 keys through pointers, with a division for each element and LSE, 2.7. Beside a second
-    loop for a tail, 128 keys a step do not fit in 128 registers. The others were compiled only.
+    H100 80GB, 2026-11-22, on the case above, cool chip, without LSE: 2.19 ms with 128 keys a step in 128 registers, so
+    that two programs share a multiprocessor (two stages 2.41; in 158 registers, with LSE, 3.21); 64 keys 2.37; 64 keys
+    through pointers, with a division for each element and LSE, 2.7. Beside a second loop for a tail, 128 keys a step do
+    not fit in 128 registers. The others were compiled only. More in docs/decisions/short-lists.md.
     """
     num_warps = 8 if block_size == 128 else 4
     use_tma = has_rows and capability[0] == 9 and not causal
