@@ -32,7 +32,9 @@ class Table:
 
 
 TABLES = (
-    Table("ttft", "time", "Time to the first token in vLLM", quality=("density", "coverage")),
+    Table(
+        "ttft", "time", "Time to the first token in vLLM", cases=r"n(32768|131072)-", quality=("density", "coverage")
+    ),
     Table("tpot", "time", "Time between tokens in vLLM"),
     Table(
         "prefill_flex",
