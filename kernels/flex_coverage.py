@@ -5,7 +5,7 @@ A head that kept clearly too little is told apart by `short_heads`, to be comput
 
 A sampled row costs one decode over its prefix, whatever the size of the chunk: about 0.19 ms a layer at 128K (32 query
 heads on 8, H100). Of selection and sparse attention there (40 ms a layer for the whole prompt), 4 rows are about 2 % in
-one chunk, 8 % in chunks of 16K and half in chunks of 2K; by calculation, not measured.
+one chunk, 8 % in chunks of 16K and 60 % in chunks of 2K; by calculation, not measured.
 """
 
 import torch
