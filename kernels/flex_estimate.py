@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
 from farspan.kernels.rope_shift import RotaryShift, rotate_tile
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from farspan.kernels.tuning import device_capability
 
 # Programs a pass, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
@@ -85,10 +86,7 @@ def _logits(query, far, key, distance, shift, scale, HALF_ROTARY: tl.constexpr):
     return logits * (scale * 1.4426950408889634)
 
 
-@triton.jit(
-    do_not_specialize=["shift", "num_selected", "num_blocks"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "requests_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _lse_kernel(
     query_ptr,
     cache_ptr,
@@ -170,10 +168,7 @@ def _lse_kernel(
     tl.store(sum_ptr + out, total)
 
 
-@triton.jit(
-    do_not_specialize=["shift", "num_selected", "num_blocks"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "requests_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _mass_kernel(
     query_ptr,
     cache_ptr,

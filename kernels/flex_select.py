@@ -10,6 +10,7 @@ import triton.language as tl
 from farspan.kernels import flex_estimate, flex_reference
 from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
 from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -34,10 +35,7 @@ def _mass_threshold(first_key, first, second_key, second, held, gamma):
     return tl.where(gamma >= 1, 0.0, threshold)
 
 
-@triton.jit(
-    do_not_specialize=["stride_gamma_head", "stride_gamma_request", "num_selected", "num_blocks"],
-    do_not_specialize_on_alignment=["seq_lens_ptr", "requests_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _head_kernel(
     tile_mass_ptr,
     column_share_ptr,
@@ -124,10 +122,7 @@ def _head_kernel(
     tl.store(threshold_ptr + head * num_selected + slot, threshold)
 
 
-@triton.jit(
-    do_not_specialize=["num_selected", "num_blocks"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "requests_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _pooled_keys_kernel(
     cache_ptr,
     table_ptr,
@@ -174,16 +169,7 @@ def _pooled_keys_kernel(
         tl.store(mean_key_ptr + row * HEAD_DIM + offs_d, mean, mask=offs_d < HEAD_DIM)
 
 
-@triton.jit(
-    do_not_specialize=["shift", "num_selected", "num_blocks"],
-    do_not_specialize_on_alignment=[
-        "seq_lens_ptr",
-        "query_start_ptr",
-        "tile_request_ptr",
-        "tile_block_ptr",
-        "tile_slot_ptr",
-    ],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _pooled_scores_kernel(
     query_ptr,
     seq_lens_ptr,
@@ -246,17 +232,7 @@ def _pooled_scores_kernel(
             tl.store(scores_ptr + score_row + offs_n, scores, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_gamma_head",
-        "stride_gamma_request",
-        "num_selected",
-        "num_blocks",
-        "min_blocks",
-        "max_blocks",
-    ],
-    do_not_specialize_on_alignment=["tile_request_ptr", "tile_block_ptr", "tile_slot_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _lists_kernel(
     column_ptr,
     diagonal_ptr,

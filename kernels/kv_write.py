@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.specialization import INDEX_POINTERS
 
 
-@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
+@triton.jit(do_not_specialize_on_alignment=INDEX_POINTERS)
 def _write_kv_kernel(
     key_ptr,
     value_ptr,

@@ -3,14 +3,12 @@
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 BLOCK_T = 16
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "stride_lse_a", "stride_lse_b", "stride_lse"],
-    do_not_specialize_on_alignment=["lse_a_ptr", "lse_b_ptr", "lse_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _merge_kernel(
     out_a_ptr,
     lse_a_ptr,

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from farspan.kernels.rope_shift import RotaryShift, rotate_tile
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
@@ -103,10 +104,7 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(
-    do_not_specialize=["shift", "num_splits", "min_split_blocks", "stride_lse_token", "stride_lse_head"],
-    do_not_specialize_on_alignment=["lse_ptr", "block_table_ptr", "seq_lens_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _decode_kernel(
     query_ptr,
     kv_cache_ptr,
@@ -197,10 +195,7 @@ def _decode_kernel(
     tl.store(lse_ptrs, lse, mask=mask_h)
 
 
-@triton.jit(
-    do_not_specialize=["num_splits", "stride_lse_head"],
-    do_not_specialize_on_alignment=["lse_ptr"],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _combine_kernel(
     split_out_ptr,
     split_lse_ptr,

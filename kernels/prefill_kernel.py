@@ -8,6 +8,7 @@ split off and the main loop has none. Softmax runs in base 2 with the scale fold
 import triton
 import triton.language as tl
 from farspan.kernels.rope_shift import rotate_tile
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -186,17 +187,7 @@ def _attend_blocks(
 
 
 # num_pieces is 1 but for short chunks: as a constant it leaves heads of 64 with 128 registers, two programs at a time.
-@triton.jit(
-    do_not_specialize=["shift", "num_tiles", "max_blocks", "stride_lse_head", "stride_head_mask"],
-    do_not_specialize_on_alignment=[
-        "lse_ptr",
-        "block_table_ptr",
-        "seq_lens_ptr",
-        "query_start_loc_ptr",
-        "tile_request_ptr",
-        "tile_block_ptr",
-    ],
-)
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def prefill_kernel(
     query_ptr,
     key_source,
