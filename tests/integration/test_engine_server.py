@@ -32,7 +32,9 @@ def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
     command += ["--attention-backend", "CUSTOM", "--served-model-name", "tiny", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--num-gpu-blocks-override", "128"]
-    command += ["--additional-config", '{"farspan": {"prefill": {"method": "flex", "min_seq_len": 1000000}}}']
+    # Sparse prefill that lists every block, so that its tokens are those of exact attention.
+    prefill = '{"method": "flex", "gamma": 1.0, "min_seq_len": 0}'
+    command += ["--additional-config", f'{{"farspan": {{"prefill": {prefill}}}}}']
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
