@@ -1,15 +1,19 @@
-"""One vLLM engine in a process of its own, timed from its front end: what end-to-end benchmarks share.
+"""vLLM engines in processes of their own, timed from their front ends: what end-to-end benchmarks share.
 
-`measure(spec)` starts `python -m benchmarks.engine_worker`, so that engines never share a process (or GPU memory).
+`measure(spec)` runs one engine; `measure_in_turns(specs)` runs several side by side on one GPU, a request at a time.
+Each is a `python -m benchmarks.engine_worker`, so that engines never share a process.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing.connection import Pipe
+from types import TracebackType
 from typing import Any
 
 from benchmarks.record import BenchmarkError
@@ -102,13 +106,20 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What an engine process sends back for one request."""
+
+    timing: Timing
+    selection: list[dict[str, Any]]
+    """What flex prefill did since the first request of this length; see `EngineResult.selection`."""
+
+
+@dataclass(frozen=True)
 class EngineResult:
-    """What an engine process reports."""
+    """What one engine did with all its requests."""
 
     start_s: float
     timings: list[Timing]
-    peak_gpu_memory_gib: float
-    """The most that torch allocated, KV cache included; 0 without a GPU."""
     selection: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By prompt length, what flex prefill did per layer and head; rows of `farspan.metrics.read_selection`."""
 
@@ -116,29 +127,77 @@ class EngineResult:
         return [timing for timing in self.timings if timing.prompt_len == prompt_len]
 
 
-def measure(spec: EngineSpec, *, timeout_s: float = 300) -> EngineResult:
-    """Start an engine, send it the requests, one behind the other, and stop it.
+class Engine:
+    """One engine process, which starts on entering the context and ends with it."""
 
-    Raises BenchmarkError with the end of its log where the engine fails or takes longer than `timeout_s`.
+    def __init__(self, spec: EngineSpec, deadline: float) -> None:
+        """`deadline`: by `time.monotonic()`, when waiting for this engine ends in a BenchmarkError."""
+        self.spec, self.deadline = spec, deadline
+
+    def __enter__(self) -> "Engine":
+        self.log = tempfile.TemporaryFile("w+")
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-m", "benchmarks.engine_worker", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command, env=WORKER_ENV | os.environ, stdout=self.log, stderr=self.log, pass_fds=[theirs.fileno()]
+        )
+        theirs.close()
+        self.connection.send(self.spec)
+        return self
+
+    def receive(self) -> Any:
+        """Wait for what the process sends next; BenchmarkError with the end of its log where it fails or is late."""
+        try:
+            if self.connection.poll(max(self.deadline - time.monotonic(), 0)):
+                return self.connection.recv()
+            reason = "did not answer in time"
+        except (EOFError, ConnectionResetError):
+            reason = f"ended with exit status {self.process.wait()}"
+        self.log.seek(0)
+        raise BenchmarkError(f"engine {self.spec.backend}: {reason}\n{self.log.read()[-4000:]}")
+
+    def send(self, request: Request, repeat: int) -> Answer:
+        """Run one request to its end; `repeat` 0 begins a new prompt length."""
+        self.connection.send((request, repeat))
+        answer: Answer = self.receive()
+        return answer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.connection.close()  # the process ends when it reads that
+        try:
+            self.process.wait(0 if error else 30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300) -> dict[str, EngineResult]:
+    """Start the engines together and send each the same requests, one request at a time on the whole machine.
+
+    Engines take turns, in an order that turns round with every repeat, so that clocks and heat are the same for all.
+    Several must fit into one GPU's memory. All specs need the same `requests`. Raises BenchmarkError with the end of
+    the log where an engine fails or all together take longer than `timeout_s`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        spec_path, result_path, log_path = (Path(scratch, name) for name in ("spec.json", "result.json", "log"))
-        spec_path.write_text(json.dumps(asdict(spec)))
-        command = [sys.executable, "-m", "benchmarks.engine_worker", str(spec_path), str(result_path)]
-        with log_path.open("w") as log:
-            try:
-                code = subprocess.run(
-                    command, env=WORKER_ENV | os.environ, stdout=log, stderr=log, timeout=timeout_s, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = -1
-        if code != 0:
-            reason = f"took longer than {timeout_s} s" if code == -1 else f"ended with exit status {code}"
-            raise BenchmarkError(f"engine {spec.backend}: {reason}\n{log_path.read_text()[-4000:]}")
-        raw = json.loads(result_path.read_text())
-    return EngineResult(
-        raw["start_s"], [Timing(**timing) for timing in raw["timings"]], raw["peak_gpu_memory_gib"], raw["selection"]
-    )
+    deadline = time.monotonic() + timeout_s
+    requests = next(iter(specs.values())).requests
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(Engine(spec, deadline)) for name, spec in specs.items()}
+        results = {name: EngineResult(engine.receive(), []) for name, engine in engines.items()}
+        for request in requests:
+            for repeat in range(request.repeats):
+                for name in list(engines) if repeat % 2 == 0 else reversed(engines):
+                    answer = engines[name].send(request, repeat)
+                    results[name].timings.append(answer.timing)
+                    results[name].selection[str(request.prompt_len)] = answer.selection
+    return results
+
+
+def measure(spec: EngineSpec, *, timeout_s: float = 300) -> EngineResult:
+    """Start an engine, send it the requests, one behind the other, and stop it; see `measure_in_turns`."""
+    return measure_in_turns({"": spec}, timeout_s=timeout_s)[""]
 
 
 def logprob_distance(a: Timing, b: Timing) -> float:

@@ -1,18 +1,23 @@
-"""The process behind `benchmarks.engine.measure`: reads an EngineSpec, runs a vLLM engine, writes an EngineResult."""
+"""The process behind `benchmarks.engine.Engine`: receives an EngineSpec, runs a vLLM engine, answers requests.
+
+Its one argument is the file descriptor of a `multiprocessing` connection. It sends how many seconds the start took,
+then an Answer for every (Request, repeat) that it receives, and ends when the other side closes.
+"""
 
 import itertools
 import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.calibrated_model import attention_biases
-from benchmarks.engine import EngineResult, EngineSpec, Request, Timing
+from benchmarks.engine import Answer, EngineSpec, Timing
 
 # What vLLM compiles away at start-up and graphs beyond one request would only lengthen the run: prefill of long prompts
 # does not depend on them, and decode runs in full graphs where the backend can.
@@ -130,26 +135,24 @@ def measure_request(llm: Any, prompt: list[int], output_len: int, name: str) -> 
     """Send one request and read its peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return replace(send(llm, prompt, output_len, name), peak_gpu_memory_gib=peak_gpu_memory_gib())
-
-
-def peak_gpu_memory_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    timing = send(llm, prompt, output_len, name)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return replace(timing, peak_gpu_memory_gib=peak)
 
 
 def main() -> None:
     from farspan.metrics import read_selection
 
-    raw = json.loads(Path(sys.argv[1]).read_text())
-    spec = EngineSpec(**(raw | {"requests": [Request(**request) for request in raw["requests"]]}))
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    spec: EngineSpec = connection.recv()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as model_dir:
         Path(model_dir, "config.json").write_text(json.dumps(spec.model))
         llm = start(spec, model_dir)
         vocab_size = llm.llm_engine.model_config.get_vocab_size()
 
-    def prompt_of(length: int, repeat: int = 0) -> list[int]:
-        """Random tokens; two requests of one length get the same ones."""
+    def prompt_of(length: int, repeat: int) -> list[int]:
+        """Random tokens; engines get the same ones for a length and repeat."""
         generator = torch.Generator().manual_seed(length + repeat)
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
@@ -157,21 +160,16 @@ def main() -> None:
     # Compiles kernels, and fills what is allocated at first use.
     for index, length in enumerate([short, short, *spec.warmup_lens]):
         send(llm, prompt_of(length, index), 4, f"warmup-{index}")
-    start_s = time.perf_counter() - started
-    peaks = [peak_gpu_memory_gib()]
-    timings = []
-    selection = {}
-    for index, request in enumerate(spec.requests):
-        if spec.reads_selection:
+    connection.send(time.perf_counter() - started)
+    for index in itertools.count():
+        try:
+            request, repeat = connection.recv()
+        except EOFError:
+            break
+        if spec.reads_selection and repeat == 0:
             read_selection(llm, reset=True)
-        for repeat in range(request.repeats):
-            prompt = prompt_of(request.prompt_len, repeat)
-            timings.append(measure_request(llm, prompt, request.output_len, f"{index}-{repeat}"))
-            peaks.append(timings[-1].peak_gpu_memory_gib)
-        if spec.reads_selection:
-            selection[str(request.prompt_len)] = read_selection(llm)
-    peak = max(peaks)
-    Path(sys.argv[2]).write_text(json.dumps(asdict(EngineResult(start_s, timings, peak, selection))))
+        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request.output_len, str(index))
+        connection.send(Answer(timing, read_selection(llm) if spec.reads_selection else []))
 
 
 if __name__ == "__main__":
