@@ -213,7 +213,10 @@ def make_launcher(config: FarspanConfig, device: torch.device, head_size: int, d
 
 
 def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> DenseKernel:
-    """Which kernel computes dense prefill. Raises ConfigError where the `kernel` option cannot be honoured."""
+    """Which kernel computes dense prefill at ordinary positions. Raises ConfigError where `kernel` cannot be honoured.
+
+    Shifted positions are always computed by "triton", or by "cpu" there.
+    """
     if device.type == "cpu":
         if config.kernel != "auto":
             raise ConfigError(
@@ -221,7 +224,7 @@ def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: 
                 "Leave kernel out."
             )
         return "cpu"
-    if config.kernel == "triton" or config.string is not None:
+    if config.kernel == "triton":
         return "triton"
     reason = fa3_refusal(head_size, dtype)
     if reason is None:

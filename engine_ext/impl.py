@@ -129,20 +129,21 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
     def prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, output: torch.Tensor) -> None:
         rows = slice(group.token_start, group.token_start + group.num_tokens)
         query, output = query[rows], output[rows]
+        string = self.string if group.is_shifted else None
         if self.sparse is None or isinstance(group.prefill, DensePrefill):
-            self.launcher.prefill(query, kv_cache, group, None, self.scale, self.string, output)
+            self.launcher.prefill(query, kv_cache, group, None, self.scale, string, output)
             self.launches["prefill_dense"] += 1
             return
         block_lists = self.sparse.block_lists_for(query, kv_cache, group)
         lse = None
         if self.sparse.measures:
             lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-        self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, self.string, output, lse)
+        self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, string, output, lse)
         self.launches["prefill_sparse"] += 1
         if lse is None:
             return
         short = self.sparse.measure(query, kv_cache, group, lse)
         if short is not None:
             # Launched whether a head is short or not: to know would be to wait for the device.
-            self.launcher.prefill(query, kv_cache, group, None, self.scale, self.string, output, lse, short)
+            self.launcher.prefill(query, kv_cache, group, None, self.scale, string, output, lse, short)
             self.launches["prefill_repair"] += 1

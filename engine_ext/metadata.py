@@ -54,6 +54,8 @@ class PrefillGroup:
     """None where the dense kernel cuts its own tiles."""
     request_ids: torch.Tensor
     """[num_requests] int32, on the device: 0, 1, …"""
+    is_shifted: bool = False
+    """Whether the option `string` shortens any distance in these requests; it leaves shorter ones as they are."""
     shared_lists: dict[str, BlockLists] = field(default_factory=dict)
     """Block lists that the layers of this step share; filled by the first one."""
 
@@ -106,14 +108,15 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             head_dim=kv_cache_spec.head_size,
             device=device,
         )
-        dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
+        self.dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
         self.request_ids = torch.arange(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
-        self.dense_needs_tiles = dense_kernel == "triton"
+        self.shift: int | None = None
 
         if self.config.string is not None:
             for name, layer in zip(layer_names, layers, strict=True):
                 string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
                 layer.impl.shift_positions(string)
+                self.shift = string.shift
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -149,7 +152,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         prefills = self.prefill_per_request(common, seq_lens)
         rows = [request for request in range(num_decodes, common.num_reqs) if query_lens[request] > 0]
         groups = []
-        for prefill, members in groupby(rows, key=lambda request: prefills[request]):
+        # A request's last token is its furthest from the first.
+        is_shifted = [self.shift is not None and seq_len > self.shift for seq_len in seq_lens]
+        for (prefill, shifted), members in groupby(rows, key=lambda request: (prefills[request], is_shifted[request])):
             run = list(members)
             first, last = run[0], run[-1] + 1
             starts = query_start_loc[first : last + 1]
@@ -163,14 +168,20 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                     block_table=common.block_table_tensor[first:last],
                     max_query_len=max(query_lens[first:last]),
                     max_seq_len=max(seq_lens[first:last]),
-                    tiles=self.make_tiles(prefill, [start - starts[0] for start in starts], seq_lens[first:last]),
+                    tiles=self.make_tiles(
+                        prefill, shifted, [start - starts[0] for start in starts], seq_lens[first:last]
+                    ),
                     request_ids=self.request_ids[: last - first],
+                    is_shifted=shifted,
                 )
             )
         return tuple(groups)
 
-    def make_tiles(self, prefill: Prefill, query_start_loc: list[int], seq_lens: list[int]) -> PrefillTiles | None:
-        if isinstance(prefill, DensePrefill) and not self.dense_needs_tiles:
+    def make_tiles(
+        self, prefill: Prefill, is_shifted: bool, query_start_loc: list[int], seq_lens: list[int]
+    ) -> PrefillTiles | None:
+        cuts_its_own = self.dense_kernel == "cpu" or (self.dense_kernel == "fa3" and not is_shifted)
+        if isinstance(prefill, DensePrefill) and cuts_its_own:
             return None
         block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
         return make_prefill_tiles(query_start_loc, seq_lens, block_size, self.device)

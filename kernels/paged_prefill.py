@@ -137,6 +137,7 @@ def prefill_attention(
         assert block_lists is None
 
     paged = block_table.shape[1] > 1
+    max_seq_len = block_table.shape[1] * page_size
     tokens_per_tile = min(tiles.block_size, max_query_len or tiles.block_size)
     if config is None:
         config = prefill_config(
@@ -149,6 +150,7 @@ def prefill_attention(
             heads_that_share=group_size if heads_per_list % group_size == 0 else 1,
             keys_in_a_row=(math.gcd(page_size, 128) if paged else 128) if has_row_view(key_cache, value_cache) else 0,
             has_shift=string is not None,
+            has_lists=block_lists is not None,
         )
     block_n = config.block_n
     assert tiles.block_size % block_n == 0
@@ -218,6 +220,8 @@ def prefill_attention(
         HAS_HEAD_MASK=head_mask is not None,
         IS_CAUSAL=causal,
         USE_TMA=config.use_tma,
+        NARROW_IDS=config.narrow_ids and max_seq_len <= 2**16 * tiles.block_size,
+        RECOMPUTES=config.recomputes,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,

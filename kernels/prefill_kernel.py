@@ -126,18 +126,23 @@ def _attend_blocks(
     USE_TMA: tl.constexpr,
     MASKED: tl.constexpr,
     STRADDLES: tl.constexpr,
+    NARROW_IDS: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
 
     MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys at distance `shift` or more where
-    `near` is 1, keys below it where `near` is 0.
+    `near` is 1, keys below it where `near` is 0. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
     """
     TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    for step in tl.range(first_step, end_step):
+    for step in tl.range(first_step, end_step, disable_licm=RECOMPUTES):
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
-            block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
+            if NARROW_IDS:
+                block = tl.load((ids_ptr + step // TILES_PER_BLOCK).to(tl.pointer_type(tl.uint16))).to(tl.int32)
+            else:
+                block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
             start = block * BLOCK_SIZE + (step % TILES_PER_BLOCK) * BLOCK_N
         else:
             start = step * BLOCK_N
@@ -237,6 +242,8 @@ def prefill_kernel(
     HAS_HEAD_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     USE_TMA: tl.constexpr,
+    NARROW_IDS: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_T tokens of a query tile times HEADS_PER_TILE query heads of one KV head.
@@ -347,21 +354,21 @@ def prefill_kernel(
                 near * near_tile, tl.where(near == 1, last_tile, far_tile),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 far_tile, near_tile,
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 last_tile, tl.where(last_straddles | (near == 1), end_tile, 0),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             # Volatile, or the compiler would keep this tile from the first load on.
             query = tl.load(query_ptrs, mask=mask_q, other=0.0, volatile=True)
@@ -372,14 +379,14 @@ def prefill_kernel(
             0, last_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
             stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, PRECISION,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, NARROW_IDS, RECOMPUTES, PRECISION,
         )  # fmt: skip
         acc, row_max, row_sum = _attend_blocks(
             acc, row_max, row_sum, query, position, 1,
             last_tile, end_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
             stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, PRECISION,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, NARROW_IDS, RECOMPUTES, PRECISION,
         )  # fmt: skip
 
     # An empty list leaves a zero output and an LSE of -inf.

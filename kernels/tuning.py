@@ -26,6 +26,10 @@ class PrefillConfig:
     """Load keys and values through the tensor copy engine where the pages allow it."""
     kv_heads_together: int
     """KV heads whose tiles run side by side, before the next ones."""
+    narrow_ids: bool = False
+    """Read block numbers of lists as 16 bits, where the longest sequence allows it: fewer registers."""
+    recomputes: bool = False
+    """Compute in every step what does not change in the loop: fewer registers for more instructions."""
 
     @property
     def block_m(self) -> int:
@@ -55,6 +59,7 @@ def prefill_config(
     heads_that_share: int,
     keys_in_a_row: int,
     has_shift: bool,
+    has_lists: bool,
 ) -> PrefillConfig:
     """Choose the tile shapes of `paged_prefill`.
 
@@ -65,6 +70,7 @@ def prefill_config(
     keys_in_a_row: how many keys at a multiple of as many, up to 128, the copy engine finds in one row of memory after
         another; 0 where it cannot read the cache.
     has_shift: whether the query has two rotations.
+    has_lists: whether tiles read the blocks of lists.
     """
     # Rows of a program, keys of a step, warps, stages. What was only compiled, for 8.0 and 9.0, has no spills in 16-bit
     # types and stays within the 99 KiB of shared memory that 8.6 and 8.9 have.
@@ -96,6 +102,7 @@ def prefill_config(
     # The tensor cores take no fewer than 16 rows.
     block_t = max(block_t, 16 // next_power_of_2(heads_per_tile))
     block_m = block_t * next_power_of_2(heads_per_tile)
+    use_tma = is_hopper and dtype != torch.float32 and head_dim > 64 and keys_in_a_row >= min(block_n, block_size)
     return PrefillConfig(
         block_t=block_t,
         heads_per_tile=heads_per_tile,
@@ -103,9 +110,15 @@ def prefill_config(
         # Fewer rows than planned for want fewer warps; wide heads keep them for their registers.
         num_warps=num_warps if block_m == rows or (head_dim > 128 and block_m >= 64) else 4,
         num_stages=num_stages,
-        use_tma=is_hopper and dtype != torch.float32 and head_dim > 64 and keys_in_a_row >= min(block_n, block_size),
+        use_tma=use_tma,
         # Two at a time lost 1 to 13 %, but gained 3 % at 10 % density with lists per query head. H100 80GB, 2026-11-22.
         kv_heads_together=1,
+        # With all registers in use ptxas computes a step's exponentials one behind the other, and nothing beside them.
+        # Both together took 7 % less time than neither, the first alone 1 to 4 % less: 16K tokens behind 112K, and 64K,
+        # at 13 % density (H100 80GB, 2026-11-22). By the compiled instructions alone: the first is good with 64 keys a
+        # step or heads of 256 too, the second is not, and heads of 64 want neither.
+        narrow_ids=has_lists and head_dim > 64,
+        recomputes=has_lists and use_tma and block_n == 128,
     )
 
 

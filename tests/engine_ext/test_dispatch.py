@@ -81,7 +81,6 @@ def test_a_host_has_no_workspace() -> None:
 def test_kernel_choice_on_a_gpu() -> None:
     device = torch.device("cuda")
     assert choose_dense_kernel(parse_config({"kernel": "triton"}), device, 128, torch.bfloat16) == "triton"
-    assert choose_dense_kernel(parse_config({"string": {}}), device, 128, torch.bfloat16) == "triton"
     assert choose_dense_kernel(parse_config(None), device, 128, torch.float32) == "triton"
     assert "float16 and bfloat16, not float32" in str(fa3_refusal(128, torch.float32))
     assert "head sizes up to 256, not 512" in str(fa3_refusal(512, torch.bfloat16))

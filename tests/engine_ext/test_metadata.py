@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.engine_ext import requests
+from farspan.engine_ext import metadata, requests
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, StepMetadata, count_decodes, shorten
 
@@ -21,6 +21,9 @@ class Source:
     def extra_args(self, common_attn_metadata: Any) -> list[dict[str, Any] | None]:
         return self.rows
 
+    def model(self) -> None:
+        """No test looks at it."""
+
 
 def build(
     query_lens: list[int],
@@ -32,9 +35,10 @@ def build(
 ) -> StepMetadata:
     source = Source([None] * len(query_lens) if extra_args is None else extra_args)
     monkeypatch.setattr(requests, "_make_source", lambda vllm_config: source)
+    layer = SimpleNamespace(num_heads=4, impl=SimpleNamespace(shift_positions=lambda string: None))
     vllm_config = SimpleNamespace(
         additional_config={"farspan": options},
-        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(num_heads=4)}),
+        compilation_config=SimpleNamespace(static_forward_context={"layer": layer}),
         scheduler_config=SimpleNamespace(max_num_seqs=16),
         model_config=SimpleNamespace(max_model_len=4096),
     )
@@ -118,6 +122,22 @@ def test_block_sparse_tiles_have_its_block_size(monkeypatch: pytest.MonkeyPatch)
     (group,) = build([200], [200], options=options, monkeypatch=monkeypatch).prefill_groups
     assert group.tiles.block_size == 64
     assert group.tiles.num_tiles == 4
+
+
+@pytest.mark.parametrize("kernel", ["triton", "fa3", "cpu"])
+def test_requests_that_a_shift_leaves_alone_are_groups_without_it(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "string_shift_for_layer", lambda *arguments: SimpleNamespace(shift=100))
+    monkeypatch.setattr(metadata, "choose_dense_kernel", lambda *arguments: kernel)
+    # Of 100 tokens the last is 99 away from the first; of 101 it is 100 away.
+    step = build(
+        [60, 40, 41, 20], [60, 100, 101, 900], options={"string": {"shift": 100, "window": 16}}, monkeypatch=monkeypatch
+    )
+    near, shifted = step.prefill_groups
+    assert (near.is_shifted, shifted.is_shifted) == (False, True)
+    assert near.seq_lens.tolist() == [60, 100]
+    assert shifted.seq_lens.tolist() == [101, 900]
+    assert (near.tiles is not None) == (kernel == "triton")
+    assert (shifted.tiles is not None) == (kernel != "cpu")
 
 
 def test_crossover() -> None:

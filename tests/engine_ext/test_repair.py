@@ -58,6 +58,7 @@ class Layer:
             max_seq_len=max(seq_lens),
             tiles=make_prefill_tiles(starts.tolist(), seq_lens, 128, torch.device("cpu")),
             request_ids=torch.arange(len(chunks), dtype=torch.int32),
+            is_shifted=shift is not None,
         )
         self.shape = LayerShape(
             layer_index=0, num_q_heads=len(distances), num_kv_heads=num_kv_heads, scale=HEAD_DIM**-0.5,
