@@ -1,13 +1,14 @@
 """Shifted rotary positions (STRING) cost next to nothing: prefill and decode at 64K to 128K tokens, on against off.
 
-Three measurements, all with the same Triton kernels on both sides:
+Four measurements, the first three with our Triton kernels on both sides:
 
 - the prefill call of one layer, interleaved, with FlashAttention 3 as the dense backend's kernel beside it;
 - the decode call of one layer, in CUDA graphs;
 - whole 8B-shape engines, one with the shift and one without, side by side and in turns: time to the first token, time
-  between tokens, and peak memory of each request.
+  between tokens, and peak memory of each request;
+- the same with the kernels that farspan chooses by itself: FlashAttention 3, and ours for what is shifted.
 
-The last is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
+The third is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
 """
 
 from collections.abc import Callable
@@ -40,6 +41,8 @@ Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 NAME = "string_e2e"
 ON, OFF, FA3 = "farspan-string", "farspan-triton", "fa3"
+# With the kernels chosen by farspan.
+ON_AUTO, OFF_AUTO = "farspan-string-auto", "farspan"
 ROPE_BASE = LLAMA_8B["rope_theta"]
 WINDOW = 128
 FRACTION = 0.33
@@ -47,6 +50,7 @@ OUTPUT_LEN = 17
 REPEATS = 6
 """Of a prefill call; each takes a quarter of a second at 128K."""
 ENGINE_REPEATS = 2
+WARMUP_LEN = 65536
 # Both engines on one GPU, each with the same room for keys and values: a larger peak is then one of activations.
 ENGINE_ROOM = {"kv_cache_memory_bytes": 18 * 2**30, "gpu_memory_utilization": 0.4}
 
@@ -54,6 +58,11 @@ ENGINE_ROOM = {"kv_cache_memory_bytes": 18 * 2**30, "gpu_memory_utilization": 0.
 def prompt_lens(dry_run: bool) -> list[int]:
     """List the lengths of figure 9."""
     return [200, 300] if dry_run else [length * 1024 for length in (64, 80, 96, 112, 128)]
+
+
+def auto_prompt_lens(dry_run: bool) -> list[int]:
+    """List lengths for the kernels chosen by farspan: the first is shorter than the shift."""
+    return [90, 200] if dry_run else [length * 1024 for length in (32, 64, 128)]
 
 
 def shift_of(dry_run: bool) -> int:
@@ -120,15 +129,19 @@ def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
         recorder.add(NAME, f"decode-{case}", name, "time", "ms", samples)
 
 
-def engine_spec(dry_run: bool, is_on: bool) -> EngineSpec:
-    """Both engines run our Triton kernels, with decode in full graphs; the CPU has no choice of kernels."""
-    options: dict[str, Any] = {} if dry_run else {"kernel": "triton"}
-    if is_on:
-        options["string"] = {"shift": shift_of(dry_run), "window": 10 if dry_run else WINDOW}
-    requests = [Request(length, OUTPUT_LEN, ENGINE_REPEATS) for length in prompt_lens(dry_run)]
-    if dry_run:
-        return EngineSpec(requests, TINY_LLAMA, "CUSTOM", options)
-    return EngineSpec(requests, LLAMA_8B, "CUSTOM", options, ENGINE_ROOM, warmup_lens=[requests[0].prompt_len])
+def engine_specs(dry_run: bool, lengths: list[int], off: str, on: str, kernel: str) -> dict[str, EngineSpec]:
+    """An engine without the shift and one with it, decoding in full graphs."""
+    # The CPU has no choice of kernels.
+    options: dict[str, Any] = {} if dry_run else {"kernel": kernel}
+    string = {"shift": shift_of(dry_run), "window": 10 if dry_run else WINDOW}
+    requests = [Request(length, OUTPUT_LEN, ENGINE_REPEATS) for length in lengths]
+
+    def spec(options: dict[str, Any]) -> EngineSpec:
+        if dry_run:
+            return EngineSpec(requests, TINY_LLAMA, "CUSTOM", options)
+        return EngineSpec(requests, LLAMA_8B, "CUSTOM", options, ENGINE_ROOM, warmup_lens=[WARMUP_LEN])
+
+    return {off: spec(options), on: spec(options | {"string": string})}
 
 
 def record_engine(recorder: Recorder, name: str, result: EngineResult, length: int, label: str) -> None:
@@ -144,17 +157,19 @@ def record_engine(recorder: Recorder, name: str, result: EngineResult, length: i
         recorder.add(NAME, f"engine-{case}", name, "peak_gpu_memory", "GiB", peaks)
 
 
-def run_engines(recorder: Recorder, label: str) -> None:
-    """Time whole requests with the shift and without."""
-    results = measure_in_turns({name: engine_spec(recorder.dry_run, name == ON) for name in (OFF, ON)})
+def run_engines(recorder: Recorder, specs: dict[str, EngineSpec], label: str) -> None:
+    """Time whole requests without the shift and with it, engines named in this order."""
+    lengths = [request.prompt_len for request in next(iter(specs.values())).requests]
+    results = measure_in_turns(specs)
     for name, result in results.items():
         recorder.note(f"{name}: engine ready after {result.start_s:.0f} s")
-        for length in prompt_lens(recorder.dry_run):
+        for length in lengths:
             record_engine(recorder, name, result, length, label)
-    for length in prompt_lens(recorder.dry_run):
-        off, on = (results[name].of(length)[0] for name in (OFF, ON))
-        if logprob_distance(off, on) == 0:
-            raise BenchmarkError(f"n{length}: the shift changed no log probability, so it was not on")
+    off, on = results.values()
+    for length in lengths:
+        is_shifted = length > shift_of(recorder.dry_run)
+        if is_shifted == (logprob_distance(off.of(length)[0], on.of(length)[0]) == 0):
+            raise BenchmarkError(f"n{length}: log probabilities {'do not ' if is_shifted else ''}show the shift")
 
 
 def run(recorder: Recorder) -> None:
@@ -164,4 +179,6 @@ def run(recorder: Recorder) -> None:
         run_kernels(recorder, shape, length)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    run_engines(recorder, label)
+    dry_run = recorder.dry_run
+    run_engines(recorder, engine_specs(dry_run, lengths, OFF, ON, "triton"), label)
+    run_engines(recorder, engine_specs(dry_run, auto_prompt_lens(dry_run), OFF_AUTO, ON_AUTO, "auto"), label)

@@ -11,6 +11,8 @@ from farspan.kernels.rope_shift import rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score that float32 holds to better than its exponent.
+LOWEST = tl.constexpr(-1e30)
 
 # Entries of a block list that are compared with the shift at a time.
 BLOCKS_COUNTED = tl.constexpr(128)
@@ -126,6 +128,7 @@ def _attend_blocks(
     USE_TMA: tl.constexpr,
     MASKED: tl.constexpr,
     STRADDLES: tl.constexpr,
+    COUNTS_KEYS: tl.constexpr,
     NARROW_IDS: tl.constexpr,
     RECOMPUTES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,19 +136,21 @@ def _attend_blocks(
     """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
 
     MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys at distance `shift` or more where
-    `near` is 1, keys below it where `near` is 0. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
+    `near` is 1, keys below it where `near` is 0. COUNTS_KEYS: the loop counts keys instead of tiles, which spares the
+    kernel with a shift registers and costs the others. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
     """
-    TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    for step in tl.range(first_step, end_step, disable_licm=RECOMPUTES):
+    STRIDE: tl.constexpr = BLOCK_N if COUNTS_KEYS else 1
+    BLOCK_STRIDE: tl.constexpr = BLOCK_SIZE // BLOCK_N * STRIDE
+    for at in tl.range(first_step * STRIDE, end_step * STRIDE, STRIDE, disable_licm=RECOMPUTES):
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
             if NARROW_IDS:
-                block = tl.load((ids_ptr + step // TILES_PER_BLOCK).to(tl.pointer_type(tl.uint16))).to(tl.int32)
+                block = tl.load((ids_ptr + at // BLOCK_STRIDE).to(tl.pointer_type(tl.uint16))).to(tl.int32)
             else:
-                block = _look_up(ids_ptr, step // TILES_PER_BLOCK)
-            start = block * BLOCK_SIZE + (step % TILES_PER_BLOCK) * BLOCK_N
+                block = _look_up(ids_ptr, at // BLOCK_STRIDE)
+            start = block * BLOCK_SIZE + at % BLOCK_STRIDE * (BLOCK_N // STRIDE)
         else:
-            start = step * BLOCK_N
+            start = at * (BLOCK_N // STRIDE)
         key, value = _load_key_value(
             key_source,
             value_source,
@@ -178,12 +183,8 @@ def _attend_blocks(
                 mask = mask & (offs_n <= position[:, None])
             scores = tl.where(mask, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        finite_max = new_max
-        if STRADDLES:
-            # A row may have met no key of its pass yet.
-            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores * scale_log2 - finite_max[:, None])
-        rescale = tl.exp2(row_max - finite_max)
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
@@ -305,7 +306,8 @@ def prefill_kernel(
     last = tl.maximum(num_blocks - 1, 0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    # Finite, because a row's first keys may all be masked.
+    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
 
@@ -344,34 +346,34 @@ def prefill_kernel(
         # query from shared memory only if it was loaded or is carried by a loop. All registers are in use, and ptxas
         # must find two more to look up pages early in a step. It did not with the same passes written otherwise: they
         # cost 10 to 11 % of prefill, these 0.5 to 3 % (64K to 128K, H100 80GB, 2026-11-22).
-        first_pass = (num_shifted == 0).to(tl.int32) * (1 - last_straddles.to(tl.int32))
+        first_pass = ((num_shifted == 0) & (last_block * BLOCK_SIZE >= shifted_end)).to(tl.int32)
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         if first_pass == 0:
             query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         for near in tl.range(first_pass, 2):
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
-                near * near_tile, tl.where(near == 1, last_tile, far_tile),
+                tl.where(near == 1, near_tile, 0), tl.where(near == 1, last_tile, far_tile),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, NARROW_IDS, RECOMPUTES, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 far_tile, near_tile,
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, NARROW_IDS, RECOMPUTES, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 last_tile, tl.where(last_straddles | (near == 1), end_tile, 0),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, NARROW_IDS, RECOMPUTES, PRECISION,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
             )  # fmt: skip
             # Volatile, or the compiler would keep this tile from the first load on.
-            query = tl.load(query_ptrs, mask=mask_q, other=0.0, volatile=True)
+            query = tl.load(query_ptrs, mask=mask_q & (near == 0), other=0.0, volatile=True)
     else:
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         acc, row_max, row_sum = _attend_blocks(
@@ -379,20 +381,20 @@ def prefill_kernel(
             0, last_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
             stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, NARROW_IDS, RECOMPUTES, PRECISION,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
         )  # fmt: skip
         acc, row_max, row_sum = _attend_blocks(
             acc, row_max, row_sum, query, position, 1,
             last_tile, end_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
             stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, NARROW_IDS, RECOMPUTES, PRECISION,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
         )  # fmt: skip
 
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     acc = acc / divisor[:, None]
-    lse = (row_max + tl.log2(divisor)) * LN_2
+    lse = tl.where(row_sum > 0.0, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
     if HAS_HEAD_MASK and HEADS_PER_TILE > 1:
         # Of heads side by side some may be wanted, some not.
         is_wanted = tl.load(head_mask_ptr + head * stride_head_mask + request, mask=mask_m, other=0)
