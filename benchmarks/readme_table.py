@@ -27,6 +27,8 @@ class Table:
     baseline: str = "fa3"
     cases: str = ""
     """Regular expression of the cases shown; all when empty."""
+    variants: str = ""
+    """Regular expression of the variants shown; all when empty."""
     quality: tuple[str, ...] = ()
     """Metrics of ours to show beside the time, as medians."""
 
@@ -54,8 +56,18 @@ TABLES = (
     Table(
         "string_e2e",
         "time",
-        "Shifted positions (STRING) against our kernels without: one layer's call, and whole requests in vLLM",
+        "Shifted positions (STRING) on and off, both in our Triton kernels: prompt and 16 tokens in vLLM",
         baseline="farspan-triton",
+        cases="total-",
+        variants=r"farspan-(triton|string)$",
+    ),
+    Table(
+        "string_e2e",
+        "time",
+        "Shifted positions (STRING) on and off, in the kernels that farspan chooses: prompt and 16 tokens in vLLM",
+        baseline="farspan",
+        cases="total-",
+        variants=r"farspan(-string-auto)?$",
     ),
 )
 
@@ -65,7 +77,13 @@ def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
     metrics = (table.metric, *table.quality)
     matching = [row for row in rows if row.benchmark == table.benchmark and row.metric in metrics]
     matching = [row for row in matching if row.run_id == matching[-1].run_id]
-    return [row for row in matching if re.match(table.cases, row.case) and not row.variant.endswith(STAGES)]
+    return [
+        row
+        for row in matching
+        if re.match(table.cases, row.case)
+        and re.match(table.variants, row.variant)
+        and not row.variant.endswith(STAGES)
+    ]
 
 
 def format_table(rows: Sequence[Row], table: Table) -> str:

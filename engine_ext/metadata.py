@@ -29,8 +29,8 @@ TILE_SIZE = 128
 FLEX_MIN_SEQ_LEN = 8192
 """Requests shorter than this prefill densely under flex, unless min_seq_len says otherwise.
 
-At 8K tokens one attention call at gamma 0.95 takes 0.71 ms, FlashAttention 3 0.77; below, selection alone (0.19 ms at
-8K) outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22; benchmarks/data/prefill_flex.csv
+At 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3 0.75; below, selection alone
+outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22; benchmarks/data/prefill_flex.csv
 """
 
 
