@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from farspan.kernels import contiguous, paged_prefill, short_lists, static_block_lists
+from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
@@ -67,10 +68,29 @@ def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
+def prefill_over_lists() -> None:
+    """Launch prefill of 1,024 tokens of heads of 128 on pages of 128, with a list for every query head."""
+    query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
+    tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
+    paged_prefill.paged_prefill(
+        query,
+        kv_cache=torch.empty(16, 8, 128, 256, dtype=torch.bfloat16),
+        block_table=torch.zeros(1, 16, dtype=torch.int32),
+        seq_lens=torch.tensor([1024], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 1024], dtype=torch.int32),
+        tiles=tiles,
+        scale=0.1,
+        block_lists=BlockLists(
+            torch.zeros(32, tiles.num_tiles, 16, dtype=torch.int32), torch.ones(32, tiles.num_tiles, dtype=torch.int32)
+        ),
+    )
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
     for module in (paged_prefill, short_lists):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
+    kernel = paged_prefill.prefill_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
         contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3
@@ -78,7 +98,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "dense-d64": compiled(paged_prefill.prefill_kernel, lambda: contiguous.attention(q, q, q)),
+                "dense-d64": compiled(kernel, lambda: contiguous.attention(q, q, q)),
+                "lists-d128": compiled(kernel, prefill_over_lists),
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),

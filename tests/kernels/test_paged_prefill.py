@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from farspan.kernels.paged_prefill import paged_prefill, prefill_attention
-from farspan.kernels.tiles import BlockLists, PrefillTiles
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from farspan.kernels.tuning import PrefillConfig
 
 from tests.kernels.helpers import (
@@ -125,7 +125,7 @@ def test_dense_equals_the_reference(device: torch.device, case: Case, causal: bo
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("sharing", ["query-head", "kv-head", "all"])
-@pytest.mark.parametrize("case", [SMALL[0], SMALL[2], LARGE[0], LARGE[2], LARGE[7]], ids=case_id)
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[2], SMALL[3], LARGE[0], LARGE[2], LARGE[7]], ids=case_id)
 def test_listed_blocks_equal_the_reference(device: torch.device, case: Case, sharing: str, causal: bool) -> None:
     batch = case.draw(device)
     tiles = batch.tiles(case.block_size)
@@ -136,6 +136,34 @@ def test_listed_blocks_equal_the_reference(device: torch.device, case: Case, sha
     result = prefill(batch, tiles, block_lists=lists, causal=causal)
     expected = reference_attention(batch, causal=causal, tiles=tiles, block_lists=lists)
     assert_attention_close(*result, *expected, case.dtype)
+
+
+@pytest.mark.parametrize("far_block", [65_535, 65_540], ids=["narrow", "wide"])
+def test_block_numbers_past_16_bits(device: torch.device, far_block: int) -> None:
+    page_size = block_size = 128
+    seq_len, head_dim = (far_block + 2) * block_size - 3, 96
+    query, kv_cache = torch.randn(2, 1, head_dim), torch.randn(4, 1, page_size, 2 * head_dim)
+    # A long table of few pages.
+    block_table = torch.arange(far_block + 2, dtype=torch.int32)[None] % 4
+    ids = [1, far_block, far_block + 1]
+    lists = BlockLists(torch.tensor([[ids]], dtype=torch.int32), torch.tensor([[3]], dtype=torch.int32))
+    out, _ = paged_prefill(
+        query.to(device),
+        kv_cache.to(device),
+        block_table.to(device),
+        torch.tensor([seq_len], dtype=torch.int32, device=device),
+        torch.tensor([0, 2], dtype=torch.int32, device=device),
+        make_prefill_tiles([0, 2], [seq_len], block_size, device),
+        head_dim**-0.5,
+        block_lists=BlockLists(lists.block_ids.to(device), lists.block_counts.to(device)),
+    )
+    key, value = kv_cache[block_table[0, ids].long(), 0].flatten(0, 1).double().split(head_dim, dim=-1)
+    scores = query[:, 0].double() @ key.T * head_dim**-0.5
+    for row in range(2):
+        # The last tile ends 3 tokens before its block does, and the first row sees one key less than the second.
+        scores[row, len(ids) * block_size - 3 - 1 + row :] = float("-inf")
+    expected = scores.softmax(-1) @ value
+    torch.testing.assert_close(out[:, 0].double().cpu(), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", [SMALL[1], replace(SMALL[3], layout="lbhnc")], ids=case_id)
