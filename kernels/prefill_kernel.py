@@ -344,8 +344,8 @@ def prefill_kernel(
         # Two passes, so that only one rotation of the query is held at a time: over far keys (near = 0), if there are
         # any, then over near ones (near = 1). Straddling blocks are in both. A loop, because the tensor cores take the
         # query from shared memory only if it was loaded or is carried by a loop. All registers are in use, and ptxas
-        # decides what that costs: of twenty ways to write these passes most took 3 to 14 % longer than a chunk without
-        # a shift, this one 0.5 to 1.8 % (16K tokens ending at 32K to 128K, H100 80GB, 2026-11-22).
+        # decides what that costs: most ways to write these passes took 2 to 14 % longer than a chunk without a shift,
+        # this one 0.5 to 1.8 % (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md).
         first_pass = ((num_shifted == 0) & (last_block * BLOCK_SIZE >= shifted_end)).to(tl.int32)
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         if first_pass == 0:

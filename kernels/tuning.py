@@ -114,9 +114,10 @@ def prefill_config(
         # Two at a time lost 1 to 13 %, but gained 3 % at 10 % density with lists per query head. H100 80GB, 2026-11-22.
         kv_heads_together=1,
         # With all registers in use ptxas computes a step's exponentials one behind the other, and nothing beside them.
-        # Both together took 7 % less time than neither, the first alone 1 to 4 % less: 16K tokens behind 112K, and 64K,
-        # at 13 % density (H100 80GB, 2026-11-22). By the compiled instructions alone: the first is good with 64 keys a
-        # step or heads of 256 too, the second is not, and heads of 64 want neither.
+        # Both together took 3 to 7 % less time than neither, the first alone 1 to 2 % less: 16K tokens behind 112K, and
+        # 64K, at 13 % density (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md). By the compiled instructions
+        # alone: the first is good with 64 keys a step or heads of 256 too, the second is not, and heads of 64 want
+        # neither.
         narrow_ids=has_lists and head_dim > 64,
         recomputes=has_lists and use_tma and block_n == 128,
     )
