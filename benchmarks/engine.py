@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe
 from types import TracebackType
@@ -142,7 +142,8 @@ class Engine:
             command, env=WORKER_ENV | os.environ, stdout=self.log, stderr=self.log, pass_fds=[theirs.fileno()]
         )
         theirs.close()
-        self.connection.send(self.spec)
+        with suppress(BrokenPipeError):
+            self.connection.send(self.spec)
         return self
 
     def receive(self) -> Any:
@@ -158,7 +159,8 @@ class Engine:
 
     def send(self, request: Request, repeat: int) -> Answer:
         """Run one request to its end; `repeat` 0 begins a new prompt length."""
-        self.connection.send((request, repeat))
+        with suppress(BrokenPipeError):  # `receive` says why the process is gone
+            self.connection.send((request, repeat))
         answer: Answer = self.receive()
         return answer
 

@@ -129,7 +129,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
     def prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, output: torch.Tensor) -> None:
         rows = slice(group.token_start, group.token_start + group.num_tokens)
         query, output = query[rows], output[rows]
-        string = self.string if group.is_shifted else None
+        string = group.shift_of(self.string)
         if self.sparse is None or isinstance(group.prefill, DensePrefill):
             self.launcher.prefill(query, kv_cache, group, None, self.scale, string, output)
             self.launches["prefill_dense"] += 1

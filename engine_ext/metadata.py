@@ -15,6 +15,7 @@ from farspan.engine_ext.requests import prefill_of_request, source_of
 from farspan.engine_ext.rotary import string_shift_for_layer
 from farspan.engine_ext.support import config_of
 from farspan.kernels.paged_decode import DecodeWorkspace
+from farspan.kernels.rope_shift import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -58,6 +59,10 @@ class PrefillGroup:
     """Whether the option `string` shortens any distance in these requests; it leaves shorter ones as they are."""
     shared_lists: dict[str, BlockLists] = field(default_factory=dict)
     """Block lists that the layers of this step share; filled by the first one."""
+
+    def shift_of(self, string: RotaryShift | None) -> RotaryShift | None:
+        """What a layer's shift comes to in these requests: None where it leaves them as they are."""
+        return string if self.is_shifted else None
 
 
 @dataclass(frozen=True)

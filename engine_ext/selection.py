@@ -108,7 +108,7 @@ class FlexSelector:
             min_budget=self.prefill.min_budget,
             max_budget=self.prefill.max_budget,
             share_kv_group=self.prefill.share_kv_group,
-            string=self.string if group.is_shifted else None,
+            string=group.shift_of(self.string),
         )
         self.stats.add_selection(selection, group.tiles)
         return selection.block_lists
@@ -128,7 +128,7 @@ class FlexSelector:
         assert group.tiles is not None
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
         batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows, self.string if group.is_shifted else None)
+        coverage = measure_coverage(*batch, self.scale, lse, rows, group.shift_of(self.string))
         gamma = self.gamma_of(group)
         self.budgets.update(coverage, gamma)
         if self.prefill.max_budget is not None:

@@ -11,7 +11,7 @@ from farspan.kernels.rope_shift import rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LN_2 = tl.constexpr(0.6931471805599453)
-# Below every score that float32 holds to better than its exponent.
+# The maximum of a row that has met no key yet: below any score, and finite, as -inf less -inf is no number.
 LOWEST = tl.constexpr(-1e30)
 
 # Entries of a block list that are compared with the shift at a time.
@@ -145,6 +145,7 @@ def _attend_blocks(
         if HAS_LISTS:
             # Looked up in the loop: carrying a prefetched id through it crashes Triton 3.6's pipeliner.
             if NARROW_IDS:
+                # The lower half.
                 block = tl.load((ids_ptr + at // BLOCK_STRIDE).to(tl.pointer_type(tl.uint16))).to(tl.int32)
             else:
                 block = _look_up(ids_ptr, at // BLOCK_STRIDE)
@@ -306,7 +307,6 @@ def prefill_kernel(
     last = tl.maximum(num_blocks - 1, 0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    # Finite, because a row's first keys may all be masked.
     row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N

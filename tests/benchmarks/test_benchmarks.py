@@ -4,10 +4,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.engine import TINY_LLAMA, EngineSpec, Request, measure_in_turns
 from benchmarks.gate import attend_rows, check_attention, sample_rows
 from benchmarks.inputs import TINY, make_paged_batch
 from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
@@ -123,6 +125,18 @@ def test_kernel_benchmarks_run_dry() -> None:
     assert run.returncode == 0, run.stderr
     for name in ("farspan", "sdpa"):
         assert name in run.stdout
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("arguments", "timeout_s", "reason"),
+    [({"no_such_argument": 1}, 100, "no_such_argument"), ({}, 0.1, "did not answer in time")],
+    ids=["fails", "late"],
+)
+def test_an_engine_that_does_not_start_says_why(arguments: dict[str, Any], timeout_s: float, reason: str) -> None:
+    specs = {name: EngineSpec([Request(10)], TINY_LLAMA, engine=arguments) for name in ("one", "other")}
+    with pytest.raises(BenchmarkError, match=reason):
+        measure_in_turns(specs, timeout_s=timeout_s)
 
 
 def test_collect_adds_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
