@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_engine_tokens import generate, launches, make_prompts
+from tests.integration.test_engine_tokens import (
+    FEW_PAGES,
+    PREEMPTING,
+    generate,
+    launches,
+    make_prompts,
+    num_preemptions,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
@@ -45,21 +52,11 @@ def test_all_blocks_give_the_stock_tokens(make_llm: Any, method: str) -> None:
 
 @pytest.mark.parametrize("method", EVERYTHING)
 def test_preempted_requests_prefill_sparsely_again(make_llm: Any, method: str) -> None:
-    prompts = make_prompts(tuple(range(60, 76)), seed=5)
-    expected = generate(make_llm("llama", None, enable_prefix_caching=False), prompts, 40)
-    llm = make_llm(
-        max_num_batched_tokens=256,
-        max_num_seqs=16,
-        max_model_len=512,
-        block_size=16,
-        num_gpu_blocks_override=40,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        additional_config={"farspan": {"prefill": EVERYTHING[method]}},
-    )
-    assert generate(llm, prompts, 40) == expected
+    expected = generate(make_llm("llama", None, enable_prefix_caching=False), PREEMPTING, 40)
+    llm = make_llm(**FEW_PAGES, additional_config={"farspan": {"prefill": EVERYTHING[method]}})
+    assert generate(llm, PREEMPTING, 40) == expected
     assert launches(llm)["prefill_sparse"] > 0
-    assert sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions") > 0
+    assert num_preemptions(llm) > 0
 
 
 @pytest.mark.parametrize(

@@ -99,20 +99,27 @@ def test_prefix_cache_hits(make_llm: Any, stock_tokens: Any) -> None:
     assert cached[-1] >= 576
 
 
+# Pages for a part of the sixteen requests that run together: they preempt each other.
+FEW_PAGES: dict[str, Any] = {
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 16,
+    "max_model_len": 512,
+    "block_size": 16,
+    "num_gpu_blocks_override": 40,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+}
+PREEMPTING = make_prompts(tuple(range(60, 76)), seed=5)
+
+
+def num_preemptions(llm: Any) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 def test_preemption(make_llm: Any, stock_tokens: Any) -> None:
-    llm = make_llm(
-        max_num_batched_tokens=256,
-        max_num_seqs=16,
-        max_model_len=512,
-        block_size=16,
-        num_gpu_blocks_override=40,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    )
-    prompts = make_prompts(tuple(range(60, 76)), seed=5)
-    assert generate(llm, prompts, 40) == stock_tokens("llama", prompts, 40)
-    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-    assert sum(preemptions) > 0
+    llm = make_llm(**FEW_PAGES)
+    assert generate(llm, PREEMPTING, 40) == stock_tokens("llama", PREEMPTING, 40)
+    assert num_preemptions(llm) > 0
 
 
 def test_multiprocess_engine(make_llm: Any, stock_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
