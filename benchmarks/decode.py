@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.paged_decode import choose_num_splits, paged_decode
+from farspan.kernels.decode import choose_num_splits, paged_decode
 
 from benchmarks import peers
 from benchmarks.gate import check_attention

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from farspan.kernels.rope_shift import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import RotaryShift, apply_shift
 
 from benchmarks.inputs import PagedBatch, contiguous_kv
 from benchmarks.record import BenchmarkError

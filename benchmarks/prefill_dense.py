@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from farspan.kernels.paged_prefill import paged_prefill
+from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks import peers

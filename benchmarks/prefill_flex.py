@@ -6,10 +6,10 @@ Every time stands beside the density of the lists and the attention mass that th
 from collections.abc import Callable
 
 import torch
-from farspan.kernels.flex_coverage import measure_coverage, sample_rows
-from farspan.kernels.flex_select import flex_block_lists
-from farspan.kernels.flex_types import FlexSelection
-from farspan.kernels.paged_prefill import paged_prefill
+from farspan.kernels.flex.coverage import measure_coverage, sample_rows
+from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.flex.types import FlexSelection
+from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
 
 from benchmarks import peers

@@ -6,8 +6,9 @@ The reference is the public FlexPrefill's selection where its module is importab
 from collections.abc import Callable
 
 import torch
-from farspan.kernels import flex_estimate, flex_select
-from farspan.kernels.flex_types import NO_LIMIT
+from farspan.kernels.flex import estimate as flex_estimate
+from farspan.kernels.flex import select as flex_select
+from farspan.kernels.flex.types import NO_LIMIT
 from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_calibrated_batch

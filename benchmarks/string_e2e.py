@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from farspan.kernels.paged_decode import choose_num_splits, decode_workspace, paged_decode
-from farspan.kernels.paged_prefill import paged_prefill
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.decode import choose_num_splits, decode_workspace, paged_decode
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks import peers

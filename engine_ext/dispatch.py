@@ -7,10 +7,10 @@ import torch
 from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
+from farspan.kernels.decode import DecodeWorkspace, choose_num_splits, decode_workspace, paged_decode
 from farspan.kernels.kv_write import write_kv
-from farspan.kernels.paged_decode import DecodeWorkspace, choose_num_splits, decode_workspace, paged_decode
-from farspan.kernels.paged_prefill import paged_prefill
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from farspan.engine_ext.dispatch import make_launcher
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
 from farspan.engine_ext.requests import source_of
-from farspan.engine_ext.selection import LayerShape, SparsePrefill, make_sparse_prefill
+from farspan.engine_ext.selection.methods import LayerShape, SparsePrefill, make_sparse_prefill
 from farspan.engine_ext.support import config_of, layer_refusals
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.rotary_turn import RotaryShift
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger

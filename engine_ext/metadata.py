@@ -12,10 +12,10 @@ import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
 from farspan.engine_ext.requests import prefill_of_request, source_of
-from farspan.engine_ext.rotary import string_shift_for_layer
+from farspan.engine_ext.string import string_shift_for_layer
 from farspan.engine_ext.support import config_of
-from farspan.kernels.paged_decode import DecodeWorkspace
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from vllm.v1.attention.backend import (
     AttentionCGSupport,

@@ -72,8 +72,8 @@ def _add_eval(subcommands: Any) -> None:
 
 
 def _run_eval(arguments: argparse.Namespace) -> int:
-    from farspan.eval_results import CSV_NAME, format_table
-    from farspan.evaluate import EvalSettings, run_eval
+    from farspan.evaluation.evaluate import EvalSettings, run_eval
+    from farspan.evaluation.results import CSV_NAME, format_table
 
     settings = EvalSettings(
         model=arguments.model,
@@ -91,7 +91,7 @@ def _run_eval(arguments: argparse.Namespace) -> int:
     cells = run_eval(settings)
     files = [settings.out / CSV_NAME]
     if not arguments.no_plots:
-        from farspan.eval_plots import draw_plots
+        from farspan.evaluation.plots import draw_plots
 
         files += draw_plots(cells, settings.out)
     print(format_table(cells))
@@ -121,7 +121,7 @@ def _add_report(subcommands: Any) -> None:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
-    from farspan.report import ReportSettings, run_report
+    from farspan.evaluation.report import ReportSettings, run_report
 
     settings = ReportSettings(
         out=arguments.out,

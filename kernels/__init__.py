@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from farspan.kernels.block_patterns import PATTERNS, static_block_lists
-    from farspan.kernels.contiguous import attention, attention_tiles
+    from farspan.kernels.contiguous.attention import attention, attention_tiles
     from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 __all__ = ["PATTERNS", "BlockLists", "PrefillTiles", "attention", "attention_tiles", "static_block_lists"]
@@ -18,8 +18,8 @@ _HOMES = {
     "PATTERNS": "block_patterns",
     "BlockLists": "tiles",
     "PrefillTiles": "tiles",
-    "attention": "contiguous",
-    "attention_tiles": "contiguous",
+    "attention": "contiguous.attention",
+    "attention_tiles": "contiguous.attention",
     "static_block_lists": "block_patterns",
 }
 

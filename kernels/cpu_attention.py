@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.rope_shift import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import RotaryShift, apply_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 # Query rows of a tile, and keys of a block, where shifted positions cut a dense prompt into tiles.

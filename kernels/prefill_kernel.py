@@ -7,7 +7,7 @@ split off and the main loop has none. Softmax runs in base 2 with the scale fold
 
 import triton
 import triton.language as tl
-from farspan.kernels.rope_shift import rotate_tile
+from farspan.kernels.rotary_turn import rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LN_2 = tl.constexpr(0.6931471805599453)

@@ -1,6 +1,7 @@
 """The tables of docs/evaluation.md, from its CSV: `python -m tools.evaluation_tables`, `--write` puts them there.
 
-Every folder of docs/evaluation with a sweep.csv (of `python -m farspan.needle.sweep`) gives one block of tables.
+Every folder of docs/evaluation with a sweep.csv (of `python -m benchmarks.needle_training.sweep`) gives one block of
+tables.
 """
 
 import argparse

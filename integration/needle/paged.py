@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill
 from farspan.engine_ext.dispatch import choose_dense_kernel, make_launcher
 from farspan.engine_ext.metadata import TILE_SIZE, PrefillGroup
-from farspan.engine_ext.selection import FlexSelector, LayerShape
-from farspan.kernels.flex_coverage import measure_coverage, sample_rows
+from farspan.engine_ext.selection.methods import FlexSelector, LayerShape
+from farspan.kernels.flex.coverage import measure_coverage, sample_rows
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 
 from .network import Layer, NeedleNet, rotate

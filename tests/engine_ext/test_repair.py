@@ -5,8 +5,8 @@ import torch
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.dispatch import CpuLauncher
 from farspan.engine_ext.metadata import PrefillGroup
-from farspan.engine_ext.selection import FlexSelector, LayerShape
-from farspan.kernels.rope_shift import make_rotary_shift
+from farspan.engine_ext.selection.methods import FlexSelector, LayerShape
+from farspan.kernels.rotary_turn import make_rotary_shift
 from farspan.kernels.tiles import make_prefill_tiles
 
 HEAD_DIM, PAGE = 64, 128

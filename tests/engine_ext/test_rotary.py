@@ -8,13 +8,13 @@ import pytest
 import torch
 from farspan.engine_ext.config import StringOptions
 from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
-from farspan.engine_ext.rotary import (
+from farspan.engine_ext.string import (
     find_rotary_emb,
     inverse_frequencies,
     shift_tokens,
     string_shift_for_layer,
 )
-from farspan.kernels.rope_shift import apply_shift, make_rotary_shift
+from farspan.kernels.rotary_turn import apply_shift, make_rotary_shift
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 

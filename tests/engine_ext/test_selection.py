@@ -8,7 +8,7 @@ import pytest
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.selection import (
+from farspan.engine_ext.selection.methods import (
     FlexSelector,
     LayerShape,
     MaskSelector,

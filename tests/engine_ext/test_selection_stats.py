@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from farspan.engine_ext.selection_stats import SelectionStats
-from farspan.kernels.flex_types import FlexSelection
+from farspan.engine_ext.selection.stats import SelectionStats
+from farspan.kernels.flex.types import FlexSelection
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 
 

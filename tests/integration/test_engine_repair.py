@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 from farspan.engine_ext.config import FlexPrefill
-from farspan.kernels.flex_coverage import COVERAGE_SLACK
+from farspan.kernels.flex.coverage import COVERAGE_SLACK
 from farspan.metrics import read_selection
 
 from tests.integration.test_engine_tokens import make_prompts

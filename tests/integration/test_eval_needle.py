@@ -2,7 +2,7 @@
 
 import pytest
 from farspan.cli import main
-from farspan.eval_results import read_csv
+from farspan.evaluation.results import read_csv
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 

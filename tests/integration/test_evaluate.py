@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 from farspan.cli import main
 from farspan.engine_ext.errors import ConfigError
-from farspan.eval_plots import draw_plots
-from farspan.eval_results import CSV_COLUMNS, Cell, format_table, read_csv
-from farspan.evaluate import EvalSettings, check_settings, make_samples, method_options, run_eval
+from farspan.evaluation.evaluate import EvalSettings, check_settings, make_samples, method_options, run_eval
+from farspan.evaluation.plots import draw_plots
+from farspan.evaluation.results import CSV_COLUMNS, Cell, format_table, read_csv
 from farspan.needle.tasks import TASKS
 
 

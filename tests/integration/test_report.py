@@ -4,9 +4,9 @@ import csv
 
 import pytest
 import torch
-from farspan import report
 from farspan.cli import main
-from farspan.report_plots import HeadMask, draw_masks
+from farspan.evaluation import report
+from farspan.evaluation.report_plots import HeadMask, draw_masks
 from PIL import Image
 
 HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97, "repaired": 0.25}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.engine_ext.config import StringOptions
-from farspan.engine_ext.rotary import string_shift_for_layer
+from farspan.engine_ext.string import string_shift_for_layer
 
 from tests.integration.tiny_models import HEAD_DIM, LAYERS, NUM_HEADS
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 import triton
-from farspan.kernels import contiguous, paged_prefill, short_lists, static_block_lists
+from farspan.kernels import prefill as paged_prefill
+from farspan.kernels import static_block_lists
+from farspan.kernels.contiguous import attention as contiguous
+from farspan.kernels.contiguous import short_lists
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase

@@ -6,7 +6,7 @@ unrotated: they are rotated back, in float64.
 
 import torch
 from farspan.kernels import reference
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from tests.kernels.helpers import PagedBatch

@@ -2,7 +2,7 @@ import pytest
 import torch
 from farspan.kernels import cpu_attention as module
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from tests.kernels.helpers import (

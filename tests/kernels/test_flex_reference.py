@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from farspan.kernels import flex_coverage, flex_oracle, flex_reference, reference
-from farspan.kernels.flex_select import flex_block_lists
-from farspan.kernels.flex_types import FlexEstimate, FlexSelection
+from farspan.kernels import reference
+from farspan.kernels.flex import coverage as flex_coverage
+from farspan.kernels.flex import oracle as flex_oracle
+from farspan.kernels.flex import reference as flex_reference
+from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.flex.types import FlexEstimate, FlexSelection
 from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
 
 from benchmarks.calibrated import calibrated_qkv

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from farspan.kernels import flex_estimate, flex_reference, flex_select
-from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.flex import estimate as flex_estimate
+from farspan.kernels.flex import reference as flex_reference
+from farspan.kernels.flex import select as flex_select
+from farspan.kernels.flex.types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import BlockLists
 
 from tests.kernels.helpers import PagedBatch, make_batch

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from farspan.kernels import flex_coverage, flex_oracle, flex_reference, reference
-from farspan.kernels.flex_select import flex_block_lists
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels import reference
+from farspan.kernels.flex import coverage as flex_coverage
+from farspan.kernels.flex import oracle as flex_oracle
+from farspan.kernels.flex import reference as flex_reference
+from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from tests.kernels.helpers import PagedBatch, make_batch

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from farspan.kernels.cpu_attention import cpu_attention
-from farspan.kernels.flex_coverage import COVERAGE_SLACK, measure_coverage, sample_rows, short_heads
-from farspan.kernels.paged_prefill import paged_prefill
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.flex.coverage import COVERAGE_SLACK, measure_coverage, sample_rows, short_heads
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 
 from tests.kernels.helpers import (
     PagedBatch,

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from farspan.kernels.paged_decode import (
+from farspan.kernels.decode import (
     MAX_SPLITS,
     DecodeWorkspace,
     choose_num_splits,
     decode_workspace,
     paged_decode,
 )
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 
 from tests.kernels.helpers import (
     PagedBatch,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from farspan.kernels.paged_prefill import paged_prefill, prefill_attention
+from farspan.kernels.prefill import paged_prefill, prefill_attention
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from farspan.kernels.tuning import PrefillConfig
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from farspan.kernels import reference
-from farspan.kernels.paged_prefill import paged_prefill
-from farspan.kernels.rope_shift import make_rotary_shift
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.rotary_turn import make_rotary_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from tests.kernels.helpers import PagedBatch, assert_attention_close, make_batch, poisoned_like, random_block_lists

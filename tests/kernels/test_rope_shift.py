@@ -1,6 +1,6 @@
 import pytest
 import torch
-from farspan.kernels.rope_shift import apply_shift, make_rotary_shift
+from farspan.kernels.rotary_turn import apply_shift, make_rotary_shift
 
 from tests.kernels.string_helpers import inverse_frequencies, unrotate
 

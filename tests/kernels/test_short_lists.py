@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from farspan.kernels import attention_tiles, static_block_lists
-from farspan.kernels.short_lists import short_list_attention
-from farspan.kernels.token_rows import have_token_rows
+from farspan.kernels.contiguous.short_lists import short_list_attention
+from farspan.kernels.contiguous.token_rows import have_token_rows
 from farspan.kernels.tuning import ShortListConfig, short_list_config
 
 from tests.kernels.helpers import assert_attention_close

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import triton
-from farspan.kernels.flex_select import flex_block_lists
-from farspan.kernels.paged_decode import paged_decode
-from farspan.kernels.paged_prefill import paged_prefill
+from farspan.kernels.decode import paged_decode
+from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.prefill import paged_prefill
 
 from tests.kernels.helpers import make_batch
 

@@ -70,7 +70,7 @@ def test_the_split_decides_which_pairs_are_asked_for(task, split):
 
 def test_training_batches_never_hold_a_held_out_pair():
     torch = pytest.importorskip("torch")
-    from farspan.needle.batches import BatchMaker
+    from benchmarks.needle_training.batches import BatchMaker
 
     batches = BatchMaker(0, torch.device("cpu"), 131072, num_filler_tokens=20_000)
     word_of = {token: word for word, token in batches.vocab.items()}

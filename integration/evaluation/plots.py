@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from farspan.eval_results import Cell
+from farspan.evaluation.results import Cell
 
 
 def draw_plots(cells: Sequence[Cell], out: Path) -> list[Path]:

@@ -6,9 +6,9 @@ inside the block, and one threshold serves both, so that a vertical line does no
 """
 
 import torch
-from farspan.kernels.flex_types import NO_LIMIT, SUB_BLOCKS, TINY, FlexEstimate, FlexSelection
+from farspan.kernels.flex.types import NO_LIMIT, SUB_BLOCKS, TINY, FlexEstimate, FlexSelection
 from farspan.kernels.reference import gather_kv
-from farspan.kernels.rope_shift import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import RotaryShift, apply_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 

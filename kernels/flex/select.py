@@ -7,9 +7,10 @@ it departs. Thresholds are found by bisection on the bits of the scores instead 
 import torch
 import triton
 import triton.language as tl
-from farspan.kernels import flex_estimate, flex_reference
-from farspan.kernels.flex_types import NO_LIMIT, FlexEstimate, FlexSelection
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.flex import estimate as flex_estimate
+from farspan.kernels.flex import reference as flex_reference
+from farspan.kernels.flex.types import NO_LIMIT, FlexEstimate, FlexSelection
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 

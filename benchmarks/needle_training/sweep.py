@@ -1,4 +1,4 @@
-"""Flex prefill of the needle model over many options: `python -m farspan.needle.sweep --out DIR`.
+"""Flex prefill of the needle model over many options: `python -m benchmarks.needle_training.sweep --out DIR`.
 
 Every combination of the lists given (gamma, tau, min budget, chunk, length) answers the same questions, and so does
 dense prefill. Three tables are written into DIR, row by row as they come:
@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.metadata import PrefillGroup
-from farspan.eval_results import CSV_COLUMNS
+from farspan.evaluation.results import CSV_COLUMNS
 from farspan.kernels.tiles import BlockLists
-
-from .evaluate import encode_sample
-from .network import load_network
-from .paged import PagedNeedle
+from farspan.needle import model_dir
+from farspan.needle.evaluate import encode_sample
+from farspan.needle.network import load_network
+from farspan.needle.paged import PagedNeedle
 
 TASKS = "niah_single,niah_multikey_2,niah_multiquery,variable_tracking"
 HEAD_COLUMNS = (
@@ -272,7 +272,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=Path(__file__).parent / "model")
+    add("--model", type=Path, default=model_dir())
     add("--tasks", type=lambda text: text.split(","), default=TASKS)
     add("--lengths", type=_numbers(int), default="4096,8192", help="prompt tokens")
     add("--gammas", type=_numbers(float), default="0.95")

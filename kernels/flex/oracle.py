@@ -2,7 +2,7 @@
 
 import torch
 from farspan.kernels.reference import gather_kv
-from farspan.kernels.rope_shift import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import RotaryShift, apply_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 

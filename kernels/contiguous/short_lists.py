@@ -9,8 +9,8 @@ causal mask, which cuts half of the blocks of a list of two, applies to every st
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.contiguous.token_rows import have_token_rows, token_rows
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-from farspan.kernels.token_rows import have_token_rows, token_rows
 from farspan.kernels.tuning import ShortListConfig, device_capability, short_list_config
 
 LOG2_E = 1.4426950408889634

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
-from farspan.eval_results import CSV_COLUMNS, read_csv
+from farspan.evaluation.results import CSV_COLUMNS, read_csv
 
 if TYPE_CHECKING:
+    from farspan.evaluation.report_plots import HeadMask
     from farspan.needle.paged import PagedNeedle
-    from farspan.needle.sweep import Answers, Variant
-    from farspan.report_plots import HeadMask
+
+    from benchmarks.needle_training.sweep import Answers, Variant
 
 HTML_NAME = "report.html"
 TASKS = ("niah_multikey_2", "variable_tracking")
@@ -105,11 +106,12 @@ def render(title: str, sections: list[Section]) -> str:
 def needle_sections(settings: ReportSettings) -> list[Section]:
     """Run the needle model and draw every picture; also writes heads.csv, sweep.csv and accuracy.csv."""
     import torch
-    from farspan.evaluate import NEEDLE_DIR
+    from farspan.evaluation.evaluate import NEEDLE_DIR
+    from farspan.evaluation.report_plots import draw_masks
     from farspan.needle.network import load_network
     from farspan.needle.paged import PagedNeedle
-    from farspan.needle.sweep import HEAD_COLUMNS, Tables, Variant
-    from farspan.report_plots import draw_masks
+
+    from benchmarks.needle_training.sweep import HEAD_COLUMNS, Tables, Variant
 
     check_settings(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +164,8 @@ def check_settings(settings: ReportSettings) -> None:
 def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int, seed: int) -> "Answers":
     """One question of a task, with its lists and its coverage."""
     from farspan.needle.evaluate import encode_sample
-    from farspan.needle.sweep import ask, to_question
+
+    from benchmarks.needle_training.sweep import ask, to_question
 
     question = to_question(task, *encode_sample(task, length, seed, 0.5), str(model.device))
     return ask(model, variant, [question], ROWS, keep_lists=True)
@@ -171,7 +174,7 @@ def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int,
 def pick_masks(answers: "Answers") -> "list[HeadMask]":
     """The densest head of every layer, then query-aware ones, the densest first; at most `MAX_MASKS`."""
     from farspan.engine_ext.metadata import TILE_SIZE
-    from farspan.report_plots import HeadMask
+    from farspan.evaluation.report_plots import HeadMask
 
     ordered = sorted(answers.heads, key=lambda row: -row["density"])
     first = {row["layer"]: row for row in reversed(ordered)}
@@ -190,7 +193,7 @@ def pick_masks(answers: "Answers") -> "list[HeadMask]":
 
 def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Section]:
     """Density, pattern and coverage per layer and head."""
-    from farspan.report_plots import draw_heads, draw_patterns
+    from farspan.evaluation.report_plots import draw_heads, draw_patterns
 
     sections = [
         Section(
@@ -227,7 +230,8 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     """Rows of sweep.csv for the accuracy against density."""
     from farspan.engine_ext.config import DensePrefill
     from farspan.needle.evaluate import encode_sample
-    from farspan.needle.sweep import SWEEP_COLUMNS, Variant, ask, sweep_row, to_question
+
+    from benchmarks.needle_training.sweep import SWEEP_COLUMNS, Variant, ask, sweep_row, to_question
 
     tasks = ("niah_single", "niah_multikey_2")
     questions = [to_question(t, *encode_sample(t, CURVE_LENGTH, seed, None), str(model.device)) for t in tasks]
@@ -242,7 +246,7 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
 
 def accuracy_density_section(rows: list[dict[str, Any]], out: Path) -> Section:
     """The picture of sweep rows."""
-    from farspan.report_plots import draw_accuracy_density
+    from farspan.evaluation.report_plots import draw_accuracy_density
 
     return Section(
         "Accuracy against density",
@@ -253,9 +257,10 @@ def accuracy_density_section(rows: list[dict[str, Any]], out: Path) -> Section:
 
 def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings: ReportSettings) -> Section:
     """Needle in a haystack over depth and length, one question a cell."""
-    from farspan.eval_plots import draw_plots
+    from farspan.evaluation.plots import draw_plots
     from farspan.needle.evaluate import encode_sample
-    from farspan.needle.sweep import ask, to_question
+
+    from benchmarks.needle_training.sweep import ask, to_question
 
     for length in NIAH_LENGTHS:
         for depth in NIAH_DEPTHS:
@@ -285,11 +290,11 @@ def sections_of_csv(path: Path, out: Path) -> list[Section]:
             panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)
         return head_sections(dict(list(panels.items())[:3]), out)
     if set(CSV_COLUMNS) <= columns:
-        from farspan.eval_plots import draw_plots
+        from farspan.evaluation.plots import draw_plots
 
         pictures = tuple(draw_plots(read_csv(path), out))
         return [Section("Accuracy", f"{path.name}: accuracy against prompt length, and by needle depth.", pictures)]
     raise ConfigError(
         f"from_csv={str(path)!r} has the columns {sorted(columns)}; known are the tables of farspan eval (eval.csv), "
-        "farspan.needle.sweep (sweep.csv, heads.csv) and farspan.metrics.read_selection"
+        "benchmarks.needle_training.sweep (sweep.csv, heads.csv) and farspan.metrics.read_selection"
     )

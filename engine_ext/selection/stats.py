@@ -1,7 +1,7 @@
 """What the dynamic selection of one layer chose and kept, added up on the device; read only when somebody asks."""
 
 import torch
-from farspan.kernels.flex_types import FlexSelection
+from farspan.kernels.flex.types import FlexSelection
 from farspan.kernels.tiles import PrefillTiles
 
 

@@ -12,11 +12,11 @@ import torch
 from farspan.engine_ext.config import ROOT, BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.metadata import PrefillGroup
-from farspan.engine_ext.selection_stats import SelectionStats
+from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
-from farspan.kernels.flex_coverage import BudgetController, measure_coverage, sample_rows, short_heads
-from farspan.kernels.flex_select import flex_block_lists
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.flex.coverage import BudgetController, measure_coverage, sample_rows, short_heads
+from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.tiles import BlockLists
 
 

@@ -10,7 +10,7 @@ one chunk, 8 % in chunks of 16K and 60 % in chunks of 2K; by calculation, not me
 
 import torch
 from farspan.kernels.cpu_attention import cpu_attention
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.rotary_turn import RotaryShift
 
 # Heads are computed again where they kept less than gamma by more than this: a few rows tell a chunk's mean no better.
 COVERAGE_SLACK = 0.05
@@ -75,7 +75,7 @@ def measure_coverage(
         out = torch.empty_like(sampled)
         cpu_attention(sampled, kv_cache, table, lens, starts, scale, out=out, lse=full_lse, string=string)
     else:
-        from farspan.kernels.paged_decode import choose_num_splits, paged_decode
+        from farspan.kernels.decode import choose_num_splits, paged_decode
 
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
         max_seq_len = block_table.shape[1] * kv_cache.shape[2]

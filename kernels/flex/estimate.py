@@ -8,8 +8,8 @@ the keys leave device memory once a pass and reach the others from L2.
 import torch
 import triton
 import triton.language as tl
-from farspan.kernels.flex_types import SUB_BLOCKS, FlexEstimate
-from farspan.kernels.rope_shift import RotaryShift, rotate_tile
+from farspan.kernels.flex.types import SUB_BLOCKS, FlexEstimate
+from farspan.kernels.rotary_turn import RotaryShift, rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from farspan.kernels.tuning import device_capability
 

@@ -1,6 +1,4 @@
-"""Train the needle model: `python -m farspan.needle.train --out DIR`. Seeded, resumable, bf16 on a GPU.
-
-Where farspan is not installed: `PYTHONPATH=integration python -m needle.train --out DIR` in the repository.
+"""Train the needle model: `python -m benchmarks.needle_training.train --out DIR`. Seeded, resumable, bf16 on a GPU.
 
 Lengths rise when the loss on values says so (or a stage's share of the time is over), with shorter rows mixed in.
 `DIR` receives checkpoint.pt, training_log.csv, the model folder `model/` and, where asked for, evaluation.csv.
@@ -19,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from farspan.needle.evaluate import evaluate, submit_samples, summarise, write_rows
+from farspan.needle.network import NeedleNet, NeedleShape, export, load_network
 
 from .batches import ANSWER, FILLER, NUM_FILLER_TOKENS, Batch, BatchMaker
-from .evaluate import evaluate, submit_samples, summarise, write_rows
-from .network import NeedleNet, NeedleShape, export, load_network
 
 LOG_COLUMNS = (
     "step", "seconds", "tokens", "stage", "length", "learning_rate", "loss_repeat", "loss_value", "accuracy_value",

@@ -6,8 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from farspan.needle import distance, model_dir  # noqa: E402
+from farspan.needle import model_dir  # noqa: E402
 from farspan.needle.network import load_network  # noqa: E402
+
+from benchmarks.needle_training import distance  # noqa: E402
 
 
 @pytest.fixture(scope="module")

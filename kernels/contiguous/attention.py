@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from farspan.kernels.block_patterns import check_block_mask, end_with_request, mask_rows
-from farspan.kernels.paged_prefill import prefill_attention
-from farspan.kernels.short_lists import short_list_attention
+from farspan.kernels.contiguous.short_lists import short_list_attention
+from farspan.kernels.prefill import prefill_attention
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import SHORT_LIST_BLOCKS
 

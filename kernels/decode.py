@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from farspan.kernels.rope_shift import RotaryShift, rotate_tile
+from farspan.kernels.rotary_turn import RotaryShift, rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LOG2_E = math.log2(math.e)

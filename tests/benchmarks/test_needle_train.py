@@ -7,9 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from farspan.needle.batches import ANSWER, BatchMaker  # noqa: E402
 from farspan.needle.network import LOCAL_WINDOW, NeedleShape, export, load_network, stray_attention  # noqa: E402
-from farspan.needle.train import EARLY, LATE, Stage, Trainer, evaluation_plan, plot_log  # noqa: E402
+
+from benchmarks.needle_training.batches import ANSWER, BatchMaker  # noqa: E402
+from benchmarks.needle_training.train import EARLY, LATE, Stage, Trainer, evaluation_plan, plot_log  # noqa: E402
 
 SHAPE = NeedleShape(
     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=32

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import StringOptions
 from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
-from farspan.kernels.rope_shift import RotaryShift, make_rotary_shift
+from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 
 INSTEAD = "Leave out the option string."
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError
-from farspan.eval_results import CSV_NAME, Cell, append_csv, read_csv
+from farspan.evaluation.results import CSV_NAME, Cell, append_csv, read_csv
+from farspan.needle import model_dir
 
 if TYPE_CHECKING:
     from farspan.needle.tasks import Sample
 
-NEEDLE_DIR = Path(__file__).parent / "needle" / "model"
+NEEDLE_DIR = model_dir()
 
 # Options of each method before those of the user; None is vLLM's own backend.
 METHODS: dict[str, dict[str, Any] | None] = {

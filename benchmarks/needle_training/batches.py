@@ -9,10 +9,9 @@ import random
 from dataclasses import dataclass
 
 import torch
-
-from .tasks import NUM_GROUPS, NUM_HOPS, NUM_MULTI, filler_words
-from .tokenizer import BOS, EOS, PAD, UNK, vocabulary
-from .words import ADJECTIVES, NOUNS, ORDINALS, VALUES
+from farspan.needle.tasks import NUM_GROUPS, NUM_HOPS, NUM_MULTI, filler_words
+from farspan.needle.tokenizer import BOS, EOS, PAD, UNK, vocabulary
+from farspan.needle.words import ADJECTIVES, NOUNS, ORDINALS, VALUES
 
 NUM_FILLER_TOKENS = 2_000_000
 NOISE_SHARE = 0.15  # of rows

@@ -1,6 +1,6 @@
 """Accuracy at distances beyond the trained ones, with ordinary and with shifted rotary positions (STRING).
 
-    python -m farspan.needle.distance --out string_needle_distance.csv
+    python -m benchmarks.needle_training.distance --out string_needle_distance.csv
 
 The question stands `gap` positions behind the haystack, so that a short prompt has the distances of a prompt of `gap`
 more tokens, at the cost of a short one. What it lacks of the long prompt are its distractors: this measures positions
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-from .network import NeedleNet, load_network, rotate
-from .tasks import make_sample
-from .tokenizer import build_tokenizer
+from farspan.needle import model_dir
+from farspan.needle.network import NeedleNet, load_network, rotate
+from farspan.needle.tasks import make_sample
+from farspan.needle.tokenizer import build_tokenizer
 
 COLUMNS = ("task", "length", "gap", "shift", "window", "seed", "count", "accuracy")
 TASKS = ("niah_single", "niah_multivalue")
@@ -111,8 +111,8 @@ def right_answers(net: NeedleNet, task: str, length: int, seed: int, depth: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m farspan.needle.distance", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_training.distance", description=__doc__)
+    parser.add_argument("--model", type=Path, default=model_dir())
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens, without the gap")
     parser.add_argument("--count", type=int, default=50, help="prompts of each task; depths go evenly from 0 to 1")
     parser.add_argument("--seed", type=int, default=20_000, help="of the first prompt")

@@ -9,7 +9,7 @@ import math
 import torch
 import triton
 from farspan.kernels.prefill_kernel import prefill_kernel
-from farspan.kernels.rope_shift import RotaryShift
+from farspan.kernels.rotary_turn import RotaryShift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
 from triton.tools.tensor_descriptor import TensorDescriptor
