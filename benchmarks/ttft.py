@@ -80,7 +80,7 @@ def run(recorder: Recorder) -> None:
         name = f"farspan-g{gamma}"
         prefill = {"method": "flex", "gamma": gamma, "coverage_rows": COVERAGE_ROWS}
         if recorder.dry_run:
-            prefill |= {"min_seq_len": 0, "min_budget": 0}
+            prefill |= {"min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}
         spec = EngineSpec(
             requests,
             model,

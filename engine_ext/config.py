@@ -32,14 +32,18 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     min_budget: int = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them)."""
     max_budget: int | None = None
-    """Most KV tokens that a query tile reads; None for no limit. A limit goes before gamma: no head is repaired."""
+    """Most KV tokens that a query tile reads; None for no limit. It overrides gamma: no head is
+    computed again."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one a query head."""
     min_seq_len: int | None = None
-    """Requests shorter than this prefill densely; None for the measured crossover."""
+    """Chunks whose prefix, their own tokens included, is shorter than this prefill densely; None for the measured
+    crossover. In chunks of 2,048 the first 8,192 tokens of any prompt are dense by default."""
+    min_chunk_len: int | None = None
+    """Chunks with fewer query tokens than this prefill densely; None for the measured crossover."""
     coverage_rows: int = 4
-    """Query rows a chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
-    again over all keys, and get larger budgets in the chunks to come. 0 switches all of it off."""
+    """Query rows per chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
+    again over all keys. 0 switches both off."""
 
     def check(self, path: str) -> None:
         """Raise ConfigError where a value is out of range; path: where the struct lies in the tree."""
@@ -55,9 +59,9 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
                     f"at least min_budget, which is {self.min_budget}",
                     "Raise max_budget or lower min_budget",
                 )
-        if self.min_seq_len is not None:
-            hint = "null for the measured crossover"
-            check_at_least(f"{path}.min_seq_len", self.min_seq_len, 0, unit="tokens", hint=hint)
+        for name, least in (("min_seq_len", self.min_seq_len), ("min_chunk_len", self.min_chunk_len)):
+            if least is not None:
+                check_at_least(f"{path}.{name}", least, 0, unit="tokens", hint="null for the measured crossover")
         check_at_least(f"{path}.coverage_rows", self.coverage_rows, 0, unit="rows", hint="4, or 0 to measure nothing")
 
 

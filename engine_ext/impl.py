@@ -1,28 +1,24 @@
-"""The forward pass of one attention layer: choose the path, launch, nothing else."""
+"""The forward pass of one attention layer: a loop over the passes of the step."""
 
-from collections import Counter
 from typing import Any
 
 import torch
-from farspan.engine_ext.config import DensePrefill
-from farspan.engine_ext.dispatch import make_launcher
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.metadata import PrefillGroup, StepMetadata
-from farspan.engine_ext.requests import source_of
-from farspan.engine_ext.selection.methods import LayerShape, SparsePrefill, make_sparse_prefill
+from farspan.engine_ext.launch import Parts, attend, choose_dense_kernel, write_kv
+from farspan.engine_ext.passes import StepMetadata
+from farspan.engine_ext.profile import run_largest_chunk
 from farspan.engine_ext.support import config_of, layer_refusals
-from farspan.kernels.rotary_turn import RotaryShift
+from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
-# vLLM prints only its own loggers' names, so this one lies under them.
+# vLLM prints only its own loggers' names, so this one is under them.
 logger = init_logger("vllm.farspan")
 
 
 class FarspanImpl(AttentionImpl[StepMetadata]):
-    """Attention of one layer over paged KV."""
+    """Attention of one layer over paged KV. Nothing in it changes once it is constructed."""
 
     def __init__(
         self,
@@ -60,31 +56,10 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.config = config_of(vllm_config)
         self.scale = float(scale) * (self.config.string.logit_scale if self.config.string is not None else 1.0)
-        # The metadata builder sets the shift once the model is complete; from here on it can reach the runner.
-        self.string: RotaryShift | None = None
-        source_of(vllm_config)
+        self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
-        self.launcher = make_launcher(self.config, device, head_size, dtype)
-        layer = LayerShape(
-            # Layers are constructed in order, and each registers itself once its impl is there.
-            layer_index=len(vllm_config.compilation_config.static_forward_context),
-            num_q_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            scale=self.scale,
-            max_model_len=vllm_config.model_config.max_model_len,
-            tp_rank=get_tensor_model_parallel_rank(),
-            tp_size=vllm_config.parallel_config.tensor_parallel_size,
-            device=device,
-        )
-        self.sparse: SparsePrefill | None = make_sparse_prefill(self.config.prefill, layer)
-        self.launches: Counter[str] = Counter()
+        choose_dense_kernel(self.config, device, head_size, dtype)
         logger.info_once("farspan attention on %s: %s", device, self.config)
-
-    def shift_positions(self, string: RotaryShift) -> None:
-        """Attend, and select blocks, under shifted positions from now on; before vLLM's first batch."""
-        self.string = string
-        if self.sparse is not None:
-            self.sparse.string = string
 
     def do_kv_cache_update(
         self,
@@ -95,7 +70,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write this step's keys and values, [num_tokens, num_kv_heads, head_dim], into their pages."""
-        self.launcher.write_kv(key, value, kv_cache, slot_mapping)
+        write_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -117,33 +92,15 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         assert output_block_scale is None, "fused output quantization is not announced"
         step = attn_metadata
         if step is None:  # vLLM measures memory without a batch
+            run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, self.max_model_len)
             return output.fill_(0)
-        if step.num_decodes:
-            rows = slice(0, step.num_decodes)
-            self.launcher.decode(query[rows], kv_cache, step, self.scale, self.string, output[rows])
-            self.launches["decode"] += 1
-        for group in step.prefill_groups:
-            self.prefill(query, kv_cache, group, output)
+        kv, context, parts = KVView(kv_cache), step.layers[layer.layer_name], Parts()
+        group = self.num_heads // self.num_kv_heads
+        for each in step.passes:
+            heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
+            out = output[each.rows, heads]
+            target = out if each.part is None else parts.new_out(out)
+            lse = attend(each, query[each.rows, heads], kv.of_heads(each.kv_heads), context, self.scale, target)
+            if each.part is not None:
+                parts.add(each, lse, out)
         return output
-
-    def prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, output: torch.Tensor) -> None:
-        rows = slice(group.token_start, group.token_start + group.num_tokens)
-        query, output = query[rows], output[rows]
-        string = group.shift_of(self.string)
-        if self.sparse is None or isinstance(group.prefill, DensePrefill):
-            self.launcher.prefill(query, kv_cache, group, None, self.scale, string, output)
-            self.launches["prefill_dense"] += 1
-            return
-        block_lists = self.sparse.block_lists_for(query, kv_cache, group)
-        lse = None
-        if self.sparse.measures:
-            lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-        self.launcher.prefill(query, kv_cache, group, block_lists, self.scale, string, output, lse)
-        self.launches["prefill_sparse"] += 1
-        if lse is None:
-            return
-        short = self.sparse.measure(query, kv_cache, group, lse)
-        if short is not None:
-            # Launched whether a head is short or not: to know would be to wait for the device.
-            self.launcher.prefill(query, kv_cache, group, None, self.scale, string, output, lse, short)
-            self.launches["prefill_repair"] += 1

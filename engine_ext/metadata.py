@@ -1,87 +1,35 @@
-"""From vLLM's batch to what the kernels need: built once a step, on the host, without waiting for the device.
+"""From vLLM's batch to passes: built once per step, on the host, without waiting for the device.
 
 The batch is split by one rule: the leading requests with at most one query token are decodes, all others prefill.
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
-from farspan.engine_ext.requests import prefill_of_request, source_of
-from farspan.engine_ext.string import string_shift_for_layer
+from farspan.engine_ext.launch import choose_dense_kernel
+from farspan.engine_ext.layers import make_layer_contexts
+from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Pass, SampledRows, Sparse, StepMetadata
+from farspan.engine_ext.requests import source_of
+from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
 from farspan.engine_ext.support import config_of
-from farspan.kernels.decode import DecodeWorkspace
-from farspan.kernels.rotary_turn import RotaryShift
-from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
+from farspan.kernels.batch import PagedBatch
+from farspan.kernels.block_patterns import static_block_lists
+from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace
+from farspan.kernels.flex.coverage import sample_places
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
+from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
-    AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
 
 TILE_SIZE = 128
 """Tokens of a query tile and of a KV block where the method does not say otherwise."""
-
-FLEX_MIN_SEQ_LEN = 8192
-"""Requests shorter than this prefill densely under flex, unless min_seq_len says otherwise.
-
-At 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3 0.75; below, selection alone
-outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22; benchmarks/data/prefill_flex.csv
-"""
-
-
-@dataclass(frozen=True)
-class PrefillGroup:
-    """Adjacent prefilling requests that prefill alike, as a batch of their own."""
-
-    prefill: Prefill
-    token_start: int
-    num_tokens: int
-    """The group's tokens are rows [token_start, token_start + num_tokens) of the step's query and output."""
-    query_start_loc: torch.Tensor
-    """[num_requests + 1] int32, on the device, starting at 0."""
-    seq_lens: torch.Tensor
-    """[num_requests] int32, on the device: lengths after this step."""
-    block_table: torch.Tensor
-    """[num_requests, max_pages] int32, on the device."""
-    max_query_len: int
-    max_seq_len: int
-    tiles: PrefillTiles | None
-    """None where the dense kernel cuts its own tiles."""
-    request_ids: torch.Tensor
-    """[num_requests] int32, on the device: 0, 1, …"""
-    is_shifted: bool = False
-    """Whether the option `string` shortens any distance in these requests; it leaves shorter ones as they are."""
-    shared_lists: dict[str, BlockLists] = field(default_factory=dict)
-    """Block lists that the layers of this step share; filled by the first one."""
-
-    def shift_of(self, string: RotaryShift | None) -> RotaryShift | None:
-        """What a layer's shift comes to in these requests: None where it leaves them as they are."""
-        return string if self.is_shifted else None
-
-
-@dataclass(frozen=True)
-class StepMetadata(AttentionMetadata):
-    """One step of one KV cache group, shared by its layers."""
-
-    num_decodes: int
-    """Rows [0, num_decodes) of the query hold one token of requests [0, num_decodes) each."""
-    seq_lens: torch.Tensor
-    """[num_reqs] int32, on the device: lengths after this step; 0 for padding."""
-    block_table: torch.Tensor
-    """[num_reqs, max_pages] int32, on the device."""
-    query_start_loc: torch.Tensor
-    """[num_reqs + 1] int32, on the device."""
-    num_splits: int
-    """Parts that decode cuts each KV sequence into."""
-    decode_workspace: DecodeWorkspace | None
-    """Where the parts are combined; None on the CPU."""
-    prefill_groups: tuple[PrefillGroup, ...]
 
 
 def count_decodes(query_lens: list[int]) -> int:
@@ -90,6 +38,109 @@ def count_decodes(query_lens: list[int]) -> int:
         if query_len > 1:
             return request
     return len(query_lens)
+
+
+def effective_prefill(prefill: Prefill, query_len: int, kv_len: int) -> Prefill:
+    """How a chunk prefills: densely where flex would gain nothing over its prefix or its length."""
+    if isinstance(prefill, FlexPrefill):
+        min_seq_len = FLEX_MIN_SEQ_LEN if prefill.min_seq_len is None else prefill.min_seq_len
+        min_chunk_len = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
+        if kv_len < min_seq_len or query_len < min_chunk_len:
+            return DensePrefill()
+    return prefill
+
+
+@dataclass(frozen=True)
+class PassMaker:
+    """Makes passes for the layers of one KV cache group."""
+
+    num_kv_heads: int
+    dense_kernel: DenseKernel
+    num_sms: int
+    workspace: DecodeWorkspace | None
+    has_turn: bool
+    device: torch.device
+
+    def decode(self, batch: PagedBatch) -> Pass:
+        """The pass of requests [0, batch.num_reqs), which own the first rows of the step."""
+        splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
+        return Pass(
+            rows=slice(0, batch.num_reqs),
+            kv_heads=slice(0, self.num_kv_heads),
+            batch=batch,
+            work=Decode(splits, self.workspace),
+            turns=self.has_turn,
+        )
+
+    def prefill(
+        self,
+        prefill: Prefill,
+        batch: PagedBatch,
+        query_start_loc: list[int],
+        chunk_ends: list[int],
+        first_row: int,
+        *,
+        turns: bool,
+    ) -> Pass:
+        """The pass of adjacent requests that prefill alike.
+
+        query_start_loc, chunk_ends: of the batch, on the host, the first one from 0; first_row: of the step.
+        """
+        work: Dense | Sparse
+        if isinstance(prefill, DensePrefill):
+            kernel = "triton" if turns and self.dense_kernel == "fa3" else self.dense_kernel
+            tiles = None
+            if kernel == "triton":
+                tiles = make_prefill_tiles(query_start_loc, chunk_ends, TILE_SIZE, self.device)
+            work = Dense(kernel, tiles)
+        else:
+            block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
+            tiles = make_prefill_tiles(query_start_loc, chunk_ends, block_size, self.device)
+            samples = None
+            if isinstance(prefill, FlexPrefill) and prefill.coverage_rows > 0:
+                samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
+            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples)
+        return Pass(
+            rows=slice(first_row, first_row + query_start_loc[-1]),
+            kv_heads=slice(0, self.num_kv_heads),
+            batch=batch,
+            work=work,
+            turns=turns,
+        )
+
+    def sample(
+        self, batch: PagedBatch, query_start_loc: list[int], chunk_ends: list[int], rows_per_request: int
+    ) -> SampledRows:
+        """Rows of every request's chunk, each with the keys up to its own."""
+        rows, lens = [], []
+        for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):
+            for place in sample_places(end - start, rows_per_request):
+                rows.append(start + place)
+                lens.append(chunk_end - (end - start) + place + 1)
+        both = to_device([rows, lens, list(range(len(rows)))], self.device)
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=self.device)
+        row_batch = PagedBatch(
+            query_start_loc=starts,
+            kv_lens=both[1],
+            block_table=batch.block_table.repeat_interleave(rows_per_request, dim=0),
+            max_query_len=1,
+            max_kv_len=max(lens),
+        )
+        splits = plan_splits(len(rows), self.num_kv_heads, row_batch.max_kv_len, self.num_sms)
+        return SampledRows(both[0], row_batch, splits)
+
+
+def shared_lists(prefill: FlexPrefill | BlockSparsePrefill, tiles: PrefillTiles) -> BlockLists | None:
+    """The lists of a named pattern, which all layers and heads share."""
+    if not isinstance(prefill, BlockSparsePrefill) or prefill.pattern == "file":
+        return None
+    return static_block_lists(
+        tiles,
+        prefill.pattern,
+        sink_blocks=prefill.sink_blocks,
+        local_blocks=prefill.local_blocks,
+        stride=prefill.stride,
+    )
 
 
 class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -104,24 +155,27 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
-        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        self.decode_planner = DecodePlanner(
-            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
-            max_seq_len=vllm_config.model_config.max_model_len,
-            num_q_heads=layers[0].num_heads,
-            num_kv_heads=kv_cache_spec.num_kv_heads,
-            head_dim=kv_cache_spec.head_size,
+        self.layers = make_layer_contexts(layer_names, vllm_config, self.config, device, self.requests.model)
+        turns = [layer.turn for layer in self.layers.values() if layer.turn is not None]
+        # The layers of a model shift alike; where their angles differ, their bounds do not.
+        assert len({(turn.slope, turn.offset) for turn in turns}) <= 1
+        self.turn = turns[0] if turns else None
+        num_kv_heads = kv_cache_spec.num_kv_heads
+        num_sms = num_multiprocessors(device)
+        workspace = None
+        if device.type != "cpu":
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+            parts = most_parts(max_num_reqs, num_kv_heads, vllm_config.model_config.max_model_len, num_sms)
+            workspace = make_decode_workspace(parts * layer.num_heads, kv_cache_spec.head_size, device)
+        self.maker = PassMaker(
+            num_kv_heads=num_kv_heads,
+            dense_kernel=choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype),
+            num_sms=num_sms,
+            workspace=workspace,
+            has_turn=self.turn is not None,
             device=device,
         )
-        self.dense_kernel = choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype)
-        self.request_ids = torch.arange(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
-        self.shift: int | None = None
-
-        if self.config.string is not None:
-            for name, layer in zip(layer_names, layers, strict=True):
-                string = string_shift_for_layer(self.requests.model(), vllm_config, name, self.config.string)
-                layer.impl.shift_positions(string)
-                self.shift = string.shift
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -129,83 +183,59 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         """Split the batch; common_prefix_len and fast_build are vLLM's and unused."""
         common = common_attn_metadata
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
-        num_reqs = common.num_reqs
-        num_decodes = num_reqs
-        groups: tuple[PrefillGroup, ...] = ()
+        num_decodes = common.num_reqs
+        passes: list[Pass] = []
         if common.max_query_len > 1:
-            query_start_loc = common.query_start_loc_cpu[: num_reqs + 1].tolist()
-            query_lens = [end - start for start, end in pairwise(query_start_loc)]
-            num_decodes = count_decodes(query_lens)
-            groups = self.build_groups(common, num_decodes, query_start_loc, query_lens)
-        return StepMetadata(
-            num_decodes=num_decodes,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            query_start_loc=common.query_start_loc,
-            num_splits=self.decode_planner.num_splits(num_decodes, common.max_seq_len),
-            decode_workspace=self.decode_planner.workspace,
-            prefill_groups=groups,
-        )
+            query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+            num_decodes = count_decodes([end - start for start, end in pairwise(query_start_loc)])
+            passes = self.prefill_passes(common, num_decodes, query_start_loc)
+        if num_decodes > 0:
+            batch = requests_of(
+                common, 0, num_decodes, common.query_start_loc[: num_decodes + 1], 1, common.max_seq_len
+            )
+            passes.insert(0, self.maker.decode(batch))
+        return StepMetadata(tuple(passes), self.layers, self.requests.plan())
 
-    def build_groups(
-        self, common: CommonAttentionMetadata, num_decodes: int, query_start_loc: list[int], query_lens: list[int]
-    ) -> tuple[PrefillGroup, ...]:
-        """Groups of the requests [num_decodes, num_reqs); padding behind them has no tokens and is left out."""
+    def prefill_passes(
+        self, common: CommonAttentionMetadata, num_decodes: int, query_start_loc: list[int]
+    ) -> list[Pass]:
+        """Passes of the requests [num_decodes, num_reqs); padding after them has no tokens and is left out."""
         # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which is refused).
         assert common.seq_lens_cpu_upper_bound is not None
-        seq_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
-        prefills = self.prefill_per_request(common, seq_lens)
+        kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        query_lens = [end - start for start, end in pairwise(query_start_loc)]
+        prefills = self.requests.prefills(common)
         rows = [request for request in range(num_decodes, common.num_reqs) if query_lens[request] > 0]
-        groups = []
-        # A request's last token is its furthest from the first.
-        is_shifted = [self.shift is not None and seq_len > self.shift for seq_len in seq_lens]
-        for (prefill, shifted), members in groupby(rows, key=lambda request: (prefills[request], is_shifted[request])):
+
+        def kind(request: int) -> tuple[Prefill, bool]:
+            prefill = effective_prefill(prefills[request], query_lens[request], kv_lens[request])
+            return prefill, self.turn is not None and self.turn.reaches(kv_lens[request] - 1)
+
+        passes = []
+        for (prefill, turns), members in groupby(rows, key=kind):
             run = list(members)
             first, last = run[0], run[-1] + 1
-            starts = query_start_loc[first : last + 1]
-            groups.append(
-                PrefillGroup(
-                    prefill=prefill,
-                    token_start=starts[0],
-                    num_tokens=starts[-1] - starts[0],
-                    query_start_loc=common.query_start_loc[first : last + 1] - starts[0],
-                    seq_lens=common.seq_lens[first:last],
-                    block_table=common.block_table_tensor[first:last],
-                    max_query_len=max(query_lens[first:last]),
-                    max_seq_len=max(seq_lens[first:last]),
-                    tiles=self.make_tiles(
-                        prefill, shifted, [start - starts[0] for start in starts], seq_lens[first:last]
-                    ),
-                    request_ids=self.request_ids[: last - first],
-                    is_shifted=shifted,
-                )
-            )
-        return tuple(groups)
-
-    def make_tiles(
-        self, prefill: Prefill, is_shifted: bool, query_start_loc: list[int], seq_lens: list[int]
-    ) -> PrefillTiles | None:
-        cuts_its_own = self.dense_kernel == "cpu" or (self.dense_kernel == "fa3" and not is_shifted)
-        if isinstance(prefill, DensePrefill) and cuts_its_own:
-            return None
-        block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
-        return make_prefill_tiles(query_start_loc, seq_lens, block_size, self.device)
-
-    def prefill_per_request(self, common: CommonAttentionMetadata, seq_lens: list[int]) -> list[Prefill]:
-        """How each request of the batch prefills in this step."""
-        engine_prefill = self.config.prefill
-        if isinstance(engine_prefill, DensePrefill):
-            return [engine_prefill] * common.num_reqs
-        extra_args = self.requests.extra_args(common)
-        prefills = [prefill_of_request(self.config, each) for each in extra_args]
-        prefills += [engine_prefill] * (common.num_reqs - len(prefills))
-        return [shorten(prefill, seq_len) for prefill, seq_len in zip(prefills, seq_lens, strict=True)]
+            first_row = query_start_loc[first]
+            starts = common.query_start_loc[first : last + 1] - first_row
+            batch = requests_of(common, first, last, starts, max(query_lens[first:last]), max(kv_lens[first:last]))
+            host_starts = [start - first_row for start in query_start_loc[first : last + 1]]
+            passes.append(self.maker.prefill(prefill, batch, host_starts, kv_lens[first:last], first_row, turns=turns))
+        return passes
 
 
-def shorten(prefill: Prefill, seq_len: int) -> Prefill:
-    """Dense for a flex request that is too short to gain."""
-    if isinstance(prefill, FlexPrefill):
-        least = FLEX_MIN_SEQ_LEN if prefill.min_seq_len is None else prefill.min_seq_len
-        if seq_len < least:
-            return DensePrefill()
-    return prefill
+def requests_of(
+    common: CommonAttentionMetadata,
+    first: int,
+    last: int,
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    max_kv_len: int,
+) -> PagedBatch:
+    """Requests [first, last) of vLLM's batch as a batch of their own."""
+    return PagedBatch(
+        query_start_loc=query_start_loc,
+        kv_lens=common.seq_lens[first:last],
+        block_table=common.block_table_tensor[first:last],
+        max_query_len=max_query_len,
+        max_kv_len=max_kv_len,
+    )

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import msgspec
 from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill, suggestion
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.plan import StepPlan
 
 PREFIX = "farspan."
 OVERRIDES = ("farspan.method", "farspan.gamma")
@@ -15,8 +16,12 @@ OVERRIDES = ("farspan.method", "farspan.gamma")
 class RequestSource(Protocol):
     """What a metadata builder learns from the model runner that calls it."""
 
-    def extra_args(self, common_attn_metadata: Any) -> Sequence[Mapping[str, Any] | None]:
-        """The extra args of the requests of a batch, in batch order; shorter than a padded batch."""
+    def prefills(self, common_attn_metadata: Any) -> Sequence[Prefill]:
+        """How each request of a batch prefills, in batch order; the engine's own way for padding."""
+        ...
+
+    def plan(self) -> StepPlan | None:
+        """What the scheduler decided for the step that is running; None where it sends no plans."""
         ...
 
     def model(self) -> Any:

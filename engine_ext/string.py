@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import StringOptions
 from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
+from farspan.kernels.rotary_turn import Turn, make_string_turn
 
 INSTEAD = "Leave out the option string."
 
 
-def string_shift_for_layer(
-    model: torch.nn.Module, vllm_config: Any, layer_name: str, options: StringOptions
-) -> RotaryShift:
+def string_turn_for_layer(model: torch.nn.Module, vllm_config: Any, layer_name: str, options: StringOptions) -> Turn:
     """The shift of one attention layer of a loaded model, on the engine's device.
 
     Raises UnsupportedModelError where the layer's positions cannot be shifted exactly, ConfigError where the option
@@ -29,7 +27,7 @@ def string_shift_for_layer(
     shift = shift_tokens(options, rotary_emb, vllm_config.model_config.hf_text_config)
     is_neox = getattr(rotary_emb, "is_neox_style", True)  # Phi3's LongRoPE has no other style and no such attribute.
     device = torch.device(vllm_config.device_config.device_type)
-    return make_rotary_shift(frequencies, shift, options.window, is_neox, device)
+    return make_string_turn(frequencies, shift, options.window, is_neox, device)
 
 
 def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:

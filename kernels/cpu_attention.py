@@ -1,6 +1,6 @@
-"""Exact, block-sparse and shifted attention on paged KV in vectorised PyTorch: the path of the CPU platform.
+"""Exact and block-sparse attention on paged KV in vectorised PyTorch: the path of the CPU platform.
 
-Keys and values are gathered from their pages once a request, in float32; prefill then runs PyTorch's own flash
+Keys and values are gathered from their pages once per request, in float32; prefill then runs PyTorch's own flash
 attention for the CPU over the pieces of the causal triangle that need no mask of their own, and merges the pieces by
 their LSE. Decode rows run as padded batches of requests of similar length.
 """
@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.rotary_turn import RotaryShift, apply_shift
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-# Query rows of a tile, and keys of a block, where shifted positions cut a dense prompt into tiles.
-SHIFT_TILE = 256
+# Query rows of a tile, and keys of a block, where dense attention has to be cut into tiles.
+DENSE_TILE = 256
 
 # Float32 elements of keys and values that a batch of several decode rows gathers: 16 MiB, which the C library's heap
 # keeps for the next batch; larger pieces go back to the system and fault in anew.
@@ -40,10 +41,8 @@ def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
 
 def cpu_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: list[int] | torch.Tensor,
-    query_start_loc: list[int] | torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     scale: float,
     *,
     out: torch.Tensor,
@@ -51,49 +50,48 @@ def cpu_attention(
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
     head_mask: torch.Tensor | None = None,
-    string: RotaryShift | None = None,
+    causal: bool = True,
+    turn: Turn | None = None,
 ) -> None:
-    """Causal attention of a varlen batch on paged KV, prefill and decode mixed.
+    """Attention of a varlen batch on paged KV, prefill and decode mixed.
 
-    query: [num_tokens or more, num_q_heads, head_dim], float32, bfloat16 or float16. A request's chunk is its last
-        `query_len` tokens: its first token has position `seq_len - query_len`.
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides, last dimension contiguous.
-    block_table: [num_reqs, max_pages] int32, garbage allowed past a request's last page.
-    seq_lens: [num_reqs]; query_start_loc: [num_reqs + 1]; lists or tensors on the CPU.
+    query: [num_tokens or more, num_q_heads, head_dim], float32, bfloat16 or float16; the heads that `kv` serves.
     scale: factor on the logits.
     out: [num_tokens or more, num_q_heads, head_dim], written for the tokens of the batch.
-    lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token of a request with
-        `seq_len` 0 has no keys: its output is 0 and its LSE -inf.
+    lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token without keys has the
+        output 0 and the LSE -inf.
     tiles, block_lists: requests that have tiles read only the blocks listed for each of them; the others are dense.
     head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute, densely; `out` and `lse` of the
         others stay as they are. All when None.
-    string: shifted positions; None for ordinary ones.
+    causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
+    turn: keys below its bound meet the turned query.
 
     All arithmetic is in float32 whatever the dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
     """
-    lens: list[int] = seq_lens.tolist() if isinstance(seq_lens, torch.Tensor) else seq_lens
-    starts: list[int] = query_start_loc.tolist() if isinstance(query_start_loc, torch.Tensor) else query_start_loc
+    lens: list[int] = batch.kv_lens.tolist()
+    starts: list[int] = batch.query_start_loc.tolist()
+    firsts: list[int] = batch.first_positions().tolist()
     if head_mask is not None:
         assert block_lists is None
-        _attend_heads(query, kv_cache, block_table, lens, starts, scale, head_mask, out, lse, string)
+        _attend_heads(query, kv, batch, scale, head_mask, out, lse, causal, turn)
         return
     tiles_of: dict[int, list[int]] = {}
     if tiles is not None and block_lists is not None:
         for tile, request in enumerate(tiles.tile_request.tolist()):
             tiles_of.setdefault(request, []).append(tile)
     decodes = []
-    for request, seq_len in enumerate(lens):
+    for request, kv_len in enumerate(lens):
         rows = slice(starts[request], starts[request + 1])
         if rows.start == rows.stop:
             continue
-        if seq_len == 0:
+        if kv_len == 0:
             out[rows] = 0
             if lse is not None:
                 lse[:, rows] = float("-inf")
         elif rows.stop - rows.start == 1 and request not in tiles_of:
             decodes.append(request)
         else:
-            prompt = _Prompt(query[rows], kv_cache, block_table[request], seq_len, scale, string)
+            prompt = _Prompt(query[rows], kv, batch.block_table[request], kv_len, firsts[request], scale, causal, turn)
             if request in tiles_of:
                 assert tiles is not None
                 assert block_lists is not None
@@ -103,11 +101,13 @@ def cpu_attention(
             out[rows] = part[0].permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
             if lse is not None:
                 lse[:, rows] = part[1].flatten(0, 1)
-    for batch in _decode_batches(decodes, lens, kv_cache.shape[1] * kv_cache.shape[3]):
-        tokens = torch.tensor([starts[request] for request in batch])
-        batch_lens = torch.tensor([lens[request] for request in batch])
-        pages = block_table[torch.tensor(batch)]
-        part = _decode(query[tokens].float(), kv_cache, pages, batch_lens, scale, string)
+    visible = [min(lens[request], firsts[request] + 1) if causal else lens[request] for request in range(len(lens))]
+    for members in _decode_batches(decodes, visible, kv.num_kv_heads * 2 * kv.head_dim):
+        tokens = torch.tensor([starts[request] for request in members])
+        counts = torch.tensor([visible[request] for request in members])
+        positions = torch.tensor([firsts[request] for request in members])
+        pages = batch.block_table[torch.tensor(members)]
+        part = _decode(query[tokens].float(), kv.pages, pages, counts, positions, scale, turn)
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
@@ -115,18 +115,18 @@ def cpu_attention(
 
 def _attend_heads(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    lens: list[int],
-    starts: list[int],
+    kv: KVView,
+    batch: PagedBatch,
     scale: float,
     head_mask: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    string: RotaryShift | None,
+    causal: bool,
+    turn: Turn | None,
 ) -> None:
     """Dense attention of some heads of some requests; arguments as in `cpu_attention`."""
-    group = query.shape[1] // kv_cache.shape[1]
+    group = query.shape[1] // kv.num_kv_heads
+    starts = batch.query_start_loc.tolist()
     for kv_head, of_group in enumerate(head_mask.unflatten(0, (-1, group))):
         for request in of_group.any(0).nonzero()[:, 0].tolist():
             rows = slice(starts[request], starts[request + 1])
@@ -135,14 +135,13 @@ def _attend_heads(
             part_out, part_lse = torch.empty_like(part), torch.empty(len(heads), len(part))
             cpu_attention(
                 part,
-                kv_cache[:, kv_head : kv_head + 1],
-                block_table[request : request + 1],
-                [lens[request]],
-                [0, len(part)],
+                KVView(kv.pages[:, kv_head : kv_head + 1]),
+                batch.of_request(request),
                 scale,
                 out=part_out,
                 lse=part_lse,
-                string=string,
+                causal=causal,
+                turn=turn,
             )
             out[rows, heads] = part_out
             if lse is not None:
@@ -153,35 +152,43 @@ class _Prompt:
     """One request's chunk of queries, its keys and its values.
 
     Queries and outputs are [num_kv_heads, group, rows, head_dim], LSE is [num_kv_heads, group, rows], keys and values
-    are [num_kv_heads, seq_len, head_dim]; all float32.
+    are [num_kv_heads, kv_len, head_dim]; all float32. Row i is at position `first + i`.
     """
 
     def __init__(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv: KVView,
         pages: torch.Tensor,
-        seq_len: int,
+        kv_len: int,
+        first: int,
         scale: float,
-        string: RotaryShift | None,
+        causal: bool,
+        turn: Turn | None,
     ):
-        num_kv_heads, page_size = kv_cache.shape[1:3]
-        tokens = kv_cache.transpose(0, 1)[:, pages[: -(-seq_len // page_size)].long()].flatten(1, 2)
-        self.key, self.value = tokens[:, :seq_len].float().chunk(2, dim=-1)
-        self.query = query.float().unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-        self.first = seq_len - query.shape[0]
+        tokens = kv.pages.transpose(0, 1)[:, pages[: -(-kv_len // kv.page_size)].long()].flatten(1, 2)
+        self.key, self.value = tokens[:, :kv_len].float().chunk(2, dim=-1)
+        self.query = query.float().unflatten(1, (kv.num_kv_heads, -1)).permute(1, 2, 0, 3)
+        self.first = first
+        self.end = first + query.shape[0]
+        self.kv_len = kv_len
         self.scale = scale
-        self.string = None if string is None or seq_len <= string.shift else string
-        self.shifted = self.query if self.string is None else apply_shift(self.query, self.string)
+        self.causal = causal
+        self.turn = None if turn is None or not turn.reaches(self.end - 1) else turn
+        self.turned = self.query if self.turn is None else apply_turn(self.query, self.turn)
 
     def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Out and LSE of all rows over all keys."""
-        if self.string is None:
-            return _causal(self.query, self.key, self.value, self.scale)
+        if self.turn is None:
+            if not self.causal:
+                return _flash_piece(self.query, self.key, self.value, self.scale, causal=False)
+            if self.end == self.kv_len:
+                return _causal(self.query, self.key, self.value, self.scale)
         part = _Partial.empty(self.query.shape)
-        rows = self.query.shape[2]
-        for block in range(self.first // SHIFT_TILE, (self.first + rows - 1) // SHIFT_TILE + 1):
-            self._add_tile(part, slice(None), slice(None), block, SHIFT_TILE, torch.arange(block + 1))
+        blocks = -(-self.kv_len // DENSE_TILE)
+        for block in range(self.first // DENSE_TILE, (self.end - 1) // DENSE_TILE + 1):
+            num_blocks = min(block + 1, blocks) if self.causal else blocks
+            self._add_tile(part, slice(None), slice(None), block, DENSE_TILE, torch.arange(num_blocks))
         return part.out, part.lse
 
     def attend_lists(
@@ -204,47 +211,52 @@ class _Prompt:
     def _add_tile(
         self, part: "_Partial", kv_heads: slice, group_heads: slice, block: int, block_size: int, ids: torch.Tensor
     ) -> None:
-        """Merge into `part` the rows of query block `block`, for some heads, over the KV blocks `ids`."""
+        """Merge into `part` the rows of query block `block`, for some heads, over the KV blocks `ids` (ascending)."""
         begin = max(block * block_size, self.first)
-        end = min((block + 1) * block_size, self.key.shape[1])
+        end = min((block + 1) * block_size, self.end)
         rows = slice(begin - self.first, end - self.first)
-        query, shifted = self.query[kv_heads, group_heads, rows], self.shifted[kv_heads, group_heads, rows]
+        query, turned = self.query[kv_heads, group_heads, rows], self.turned[kv_heads, group_heads, rows]
         key, value = self.key[kv_heads], self.value[kv_heads]
         tile = part.view(kv_heads, group_heads, rows)
-        # Keys before `far` are shifted for all rows of the tile, those from `near` on for none.
-        far, near = (0, 0) if self.string is None else (begin - self.string.shift + 1, end - self.string.shift)
-        ids = ids[ids <= block]
-        is_far, is_near = (ids + 1) * block_size <= far, ids * block_size >= near
-        for mask in (is_far, is_near, ~(is_far | is_near)):
-            chosen = ids[mask]
-            if len(chosen) == 0:
-                continue
-            keys = _key_positions(chosen, block_size, end)
-            piece = key[:, keys], value[:, keys]
-            if mask is is_far:
-                tile.add(*_flash_piece(shifted, *piece, self.scale, causal=False))
-            elif mask is not is_near:
-                tile.add(*self._straddling(query, shifted, *piece, begin, keys))
-            elif int(chosen[-1]) == block:
-                tile.add(*_causal(query, *piece, self.scale))
-            else:
-                tile.add(*_flash_piece(query, *piece, self.scale, causal=False))
+        # Keys before `far` are turned for all rows of the tile, those from `near` on for none.
+        far, near = (0, 0) if self.turn is None else (self.turn.bound(begin), self.turn.bound(end - 1))
+        num_visible = min(end, self.kv_len) if self.causal else self.kv_len
+        ids = ids[ids * block_size < num_visible]
+        ends = ((ids + 1) * block_size).clamp_max(num_visible)
+        is_far, is_near = ends <= far, ids * block_size >= near
+        is_whole = ends <= begin + 1 if self.causal else torch.ones_like(is_far)
+        for same_turn, rotated in ((is_far & is_whole, turned), (is_near & is_whole, query)):
+            if same_turn.any():
+                keys = _key_positions(ids[same_turn], block_size, num_visible)
+                tile.add(*_flash_piece(rotated, key[:, keys], value[:, keys], self.scale, causal=False))
+        rest = ids[~((is_far | is_near) & is_whole)]
+        if len(rest) == 0:
+            return
+        keys = _key_positions(rest, block_size, num_visible)
+        is_own_block = len(rest) == 1 and num_visible == end and isinstance(keys, slice)
+        if bool(is_near[ids == rest[0]].all()) and is_own_block and self.causal and keys.start <= begin:
+            tile.add(*_causal(query, key[:, keys], value[:, keys], self.scale))
+        else:
+            tile.add(*self._masked(query, turned, key[:, keys], value[:, keys], begin, keys))
 
-    def _straddling(
+    def _masked(
         self,
         query: torch.Tensor,
-        shifted: torch.Tensor,
+        turned: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         begin: int,
         keys: slice | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention where some pairs are shifted and some are not; row i has position `begin + i`."""
-        assert self.string is not None
+        """Attention where each pair decides whether it is seen and turned; row i has position `begin + i`."""
         key_pos = torch.arange(keys.start, keys.stop) if isinstance(keys, slice) else keys
-        distance = torch.arange(begin, begin + query.shape[2])[:, None] - key_pos
-        logits = torch.where(distance >= self.string.shift, shifted @ key[:, None].mT, query @ key[:, None].mT)
-        return _softmax((logits * self.scale).masked_fill_(distance < 0, float("-inf")), value)
+        position = torch.arange(begin, begin + query.shape[2])[:, None]
+        logits = query @ key[:, None].mT
+        if self.turn is not None:
+            logits = torch.where(key_pos < self.turn.bounds(position), turned @ key[:, None].mT, logits)
+        if self.causal:
+            logits = logits.masked_fill_(key_pos > position, float("-inf"))
+        return _softmax(logits * self.scale, value)
 
 
 @dataclass
@@ -327,12 +339,14 @@ def _decode(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     lens: torch.Tensor,
+    positions: torch.Tensor,
     scale: float,
-    string: RotaryShift | None,
+    turn: Turn | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a request, at position `lens - 1`.
+    """One token per request, over its first `lens` keys.
 
-    query: [num_reqs, num_q_heads, head_dim] float32; block_table: [num_reqs, max_pages]; lens: [num_reqs], all > 0.
+    query: [num_reqs, num_q_heads, head_dim] float32; block_table: [num_reqs, max_pages]; lens: [num_reqs], all > 0;
+    positions: [num_reqs], of the queries.
     Returns out, shaped as query, and lse [num_q_heads, num_reqs].
     """
     num_kv_heads, page_size = kv_cache.shape[1:3]
@@ -341,16 +355,17 @@ def _decode(
     used = torch.arange(num_pages) * page_size < lens[:, None]
     pages = block_table[:, :num_pages].long().masked_fill(~used, 0)
     tokens = kv_cache.transpose(0, 1)[:, pages].flatten(2, 3)[:, :, :max_len].float()
-    distance = lens[:, None] - 1 - torch.arange(max_len)
+    key_pos = torch.arange(max_len)
+    is_past = key_pos >= lens[:, None]
     # Memory past a request's end may hold NaN, which no zero weight removes.
-    tokens = tokens.masked_fill((distance < 0)[..., None], 0.0)
+    tokens = tokens.masked_fill(is_past[..., None], 0.0)
     key, value = tokens.chunk(2, dim=-1)
     grouped = query.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
     logits = grouped @ key.mT
-    if string is not None and max_len > string.shift:
-        far = (distance >= string.shift)[:, None]
-        logits = torch.where(far, apply_shift(grouped, string) @ key.mT, logits)
-    logits = (logits * scale).masked_fill_((distance < 0)[:, None], float("-inf"))
+    if turn is not None and turn.reaches(int(positions.max())):
+        is_turned = (key_pos < turn.bounds(positions)[:, None])[:, None]
+        logits = torch.where(is_turned, apply_turn(grouped, turn) @ key.mT, logits)
+    logits = (logits * scale).masked_fill_(is_past[:, None], float("-inf"))
     lse = logits.logsumexp(dim=-1)
     out = (logits - lse[..., None]).exp_() @ value
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(1, 2).flatten(0, 1)

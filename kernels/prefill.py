@@ -1,15 +1,17 @@
 """Block-sparse prefill attention on paged KV, one pass, with LSE.
 
 A query tile reads the KV blocks of its list; dense attention is the list of all blocks it may see. Sources:
-FlashAttention-2 (arXiv 2307.08691), FlexPrefill (arXiv 2502.20766) for block lists, STRING (arXiv 2410.18745).
+FlashAttention-2 (arXiv 2307.08691), FlexPrefill (arXiv 2502.20766) for block lists, STRING (arXiv 2410.18745) for the
+turned query.
 """
 
 import math
 
 import torch
 import triton
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
-from farspan.kernels.rotary_turn import RotaryShift
+from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,42 +21,31 @@ LOG2_E = 1.4426950408889634
 
 def paged_prefill(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     tiles: PrefillTiles,
     scale: float,
     *,
     block_lists: BlockLists | None = None,
     head_mask: torch.Tensor | None = None,
     causal: bool = True,
-    string: RotaryShift | None = None,
-    max_query_len: int | None = None,
+    turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention of a varlen batch on the packed KV cache of one layer.
-
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides
-        with a contiguous last axis.
-    The rest as in `prefill_attention`.
-    """
-    key_cache, value_cache = kv_cache.split(query.shape[-1], dim=-1)
+    """Prefill attention of a varlen batch on paged KV; arguments as in `prefill_attention`."""
+    key_pages, value_pages = kv.split()
     return prefill_attention(
         query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
+        key_pages,
+        value_pages,
+        batch,
         tiles,
         scale,
         block_lists=block_lists,
         head_mask=head_mask,
         causal=causal,
-        string=string,
-        max_query_len=max_query_len,
+        turn=turn,
         out=out,
         lse=lse,
     )
@@ -62,52 +53,47 @@ def paged_prefill(
 
 def prefill_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    batch: PagedBatch,
     tiles: PrefillTiles,
     scale: float,
     *,
     block_lists: BlockLists | None = None,
     head_mask: torch.Tensor | None = None,
     causal: bool = True,
-    string: RotaryShift | None = None,
-    max_query_len: int | None = None,
+    turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention of a varlen batch on keys and values that lie in pages.
+    """Prefill attention of a varlen batch on keys and values in pages.
 
-    query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. A request's
-        chunk is its last `query_len` tokens, keys included in the cache already.
-    key_cache, value_cache: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, the same strides, the
-        last axis contiguous. Contiguous tensors are pages of a whole sequence each: any page_size will do when
-        `block_table` has one column.
-    block_table: [num_reqs, max_pages] int32, rows contiguous; seq_lens: [num_reqs] int32, after this step;
-        query_start_loc: [num_reqs + 1] int32.
+    query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
+        keys are in their pages already.
+    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, the same strides, the
+        last axis contiguous. Contiguous tensors are pages of a whole sequence each: any page_size will do when the
+        block table has one column.
+    batch: the requests; its `max_query_len` decides the size of the programs.
     tiles: the query tiles to compute. Tokens outside of them are neither read nor written, in `out` and in `lse`.
     scale: factor on the logits, above 0.
-    block_lists: the KV blocks that each tile reads; all that it may see when None.
+    block_lists: the KV blocks that each tile reads, none past the keys that there are; all that it may see when None.
     head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the others stay as
         they are. All when None. Read on the device, where programs without a wanted head end at once. Not together
         with block lists.
-    causal: a query at position p sees keys [0, p]; otherwise [0, seq_len).
-    string: shifted rotary positions: keys at distance `shift` or more meet the query rotated by the angles given.
-    max_query_len: upper bound of the requests' chunk lengths, where known: short chunks then take small tiles.
+    causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
+    turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim] to write into; lse: [num_q_heads, num_tokens] float32, rows contiguous.
-    Returns out and lse (natural log; -inf with zero output where a list is empty).
+    Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
     num_tokens, num_heads, head_dim = query.shape
-    _, num_kv_heads, page_size, _ = key_cache.shape
+    _, num_kv_heads, page_size, _ = key_pages.shape
     assert num_heads % num_kv_heads == 0
-    assert key_cache.shape == value_cache.shape
-    assert key_cache.stride() == value_cache.stride()
-    assert key_cache.dtype == value_cache.dtype == query.dtype
-    assert query.stride(-1) == key_cache.stride(-1) == block_table.stride(-1) == 1
+    assert key_pages.shape == value_pages.shape
+    assert key_pages.stride() == value_pages.stride()
+    assert key_pages.dtype == value_pages.dtype == query.dtype
+    assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
     assert scale > 0
     group_size = num_heads // num_kv_heads
     if out is None:
@@ -131,14 +117,14 @@ def prefill_attention(
         assert block_lists.block_counts.is_contiguous()
     heads_per_list = num_heads // num_list_heads
     if head_mask is not None:
-        assert head_mask.shape == (num_heads, seq_lens.shape[0])
+        assert head_mask.shape == (num_heads, batch.num_reqs)
         assert head_mask.dtype == torch.bool
         assert head_mask.is_contiguous()
         assert block_lists is None
 
-    paged = block_table.shape[1] > 1
-    max_seq_len = block_table.shape[1] * page_size
-    tokens_per_tile = min(tiles.block_size, max_query_len or tiles.block_size)
+    max_pages = batch.block_table.shape[1]
+    paged = max_pages > 1
+    tokens_per_tile = min(tiles.block_size, batch.max_query_len)
     if config is None:
         config = prefill_config(
             head_dim,
@@ -148,8 +134,8 @@ def prefill_attention(
             tokens_per_tile=tokens_per_tile,
             # Heads may share a program when they share keys, values and list.
             heads_that_share=group_size if heads_per_list % group_size == 0 else 1,
-            keys_in_a_row=(math.gcd(page_size, 128) if paged else 128) if has_row_view(key_cache, value_cache) else 0,
-            has_shift=string is not None,
+            keys_in_a_row=(math.gcd(page_size, 128) if paged else 128) if has_row_view(key_pages, value_pages) else 0,
+            has_turn=turn is not None,
             has_lists=block_lists is not None,
         )
     block_n = config.block_n
@@ -157,49 +143,48 @@ def prefill_attention(
     assert group_size % config.heads_per_tile == 0
     if config.use_tma:
         assert not paged or page_size % block_n == 0
-        assert has_row_view(key_cache, value_cache)
+        assert has_row_view(key_pages, value_pages)
     block_d = triton.next_power_of_2(head_dim)
-    stride_page, stride_head, stride_token, _ = key_cache.stride()
-    key_source: torch.Tensor | TensorDescriptor = key_cache
-    value_source: torch.Tensor | TensorDescriptor = value_cache
+    stride_page, stride_head, stride_token, _ = key_pages.stride()
+    key_source: torch.Tensor | TensorDescriptor = key_pages
+    value_source: torch.Tensor | TensorDescriptor = value_pages
     if config.use_tma:
-        key_source = row_descriptor(key_cache, block_n, block_d)
-        value_source = row_descriptor(value_cache, block_n, block_d)
+        key_source = row_descriptor(key_pages, block_n, block_d)
+        value_source = row_descriptor(value_pages, block_n, block_d)
         stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
 
     num_pieces = triton.cdiv(tokens_per_tile, config.block_t)
     num_units = num_heads // config.heads_per_tile
-    together = config.kv_heads_together if num_kv_heads % config.kv_heads_together == 0 else 1
     prefill_kernel[(num_units * num_pieces * tiles.num_tiles,)](
         query,
         key_source,
         value_source,
         out,
         lse,
-        block_table,
-        seq_lens,
-        query_start_loc,
+        batch.block_table,
+        batch.kv_lens,
+        batch.query_start_loc,
+        batch.first_pos,
         tiles.tile_request,
         tiles.tile_block,
         block_lists.block_ids if block_lists is not None else None,
         block_lists.block_counts if block_lists is not None else None,
-        string.cos if string is not None else None,
-        string.sin if string is not None else None,
+        turn.cos if turn is not None else None,
+        turn.sin if turn is not None else None,
         head_mask.view(torch.int8) if head_mask is not None else None,
         scale * LOG2_E,
-        string.shift if string is not None else 0,
+        turn.offset if turn is not None else 0,
         tiles.num_tiles,
         num_pieces,
         max_blocks,
         group_size,
         heads_per_list,
-        together * group_size // config.heads_per_tile,
         query.stride(0),
         query.stride(1),
         out.stride(0),
         out.stride(1),
         lse.stride(0),
-        block_table.stride(0),
+        batch.block_table.stride(0),
         stride_page,
         stride_head,
         stride_token,
@@ -213,14 +198,16 @@ def prefill_attention(
         BLOCK_N=block_n,
         HEADS_PER_TILE=config.heads_per_tile,
         PAGE_SIZE=page_size if paged else 0,
-        HALF_ROTARY=string.cos.shape[0] if string is not None else 1,
-        IS_NEOX=string.is_neox if string is not None else True,
+        HALF_ROTARY=turn.cos.shape[0] if turn is not None else 1,
+        IS_NEOX=turn.is_neox if turn is not None else True,
         HAS_LISTS=block_lists is not None,
-        HAS_SHIFT=string is not None,
+        HAS_TURN=turn is not None,
+        SLOPE=turn.slope if turn is not None else 1,
+        HAS_FIRST_POS=batch.first_pos is not None,
         HAS_HEAD_MASK=head_mask is not None,
         IS_CAUSAL=causal,
         USE_TMA=config.use_tma,
-        NARROW_IDS=config.narrow_ids and max_seq_len <= 2**16 * tiles.block_size,
+        NARROW_IDS=config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
         RECOMPUTES=config.recomputes,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,

@@ -2,7 +2,7 @@
 
 Only the last block of a list can need a mask (the diagonal of a causal tile, the ragged end of any other), so it is
 split off and the main loop has none. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-2
-(arXiv 2307.08691) for the streaming softmax, STRING (arXiv 2410.18745) for shifted positions.
+(arXiv 2307.08691) for the streaming softmax, STRING (arXiv 2410.18745) for the turned query.
 """
 
 import triton
@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # The maximum of a row that has met no key yet: below any score, and finite, as -inf less -inf is no number.
 LOWEST = tl.constexpr(-1e30)
 
-# Entries of a block list that are compared with the shift at a time.
+# Entries of a block list that are compared with the turn's bound at a time.
 BLOCKS_COUNTED = tl.constexpr(128)
 
 
@@ -117,7 +117,7 @@ def _attend_blocks(
     stride_head,
     stride_token,
     scale_log2,
-    shift,
+    turn_offset,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,15 +129,16 @@ def _attend_blocks(
     MASKED: tl.constexpr,
     STRADDLES: tl.constexpr,
     COUNTS_KEYS: tl.constexpr,
+    SLOPE: tl.constexpr,
     NARROW_IDS: tl.constexpr,
     RECOMPUTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
 
-    MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys at distance `shift` or more where
-    `near` is 1, keys below it where `near` is 0. COUNTS_KEYS: the loop counts keys instead of tiles, which spares the
-    kernel with a shift registers and costs the others. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
+    MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys below the turn's bound where
+    `near` is 1, keys at and past it where `near` is 0. COUNTS_KEYS: the loop counts keys instead of tiles, which spares
+    the kernel with a turn registers and costs the others. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
     """
     STRIDE: tl.constexpr = BLOCK_N if COUNTS_KEYS else 1
     BLOCK_STRIDE: tl.constexpr = BLOCK_SIZE // BLOCK_N * STRIDE
@@ -174,8 +175,8 @@ def _attend_blocks(
             offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
             if STRADDLES:
                 # Of the same form for both passes: one comparison a score.
-                bound = position - shift
-                mask = offs_n * (2 * near - 1) >= tl.where(near == 1, bound + 1, -bound)[:, None]
+                bound = SLOPE * position + turn_offset
+                mask = offs_n * (2 * near - 1) >= tl.where(near == 1, bound, 1 - bound)[:, None]
                 if MASKED:
                     mask = mask & (offs_n < kv_end)
             else:
@@ -202,8 +203,9 @@ def prefill_kernel(
     out_ptr,
     lse_ptr,
     block_table_ptr,
-    seq_lens_ptr,
+    kv_lens_ptr,
     query_start_loc_ptr,
+    first_pos_ptr,
     tile_request_ptr,
     tile_block_ptr,
     block_ids_ptr,
@@ -212,19 +214,18 @@ def prefill_kernel(
     sin_ptr,
     head_mask_ptr,
     scale_log2,
-    shift,
+    turn_offset,
     num_tiles,
     num_pieces,
     max_blocks,
     group_size,
     heads_per_list,
-    units_together,
     stride_query_token,
     stride_query_head,
     stride_out_token,
     stride_out_head,
     stride_lse_head,
-    stride_table,
+    stride_block_table,
     stride_page,
     stride_head,
     stride_token,
@@ -240,7 +241,9 @@ def prefill_kernel(
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
     HAS_LISTS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_TURN: tl.constexpr,
+    SLOPE: tl.constexpr,
+    HAS_FIRST_POS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -254,12 +257,13 @@ def prefill_kernel(
     """
     # Longest tiles first, and heads that share keys and values side by side.
     program = tl.program_id(0)
-    unit = program % units_together
-    program = program // units_together
+    units_per_group = group_size // HEADS_PER_TILE
+    unit = program % units_per_group
+    program = program // units_per_group
     piece = num_pieces - 1 - program % num_pieces
     program = program // num_pieces
     tile = num_tiles - 1 - program % num_tiles
-    unit += program // num_tiles * units_together
+    unit += program // num_tiles * units_per_group
     first_head = unit * HEADS_PER_TILE
     kv_head = first_head // group_size
 
@@ -274,11 +278,16 @@ def prefill_kernel(
     query_block = tl.load(tile_block_ptr + tile)
     chunk_offset = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - chunk_offset
-    seq_len = tl.load(seq_lens_ptr + request)
-    chunk_start = seq_len - query_len
+    kv_len = tl.load(kv_lens_ptr + request)
+    if HAS_FIRST_POS:
+        chunk_start = tl.load(first_pos_ptr + request)
+        chunk_end = chunk_start + query_len
+    else:
+        chunk_start = kv_len - query_len
+        chunk_end = kv_len
     # Positions [first_position, end_position) are this program's.
     first_position = tl.maximum(query_block * BLOCK_SIZE, chunk_start) + piece * BLOCK_T
-    end_position = tl.minimum(tl.minimum(query_block * BLOCK_SIZE + BLOCK_SIZE, seq_len), first_position + BLOCK_T)
+    end_position = tl.minimum(tl.minimum(query_block * BLOCK_SIZE + BLOCK_SIZE, chunk_end), first_position + BLOCK_T)
     if first_position >= end_position:
         return
 
@@ -292,11 +301,13 @@ def prefill_kernel(
     mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
     query_ptrs = query_ptr + (token * stride_query_token + head * stride_query_head)[:, None] + offs_d[None, :]
 
-    table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_table
+    table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_block_table
     if IS_CAUSAL:
         kv_end = end_position
+        if HAS_FIRST_POS:
+            kv_end = tl.minimum(kv_end, kv_len)
     else:
-        kv_end = seq_len
+        kv_end = kv_len
     if HAS_LISTS:
         list_index = (first_head // heads_per_list).to(tl.int64) * num_tiles + tile
         ids_ptr = block_ids_ptr + list_index * max_blocks
@@ -320,33 +331,33 @@ def prefill_kernel(
     last_tile = last * TILES_PER_BLOCK
     end_tile = last_tile + num_last_tiles
 
-    if HAS_SHIFT:
-        # Blocks [0, num_far) lie at distance `shift` or more from every query of the program, [num_far, num_shifted)
-        # from some, [num_shifted, last) from none: ranges, as lists ascend.
-        far_end = first_position - shift + 1
-        shifted_end = end_position - shift
+    if HAS_TURN:
+        # Blocks [0, num_far) are before the bound of every query of the program, [num_far, num_turned) before that of
+        # some, [num_turned, last) before none: ranges, as lists ascend.
+        far_end = SLOPE * first_position + turn_offset
+        turned_end = SLOPE * (end_position - 1) + turn_offset
         if HAS_LISTS:
             is_far = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
-            is_shifted = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
+            is_turned = tl.zeros([BLOCKS_COUNTED], dtype=tl.int32)
             for first_index in range(0, last, BLOCKS_COUNTED):
                 index = first_index + tl.arange(0, BLOCKS_COUNTED)
                 first_key = tl.load(ids_ptr + index, mask=index < last, other=0) * BLOCK_SIZE
                 is_far += ((index < last) & (first_key + BLOCK_SIZE <= far_end)).to(tl.int32)
-                is_shifted += ((index < last) & (first_key < shifted_end)).to(tl.int32)
+                is_turned += ((index < last) & (first_key < turned_end)).to(tl.int32)
             num_far = tl.sum(is_far, 0)
-            num_shifted = tl.sum(is_shifted, 0)
+            num_turned = tl.sum(is_turned, 0)
         else:
             num_far = tl.minimum(tl.maximum(far_end, 0) // BLOCK_SIZE, last)
-            num_shifted = tl.minimum((tl.maximum(shifted_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
+            num_turned = tl.minimum((tl.maximum(turned_end, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE, last)
         far_tile = num_far * TILES_PER_BLOCK
-        near_tile = num_shifted * TILES_PER_BLOCK
-        last_straddles = last_block * BLOCK_SIZE < shifted_end
+        near_tile = num_turned * TILES_PER_BLOCK
+        last_straddles = last_block * BLOCK_SIZE < turned_end
         # Two passes, so that only one rotation of the query is held at a time: over far keys (near = 0), if there are
         # any, then over near ones (near = 1). Straddling blocks are in both. A loop, because the tensor cores take the
         # query from shared memory only if it was loaded or is carried by a loop. All registers are in use, and ptxas
-        # decides what that costs: most ways to write these passes took 2 to 14 % longer than a chunk without a shift,
+        # decides what that costs: most ways to write these passes took 2 to 14 % longer than a chunk without a turn,
         # this one 0.5 to 1.8 % (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md).
-        first_pass = ((num_shifted == 0) & (last_block * BLOCK_SIZE >= shifted_end)).to(tl.int32)
+        first_pass = ((num_turned == 0) & (last_block * BLOCK_SIZE >= turned_end)).to(tl.int32)
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         if first_pass == 0:
             query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
@@ -355,22 +366,25 @@ def prefill_kernel(
                 acc, row_max, row_sum, query, position, near,
                 tl.where(near == 1, near_tile, 0), tl.where(near == 1, last_tile, far_tile),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
+                stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
+                PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 far_tile, near_tile,
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
+                stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, True, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
+                PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
                 acc, row_max, row_sum, query, position, near,
                 last_tile, tl.where(last_straddles | (near == 1), end_tile, 0),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-                stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
+                stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
+                PRECISION,
             )  # fmt: skip
             # Volatile, or the compiler would keep this tile from the first load on.
             query = tl.load(query_ptrs, mask=mask_q & (near == 0), other=0.0, volatile=True)
@@ -380,15 +394,17 @@ def prefill_kernel(
             acc, row_max, row_sum, query, position, 1,
             0, last_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-            stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
+            stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
+                PRECISION,
         )  # fmt: skip
         acc, row_max, row_sum = _attend_blocks(
             acc, row_max, row_sum, query, position, 1,
             last_tile, end_tile,
             ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
-            stride_page, stride_head, stride_token, scale_log2, shift, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, HAS_SHIFT, NARROW_IDS, RECOMPUTES, PRECISION,
+            stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+            PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, False, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
+                PRECISION,
         )  # fmt: skip
 
     # An empty list leaves a zero output and an LSE of -inf.

@@ -1,10 +1,11 @@
-"""The truth of every operation in plain float32 (or float64) PyTorch: slow, short, what all kernels are tested against.
+"""Every operation in plain float32 (or float64) PyTorch: slow, short, what all kernels are tested against.
 
 Shapes and conventions are those of the kernels. LSE is in natural log, `[num_heads, num_tokens]` float32, -inf where a
 query sees no key; such a query's output is zero.
 """
 
 import torch
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
@@ -49,10 +50,8 @@ def attend_logits(logits: torch.Tensor, value: torch.Tensor, mask: torch.Tensor)
 
 def paged_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     scale: float,
     *,
     causal: bool = True,
@@ -62,23 +61,20 @@ def paged_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a varlen batch on paged KV; prefill and decode alike.
 
-    query: [num_tokens, num_heads, head_dim], the requests' chunks one behind the other. A chunk is the last
-        `query_len` tokens of its request: its first token has position `seq_len - query_len`.
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim].
-    block_table: [num_reqs, max_pages] int32; seq_lens: [num_reqs] int32; query_start_loc: [num_reqs + 1] int32.
+    query: [num_tokens, num_heads, head_dim], the requests' chunks one after the other.
     tiles, block_lists: if given, tile t of head h reads only the blocks in its list.
     Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens] in `dtype`.
     """
     num_tokens, num_heads, head_dim = query.shape
     out = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype, device=query.device)
     lse = torch.full((num_heads, num_tokens), float("-inf"), dtype=dtype, device=query.device)
-    for request in range(len(seq_lens)):
-        start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
+    for request in range(batch.num_reqs):
+        start, end = int(batch.query_start_loc[request]), int(batch.query_start_loc[request + 1])
         if start == end:
             continue
-        kv_len = int(seq_lens[request])
-        key, value = gather_kv(kv_cache, block_table[request], kv_len, dtype)
-        query_pos = torch.arange(kv_len - (end - start), kv_len, device=query.device)
+        kv_len, first_pos = int(batch.kv_lens[request]), int(batch.first_positions()[request])
+        key, value = gather_kv(kv.pages, batch.block_table[request], kv_len, dtype)
+        query_pos = torch.arange(first_pos, first_pos + end - start, device=query.device)
         kv_pos = torch.arange(kv_len, device=query.device)
         mask = torch.ones(num_heads, end - start, kv_len, dtype=torch.bool, device=query.device)
         if causal:
@@ -150,12 +146,13 @@ def string_attention(
     return attend_logits(logits * scale, value, causal if mask is None else causal & mask)
 
 
-def merge_partials(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine attention over two disjoint key sets; shapes as `paged_attention` returns them."""
-    lse = torch.logaddexp(lse_a, lse_b)
+def combine_partials(part_out: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine attention over disjoint key sets.
+
+    part_out: [num_parts, num_tokens, num_heads, head_dim]; part_lse: [num_parts, num_heads, num_tokens].
+    Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens].
+    """
+    lse = part_lse.logsumexp(0)
     finite = torch.where(lse.isinf(), 0.0, lse)
-    weight_a = (lse_a - finite).exp().T[..., None]
-    weight_b = (lse_b - finite).exp().T[..., None]
-    return out_a * weight_a + out_b * weight_b, lse
+    weights = (part_lse - finite).exp().mT[..., None]
+    return torch.where(weights > 0, part_out * weights, 0.0).sum(0), lse

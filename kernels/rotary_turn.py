@@ -1,12 +1,14 @@
-"""Rotate already rotated queries by a constant signed offset: shifted rotary positions.
+"""Turn already rotated queries by a constant signed angle: keys before a bound meet the turned query, others the plain.
 
 STRING (arXiv 2410.18745) leaves the keys at their positions and gives a query two rotations. A key at distance
 `d = query_pos - key_pos` below the shift S meets the query as it is; one at distance `d >= S` meets the query rotated
 as if it stood at `query_pos - S + W`, so that the pair behaves as if at distance `d - S + W`. The second rotation is
-the first one followed by the constant angle `(W - S) * inv_freq`, the same for every token.
+the first one followed by the constant angle `(W - S) * inv_freq`, the same for every token. Star Attention's host
+blocks see their anchor by the same means: there the bound is the anchor's length, wherever the query stands.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -14,53 +16,79 @@ import triton.language as tl
 
 
 @dataclass(frozen=True)
-class RotaryShift:
-    """Distances `d >= shift` behave as `d - shift + window`."""
+class Turn:
+    """Keys at positions below `slope * query_pos + offset` meet the query rotated by the angle of `cos` and `sin`."""
 
-    shift: int
-    """S in tokens, at least 1: the first distance that is shifted."""
-    window: int
-    """W in tokens."""
     cos: torch.Tensor
-    """[rotary_dim / 2] float32: cosine of `(window - shift) * inv_freq`."""
+    """[rotary_dim / 2] float32: cosine of the extra angle of each pair of components."""
     sin: torch.Tensor
     """[rotary_dim / 2] float32: sine of the same angle."""
     is_neox: bool
     """True: component i pairs with i + rotary_dim / 2. False: component 2i pairs with 2i + 1."""
+    slope: Literal[0, 1]
+    """1: the bound moves with the query; 0: it is the same for all queries."""
+    offset: int
+    """In tokens."""
 
     @property
     def rotary_dim(self) -> int:
         """Leading components of a head that rotate; the others pass unchanged."""
         return 2 * self.cos.shape[0]
 
+    def bound(self, query_pos: int) -> int:
+        """Keys at positions below this meet the turned query."""
+        return self.slope * query_pos + self.offset
 
-def make_rotary_shift(
-    inv_freq: torch.Tensor, shift: int, window: int, is_neox: bool, device: torch.device
-) -> RotaryShift:
-    """Compute the constant rotation of a shift.
+    def bounds(self, query_pos: torch.Tensor) -> torch.Tensor:
+        """`bound` for a tensor of positions, of the same shape."""
+        return self.slope * query_pos + self.offset
 
-    inv_freq: [rotary_dim / 2] radians a token, float32 or float64, any device. The angle is multiplied, and reduced by
-        cosine and sine, in float64: at a shift of 1e5 tokens float32 would be off by 0.004 radians.
-    shift: S >= 1 tokens; window: W >= 0 tokens.
+    def reaches(self, last_query_pos: int) -> bool:
+        """Whether a query at or before this position meets any key turned."""
+        return self.bound(last_query_pos) > 0
+
+
+def make_turn(
+    inv_freq: torch.Tensor,
+    distance: int,
+    is_neox: bool,
+    device: torch.device,
+    *,
+    slope: Literal[0, 1],
+    offset: int,
+) -> Turn:
+    """A turn by the rotation that `distance` positions make.
+
+    inv_freq: [rotary_dim / 2] radians per token, float32 or float64, any device. The angle is multiplied, and reduced
+        by cosine and sine, in float64: at a distance of 1e5 tokens float32 would be off by 0.004 radians.
+    distance: signed, in tokens.
+    """
+    angle = inv_freq.double().cpu() * distance
+    return Turn(angle.cos().float().to(device), angle.sin().float().to(device), is_neox, slope, offset)
+
+
+def make_string_turn(inv_freq: torch.Tensor, shift: int, window: int, is_neox: bool, device: torch.device) -> Turn:
+    """STRING's turn: distances `d >= shift` behave as `d - shift + window`.
+
+    inv_freq: as in `make_turn`; shift: S >= 1 tokens; window: W >= 0 tokens.
     """
     assert shift >= 1, shift
     assert window >= 0, window
-    angle = inv_freq.double().cpu() * (window - shift)
-    return RotaryShift(shift, window, angle.cos().float().to(device), angle.sin().float().to(device), is_neox)
+    return make_turn(inv_freq, window - shift, is_neox, device, slope=1, offset=1 - shift)
 
 
-def apply_shift(query: torch.Tensor, shift: RotaryShift) -> torch.Tensor:
-    """Rotate queries by the constant angle of `shift`.
+def apply_turn(query: torch.Tensor, turn: Turn) -> torch.Tensor:
+    """Rotate queries by the angle of `turn`.
 
     query: [..., head_dim], any float dtype; computed in float32 (float64 if given), returned in the query's dtype.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rotary, rest = query.split([shift.rotary_dim, query.shape[-1] - shift.rotary_dim], dim=-1)
+    rotary, rest = query.split([turn.rotary_dim, query.shape[-1] - turn.rotary_dim], dim=-1)
     rotary = rotary.to(dtype)
-    cos, sin = shift.cos.to(dtype), shift.sin.to(dtype)
-    first, second = rotary.chunk(2, dim=-1) if shift.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
+    cos, sin = turn.cos.to(dtype), turn.sin.to(dtype)
+    first, second = rotary.chunk(2, dim=-1) if turn.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
     pair = first * cos - second * sin, second * cos + first * sin
-    turned = torch.cat(pair, dim=-1) if shift.is_neox else torch.stack(pair, dim=-1).flatten(-2)
+    turned = torch.cat(pair, dim=-1) if turn.is_neox else torch.stack(pair, dim=-1).flatten(-2)
     return torch.cat([turned.to(query.dtype), rest], dim=-1)
 
 
@@ -68,7 +96,7 @@ def apply_shift(query: torch.Tensor, shift: RotaryShift) -> torch.Tensor:
 def rotate_tile(
     query, query_ptrs, cos_ptr, sin_ptr, mask, HALF_ROTARY: tl.constexpr, IS_NEOX: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Rotate a [rows, BLOCK_D] query tile, loaded from `query_ptrs` under `mask`, by a shift's constant angle.
+    """Rotate a [rows, BLOCK_D] query tile, loaded from `query_ptrs` under `mask`, by a turn's angle.
 
     cos_ptr, sin_ptr: [HALF_ROTARY] float32. Components at and past 2 * HALF_ROTARY stay as they are. Computed in
     float32, returned in the tile's dtype.

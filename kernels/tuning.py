@@ -24,8 +24,6 @@ class PrefillConfig:
     num_stages: int
     use_tma: bool
     """Load keys and values through the tensor copy engine where the pages allow it."""
-    kv_heads_together: int
-    """KV heads whose tiles run side by side, before the next ones."""
     narrow_ids: bool = False
     """Read block numbers of lists as 16 bits, where the longest sequence allows it: fewer registers."""
     recomputes: bool = False
@@ -58,7 +56,7 @@ def prefill_config(
     tokens_per_tile: int,
     heads_that_share: int,
     keys_in_a_row: int,
-    has_shift: bool,
+    has_turn: bool,
     has_lists: bool,
 ) -> PrefillConfig:
     """Choose the tile shapes of `paged_prefill`.
@@ -69,7 +67,7 @@ def prefill_config(
     heads_that_share: query heads that read the same keys, values and block lists.
     keys_in_a_row: how many keys at a multiple of as many, up to 128, the copy engine finds in one row of memory after
         another; 0 where it cannot read the cache.
-    has_shift: whether the query has two rotations.
+    has_turn: whether the query has two rotations.
     has_lists: whether tiles read the blocks of lists.
     """
     # Rows of a program, keys of a step, warps, stages. What was only compiled, for 8.0 and 9.0, has no spills in 16-bit
@@ -80,7 +78,7 @@ def prefill_config(
         rows, block_n, num_warps, num_stages = (16, 32, 4, 2) if head_dim <= 128 else (16, 16, 8, 2)
     elif head_dim > 128:
         # Compiled only.
-        rows, block_n, num_warps, num_stages = (128 if is_hopper and not has_shift else 64, 32, 8, 2)
+        rows, block_n, num_warps, num_stages = (128 if is_hopper and not has_turn else 64, 32, 8, 2)
     elif not is_hopper:
         # Compiled only.
         rows, block_n, num_warps, num_stages = 128, 64 if head_dim <= 64 else 32, 8, 3
@@ -111,8 +109,6 @@ def prefill_config(
         num_warps=num_warps if block_m == rows or (head_dim > 128 and block_m >= 64) else 4,
         num_stages=num_stages,
         use_tma=use_tma,
-        # Two at a time lost 1 to 13 %, but gained 3 % at 10 % density with lists per query head. H100 80GB, 2026-11-22.
-        kv_heads_together=1,
         # With all registers in use ptxas computes a step's exponentials one behind the other, and nothing beside them.
         # Both together took 3 to 7 % less time than neither, the first alone 1 to 2 % less: 16K tokens behind 112K, and
         # 64K, at 13 % density (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md). By the compiled instructions
@@ -167,3 +163,52 @@ def short_list_config(
     if head_dim > 64:
         return ShortListConfig(64, num_warps, 2, use_tma=use_tma)
     return ShortListConfig(64, num_warps, 3 if block_size == 128 else 4, use_tma=use_tma)
+
+
+# Fewest keys that a split is worth where all programs run at once, so that splits hide latency, and where they queue,
+# so that a split only costs its start. H100 80GB, 2026-11-22: 1 x 1K takes 8.1 us in 8 splits, 9.7 in 4; 256 x 1K
+# 359 us in 1, 397 in 4.
+DECODE_MIN_SPLIT_KEYS = 128
+DECODE_MIN_QUEUED_SPLIT_KEYS = 512
+
+# Programs that run on a multiprocessor at once, by shared memory. A single program draws its share of the bandwidth;
+# time is lost where some multiprocessors have more programs than others. H100 80GB, 2026-11-22: 1 x 128K takes 190 us
+# in 16 splits (128 programs), 199 in 24; 8 x 32K 364 us in 2, 4 or 6 splits (at most 384 programs), 403 in 8.
+DECODE_PROGRAMS_PER_SM = 3
+
+# Programs per multiprocessor that a batch is cut into where its tiles alone fill the device: short programs leave no
+# long request running alone at the end, but those that find no keys of theirs cost time. H100 80GB, 2026-11-22, 32
+# requests in 1 and in 8 splits: of 8K each 359 and 367 us, of 4K to 8K 293 and 285 us, of 2K but one of 128K 2215 and
+# 530 us.
+DECODE_QUEUED_PROGRAMS_PER_SM = 16
+
+# Most splits, so that the combination stays small.
+DECODE_MAX_SPLITS = 128
+
+# Bytes of keys and values that one of three pipeline stages holds: two programs fit into Hopper's 227 KiB of shared
+# memory, one into the 99 KiB of the smallest devices. H100 80GB, 2026-11-22.
+DECODE_STAGE_BYTES = 32 * 1024
+DECODE_STAGES = 3
+
+
+# Programs of each pass of flex's estimate, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100,
+# 2026-11.
+ESTIMATE_PROGRAMS = 528
+
+# Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+SMALLEST_SHARED_MEMORY_KIB = 99
+
+# Rows on which flex's coverage is measured are early in their parts of the chunk, spread over SAMPLE_SPREAD tokens: in
+# chunks of 2^n tokens none of the usual four then begins a query block, where heads that look a few tokens back lose
+# more than elsewhere. Chosen by those places, not by measurement.
+SAMPLE_SPREAD = 512
+SAMPLE_EARLINESS = 0.25
+SAMPLE_FIRST_PLACE = 0.37
+
+# Chunks over a shorter prefix, or with fewer query tokens, prefill densely under flex, unless min_seq_len and
+# min_chunk_len say otherwise. At 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3
+# 0.75; below, selection alone outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22;
+# benchmarks/data/prefill_flex.csv
+FLEX_MIN_SEQ_LEN = 8192
+FLEX_MIN_CHUNK_LEN = 1024

@@ -1,244 +1,114 @@
-"""Which KV blocks a prompt reads: the seam between the attention impl and the sparse prefill methods.
+"""Which KV blocks a sparse pass reads: one class per method after `Selector`.
 
-An impl holds one `SparsePrefill` per layer, or none; it asks it for block lists and launches the kernel with them.
+A selector serves one layer and works on any range of its KV heads. It holds nothing that one request could leave to
+another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from farspan.engine_ext.config import ROOT, BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.metadata import PrefillGroup
+from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
 from farspan.engine_ext.selection.stats import SelectionStats
-from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
-from farspan.kernels.flex.coverage import BudgetController, measure_coverage, sample_rows, short_heads
-from farspan.kernels.flex.select import flex_block_lists
-from farspan.kernels.rotary_turn import RotaryShift
-from farspan.kernels.tiles import BlockLists
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.block_patterns import gather_rows
+from farspan.kernels.flex.types import NO_LIMIT, Budget, FlexSelection
+from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+FORCED_BLOCKS = 2
+"""Blocks of every flex list: the first and the diagonal one."""
+
+SelectBlocks = Callable[..., FlexSelection]
+"""`flex_block_lists` of a device: that of `kernels.flex.select` or of `kernels.flex.reference`."""
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """What a method may need to know about the layer that it selects for."""
+class Chunks:
+    """What a selector chooses blocks for: some rows and some KV heads of its layer."""
 
-    layer_index: int
-    num_q_heads: int
-    num_kv_heads: int
-    """Heads on this rank."""
+    query: torch.Tensor
+    """[num_tokens, num_q_heads, head_dim], the heads that `kv` serves."""
+    kv: KVView
+    """Holds the chunks' own keys already."""
+    batch: PagedBatch
+    tiles: PrefillTiles
     scale: float
     """Factor on the logits."""
-    max_model_len: int
-    tp_rank: int
-    tp_size: int
-    device: torch.device
-
-
-class SparsePrefill(Protocol):
-    """Chooses blocks for one layer; holds that layer's state (measured budgets, masks), if any."""
-
-    string: RotaryShift | None
-    """The layer's shifted positions, if it has any."""
-
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
-        """The blocks that each tile of `group.tiles` reads.
-
-        query: [group.num_tokens, num_q_heads, head_dim], the group's tokens only.
-        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], holding the group's own keys already.
-        Runs on the device without waiting for it.
-        """
-        ...
+    turn: Turn | None
 
     @property
-    def measures(self) -> bool:
-        """Whether `measure` wants to see what the launch kept."""
-        ...
+    def q_heads(self) -> slice:
+        """The query heads within the layer."""
+        group = self.query.shape[1] // self.kv.num_kv_heads
+        first = self.kv.first_kv_head * group
+        return slice(first, first + self.query.shape[1])
 
-    def measure(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Take in the LSE of the sparse launch, [num_q_heads, group.num_tokens] float32, natural log.
 
-        Returns the heads that lost too much and are to be computed again over all their keys, [num_q_heads,
-        num_requests] bool; None where nothing is computed again whatever was measured.
+class Selector(Protocol):
+    """Chooses blocks for one layer."""
+
+    stats: SelectionStats | None
+    """What was chosen and kept, added up on the device; None unless asked for."""
+
+    def block_lists(
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+    ) -> BlockLists:
+        """The blocks that each tile of `chunks.tiles` reads. Runs on the device without waiting for it.
+
+        prefill: the options of the chunks' requests; select: the device's dynamic selection.
         """
         ...
-
-
-def make_sparse_prefill(prefill: Prefill, layer: LayerShape) -> SparsePrefill | None:
-    """The selector of one layer; None for dense. Raises ConfigError for a mask that does not fit the layer."""
-    if isinstance(prefill, DensePrefill):
-        return None
-    if isinstance(prefill, FlexPrefill):
-        return FlexSelector(prefill, layer)
-    if prefill.pattern == "file":
-        return MaskSelector(prefill, layer)
-    return PatternSelector(prefill)
 
 
 class FlexSelector:
-    """Dynamic selection per prompt and head. A request's own gamma arrives with its group's options."""
+    """Dynamic selection per prompt and head. Source: FlexPrefill, arXiv 2502.20766."""
 
-    def __init__(self, prefill: FlexPrefill, layer: LayerShape) -> None:
-        self.prefill = prefill
-        self.scale = layer.scale
-        self.budgets = BudgetController(layer.num_q_heads, layer.device)
-        self.string: RotaryShift | None = None
-        """The layer's shifted positions, by which its keys are scored too."""
-        self.stats = SelectionStats(layer.num_q_heads, layer.device)
+    def __init__(self, stats: SelectionStats | None = None) -> None:
+        self.stats = stats
 
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
-        """See `SparsePrefill`."""
-        assert isinstance(group.prefill, FlexPrefill)
-        assert group.tiles is not None
-        gamma = self.gamma_of(group)
-        selection = flex_block_lists(
-            query,
-            kv_cache,
-            group.block_table,
-            group.seq_lens,
-            group.query_start_loc,
-            group.tiles,
-            self.scale,
-            requests=group.request_ids,
-            gamma=self.budgets.effective_gamma(gamma) if self.measures else gamma,
-            tau=self.prefill.tau,
-            min_budget=self.prefill.min_budget,
-            max_budget=self.prefill.max_budget,
-            share_kv_group=self.prefill.share_kv_group,
-            string=group.shift_of(self.string),
-        )
-        self.stats.add_selection(selection, group.tiles)
+    def block_lists(
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+    ) -> BlockLists:
+        """See `Selector`."""
+        assert isinstance(prefill, FlexPrefill)
+        group = chunks.query.shape[1] // chunks.kv.num_kv_heads if prefill.share_kv_group else 1
+        budget = flex_budget(prefill, chunks.tiles.block_size, group)
+        selection = select(chunks.query, chunks.kv, chunks.batch, chunks.tiles, chunks.scale, budget, turn=chunks.turn)
+        if self.stats is not None:
+            self.stats.add_selection(selection, chunks.tiles, chunks.q_heads)
         return selection.block_lists
 
-    @property
-    def measures(self) -> bool:
-        """See `SparsePrefill`."""
-        return self.prefill.coverage_rows > 0
 
-    def measure(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
-    ) -> torch.Tensor | None:
-        """See `SparsePrefill`. Heads that kept less than gamma get larger budgets in the chunks to come.
+def flex_budget(prefill: FlexPrefill, block_size: int, heads_per_list: int) -> Budget:
+    """Budgets in blocks from the options' tokens."""
+    max_blocks = NO_LIMIT
+    if prefill.max_budget is not None:
+        max_blocks = max(prefill.max_budget // block_size, FORCED_BLOCKS)
+    min_blocks = -(-prefill.min_budget // block_size)
+    return Budget(prefill.gamma, prefill.tau, min_blocks, max_blocks, heads_per_list)
 
-        A limit on what a query reads (max_budget) goes before gamma: nothing is computed again then.
+
+class MaskSelector:
+    """The layer's own mask from a file, per head if the file says so."""
+
+    def __init__(self, rows: BlockLists, num_q_heads: int) -> None:
+        """Serve a layer of `num_q_heads` query heads on this rank.
+
+        rows: row i lists the blocks that query block i reads; for one head, or as many as divide `num_q_heads`.
         """
-        assert group.tiles is not None
-        rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
-        batch = (query, kv_cache, group.block_table, group.seq_lens, group.query_start_loc)
-        coverage = measure_coverage(*batch, self.scale, lse, rows, group.shift_of(self.string))
-        gamma = self.gamma_of(group)
-        self.budgets.update(coverage, gamma)
-        if self.prefill.max_budget is not None:
-            self.stats.add_coverage(coverage)
-            return None
-        short = short_heads(coverage, gamma)
-        self.stats.add_repair(short, group.tiles)
-        self.stats.add_coverage(coverage.masked_fill(short[..., None], 1.0))
-        return short
+        self.rows = rows
+        self.heads_per_row = num_q_heads // rows.block_ids.shape[0]
+        self.stats: SelectionStats | None = None
 
-    def gamma_of(self, group: PrefillGroup) -> torch.Tensor:
-        """[num_requests] float32: what the group's requests asked for."""
-        assert isinstance(group.prefill, FlexPrefill)
-        shape = group.request_ids.shape
-        return torch.full(shape, group.prefill.gamma, dtype=torch.float32, device=group.request_ids.device)
-
-
-class StaticSelector:
-    """Base of the selectors whose lists depend on positions only."""
-
-    measures = False
-    string: RotaryShift | None = None
-
-    def measure(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup, lse: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Never called: there is no promise to keep."""
-        raise AssertionError
-
-
-class PatternSelector(StaticSelector):
-    """A named pattern, the same for every head and layer."""
-
-    def __init__(self, prefill: BlockSparsePrefill) -> None:
-        self.prefill = prefill
-
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
-        """See `SparsePrefill`. The first layer of a step makes the lists, the others find them."""
-        assert group.tiles is not None
-        if "pattern" not in group.shared_lists:
-            group.shared_lists["pattern"] = static_block_lists(
-                group.tiles,
-                self.prefill.pattern,
-                sink_blocks=self.prefill.sink_blocks,
-                local_blocks=self.prefill.local_blocks,
-                stride=self.prefill.stride,
-            )
-        return group.shared_lists["pattern"]
-
-
-class MaskSelector(StaticSelector):
-    """A mask from a file, per layer and head if the file says so."""
-
-    def __init__(self, prefill: BlockSparsePrefill, layer: LayerShape) -> None:
-        assert prefill.mask_file is not None
-        path = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
-        masks = load_mask(prefill.mask_file)
-        layers = masks.shape[0]
-        if layers != 1 and layer.layer_index >= layers:
-            raise ConfigError(
-                f"{path} has masks for {layers} layers, the model has more. Give one mask, or one a layer."
-            )
-        mask = torch.from_numpy(np.array(masks[layer.layer_index if layers > 1 else 0]))
-        heads = mask.shape[0]
-        per_rank = {layer.num_q_heads * layer.tp_size, layer.num_kv_heads * layer.tp_size}
-        if heads != 1 and heads not in per_rank:
-            raise ConfigError(
-                f"{path} has masks for {heads} heads; allowed: 1 or {sorted(per_rank)}. Change its shape."
-            )
-        if heads != 1:
-            mask = mask.chunk(layer.tp_size)[layer.tp_rank]
-        covered = mask.shape[2] * prefill.block_size
-        if covered < layer.max_model_len:
-            raise ConfigError(
-                f"{path} has {mask.shape[2]} blocks of {prefill.block_size} tokens and covers prompts of {covered} "
-                f"tokens, but max_model_len is {layer.max_model_len}. Give a larger mask or lower --max-model-len."
-            )
-        try:
-            check_block_mask(mask)
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        rows = mask_rows(mask)
-        self.rows = BlockLists(rows.block_ids.to(layer.device), rows.block_counts.to(layer.device))
-
-    def block_lists_for(self, query: torch.Tensor, kv_cache: torch.Tensor, group: PrefillGroup) -> BlockLists:
-        """See `SparsePrefill`."""
-        assert group.tiles is not None
-        return gather_rows(self.rows, group.tiles)
-
-
-def load_mask(file: str) -> np.ndarray:
-    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError.
-
-    What is not asked for of an .npy file stays on disk.
-    """
-    path = f"{ROOT}.prefill.mask_file={file!r}"
-    if not Path(file).is_file():
-        raise ConfigError(f"{path} is not there. Name an existing .npy or .safetensors file.")
-    if file.endswith(".npy"):
-        mask = np.load(file, mmap_mode="r", allow_pickle=False)
-    else:
-        from safetensors.numpy import load_file
-
-        tensors = load_file(file)
-        if len(tensors) != 1:
-            raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
-        (mask,) = tensors.values()
-    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
-        raise ConfigError(
-            f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
-            "Convert it."
-        )
-    return mask
+    def block_lists(
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+    ) -> BlockLists:
+        """See `Selector`."""
+        rows = self.rows
+        if rows.block_ids.shape[0] > 1:
+            heads = chunks.q_heads
+            own = slice(heads.start // self.heads_per_row, heads.stop // self.heads_per_row)
+            rows = BlockLists(rows.block_ids[own], rows.block_counts[own])
+        return gather_rows(rows, chunks.tiles)

@@ -29,25 +29,31 @@ class SelectionStats:
         self.repaired = zeros(num_q_heads)
         """[num_q_heads]: chunks in which the head was computed again over all its keys."""
 
-    def add_selection(self, selection: FlexSelection, tiles: PrefillTiles) -> None:
-        """Take in the lists of one step."""
+    def add_selection(self, selection: FlexSelection, tiles: PrefillTiles, q_heads: slice) -> None:
+        """Take in the lists of one pass, which has the query heads `q_heads` of the layer."""
         num_heads, num_requests = selection.is_query_aware.shape
         counts = selection.block_lists.block_counts.sum(1)
-        self.listed_blocks += counts.repeat_interleave(num_heads // len(counts))
-        self.causal_blocks += tiles.tile_block.sum() + tiles.num_tiles
-        self.query_aware += selection.is_query_aware.sum(1)
-        self.divergence += selection.divergence.sum(1)
-        self.chunks += num_requests
+        self.listed_blocks[q_heads] += counts.repeat_interleave(num_heads // len(counts))
+        self.query_aware[q_heads] += selection.is_query_aware.sum(1)
+        self.divergence[q_heads] += selection.divergence.sum(1)
+        # Passes over the other heads of the same chunks see the same causal blocks.
+        if q_heads.start == 0:
+            self.causal_blocks += tiles.tile_block.sum() + tiles.num_tiles
+            self.chunks += num_requests
 
-    def add_coverage(self, coverage: torch.Tensor) -> None:
-        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1]."""
-        self.coverage += coverage.sum((1, 2))
-        self.measured_rows += coverage.shape[1] * coverage.shape[2]
+    def add_coverage(self, coverage: torch.Tensor, q_heads: slice) -> None:
+        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`."""
+        self.coverage[q_heads] += coverage.sum((1, 2))
+        if q_heads.start == 0:
+            self.measured_rows += coverage.shape[1] * coverage.shape[2]
 
-    def add_repair(self, heads: torch.Tensor, tiles: PrefillTiles) -> None:
-        """Take in the heads that were computed again, [num_q_heads, num_requests] bool; tiles: of the requests."""
-        self.listed_blocks += (heads[:, tiles.tile_request.long()] * (tiles.tile_block + 1)).sum(1)
-        self.repaired += heads.sum(1)
+    def add_repair(self, heads: torch.Tensor, tiles: PrefillTiles, q_heads: slice) -> None:
+        """Take in the heads of `q_heads` that were computed again, [num_q_heads, num_requests] bool.
+
+        tiles: of the requests.
+        """
+        self.listed_blocks[q_heads] += (heads[:, tiles.tile_request.long()] * (tiles.tile_block + 1)).sum(1)
+        self.repaired[q_heads] += heads.sum(1)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -57,7 +63,7 @@ class SelectionStats:
         self.chunks = self.measured_rows = 0
 
     def rows(self) -> list[dict[str, float | int | None]]:
-        """One row a head; waits for the device. Nothing where no chunk was selected for.
+        """One row per head; waits for the device. Nothing where no chunk was selected for.
 
         `density`: blocks read over causal blocks, where a head that was computed again read its list and all of them;
         `query_aware`: share of the chunks; `divergence`: mean over chunks; `coverage`: mean kept attention mass after

@@ -4,11 +4,14 @@ Each entry says what it stands in for and when it can go.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from farspan.engine_ext.config import DensePrefill, Prefill
 from farspan.engine_ext.errors import UnsupportedEngineError, UnsupportedModelError
+from farspan.engine_ext.plan import StepPlan
 
 VLLM_MIN = (0, 32)
 VLLM_BELOW = (0, 34)
@@ -31,6 +34,8 @@ def connect() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     honour_custom_on_cpu()
     check_engines()
+
+    follow_workers()
 
     from farspan.engine_ext.requests import set_source_factory
 
@@ -127,7 +132,7 @@ def salt_requests() -> None:
 
     processor: Any = InputProcessor
     stock = processor.process_inputs
-    if hasattr(stock, "__wrapped__"):
+    if hasattr(stock, MARK):
         return
 
     @functools.wraps(stock)
@@ -141,6 +146,7 @@ def salt_requests() -> None:
                 raise VLLMValidationError(str(error), parameter="extra_args") from error
         return request
 
+    setattr(process_inputs, MARK, True)
     processor.process_inputs = process_inputs
 
 
@@ -160,19 +166,32 @@ class RunnerSource:
     """What the metadata builder learns from the model runner that calls it (engine_ext.requests.RequestSource)."""
 
     def __init__(self, vllm_config: Any) -> None:
-        self.is_v2 = bool(vllm_config.use_v2_model_runner)
-        follow_runner(runner_class(self.is_v2))
+        from farspan.engine_ext.support import config_of
 
-    def extra_args(self, common_attn_metadata: Any) -> Sequence[Mapping[str, Any] | None]:
-        """By request of the batch; none while graphs are captured and memory is measured, outside of any step."""
-        if not _running:
-            return []
-        runner = _running[-1]
-        return [runner.farspan_extra_args.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        self.config = config_of(vllm_config)
+        self.is_v2 = bool(vllm_config.use_v2_model_runner)
+
+    def prefills(self, common_attn_metadata: Any) -> Sequence[Prefill]:
+        """By request of the batch; the engine's own while graphs are captured and memory is measured."""
+        own = [self.config.prefill] * common_attn_metadata.num_reqs
+        runner = running_runner()
+        # An engine that prefills densely has no options for single requests.
+        if runner is None or isinstance(self.config.prefill, DensePrefill):
+            return own
+        options = runner.__dict__[REQUEST_OPTIONS]
+        ids = self.req_ids(runner, common_attn_metadata)
+        return [options.get(req_id, self.config.prefill) for req_id in ids] + own[len(ids) :]
+
+    def plan(self) -> StepPlan | None:
+        """That of the step which the runner at work executes."""
+        runner = running_runner()
+        return None if runner is None else runner.__dict__.get(STEP_PLAN)
 
     def model(self) -> Any:
         """The torch module; inside a step or while the KV cache is set up."""
-        return _running[-1].get_model()
+        runner = running_runner()
+        assert runner is not None
+        return runner.get_model()
 
     # The two runners keep the batch's request ids in different places. Drop when runner V1 is gone.
     def req_ids(self, runner: Any, common_attn_metadata: Any) -> list[str]:
@@ -185,8 +204,31 @@ class RunnerSource:
         return [names.get(int(index), "") for index in indices[: common_attn_metadata.num_reqs]]
 
 
-_running: list[Any] = []
-"""The model runners at work in this thread of control, innermost last."""
+class _Running(threading.local):
+    """The model runners at work in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.runners: list[Any] = []
+
+
+_running = _Running()
+REQUEST_OPTIONS = "farspan_prefills"
+"""Attribute of a runner: how each of its requests prefills, by request id; those that prefill as the engine does are
+left out."""
+STEP_PLAN = "farspan_step_plan"
+"""Attribute of a runner, and of vLLM's scheduler output: the plan of the step."""
+
+
+def running_runner() -> Any | None:
+    return _running.runners[-1] if _running.runners else None
+
+
+def metadata_builders(runner: Any) -> list[Any]:
+    """The metadata builders of farspan that a model runner has made."""
+    from farspan.engine_ext.metadata import FarspanMetadataBuilder
+
+    groups = (group for groups in runner.attn_groups for group in groups)
+    return [each for group in groups for each in group.metadata_builders if isinstance(each, FarspanMetadataBuilder)]
 
 
 def runner_class(is_v2: bool) -> type[Any]:
@@ -197,41 +239,81 @@ def runner_class(is_v2: bool) -> type[Any]:
     return GPUModelRunner
 
 
+# A builder is made inside `initialize_kv_cache`, too late to follow that call. Drop with `follow_runner`.
+def follow_workers() -> None:
+    """Follow the model runner of every worker whose engine chose CUSTOM, from before the runner is made."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    wrapper: Any = WorkerWrapperBase
+    stock = wrapper.init_worker
+    if hasattr(stock, MARK):
+        return
+
+    @functools.wraps(stock)
+    def init_worker(self: Any, all_kwargs: list[dict[str, Any]]) -> None:
+        vllm_config = all_kwargs[self.rpc_rank]["vllm_config"]
+        if chooses_farspan(vllm_config):
+            follow_runner(runner_class(bool(vllm_config.use_v2_model_runner)))
+        stock(self, all_kwargs)
+
+    setattr(init_worker, MARK, True)
+    wrapper.init_worker = init_worker
+
+
+MARK = "__wrapped_by_farspan__"
+"""On every function that stands in for one of vLLM's: whatever else wraps it, ours is applied once."""
+
+
 # Builders are not told the request ids of a batch, nor given the requests' extra args. Drop when
 # CommonAttentionMetadata carries both (not in 0.33).
 def follow_runner(runner_cls: type[Any]) -> None:
-    """Note which runner is running, and the extra args of the requests that it holds."""
+    """Note which runner is running, the options of the requests that it holds, and the plan of the step."""
     execute_model, initialize_kv_cache = runner_cls.execute_model, runner_cls.initialize_kv_cache
-    if hasattr(execute_model, "__wrapped_by_farspan__"):
+    if hasattr(execute_model, MARK):
         return
 
     @functools.wraps(execute_model)
     def followed_execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args = self.__dict__.setdefault("farspan_extra_args", {})
-        for req_id in scheduler_output.finished_req_ids:
-            extra_args.pop(req_id, None)
-        for request in scheduler_output.scheduled_new_reqs:
-            params = request.sampling_params
-            if params is not None and params.extra_args:
-                extra_args[request.req_id] = params.extra_args
+        note_requests(self.__dict__.setdefault(REQUEST_OPTIONS, {}), self.vllm_config, scheduler_output)
+        self.__dict__[STEP_PLAN] = getattr(scheduler_output, STEP_PLAN, None)
         with running(self):
             return execute_model(self, scheduler_output, *args, **kwargs)
 
     @functools.wraps(initialize_kv_cache)
     def followed_initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.setdefault("farspan_extra_args", {})
+        self.__dict__.setdefault(REQUEST_OPTIONS, {})
         with running(self):
             return initialize_kv_cache(self, *args, **kwargs)
 
-    followed_execute_model.__wrapped_by_farspan__ = True  # type: ignore[attr-defined]
+    setattr(followed_execute_model, MARK, True)
     runner_cls.execute_model = followed_execute_model
     runner_cls.initialize_kv_cache = followed_initialize_kv_cache
 
 
+def note_requests(options: dict[str, Prefill], vllm_config: Any, scheduler_output: Any) -> None:
+    """Decode the options of requests as they arrive at the worker, and forget those of requests that ended.
+
+    They were validated before (`salt_of`), so that nothing raises here.
+    """
+    from farspan.engine_ext.requests import prefill_of_request
+    from farspan.engine_ext.support import config_of
+
+    for req_id in scheduler_output.finished_req_ids:
+        options.pop(req_id, None)
+    config = config_of(vllm_config)
+    for request in scheduler_output.scheduled_new_reqs:
+        params = request.sampling_params
+        prefill = prefill_of_request(config, params.extra_args if params is not None else None)
+        # A later part of a streaming session takes the place of the earlier one.
+        options.pop(request.req_id, None)
+        if prefill != config.prefill:
+            options[request.req_id] = prefill
+
+
 @contextmanager
 def running(runner: Any) -> Iterator[None]:
-    _running.append(runner)
+    _running.runners.append(runner)
     try:
         yield
     finally:
-        _running.pop()
+        _running.runners.pop()

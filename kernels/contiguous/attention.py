@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import check_block_mask, end_with_request, mask_rows
 from farspan.kernels.contiguous.short_lists import short_list_attention
 from farspan.kernels.prefill import prefill_attention
@@ -105,14 +106,11 @@ def _as_pages(
         q.flatten(0, 1),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        layout.block_table,
-        seq_lens,
-        query_start_loc,
+        PagedBatch(query_start_loc, seq_lens, layout.block_table, max_query_len=query_len, max_kv_len=kv_len),
         layout.tiles,
         scale,
         block_lists=lists,
         causal=causal,
-        max_query_len=query_len,
         out=out.flatten(0, 1),
         lse=lse,
     )

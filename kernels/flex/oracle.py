@@ -1,21 +1,22 @@
 """The exact attention mass of every block, and the fewest blocks that reach gamma: what a selection is held against."""
 
 import torch
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.flex.reference import tile_rows
 from farspan.kernels.reference import gather_kv
-from farspan.kernels.rotary_turn import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 
 def block_mass(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     tiles: PrefillTiles,
     scale: float,
+    *,
+    turn: Turn | None = None,
     dtype: torch.dtype = torch.float64,
-    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Attention mass of each KV block, mean over a tile's queries: [num_q_heads, num_tiles, num_blocks], rows sum to 1.
 
@@ -23,22 +24,23 @@ def block_mass(
     """
     num_heads, block = query.shape[1], tiles.block_size
     mass = torch.zeros(num_heads, tiles.num_tiles, tiles.max_kv_blocks, dtype=dtype, device=query.device)
-    for request in range(len(seq_lens)):
-        start, end = query_start_loc[request : request + 2].tolist()
-        kv_len = int(seq_lens[request])
-        key, _ = gather_kv(kv_cache, block_table[request], kv_len, dtype)
+    for request in range(batch.num_reqs):
+        kv_len = int(batch.kv_lens[request])
+        first_pos = int(batch.first_positions()[request])
+        key, _ = gather_kv(kv.pages, batch.block_table[request], kv_len, dtype)
         key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
+        pos = torch.arange(kv_len, device=query.device)
         for tile in (tiles.tile_request == request).nonzero()[:, 0].tolist():
-            low = max(int(tiles.tile_block[tile]) * block, kv_len - (end - start))
-            high = min((int(tiles.tile_block[tile]) + 1) * block, kv_len)
-            rows = query[end - kv_len + low : end - kv_len + high].to(dtype)
-            logits = torch.einsum("qhd,khd->hqk", rows, key[:high]) * scale
-            pos = torch.arange(high, device=query.device)
-            if string is not None:
-                far = torch.einsum("qhd,khd->hqk", apply_shift(rows, string), key[:high]) * scale
-                logits = torch.where(pos[low:, None] - pos >= string.shift, far, logits)
-            weights = logits.masked_fill(pos > pos[low:, None], float("-inf")).softmax(-1).mean(1)
-            weights = torch.nn.functional.pad(weights, (0, -high % block)).unflatten(-1, (-1, block)).sum(-1)
+            low, high = tile_rows(tiles, tile, batch)
+            rows = query[low:high].to(dtype)
+            begin = first_pos + low - int(batch.query_start_loc[request])
+            row_pos = torch.arange(begin, begin + high - low, device=query.device)
+            logits = torch.einsum("qhd,khd->hqk", rows, key) * scale
+            if turn is not None:
+                turned = torch.einsum("qhd,khd->hqk", apply_turn(rows, turn), key) * scale
+                logits = torch.where(pos < turn.bounds(row_pos)[:, None], turned, logits)
+            weights = logits.masked_fill(pos > row_pos[:, None], float("-inf")).softmax(-1).mean(1)
+            weights = torch.nn.functional.pad(weights, (0, -kv_len % block)).unflatten(-1, (-1, block)).sum(-1)
             mass[:, tile, : weights.shape[-1]] = weights
     return mass
 

@@ -1,4 +1,4 @@
-"""Dynamic block selection in plain PyTorch: what the Triton stages are tested against, and the path of CPU tensors.
+"""Dynamic block selection in plain PyTorch: what the Triton stages are tested against, and what the CPU runs.
 
 Source: FlexPrefill, arXiv 2502.20766, algorithms 2 to 4, on a grid of blocks aligned to absolute positions. It departs
 from algorithm 3 in one point: a block's mass is divided between its column and its diagonal by the shape of the mass
@@ -6,53 +6,74 @@ inside the block, and one threshold serves both, so that a vertical line does no
 """
 
 import torch
-from farspan.kernels.flex.types import NO_LIMIT, SUB_BLOCKS, TINY, FlexEstimate, FlexSelection
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.flex.types import SUB_BLOCKS, TINY, Budget, FlexEstimate, FlexSelection
 from farspan.kernels.reference import gather_kv
-from farspan.kernels.rotary_turn import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+
+def flex_block_lists(
+    query: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
+    tiles: PrefillTiles,
+    scale: float,
+    budget: Budget,
+    *,
+    turn: Turn | None = None,
+) -> FlexSelection:
+    """Arguments and result as in `select.flex_block_lists`, on CPU tensors."""
+    found = estimate(query, kv, batch, tiles.max_kv_blocks, tiles.block_size, scale, turn=turn)
+    scores = pooled_scores(query, kv, batch, tiles, scale, turn=turn)
+    return select(found, scores, tiles, batch, budget)
 
 
 def estimate(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    requests: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     num_blocks: int,
     block_size: int,
     scale: float,
+    *,
+    turn: Turn | None = None,
     dtype: torch.dtype = torch.float32,
-    string: RotaryShift | None = None,
 ) -> FlexEstimate:
     """Sum the representative queries' attention over blocks; arguments as in `flex_block_lists`."""
     num_heads = query.shape[1]
-    tile_mass = torch.zeros(2, num_heads, len(requests), num_blocks, dtype=dtype)
-    column_share = torch.full((num_heads, len(requests), num_blocks), 0.5, dtype=dtype)
+    tile_mass = torch.zeros(2, num_heads, batch.num_reqs, num_blocks, dtype=dtype)
+    column_share = torch.full((num_heads, batch.num_reqs, num_blocks), 0.5, dtype=dtype)
     pooled_logits = torch.full_like(tile_mass, float("-inf"))
-    for slot, request in enumerate(requests.tolist()):
-        start, end = query_start_loc[request : request + 2].tolist()
-        kv_len = int(seq_lens[request])
+    for request in range(batch.num_reqs):
+        start, end = batch.query_start_loc[request : request + 2].tolist()
+        kv_len, chunk_end = int(batch.kv_lens[request]), chunk_ends(batch)[request]
         used = -(-kv_len // block_size)
-        key, _ = gather_kv(kv_cache, block_table[request], kv_len, dtype)
+        key, _ = gather_kv(kv.pages, batch.block_table[request], kv_len, dtype)
         key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
         num_rows = min(end - start, block_size)
         rows = query[end - num_rows : end]
-        row_pos = torch.arange(kv_len - num_rows, kv_len)
+        row_pos = torch.arange(chunk_end - num_rows, chunk_end)
+        key_pos = torch.arange(kv_len)
         logits = torch.einsum("qhd,khd->hqk", rows.to(dtype), key) * scale
-        if string is not None:
-            far = torch.einsum("qhd,khd->hqk", apply_shift(rows, string).to(dtype), key) * scale
-            logits = torch.where(row_pos[:, None] - torch.arange(kv_len) < string.shift, logits, far)
-        mask = torch.arange(kv_len) <= row_pos[:, None]
+        if turn is not None:
+            turned = torch.einsum("qhd,khd->hqk", apply_turn(rows, turn).to(dtype), key) * scale
+            logits = torch.where(key_pos < turn.bounds(row_pos)[:, None], turned, logits)
+        mask = key_pos <= row_pos[:, None]
         mass = logits.masked_fill(~mask, float("-inf")).softmax(-1) / num_rows
         row_mass = _block_sums(mass, block_size)
-        in_last = row_pos // block_size == used - 1
+        in_last = row_pos // block_size == (chunk_end - 1) // block_size
         for tile, members in enumerate((~in_last, in_last)):
-            tile_mass[tile, :, slot, :used] = row_mass[:, members].sum(1)
+            tile_mass[tile, :, request, :used] = row_mass[:, members].sum(1)
             mean = logits[:, members].sum(1) / members.sum().clamp_min(1)
-            pooled_logits[tile, :, slot, :used] = _block_sums(mean, block_size) / _block_lens(kv_len, block_size)
-        column_share[:, slot, :used] = _column_share(mass, block_size)
+            pooled_logits[tile, :, request, :used] = _block_sums(mean, block_size) / _block_lens(kv_len, block_size)
+        column_share[:, request, :used] = _column_share(mass, block_size)
     return FlexEstimate(tile_mass, column_share, pooled_logits)
+
+
+def chunk_ends(batch: PagedBatch) -> list[int]:
+    """Position after each request's last query."""
+    return (batch.first_positions() + batch.query_start_loc.diff()).tolist()
 
 
 def _block_lens(kv_len: int, block_size: int) -> torch.Tensor:
@@ -81,7 +102,7 @@ def _column_share(mass: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 def divergence(found: FlexEstimate) -> torch.Tensor:
-    """sqrt(JSD) of the true and the pooled block distribution (algorithm 2), natural log: [num_q_heads, num_selected].
+    """sqrt(JSD) of the true and the pooled block distribution (algorithm 2), natural log: [num_q_heads, num_reqs].
 
     0·log 0 counts as 0, so that an underflowing probability does not spoil the test.
     """
@@ -113,7 +134,8 @@ def mass_threshold(
     reached = held[..., None] + weights.cumsum(-1) >= target[..., None]
     index = (~reached).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
     threshold = torch.where(reached.any(-1), ordered.gather(-1, index)[..., 0], 0.0)
-    # Just above the rest where the forced entries suffice; still of their size, because the min budget divides by it.
+    # Where the forced entries suffice, no other reaches the threshold. It stays of the size of the largest of them, as
+    # the order in which a minimum budget adds entries is their mass divided by the threshold.
     above = (2 * ordered[..., 0]).clamp_min(TINY)
     threshold = torch.where(held >= target, above, threshold)
     return torch.where(gamma >= 1, 0.0, threshold).clamp_min(0)
@@ -122,9 +144,9 @@ def mass_threshold(
 def column_and_diagonal_mass(
     found: FlexEstimate, kv_lens: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide every block's mass between its column and its diagonal: two [num_q_heads, num_selected, num_blocks].
+    """Divide every block's mass between its column and its diagonal: two [num_q_heads, num_reqs, num_blocks].
 
-    kv_lens: [num_selected]. The first column and the main diagonal are always listed, so they take all their mass.
+    kv_lens: [num_reqs] int. The first column and the main diagonal are always listed, so they take all their mass.
     A slash crosses two block diagonals; because the mass was taken on the grid of tiles, each gets what it holds.
     """
     num_blocks = found.column_share.shape[-1]
@@ -152,7 +174,7 @@ def line_thresholds(
 ) -> torch.Tensor:
     """The largest T whose columns and diagonals of mass >= T keep gamma of the representative queries' attention.
 
-    A block is kept by its column or by its diagonal. Returns [num_q_heads, num_selected].
+    A block is kept by its column or by its diagonal. Returns [num_q_heads, num_reqs].
     """
     index = torch.arange(column.shape[-1])
     last = ((kv_lens + block_size - 1) // block_size - 1)[None, :, None].long()
@@ -166,95 +188,85 @@ def line_thresholds(
     return mass_threshold(mass, torch.cat(forced, -1), torch.cat([valid] * 2, -1), gamma, key)
 
 
-def tile_rows(tiles: PrefillTiles, tile: int, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> tuple[int, int]:
+def tile_rows(tiles: PrefillTiles, tile: int, batch: PagedBatch) -> tuple[int, int]:
     """The tile's query tokens as a half-open range of rows of `query`."""
     request, block = int(tiles.tile_request[tile]), int(tiles.tile_block[tile])
-    start, end = query_start_loc[request : request + 2].tolist()
-    first_pos = int(seq_lens[request]) - (end - start)
+    start, end = batch.query_start_loc[request : request + 2].tolist()
+    first_pos = chunk_ends(batch)[request] - (end - start)
     low = start + max(block * tiles.block_size - first_pos, 0)
     return low, min(start + (block + 1) * tiles.block_size - first_pos, end)
 
 
 def pooled_scores(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
     tiles: PrefillTiles,
-    num_blocks: int,
     scale: float,
+    *,
+    turn: Turn | None = None,
     dtype: torch.dtype = torch.float32,
-    string: RotaryShift | None = None,
 ) -> torch.Tensor:
     """Scaled products of every tile's mean query and every block's mean key: [num_q_heads, num_tiles, num_blocks]."""
     num_heads = query.shape[1]
-    scores = torch.full((num_heads, tiles.num_tiles, num_blocks), float("-inf"), dtype=dtype)
+    scores = torch.full((num_heads, tiles.num_tiles, tiles.max_kv_blocks), float("-inf"), dtype=dtype)
     mean_key: dict[int, torch.Tensor] = {}
     for tile in range(tiles.num_tiles):
         request = int(tiles.tile_request[tile])
         if request not in mean_key:
-            kv_len = int(seq_lens[request])
-            key, _ = gather_kv(kv_cache, block_table[request], kv_len, dtype)
+            kv_len = int(batch.kv_lens[request])
+            key, _ = gather_kv(kv.pages, batch.block_table[request], kv_len, dtype)
             sums = _block_sums(key.permute(1, 2, 0), tiles.block_size) / _block_lens(kv_len, tiles.block_size)
             mean_key[request] = sums.repeat_interleave(num_heads // key.shape[1], dim=0)
-        low, high = tile_rows(tiles, tile, seq_lens, query_start_loc)
+        low, high = tile_rows(tiles, tile, batch)
         rows = query[low:high]
         products = torch.einsum("hd,hdb->hb", rows.to(dtype).mean(0), mean_key[request]) * scale
-        if string is not None:
-            mean_far = apply_shift(rows, string).to(dtype).mean(0)
-            distance = (int(tiles.tile_block[tile]) - torch.arange(products.shape[1])) * tiles.block_size
-            far = torch.einsum("hd,hdb->hb", mean_far, mean_key[request]) * scale
-            products = torch.where(distance < string.shift, products, far)
+        if turn is not None:
+            mean_turned = apply_turn(rows, turn).to(dtype).mean(0)
+            turned = torch.einsum("hd,hdb->hb", mean_turned, mean_key[request]) * scale
+            first_keys = torch.arange(products.shape[1]) * tiles.block_size
+            is_turned = first_keys < turn.bound(int(tiles.tile_block[tile]) * tiles.block_size)
+            products = torch.where(is_turned, turned, products)
         scores[:, tile, : products.shape[1]] = products
     return scores
 
 
 def select(
-    found: FlexEstimate,
-    scores: torch.Tensor,
-    tiles: PrefillTiles,
-    seq_lens: torch.Tensor,
-    requests: torch.Tensor,
-    gamma: torch.Tensor,
-    tau: float,
-    min_blocks: int,
-    max_blocks: int = NO_LIMIT,
-    group: int = 1,
+    found: FlexEstimate, scores: torch.Tensor, tiles: PrefillTiles, batch: PagedBatch, budget: Budget
 ) -> FlexSelection:
     """Turn estimates into block lists.
 
     scores: [num_q_heads, num_tiles, num_blocks] from `pooled_scores`.
-    gamma: [num_q_heads, num_selected]; group: query heads that share a list (their union).
     """
     num_heads, _, num_blocks = found.column_share.shape
     index = torch.arange(num_blocks)
-    kv_lens = seq_lens[requests.long()]
+    kv_lens = batch.kv_lens
+    gamma = torch.full(found.column_share.shape[:2], budget.gamma)
     distance = divergence(found)
-    is_query_aware = distance < tau
+    is_query_aware = distance < budget.tau
 
     column, diagonal = column_and_diagonal_mass(found, kv_lens, tiles.block_size)
     line_threshold = line_thresholds(found, column, diagonal, kv_lens, tiles.block_size, gamma)
 
-    slots = torch.searchsorted(requests, tiles.tile_request)
+    of_tile = tiles.tile_request.long()
     diagonal_block = tiles.tile_block.long()[:, None]
     causal = index <= diagonal_block
     back = (diagonal_block - index).clamp_min(0).expand(num_heads, -1, -1)
-    mass = torch.maximum(column[:, slots], diagonal[:, slots].gather(-1, back))
-    threshold = line_threshold[:, slots]
+    mass = torch.maximum(column[:, of_tile], diagonal[:, of_tile].gather(-1, back))
+    threshold = line_threshold[:, of_tile]
     always = (index == 0) | (index == diagonal_block)
-    aware = is_query_aware[:, slots]
+    aware = is_query_aware[:, of_tile]
     row_mass = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-    row_threshold = mass_threshold(row_mass, always.expand_as(row_mass), causal.expand_as(row_mass), gamma[:, slots])
+    row_threshold = mass_threshold(row_mass, always.expand_as(row_mass), causal.expand_as(row_mass), gamma[:, of_tile])
     mass = torch.where(aware[..., None], row_mass, mass)
     threshold = torch.where(aware, row_threshold, threshold)[..., None]
 
     chosen = ((mass >= threshold) | always) & causal
     rank_key = torch.where(threshold == 0, mass * 1e30 + 1, mass / threshold.clamp_min(TINY))
-    chosen = chosen.unflatten(0, (-1, group)).any(1)
-    rank_key = rank_key.unflatten(0, (-1, group)).amax(1)
+    chosen = chosen.unflatten(0, (-1, budget.heads_per_list)).any(1)
+    rank_key = rank_key.unflatten(0, (-1, budget.heads_per_list)).amax(1)
     rank_key = rank_key.masked_fill(always, float("inf")).masked_fill(~causal, -1.0)
-    chosen = _apply_budget(chosen, rank_key, diagonal_block[:, 0] + 1, min_blocks, max_blocks)
+    chosen = _apply_budget(chosen, rank_key, diagonal_block[:, 0] + 1, budget.min_blocks, budget.max_blocks)
     return FlexSelection(_compact(chosen), is_query_aware, distance)
 
 

@@ -79,8 +79,8 @@ def test_defaults() -> None:
 
 
 def test_values_are_taken() -> None:
-    config = parse_config({"kernel": "triton", **flex(gamma=0.9, min_seq_len=0)})
-    assert config == FarspanConfig(kernel="triton", prefill=FlexPrefill(gamma=0.9, min_seq_len=0))
+    config = parse_config({"kernel": "triton", **flex(gamma=0.9, min_seq_len=0, min_chunk_len=0)})
+    assert config == FarspanConfig(kernel="triton", prefill=FlexPrefill(gamma=0.9, min_seq_len=0, min_chunk_len=0))
     assert parse_config(block_sparse(pattern="strided", stride=4)).prefill == BlockSparsePrefill(
         pattern="strided", stride=4
     )

@@ -96,7 +96,7 @@ def test_padding_behind_a_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_overrides_and_short_prompts_split_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500}
+    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 0}
     extra_args = [None, {"farspan.gamma": 0.8}, None, {"farspan.method": "dense"}, None]
     step = build(
         [1, 200, 200, 300, 300],
@@ -106,9 +106,9 @@ def test_overrides_and_short_prompts_split_the_groups(monkeypatch: pytest.Monkey
         monkeypatch=monkeypatch,
     )
     first, dense, last = step.prefill_groups
-    assert first.prefill == FlexPrefill(gamma=0.8, min_seq_len=500)
+    assert first.prefill == FlexPrefill(gamma=0.8, min_seq_len=500, min_chunk_len=0)
     assert dense.prefill == DensePrefill()
-    assert last.prefill == FlexPrefill(gamma=0.9, min_seq_len=500)
+    assert last.prefill == FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=0)
     assert [group.token_start for group in step.prefill_groups] == [1, 201, 701]
     assert [group.request_ids.tolist() for group in step.prefill_groups] == [[0], [0, 1], [0]]
     assert dense.tiles is None
@@ -143,4 +143,4 @@ def test_requests_that_a_shift_leaves_alone_are_groups_without_it(kernel: str, m
 def test_crossover() -> None:
     assert shorten(FlexPrefill(), 100) == DensePrefill()
     assert shorten(FlexPrefill(), 100_000) == FlexPrefill()
-    assert shorten(FlexPrefill(min_seq_len=0), 1) == FlexPrefill(min_seq_len=0)
+    assert shorten(FlexPrefill(min_seq_len=0, min_chunk_len=0), 1) == FlexPrefill(min_seq_len=0, min_chunk_len=0)

@@ -6,7 +6,6 @@ from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.dispatch import CpuLauncher
 from farspan.engine_ext.metadata import PrefillGroup
 from farspan.engine_ext.selection.methods import FlexSelector, LayerShape
-from farspan.kernels.rotary_turn import make_rotary_shift
 from farspan.kernels.tiles import make_prefill_tiles
 
 HEAD_DIM, PAGE = 64, 128
@@ -67,26 +66,26 @@ class Layer:
         self.string = None
         if shift is not None:
             inv_freq = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-            self.string = make_rotary_shift(inv_freq, shift, 16, is_neox=True, device=torch.device("cpu"))
+            self.string = make_shift(inv_freq, shift, 16, is_neox=True, device=torch.device("cpu"))
 
     def dense(self) -> torch.Tensor:
         """Exact attention, [num_tokens, num_q_heads, HEAD_DIM]."""
         out = torch.empty_like(self.query)
-        CpuLauncher().prefill(self.query, self.cache, self.group, None, self.shape.scale, self.string, out)
+        CpuLauncher().prefill(self.query, self.cache, self.group, None, self.shape.scale, self.turn, out)
         return out
 
     def run(self, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, FlexSelector]:
         """Out of the sparse launch, out in the end, the heads computed again, and the selector."""
-        selector = FlexSelector(FlexPrefill(gamma=GAMMA, min_budget=0, min_seq_len=0, **options), self.shape)  # type: ignore[arg-type]
+        selector = FlexSelector(FlexPrefill(gamma=GAMMA, min_budget=0, min_seq_len=0, min_chunk_len=0, **options), self.shape)  # type: ignore[arg-type]
         selector.string = self.string
         launcher, scale, string = CpuLauncher(), self.shape.scale, self.string
         out, lse = torch.empty_like(self.query), torch.empty(self.shape.num_q_heads, len(self.query))
         lists = selector.block_lists_for(self.query, self.cache, self.group)
-        launcher.prefill(self.query, self.cache, self.group, lists, scale, string, out, lse)
+        launcher.prefill(self.query, self.cache, self.group, lists, scale, turn, out, lse)
         sparse = out.clone()
         short = selector.measure(self.query, self.cache, self.group, lse)
         if short is not None:
-            launcher.prefill(self.query, self.cache, self.group, None, scale, string, out, lse, short)
+            launcher.prefill(self.query, self.cache, self.group, None, scale, turn, out, lse, short)
         return sparse, out, short, selector
 
 

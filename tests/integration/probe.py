@@ -1,18 +1,57 @@
 """What a test asks of a worker, wherever the worker runs: `llm.collective_rpc("attention_launches")`."""
 
+import functools
 from collections import Counter
 from typing import Any
+
+from farspan.engine_ext import impl
+from farspan.engine_ext.passes import Decode, Dense, LayerContext, Pass
+from farspan.vllm_compat import metadata_builders
+
+_launches: list[tuple[LayerContext, str]] = []
+
+
+def kinds(each: Pass) -> list[str]:
+    """The launches that a pass makes, by name."""
+    if isinstance(each.work, Decode):
+        return ["decode"]
+    if isinstance(each.work, Dense):
+        return ["prefill_dense"]
+    repairs = each.work.samples is not None and each.work.prefill.max_budget is None
+    return ["prefill_sparse", "prefill_repair"] if repairs else ["prefill_sparse"]
+
+
+def count_passes() -> None:
+    """Note the passes of all engines of this process, from here on."""
+    stock = impl.attend
+
+    @functools.wraps(stock)
+    def attend(each: Pass, query: Any, kv: Any, layer: LayerContext, *rest: Any) -> Any:
+        _launches.extend((layer, kind) for kind in kinds(each))
+        return stock(each, query, kv, layer, *rest)
+
+    impl.attend = attend
+
+
+count_passes()
 
 
 class WorkerProbe:
     """Mixed into vLLM's worker by `worker_extension_cls`."""
 
+    reads_selection_stats = True
+
     def attention_launches(self) -> dict[str, dict[str, int]]:
         """By class name of the attention impl: how often its layers launched which path."""
         worker: Any = self
-        found: dict[str, Counter[str]] = {}
-        for module in worker.model_runner.get_model().modules():
-            if hasattr(module, "impl"):
-                counts = found.setdefault(type(module.impl).__name__, Counter())
-                counts.update(getattr(module.impl, "launches", {}))
-        return {name: dict(counts) for name, counts in found.items()}
+        runner = worker.model_runner
+        names = {type(each.impl).__name__ for each in runner.get_model().modules() if hasattr(each, "impl")}
+        own = {id(layer) for builder in metadata_builders(runner) for layer in builder.layers.values()}
+        counts = Counter(kind for layer, kind in _launches if id(layer) in own)
+        return {name: dict(counts) if name == "FarspanImpl" else {} for name in names}
+
+    def selection_rows(self) -> list[dict[str, Any]]:
+        """As `farspan.metrics.SelectionMetrics.farspan_selection`."""
+        worker: Any = self
+        layers = [layer for builder in metadata_builders(worker.model_runner) for layer in builder.layers.values()]
+        return [row for layer in layers if layer.selector.stats is not None for row in layer.selector.stats.rows()]

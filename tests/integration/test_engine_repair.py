@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 GAMMA = 0.9
 CHUNK, PROMPT_LEN = 768, 1500
 """Of the second chunk's queries, those before SLASH do not have the key that the slash head looks for yet."""
-PREFILL = {"method": "flex", "gamma": GAMMA, "min_budget": 0, "min_seq_len": 0}
+PREFILL = {"method": "flex", "gamma": GAMMA, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
 """Heads are measured and repaired by default."""
 
 

@@ -33,7 +33,7 @@ def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--num-gpu-blocks-override", "128"]
     # Sparse prefill that lists every block, so that its tokens are those of exact attention.
-    prefill = '{"method": "flex", "gamma": 1.0, "min_seq_len": 0}'
+    prefill = '{"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}'
     command += ["--additional-config", f'{{"farspan": {{"prefill": {prefill}}}}}']
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 PROMPTS = make_prompts((63, 700, 1500, 129), seed=3)
 EVERYTHING = {
-    "flex": {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "coverage_rows": 2},
+    "flex": {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 2},
     "sink_local": {"method": "block_sparse", "local_blocks": 100, "block_size": 64},
 }
 """Options under which every causal block is read."""
@@ -62,7 +62,7 @@ def test_preempted_requests_prefill_sparsely_again(make_llm: Any, method: str) -
 @pytest.mark.parametrize(
     "prefill",
     [
-        {"method": "flex", "gamma": 0.6, "min_budget": 0, "min_seq_len": 0},
+        {"method": "flex", "gamma": 0.6, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0},
         {"method": "block_sparse", "local_blocks": 2},
     ],
     ids=["flex", "sink_local"],

@@ -82,7 +82,7 @@ def test_fraction_of_the_trained_length(make_llm: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("prefill", "shift"),
     [
-        ({"method": "flex", "gamma": 1.0, "min_seq_len": 0, "coverage_rows": 2}, Shift(64, 16, 1.2)),
+        ({"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 2}, Shift(64, 16, 1.2)),
         (
             {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 1},
             Shift(64, 16, 1.2, sparse_block=64),
@@ -100,16 +100,13 @@ def test_composes_with_sparse_prefill(make_llm: Any, expected: Any, prefill: dic
 
 def test_measured_coverage_is_that_of_the_shifted_attention(make_llm: Any) -> None:
     """With gamma 1 all blocks are read, so nothing may seem lost."""
-    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "coverage_rows": 4}
+    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 4}
     llm = make_llm(max_num_batched_tokens=100, max_num_seqs=16, additional_config=options(SHIFT, prefill=prefill))
     generate(llm, PROMPTS, 1)
 
-    def coverage(model: Any) -> list[float]:
-        impls = [module.impl for module in model.modules() if hasattr(module, "impl")]
-        return [float(impl.sparse.budgets.coverage.min()) for impl in impls]
-
-    (found,) = llm.apply_model(coverage)
-    assert min(found) > 0.9999
+    (rows,) = llm.collective_rpc("selection_rows")
+    assert rows
+    assert min(row["coverage"] for row in rows) > 0.9999
 
 
 @pytest.mark.parametrize(

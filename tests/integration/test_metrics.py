@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 
 def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
-    prefill = {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0}
+    prefill = {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
     llm = make_llm(
         max_num_batched_tokens=512,
         max_num_seqs=16,

@@ -15,6 +15,7 @@ import torch
 import triton
 from farspan.kernels import prefill as paged_prefill
 from farspan.kernels import static_block_lists
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.contiguous import attention as contiguous
 from farspan.kernels.contiguous import short_lists
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
@@ -77,10 +78,14 @@ def prefill_over_lists() -> None:
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     paged_prefill.paged_prefill(
         query,
-        kv_cache=torch.empty(16, 8, 128, 256, dtype=torch.bfloat16),
-        block_table=torch.zeros(1, 16, dtype=torch.int32),
-        seq_lens=torch.tensor([1024], dtype=torch.int32),
-        query_start_loc=torch.tensor([0, 1024], dtype=torch.int32),
+        KVView(torch.empty(16, 8, 128, 256, dtype=torch.bfloat16)),
+        PagedBatch(
+            torch.tensor([0, 1024], dtype=torch.int32),
+            torch.tensor([1024], dtype=torch.int32),
+            torch.zeros(1, 16, dtype=torch.int32),
+            max_query_len=1024,
+            max_kv_len=1024,
+        ),
         tiles=tiles,
         scale=0.1,
         block_lists=BlockLists(

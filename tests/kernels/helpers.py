@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from farspan.kernels import reference
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 
 # A page id that no test cache has: reading it walks off the cache.
@@ -16,7 +17,7 @@ GARBAGE_PAGE = 2**30
 
 
 @dataclass(frozen=True)
-class PagedBatch:
+class Inputs:
     """One layer's inputs for a varlen batch; shapes as `reference.paged_attention` takes them."""
 
     query: torch.Tensor
@@ -32,14 +33,31 @@ class PagedBatch:
     scale: float
 
     @property
+    def kv(self) -> KVView:
+        return KVView(self.kv_cache)
+
+    @property
+    def paged(self) -> PagedBatch:
+        """The batch as the launchers take it."""
+        return PagedBatch(
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            max_query_len=max(self.query_lens, default=0),
+            max_kv_len=self.block_table.shape[1] * self.kv_cache.shape[2],
+        )
+
+    @property
     def query_lens(self) -> list[int]:
         return self.query_start_loc.diff().tolist()
 
     def tiles(self, block_size: int, requests: list[int] | None = None) -> PrefillTiles:
         """The query tiles of the batch, or of some of its requests."""
-        return make_prefill_tiles(
-            self.query_start_loc.tolist(), self.seq_lens.tolist(), block_size, self.query.device, requests
-        )
+        tiles = make_prefill_tiles(self.query_start_loc.tolist(), self.seq_lens.tolist(), block_size, self.query.device)
+        if requests is None:
+            return tiles
+        kept = torch.isin(tiles.tile_request, torch.tensor(requests, device=self.query.device))
+        return PrefillTiles(block_size, tiles.tile_request[kept], tiles.tile_block[kept], tiles.max_kv_blocks)
 
 
 def make_batch(
@@ -54,7 +72,7 @@ def make_batch(
     device: torch.device | str = "cpu",
     layout: str = "lbhnc",
     sharpness: float = 1.0,
-) -> PagedBatch:
+) -> Inputs:
     """Draw a batch: request r has `seq_lens[r]` tokens, the last `query_lens[r]` of them in this step's chunk.
 
     layout: `lbhnc` keeps one head's page contiguous; `lbnhc` keeps one token's heads contiguous.
@@ -88,7 +106,7 @@ def make_batch(
         values.append(key_value[seq_len - query_len :, :, head_dim:])
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     query = (sharpness * torch.randn(int(starts[-1]), num_heads, head_dim)).to(dtype)
-    return PagedBatch(
+    return Inputs(
         query=query.to(device),
         key=torch.cat(keys).to(device),
         value=torch.cat(values).to(device),
@@ -170,7 +188,7 @@ def assert_attention_close(
 
 
 def reference_attention(
-    batch: PagedBatch,
+    inputs: Inputs,
     *,
     causal: bool = True,
     tiles: PrefillTiles | None = None,
@@ -178,13 +196,5 @@ def reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.paged_attention` of a batch, on the CPU's float32 and back to the batch's device."""
     return reference.paged_attention(
-        batch.query,
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        batch.scale,
-        causal=causal,
-        tiles=tiles,
-        block_lists=block_lists,
+        inputs.query, inputs.kv, inputs.paged, inputs.scale, causal=causal, tiles=tiles, block_lists=block_lists
     )

@@ -4,12 +4,27 @@ The batch builder draws queries and keys as the cache holds them, that is, alrea
 unrotated: they are rotated back, in float64.
 """
 
+from dataclasses import dataclass
+
 import torch
 from farspan.kernels import reference
-from farspan.kernels.rotary_turn import RotaryShift
+from farspan.kernels.rotary_turn import Turn, make_string_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-from tests.kernels.helpers import PagedBatch
+from tests.kernels.helpers import Inputs
+
+
+@dataclass(frozen=True)
+class Shift(Turn):
+    """A turn of STRING that remembers what it was made from."""
+
+    shift: int
+    window: int
+
+
+def make_shift(inv_freq: torch.Tensor, shift: int, window: int, is_neox: bool, device: torch.device) -> Shift:
+    """Arguments as in `make_string_turn`."""
+    return Shift(**vars(make_string_turn(inv_freq, shift, window, is_neox, device)), shift=shift, window=window)
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> torch.Tensor:
@@ -31,8 +46,8 @@ def unrotate(heads: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tenso
 
 
 def string_reference(
-    batch: PagedBatch,
-    string: RotaryShift,
+    batch: Inputs,
+    turn: Shift,
     inv_freq: torch.Tensor,
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
@@ -51,14 +66,14 @@ def string_reference(
             assert tiles is not None
             mask = reference.listed_keys(tiles, block_lists, request, num_heads, query_pos, kv_pos)
         out, lse = reference.string_attention(
-            unrotate(chunk, query_pos, inv_freq, string.is_neox),
-            unrotate(key, kv_pos, inv_freq, string.is_neox),
+            unrotate(chunk, query_pos, inv_freq, turn.is_neox),
+            unrotate(key, kv_pos, inv_freq, turn.is_neox),
             value,
             inv_freq,
             batch.scale,
-            shift=string.shift,
-            window=string.window,
-            is_neox=string.is_neox,
+            shift=turn.shift,
+            window=turn.window,
+            is_neox=turn.is_neox,
             mask=mask,
         )
         outs.append(out)

@@ -1,43 +1,43 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from farspan.kernels import cpu_attention as module
+from farspan.kernels.batch import PagedBatch
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from tests.kernels.helpers import (
-    PagedBatch,
+    Inputs,
     assert_attention_close,
     make_batch,
     poisoned_like,
     random_block_lists,
     reference_attention,
 )
-from tests.kernels.string_helpers import inverse_frequencies, string_reference
+from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift, string_reference
 
 MIXED = ([1, 63, 1, 300, 17, 1, 0, 40], [1, 63, 200, 300, 150, 65, 9, 333])
 
 
 def attend(
-    batch: PagedBatch,
+    batch: Inputs,
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
-    string: RotaryShift | None = None,
+    turn: Shift | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = poisoned_like(batch.query)
     lse = torch.full((batch.query.shape[1], len(batch.query)), float("nan"))
     cpu_attention(
         batch.query,
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
+        batch.kv,
+        batch.paged,
         batch.scale,
         out=out,
         lse=lse,
         tiles=tiles,
         block_lists=block_lists,
-        string=string,
+        turn=turn,
     )
     return out, lse
 
@@ -56,6 +56,12 @@ def test_mixed_batch(heads: tuple[int, int], head_dim: int, page_size: int, layo
     assert_attention_close(*attend(batch), *reference_attention(batch), dtype)
 
 
+def chunk_of(inputs: Inputs, start: int, end: int) -> PagedBatch:
+    """The tokens [start, end) of a batch of one request as a chunk."""
+    starts, lens = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+    return replace(inputs.paged, query_start_loc=starts, kv_lens=lens, max_query_len=end - start)
+
+
 def test_chunks_give_the_rows_of_the_whole() -> None:
     whole = make_batch([1000], [1000], page_size=64)
     out, lse = attend(whole)
@@ -63,7 +69,7 @@ def test_chunks_give_the_rows_of_the_whole() -> None:
     for end in (1, 64, 577, 1000):
         part_out, part_lse = poisoned_like(whole.query[start:end]), torch.empty(4, end - start)
         cpu_attention(
-            whole.query[start:end], whole.kv_cache, whole.block_table, [end], [0, end - start], whole.scale,
+            whole.query[start:end], whole.kv, chunk_of(whole, start, end), whole.scale,
             out=part_out, lse=part_lse,
         )  # fmt: skip
         torch.testing.assert_close(part_out, out[start:end], atol=2e-6, rtol=1e-5)
@@ -82,11 +88,9 @@ def test_decode_batches_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch
 
 def test_padding_rows() -> None:
     batch = make_batch([1, 1, 4], [20, 30, 40])
-    lens = [20, 0, 40]
+    lens = torch.tensor([20, 0, 40], dtype=torch.int32)
     out, lse = poisoned_like(batch.query), torch.full((4, 6), float("nan"))
-    cpu_attention(
-        batch.query, batch.kv_cache, batch.block_table, lens, batch.query_start_loc, batch.scale, out=out, lse=lse
-    )
+    cpu_attention(batch.query, batch.kv, replace(batch.paged, kv_lens=lens), batch.scale, out=out, lse=lse)
     assert bool((out[1] == 0).all())
     assert bool(lse[:, 1].isneginf().all())
     expected_out, expected_lse = reference_attention(batch)
@@ -122,17 +126,17 @@ def test_requests_without_tiles_are_dense() -> None:
 def test_string(shift: int, rotary_dim: int, is_neox: bool) -> None:
     batch = make_batch([150, 1, 70, 1, 1], [150, shift % 400 + 1, 290, 151, 40])
     inv_freq = inverse_frequencies(rotary_dim)
-    string = make_rotary_shift(inv_freq, shift, 7, is_neox, torch.device("cpu"))
-    assert_attention_close(*attend(batch, string=string), *string_reference(batch, string, inv_freq), torch.float32)
+    turn = make_shift(inv_freq, shift, 7, is_neox, torch.device("cpu"))
+    assert_attention_close(*attend(batch, turn=turn), *string_reference(batch, turn, inv_freq), torch.float32)
 
 
 @pytest.mark.parametrize("tile", [16, 256])
 def test_string_whatever_the_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHIFT_TILE", tile)
+    monkeypatch.setattr(module, "DENSE_TILE", tile)
     batch = make_batch([203], [411])
     inv_freq = inverse_frequencies(64)
-    string = make_rotary_shift(inv_freq, 100, 20, True, torch.device("cpu"))
-    assert_attention_close(*attend(batch, string=string), *string_reference(batch, string, inv_freq), torch.float32)
+    turn = make_shift(inv_freq, 100, 20, True, torch.device("cpu"))
+    assert_attention_close(*attend(batch, turn=turn), *string_reference(batch, turn, inv_freq), torch.float32)
 
 
 @pytest.mark.parametrize("shift", [20, 100, 130, 400])
@@ -141,9 +145,9 @@ def test_string_with_block_lists(shift: int) -> None:
     tiles = batch.tiles(64)
     lists = random_block_lists(tiles, 4, 0.5)
     inv_freq = inverse_frequencies(64)
-    string = make_rotary_shift(inv_freq, shift, 7, True, torch.device("cpu"))
-    expected = string_reference(batch, string, inv_freq, tiles, lists)
-    assert_attention_close(*attend(batch, tiles, lists, string), *expected, torch.float32)
+    turn = make_shift(inv_freq, shift, 7, True, torch.device("cpu"))
+    expected = string_reference(batch, turn, inv_freq, tiles, lists)
+    assert_attention_close(*attend(batch, tiles, lists, turn), *expected, torch.float32)
 
 
 @pytest.mark.parametrize("layout", ["lbhnc", "lbnhc"])

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex import estimate as flex_estimate
 from farspan.kernels.flex import reference as flex_reference
 from farspan.kernels.flex import select as flex_select
-from farspan.kernels.flex.types import NO_LIMIT, FlexEstimate, FlexSelection
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
+from farspan.kernels.flex.types import NO_LIMIT, Budget, FlexEstimate, FlexSelection
 from farspan.kernels.tiles import BlockLists
 
-from tests.kernels.helpers import PagedBatch, make_batch
-from tests.kernels.string_helpers import inverse_frequencies
+from tests.kernels.helpers import Inputs, make_batch
+from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ CASES = [
 ]
 
 
-def batch_of(case: Case, device: torch.device) -> PagedBatch:
+def batch_of(case: Case, device: torch.device) -> Inputs:
     # A GPU multiplies float32 slowly, and float16 operands into exact float32 products.
     dtype = torch.float16 if device.type == "cuda" else case.dtype
     return make_batch(
@@ -78,15 +78,15 @@ def batch_of(case: Case, device: torch.device) -> PagedBatch:
     )
 
 
-def string_of(case: Case, device: torch.device) -> RotaryShift | None:
+def string_of(case: Case, device: torch.device) -> Shift | None:
     if not case.shift:
         return None
     inv_freq = inverse_frequencies(case.head_dim // 2)
-    return make_rotary_shift(inv_freq, case.shift, 16, True, device)
+    return make_shift(inv_freq, case.shift, 16, True, device)
 
 
-def arguments_of(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
-    return batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
+def arguments_of(batch: Inputs) -> tuple[torch.Tensor, KVView, PagedBatch]:
+    return batch.query, batch.kv, batch.paged
 
 
 def on_cpu(found: FlexEstimate) -> FlexEstimate:
@@ -99,39 +99,37 @@ def lists_of(block_lists: BlockLists) -> list[list[list[int]]]:
     return [[row[:count] for row, count in head] for head in rows]
 
 
-def select_both(case: Case, batch: PagedBatch) -> tuple[FlexSelection, FlexSelection]:
+def select_both(case: Case, batch: Inputs) -> tuple[FlexSelection, FlexSelection]:
     """Triton's selection and PyTorch's, from the same estimate so that only the selection differs."""
     device = batch.query.device
     tiles = batch.tiles(case.block_size)
-    requests = torch.arange(len(case.seq_lens), dtype=torch.int32, device=device)
-    num_heads = batch.query.shape[1]
-    shape = (requests, tiles.max_kv_blocks, case.block_size, batch.scale)
-    string, cpu_string = string_of(case, device), string_of(case, torch.device("cpu"))
-    found = flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=2, string=string)
-    gamma = torch.full((num_heads, len(case.seq_lens)), case.gamma, device=device)
-    group = case.group if case.share else 1
-    budget = (case.tau, case.min_blocks, case.max_blocks, group)
-    ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, requests, gamma, *budget, string)
-    cpu = [tensor.cpu() for tensor in arguments_of(batch)]
-    cpu_tiles = type(tiles)(tiles.block_size, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks)
-    scores = flex_reference.pooled_scores(*cpu, cpu_tiles, tiles.max_kv_blocks, batch.scale, string=cpu_string)
-    selection = (on_cpu(found), scores, cpu_tiles, cpu[3], requests.cpu(), gamma.cpu(), *budget)
-    return ours, flex_reference.select(*selection)
+    turn, cpu_turn = string_of(case, device), string_of(case, torch.device("cpu"))
+    found = flex_estimate.estimate(
+        *arguments_of(batch), tiles.max_kv_blocks, case.block_size, batch.scale, turn=turn, num_splits=2
+    )
+    budget = Budget(case.gamma, case.tau, case.min_blocks, case.max_blocks, case.group if case.share else 1)
+    ours = flex_select.select(*arguments_of(batch), tiles, batch.scale, found, budget, turn=turn)
+    cpu = inputs_on_cpu(batch)
+    cpu_tiles = cpu.tiles(case.block_size)
+    scores = flex_reference.pooled_scores(*arguments_of(cpu), cpu_tiles, batch.scale, turn=cpu_turn)
+    return ours, flex_reference.select(on_cpu(found), scores, cpu_tiles, cpu.paged, budget)
+
+
+def inputs_on_cpu(batch: Inputs) -> Inputs:
+    return Inputs(
+        **{name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()}
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_estimate_equals_reference(case: Case, device: torch.device) -> None:
     batch = batch_of(case, device)
-    requests = torch.arange(len(case.seq_lens), dtype=torch.int32)
     num_blocks = batch.tiles(case.block_size).max_kv_blocks
     shape = (num_blocks, case.block_size, batch.scale)
-    string = string_of(case, device)
-    found = on_cpu(
-        flex_estimate.estimate(*arguments_of(batch), requests.to(device), *shape, num_splits=3, string=string)
-    )
-    cpu = [tensor.cpu() for tensor in arguments_of(batch)]
-    string = string_of(case, torch.device("cpu"))
-    expected = flex_reference.estimate(*cpu, requests, *shape, string=string)
+    turn = string_of(case, device)
+    found = on_cpu(flex_estimate.estimate(*arguments_of(batch), *shape, num_splits=3, turn=turn))
+    turn = string_of(case, torch.device("cpu"))
+    expected = flex_reference.estimate(*arguments_of(inputs_on_cpu(batch)), *shape, turn=turn)
     torch.testing.assert_close(found.tile_mass, expected.tile_mass, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.column_share, expected.column_share, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.pooled_logits, expected.pooled_logits, atol=1e-4, rtol=1e-4)

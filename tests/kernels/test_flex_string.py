@@ -3,53 +3,40 @@
 import pytest
 import torch
 from farspan.kernels import reference
-from farspan.kernels.flex import coverage as flex_coverage
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex import oracle as flex_oracle
 from farspan.kernels.flex import reference as flex_reference
-from farspan.kernels.flex.select import flex_block_lists
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
+from farspan.kernels.flex import select as flex_select
+from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-from tests.kernels.helpers import PagedBatch, make_batch
-from tests.kernels.string_helpers import inverse_frequencies, string_reference, unrotate
+from tests.kernels.helpers import Inputs, make_batch
+from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift, unrotate
 
 HEAD_DIM, BLOCK = 32, 64
 INV_FREQ = inverse_frequencies(HEAD_DIM)
 
 
-def make_string(shift: int, window: int, device: torch.device | str = "cpu") -> RotaryShift:
-    return make_rotary_shift(INV_FREQ, shift, window, True, torch.device(device))
+def make_string(shift: int, window: int, device: torch.device | str = "cpu") -> Shift:
+    return make_shift(INV_FREQ, shift, window, True, torch.device(device))
 
 
-def arguments_of(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
-    return batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc
+def arguments_of(batch: Inputs) -> tuple[torch.Tensor, KVView, PagedBatch]:
+    return batch.query, batch.kv, batch.paged
 
 
-def choose(
-    batch: PagedBatch, tiles: PrefillTiles, gamma: float, string: RotaryShift | None, tau: float = 0.0
-) -> BlockLists:
-    device = batch.query.device
-    num_reqs = len(batch.seq_lens)
-    return flex_block_lists(
-        *arguments_of(batch),
-        tiles,
-        batch.scale,
-        requests=torch.arange(num_reqs, dtype=torch.int32, device=device),
-        gamma=torch.full((num_reqs,), gamma, device=device),
-        tau=tau,
-        min_budget=0,
-        string=string,
-    ).block_lists
+def choose(batch: Inputs, tiles: PrefillTiles, gamma: float, turn: Shift | None, tau: float = 0.0) -> BlockLists:
+    twin = flex_reference if batch.query.device.type == "cpu" else flex_select
+    budget = Budget(gamma, tau, min_blocks=0, max_blocks=NO_LIMIT)
+    return twin.flex_block_lists(*arguments_of(batch), tiles, batch.scale, budget, turn=turn).block_lists
 
 
 @pytest.mark.parametrize("shift", [1, 63, 64, 65, 100, 149, 150])
 def test_estimate_is_the_oracles_mass(shift: int) -> None:
     """One query at a time, the oracle's mass on a block is what its LSE over that block alone leaves of the whole."""
     batch = make_batch([70], [150], num_heads=2, num_kv_heads=1, head_dim=HEAD_DIM, sharpness=2.0)
-    string = make_string(shift, 9)
-    found = flex_reference.estimate(
-        *arguments_of(batch), torch.tensor([0]), 3, BLOCK, batch.scale, torch.float64, string=string
-    )
+    turn = make_string(shift, 9)
+    found = flex_reference.estimate(*arguments_of(batch), 3, BLOCK, batch.scale, dtype=torch.float64, turn=turn)
     key, value = reference.gather_kv(batch.kv_cache, batch.block_table[0], 150, torch.float64)
     query_pos, kv_pos = torch.arange(80, 150), torch.arange(150)
     inputs = (unrotate(batch.query, query_pos, INV_FREQ, True), unrotate(key, kv_pos, INV_FREQ, True), value, INV_FREQ)
@@ -64,31 +51,9 @@ def test_estimate_is_the_oracles_mass(shift: int) -> None:
             torch.testing.assert_close(
                 found.tile_mass[tile, :, 0, block], mass[:, members].sum(1), atol=1e-6, rtol=1e-5
             )
-    mass = flex_oracle.block_mass(*arguments_of(batch), batch.tiles(BLOCK), batch.scale, string=string)
+    mass = flex_oracle.block_mass(*arguments_of(batch), batch.tiles(BLOCK), batch.scale, turn=turn)
     torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass.sum(-1)))
     torch.testing.assert_close(mass[:, -1], found.tile_mass[1, :, 0] * BLOCK / 22, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shift", [300, 1000])
-def test_measured_coverage_is_the_mass_kept_under_shifted_positions(device: torch.device, shift: int) -> None:
-    batch = make_batch(
-        [300, 65], [900, 65], num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sharpness=3.0, device=device
-    )
-    tiles = batch.tiles(BLOCK)
-    string = make_string(shift, 20, device)
-    lists = choose(batch, tiles, 0.6, string)
-    on_cpu = BlockLists(lists.block_ids.cpu(), lists.block_counts.cpu())
-    cpu_tiles = PrefillTiles(BLOCK, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks)
-    cpu_string = make_string(shift, 20)
-    _, kept_lse = string_reference(batch, cpu_string, INV_FREQ, cpu_tiles, on_cpu)
-    _, full_lse = string_reference(batch, cpu_string, INV_FREQ)
-    rows = flex_coverage.sample_rows(batch.query_start_loc, 5)
-    coverage = flex_coverage.measure_coverage(
-        *arguments_of(batch), batch.scale, kept_lse.to(device), rows, string=string
-    ).cpu()
-    expected = (kept_lse - full_lse).exp()[:, rows.cpu()].clamp_max(1.0)
-    torch.testing.assert_close(coverage, expected, atol=1e-4, rtol=1e-4)
-    assert float(coverage.min()) < 0.99
 
 
 @pytest.mark.parametrize("shift", [100, 400])
@@ -99,10 +64,10 @@ def test_keeps_gamma_of_the_shifted_attention(device: torch.device, shift: int) 
         [seq_len], [seq_len], num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sharpness=4.0, device=device
     )
     tiles = batch.tiles(BLOCK)
-    string = make_string(shift, 10, device)
-    mass = flex_oracle.block_mass(*arguments_of(batch), tiles, batch.scale, string=string)[:, -1:].cpu()
+    turn = make_string(shift, 10, device)
+    mass = flex_oracle.block_mass(*arguments_of(batch), tiles, batch.scale, turn=turn)[:, -1:].cpu()
     kept = {}
-    for name, chosen_by in (("shifted", string), ("ordinary", None)):
+    for name, chosen_by in (("shifted", turn), ("ordinary", None)):
         lists = choose(batch, tiles, gamma, chosen_by)
         last = BlockLists(lists.block_ids[:, -1:].cpu(), lists.block_counts[:, -1:].cpu())
         kept[name] = flex_oracle.kept_mass(mass, last)

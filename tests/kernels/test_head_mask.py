@@ -5,19 +5,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 from farspan.kernels.cpu_attention import cpu_attention
-from farspan.kernels.flex.coverage import COVERAGE_SLACK, measure_coverage, sample_rows, short_heads
+from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.prefill import paged_prefill
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
 
 from tests.kernels.helpers import (
-    PagedBatch,
+    Inputs,
     assert_attention_close,
     make_batch,
     poisoned_like,
     random_block_lists,
     reference_attention,
 )
-from tests.kernels.string_helpers import inverse_frequencies
+from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift
 
 F16, F32 = torch.float16, torch.float32
 
@@ -38,7 +37,7 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{lens}-gqa{self.heads[0] // self.heads[1]}-d{self.head_dim}-page{self.page_size}-{dtype}"
 
-    def draw(self, device: torch.device) -> PagedBatch:
+    def draw(self, device: torch.device) -> Inputs:
         return make_batch(
             self.query_lens, self.seq_lens, num_heads=self.heads[0], num_kv_heads=self.heads[1],
             head_dim=self.head_dim, page_size=self.page_size, dtype=self.dtype, device=device, sharpness=2.0,
@@ -61,33 +60,32 @@ def case_id(value: object) -> str | None:
 
 
 def launch(
-    batch: PagedBatch,
+    batch: Inputs,
     case: Case,
     mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
     through: str = "triton",
-    string: RotaryShift | None = None,
+    turn: Shift | None = None,
 ) -> None:
     """Compute the heads of the mask into `out` and `lse`."""
-    arguments = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    arguments = (batch.query, batch.kv, batch.paged)
     if through == "cpu":
-        cpu_attention(*arguments, batch.scale, out=out, lse=lse, head_mask=mask, string=string)
+        cpu_attention(*arguments, batch.scale, out=out, lse=lse, head_mask=mask, turn=turn)
         return
     tiles = batch.tiles(case.block_size)
-    max_query_len = max(case.query_lens)
     paged_prefill(
-        *arguments, tiles, batch.scale, head_mask=mask, max_query_len=max_query_len, out=out, lse=lse, string=string
+        *arguments, tiles, batch.scale, head_mask=mask, out=out, lse=lse, turn=turn
     )  # fmt: skip
 
 
-def poisoned_outputs(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def poisoned_outputs(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, _ = batch.query.shape
     return poisoned_like(batch.query), poisoned_like(torch.empty(num_heads, num_tokens, device=batch.query.device))
 
 
-def of_tokens(mask: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+def of_tokens(mask: torch.Tensor, batch: Inputs) -> torch.Tensor:
     """[num_q_heads, num_tokens] bool from [num_q_heads, num_reqs]."""
     return mask.repeat_interleave(batch.query_start_loc.diff().long(), dim=1)
 
@@ -110,7 +108,7 @@ def test_wanted_heads_are_exact_and_the_others_untouched(device: torch.device, c
     # A sparse launch's results, which must survive to the last bit.
     tiles = batch.tiles(case.block_size)
     lists = random_block_lists(tiles, case.heads[0], 0.3)
-    arguments = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    arguments = (batch.query, batch.kv, batch.paged)
     if through == "cpu":
         cpu_attention(*arguments, batch.scale, out=out, lse=lse, tiles=tiles, block_lists=lists)
     else:
@@ -145,13 +143,13 @@ def test_no_head_and_every_head(device: torch.device, case: Case, through: str) 
 def test_under_shifted_positions(device: torch.device, case: Case, through: str) -> None:
     device = device if through == "triton" else torch.device("cpu")
     batch = case.draw(device)
-    string = make_rotary_shift(inverse_frequencies(case.head_dim), 50, 10, is_neox=True, device=device)
+    turn = make_shift(inverse_frequencies(case.head_dim), 50, 10, is_neox=True, device=device)
     out, lse = poisoned_outputs(batch)
-    launch(batch, case, None, out, lse, through=through, string=string)
+    launch(batch, case, None, out, lse, through=through, turn=turn)
     mask = drawn_mask(case, device)
     wanted = of_tokens(mask, batch)
     some_out, some_lse = poisoned_outputs(batch)
-    launch(batch, case, mask, some_out, some_lse, through=through, string=string)
+    launch(batch, case, mask, some_out, some_lse, through=through, turn=turn)
     assert bool(some_lse[~wanted].isnan().all())
     assert bool(some_out.transpose(0, 1)[~wanted].isnan().all())
     expected_out = torch.where(wanted.T[..., None], out.float(), 0.0)
@@ -160,39 +158,23 @@ def test_under_shifted_positions(device: torch.device, case: Case, through: str)
     assert_attention_close(some_out, some_lse, expected_out, expected_lse, case.dtype)
 
 
-def test_short_heads_are_those_of_one_request() -> None:
-    """Two requests with promises of their own; a head may fail in one of them."""
-    coverage = torch.tensor([[[1.0, 0.6], [0.9, 0.9]], [[0.92, 0.9], [0.1, 0.7]]])
-    assert short_heads(coverage, torch.tensor([0.95, 0.5])).tolist() == [[True, False], [False, True]]
-    assert not short_heads(torch.full((1, 1, 4), 0.9 - COVERAGE_SLACK + 1e-4), torch.tensor([0.9])).any()
+@pytest.mark.parametrize("query_len", [1, 2, 3, 100])
+def test_samples_are_rows_of_the_chunk(query_len: int) -> None:
+    places = sample_places(query_len, 4)
+    assert len(places) == 4
+    assert places == sorted(places)
+    assert all(0 <= place < query_len for place in places)
 
 
-@pytest.mark.parametrize("query_lens", [(1, 2, 3), (1,)], ids=str)
-def test_chunks_shorter_than_the_sample(query_lens: tuple[int, ...]) -> None:
-    seq_lens = [length + 90 for length in query_lens]
-    batch = make_batch(query_lens, seq_lens, sharpness=3.0)
-    arguments = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
-    rows = sample_rows(batch.query_start_loc, 4)
-    for request, of_request in enumerate(rows.tolist()):
-        start, end = batch.query_start_loc[request : request + 2].tolist()
-        assert all(start <= row < end for row in of_request)
-    _, lse = reference_attention(batch)
-    coverage = measure_coverage(*arguments, batch.scale, lse, rows)
-    torch.testing.assert_close(coverage, torch.ones(4, len(query_lens), 4), atol=1e-4, rtol=0)
-    assert not short_heads(coverage, torch.full((len(query_lens),), 0.95)).any()
-
-
-def test_the_first_sampled_row_lies_early() -> None:
+def test_the_first_sampled_row_is_early() -> None:
     """The queries unlike those that chose the blocks are a chunk's first."""
-    starts = torch.tensor([0, 16384, 16384 + 100], dtype=torch.int32)
-    rows = sample_rows(starts, 4) - starts[:-1, None]
-    assert 0 < int(rows[0, 0]) < 0.1 * 16384
-    assert (rows[0] // 4096).tolist() == [0, 1, 2, 3]
-    assert (rows[1] // 25).tolist() == [0, 1, 2, 3]
+    places = sample_places(16384, 4)
+    assert 0 < places[0] < 0.1 * 16384
+    assert [place // 4096 for place in places] == [0, 1, 2, 3]
+    assert [place // 25 for place in sample_places(100, 4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("chunk", [1024, 2048, 4096, 8192, 16384, 32768, 131072], ids=str)
 def test_sampled_rows_do_not_begin_query_blocks(chunk: int) -> None:
     """Heads that look a few tokens back may lose everything there, and nothing elsewhere."""
-    rows = sample_rows(torch.tensor([0, chunk], dtype=torch.int32), 4)
-    assert int((rows % 128).min()) >= 16
+    assert min(place % 128 for place in sample_places(chunk, 4)) >= 16

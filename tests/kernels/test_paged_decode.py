@@ -1,31 +1,27 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from farspan.kernels.decode import (
-    MAX_SPLITS,
-    DecodeWorkspace,
-    choose_num_splits,
-    decode_workspace,
-    paged_decode,
-)
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
+from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace, paged_decode
+from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
 
 from tests.kernels.helpers import (
-    PagedBatch,
+    Inputs,
     assert_attention_close,
     make_batch,
     poisoned_like,
     reference_attention,
 )
-from tests.kernels.string_helpers import inverse_frequencies, string_reference
+from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift, string_reference
 
 RAGGED = [1, 63, 64, 65, 300, 129, 17]
 
 
-def decode_batch(lens: list[int], **options) -> PagedBatch:
+def decode_batch(lens: list[int], **options) -> Inputs:
     return make_batch([1] * len(lens), lens, **options)
 
 
-def decode(batch: PagedBatch, num_splits: int, string: RotaryShift | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(batch: Inputs, num_splits: int, turn: Shift | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Run on poisoned outputs and a poisoned workspace of exactly the size that is needed."""
     num_reqs, num_heads, head_dim = batch.query.shape
     rows = num_reqs * num_heads * num_splits
@@ -33,12 +29,12 @@ def decode(batch: PagedBatch, num_splits: int, string: RotaryShift | None = None
     workspace = DecodeWorkspace(torch.full((rows * head_dim,), **nan), torch.full((rows,), **nan))
     return paged_decode(
         batch.query,
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
+        batch.kv,
+        batch.paged,
         batch.scale,
         num_splits=num_splits,
-        string=string,
+        min_split_keys=DECODE_MIN_SPLIT_KEYS,
+        turn=turn,
         out=poisoned_like(batch.query),
         lse=torch.full((num_heads, num_reqs), **nan),
         workspace=workspace,
@@ -102,9 +98,9 @@ def test_string(num_splits: int, rotary_dim: int, is_neox: bool, device: torch.d
     shift = 100
     batch = decode_batch([shift - 1, shift, shift + 1, 1, 260, shift + 64], device=device)
     inv_freq = inverse_frequencies(rotary_dim)
-    string = make_rotary_shift(inv_freq, shift, 9, is_neox, device)
-    expected = (tensor.to(device) for tensor in string_reference(batch, string, inv_freq))
-    assert_attention_close(*decode(batch, num_splits, string), *expected, torch.float32)
+    turn = make_shift(inv_freq, shift, 9, is_neox, device)
+    expected = (tensor.to(device) for tensor in string_reference(batch, turn, inv_freq))
+    assert_attention_close(*decode(batch, num_splits, turn), *expected, torch.float32)
 
 
 @pytest.mark.parametrize("shift", [1, 64, 128, 10_000])
@@ -112,10 +108,10 @@ def test_string(num_splits: int, rotary_dim: int, is_neox: bool, device: torch.d
 def test_string_shifts(shift: int, page_size: int, device: torch.device) -> None:
     batch = decode_batch([192, 65, 250], page_size=page_size, device=device)
     inv_freq = inverse_frequencies(64)
-    string = make_rotary_shift(inv_freq, shift, 20, True, device)
-    expected = tuple(tensor.to(device) for tensor in string_reference(batch, string, inv_freq))
+    turn = make_shift(inv_freq, shift, 20, True, device)
+    expected = tuple(tensor.to(device) for tensor in string_reference(batch, turn, inv_freq))
     for num_splits in (1, 2):
-        assert_attention_close(*decode(batch, num_splits, string), *expected, torch.float32)
+        assert_attention_close(*decode(batch, num_splits, turn), *expected, torch.float32)
 
 
 def test_strided_tensors(device: torch.device) -> None:
@@ -127,8 +123,8 @@ def test_strided_tensors(device: torch.device) -> None:
     lse = torch.full((4, 5), float("nan"), device=device)
     for num_splits in (1, 2):
         paged_decode(
-            wide[:, 2:6], batch.kv_cache, batch.block_table[:, :-1], batch.seq_lens, batch.scale,
-            num_splits=num_splits, out=out[1:4], lse=lse[:, 1:4],
+            wide[:, 2:6], batch.kv, replace(batch.paged, block_table=batch.block_table[:, :-1]), batch.scale,
+            num_splits=num_splits, min_split_keys=DECODE_MIN_SPLIT_KEYS, out=out[1:4], lse=lse[:, 1:4],
         )  # fmt: skip
         assert_attention_close(out[1:4], lse[:, 1:4], *reference_attention(batch), torch.float32)
     assert bool(out[[0, 4]].isnan().all())
@@ -141,11 +137,11 @@ def test_rows_of_one_prompt(device: torch.device) -> None:
     rows = torch.tensor([0, 13, 77, 149], device=device)
     out, lse = paged_decode(
         batch.query[rows],
-        batch.kv_cache,
-        batch.block_table.expand(4, -1),
-        (rows + 51).int(),
+        batch.kv,
+        replace(batch.paged, block_table=batch.block_table.expand(4, -1), kv_lens=(rows + 51).int()),
         batch.scale,
         num_splits=2,
+        min_split_keys=DECODE_MIN_SPLIT_KEYS,
     )
     expected_out, expected_lse = reference_attention(batch)
     assert_attention_close(out, lse, expected_out[rows], expected_lse[:, rows], torch.float32)
@@ -154,24 +150,10 @@ def test_rows_of_one_prompt(device: torch.device) -> None:
 def test_no_requests(device: torch.device) -> None:
     batch = decode_batch([5], device=device)
     out, lse = paged_decode(
-        batch.query[:0], batch.kv_cache, batch.block_table[:0], batch.seq_lens[:0], batch.scale, num_splits=2
+        batch.query[:0], batch.kv, batch.paged, batch.scale, num_splits=2, min_split_keys=DECODE_MIN_SPLIT_KEYS
     )
     assert out.shape == (0, 4, 64)
     assert lse.shape == (4, 0)
-
-
-@pytest.mark.parametrize("num_sms", [16, 108, 132])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
-@pytest.mark.parametrize("max_seq_len", [1, 1000, 131072])
-def test_number_of_splits(num_sms: int, num_kv_heads: int, max_seq_len: int) -> None:
-    device = torch.device("cpu")
-    workspace = decode_workspace(300, 8, num_kv_heads, 4, max_seq_len, num_sms, device)
-    assert workspace.out.numel() == 4 * workspace.lse.numel()
-    for num_reqs in range(1, 301):
-        num_splits = choose_num_splits(num_reqs, num_kv_heads, max_seq_len, num_sms)
-        assert 1 <= num_splits <= min(MAX_SPLITS, max_seq_len)
-        assert num_splits == 1 or num_reqs * num_kv_heads * num_splits <= 16 * num_sms
-        assert num_reqs * 8 * num_splits <= workspace.lse.numel()
 
 
 @pytest.mark.gpu
@@ -180,14 +162,15 @@ def test_number_of_splits(num_sms: int, num_kv_heads: int, max_seq_len: int) -> 
 def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, device: torch.device) -> None:
     batch = decode_batch([1000, 2000, 3000], page_size=128, head_dim=128, dtype=torch.bfloat16, device=device)
     inv_freq = inverse_frequencies(128)
-    string = make_rotary_shift(inv_freq, 900, 20, True, device) if has_string else None
-    workspace = decode_workspace(3, 4, 2, 128, 4096, 132, device)
+    turn = make_shift(inv_freq, 900, 20, True, device) if has_string else None
+    workspace = make_decode_workspace(3 * 4 * num_splits, 128, device)
     out, lse = poisoned_like(batch.query), torch.full((4, 3), float("nan"), device=device)
 
     def run() -> None:
         paged_decode(
-            batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.scale,
-            num_splits=num_splits, string=string, out=out, lse=lse, workspace=workspace,
+            batch.query, batch.kv, batch.paged, batch.scale,
+            num_splits=num_splits, min_split_keys=DECODE_MIN_SPLIT_KEYS, turn=turn, out=out, lse=lse,
+            workspace=workspace,
         )  # fmt: skip
 
     run()
@@ -204,7 +187,7 @@ def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, devic
             if length == 0:
                 expected_out[row], expected_lse[:, row] = 0, float("-inf")
                 continue
-            one = PagedBatch(
+            one = Inputs(
                 **{
                     **vars(batch),
                     "query": batch.query[row : row + 1],
@@ -213,7 +196,7 @@ def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, devic
                     "query_start_loc": torch.tensor([0, 1], device=device),
                 }
             )
-            one_out, one_lse = string_reference(one, string, inv_freq) if string else reference_attention(one)
+            one_out, one_lse = string_reference(one, turn, inv_freq) if turn else reference_attention(one)
             expected_out[row : row + 1], expected_lse[:, row : row + 1] = one_out.to(device), one_lse.to(device)
         if has_string:
             # The second rotation rounds the query to bfloat16 once more than the oracle does.

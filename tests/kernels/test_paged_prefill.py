@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.prefill import paged_prefill, prefill_attention
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from farspan.kernels.tuning import PrefillConfig
 
 from tests.kernels.helpers import (
-    PagedBatch,
+    Inputs,
     assert_attention_close,
     make_batch,
     poisoned_like,
@@ -39,7 +40,7 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{lens}-gqa{group}-d{self.head_dim}-page{self.page_size}-block{self.block_size}-{dtype}-{self.layout}"
 
-    def draw(self, device: torch.device) -> PagedBatch:
+    def draw(self, device: torch.device) -> Inputs:
         return make_batch(
             self.query_lens,
             self.seq_lens,
@@ -82,7 +83,7 @@ LARGE = [
 
 
 def prefill(
-    batch: PagedBatch,
+    batch: Inputs,
     tiles: PrefillTiles,
     *,
     block_lists: BlockLists | None = None,
@@ -97,14 +98,11 @@ def prefill(
         batch.query,
         key_cache,
         value_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
+        batch.paged if max_query_len is None else replace(batch.paged, max_query_len=max_query_len),
         tiles,
         batch.scale,
         block_lists=block_lists,
         causal=causal,
-        max_query_len=max_query_len,
         out=poisoned_like(batch.query),
         lse=poisoned_like(torch.empty(num_heads, num_tokens, device=batch.query.device)),
         config=config,
@@ -149,10 +147,14 @@ def test_block_numbers_past_16_bits(device: torch.device, far_block: int) -> Non
     lists = BlockLists(torch.tensor([[ids]], dtype=torch.int32), torch.tensor([[3]], dtype=torch.int32))
     out, _ = paged_prefill(
         query.to(device),
-        kv_cache.to(device),
-        block_table.to(device),
-        torch.tensor([seq_len], dtype=torch.int32, device=device),
-        torch.tensor([0, 2], dtype=torch.int32, device=device),
+        KVView(kv_cache.to(device)),
+        PagedBatch(
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+            torch.tensor([seq_len], dtype=torch.int32, device=device),
+            block_table.to(device),
+            max_query_len=2,
+            max_kv_len=seq_len,
+        ),
         make_prefill_tiles([0, 2], [seq_len], block_size, device),
         head_dim**-0.5,
         block_lists=BlockLists(lists.block_ids.to(device), lists.block_counts.to(device)),
@@ -172,7 +174,7 @@ def test_copy_engine_path_equals_the_reference(device: torch.device, case: Case,
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the tensor copy engine came with Hopper")
     batch = case.draw(device)
-    config = PrefillConfig(64, 1, block_n, num_warps=4, num_stages=2, use_tma=True, kv_heads_together=2)
+    config = PrefillConfig(64, 1, block_n, num_warps=4, num_stages=2, use_tma=True)
     result = prefill(batch, batch.tiles(case.block_size), config=config)
     assert_attention_close(*result, *reference_attention(batch), case.dtype)
 
@@ -181,8 +183,8 @@ def test_copy_engine_path_equals_the_reference(device: torch.device, case: Case,
 def test_every_cut_of_a_tile_gives_the_same(device: torch.device, block_t: int) -> None:
     batch = Case((90, 3), (150, 103), num_heads=6).draw(device)
     tiles = batch.tiles(64)
-    for heads_per_tile, together in ((1, 1), (3, 2)):
-        config = PrefillConfig(block_t, heads_per_tile, 32, 4, 2, use_tma=False, kv_heads_together=together)
+    for heads_per_tile in (1, 3):
+        config = PrefillConfig(block_t, heads_per_tile, 32, 4, 2, use_tma=False)
         assert_attention_close(*prefill(batch, tiles, config=config), *reference_attention(batch), torch.float32)
 
 
@@ -237,10 +239,8 @@ def test_strided_query_and_output(device: torch.device) -> None:
     padded = torch.full((70, 4, 96), float("nan"), device=device)
     out, lse = paged_prefill(
         fused[:, 2:6],
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
+        batch.kv,
+        batch.paged,
         batch.tiles(64),
         batch.scale,
         out=padded[:, :, :64],
@@ -278,7 +278,7 @@ def test_contiguous_sequences_are_one_page_each(
     # Padding by length: what lies past a sequence's end may be anything.
     key[1, :, length - 20 :] = float("nan")
     value[1, :, length - 20 :] = float("nan")
-    full = PagedBatch(
+    full = Inputs(
         query=queries,
         key=key,
         value=value,
@@ -289,15 +289,13 @@ def test_contiguous_sequences_are_one_page_each(
         slot_mapping=lengths,
         scale=head_dim**-0.5,
     )
-    config = None if not use_tma else PrefillConfig(64, 1, 64, 4, 2, use_tma=True, kv_heads_together=1)
+    config = None if not use_tma else PrefillConfig(64, 1, 64, 4, 2, use_tma=True)
     for causal in (True, False):
         out, lse = prefill_attention(
             queries,
             key,
             value,
-            full.block_table,
-            full.seq_lens,
-            full.query_start_loc,
+            full.paged,
             full.tiles(64),
             full.scale,
             causal=causal,
@@ -317,7 +315,7 @@ def test_pages_past_two_to_the_31_elements(device: torch.device) -> None:
     table[:, :-1] = num_pages - 1 - torch.arange(used.shape[1], device=device, dtype=torch.int32)
     large[table[0, :-1].long()] = batch.kv_cache[used[0]]
     moved = replace(batch, kv_cache=large, block_table=table)
-    for config in (None, PrefillConfig(64, 1, 64, 4, 2, use_tma=False, kv_heads_together=1)):
+    for config in (None, PrefillConfig(64, 1, 64, 4, 2, use_tma=False)):
         result = prefill(moved, moved.tiles(128), config=config)
         assert_attention_close(*result, *reference_attention(batch), BF16)
 

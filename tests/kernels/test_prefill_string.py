@@ -6,10 +6,10 @@ import pytest
 import torch
 from farspan.kernels import reference
 from farspan.kernels.prefill import paged_prefill
-from farspan.kernels.rotary_turn import make_rotary_shift
+from farspan.kernels.rotary_turn import make_string_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-from tests.kernels.helpers import PagedBatch, assert_attention_close, make_batch, poisoned_like, random_block_lists
+from tests.kernels.helpers import Inputs, assert_attention_close, make_batch, poisoned_like, random_block_lists
 
 gpu = pytest.mark.gpu
 BASE = 10000.0
@@ -57,7 +57,7 @@ class Rope:
         return turned + torch.einsum("qhd,khd->hqk", query[..., rest].double(), key[..., rest].double())
 
 
-def rotate_batch(batch: PagedBatch, rope: Rope) -> PagedBatch:
+def rotate_batch(batch: Inputs, rope: Rope) -> Inputs:
     """The batch as a model hands it over: queries and cached keys rotated to their positions, rounded to the dtype."""
     query, cache = batch.query.clone(), batch.kv_cache.clone()
     page_size, head_dim = cache.shape[2], query.shape[2]
@@ -74,7 +74,7 @@ def rotate_batch(batch: PagedBatch, rope: Rope) -> PagedBatch:
 
 
 def oracle(
-    batch: PagedBatch,
+    batch: Inputs,
     rope: Rope,
     shift: int,
     window: int,
@@ -168,15 +168,12 @@ def check(
     rotated = rotate_batch(batch, rope)
     out, lse = paged_prefill(
         rotated.query,
-        rotated.kv_cache,
-        rotated.block_table,
-        rotated.seq_lens,
-        rotated.query_start_loc,
+        rotated.kv,
+        rotated.paged,
         tiles,
         rotated.scale,
         block_lists=lists,
-        string=make_rotary_shift(rope.inv_freq, shift, window, rope.is_neox, device),
-        max_query_len=max(query_lens),
+        turn=make_string_turn(rope.inv_freq, shift, window, rope.is_neox, device),
         out=poisoned_like(rotated.query),
     )
     expected_out, expected_lse = oracle(batch, rope, shift, window, tiles, lists)

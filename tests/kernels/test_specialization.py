@@ -7,6 +7,7 @@ import torch
 import triton
 from farspan.kernels.decode import paged_decode
 from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.prefill import paged_prefill
 
 from tests.kernels.helpers import make_batch
@@ -17,17 +18,15 @@ SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "pag
 def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
     """Selection, sparse and dense prefill and decode of one batch."""
     batch = make_batch(query_lens, seq_lens, device=torch.device("cuda"), **SHAPE)
-    paged = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    paged = (batch.query, batch.kv, batch.paged)
     tiles = batch.tiles(64)
-    requests = torch.arange(len(query_lens), dtype=torch.int32, device="cuda")
-    gamma = torch.full((len(query_lens),), 0.9, device="cuda")
-    selection = flex_block_lists(*paged, tiles, batch.scale, requests=requests, gamma=gamma, min_budget=64)
+    selection = flex_block_lists(*paged, tiles, batch.scale, Budget(0.9, 0.1, min_blocks=1, max_blocks=NO_LIMIT))
     paged_prefill(*paged, tiles, batch.scale, block_lists=selection.block_lists)
     paged_prefill(*paged, tiles, batch.scale)
     some_heads = torch.rand(4, len(query_lens), device="cuda") < 0.5
     paged_prefill(*paged, tiles, batch.scale, head_mask=some_heads)
     last = batch.query[batch.query_start_loc[1:].long() - 1]
-    paged_decode(last, batch.kv_cache, batch.block_table, batch.seq_lens, batch.scale, num_splits=2)
+    paged_decode(last, batch.kv, batch.paged, batch.scale, num_splits=2, min_split_keys=128)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ def question() -> Question:
 
 
 @pytest.mark.parametrize("chunk", [None, 256, 129], ids=["whole", "chunk256", "chunk129"])
-@pytest.mark.parametrize("prefill", [DensePrefill(), FlexPrefill(gamma=1.0, min_seq_len=0)], ids=["dense", "flex"])
+@pytest.mark.parametrize("prefill", [DensePrefill(), FlexPrefill(gamma=1.0, min_seq_len=0, min_chunk_len=0)], ids=["dense", "flex"])
 def test_all_blocks_give_the_network_s_answer(model: PagedNeedle, question: Question, prefill, chunk) -> None:
     tokens = torch.cat([question.prompt, question.completion])
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_all_blocks_give_the_network_s_answer(model: PagedNeedle, question: Ques
 
 def test_variants_are_measured_against_dense_and_against_the_whole_prompt(model, question) -> None:
     dense = ask(model, Variant(DensePrefill(), 0), [question], 0)
-    prefill = FlexPrefill(gamma=0.9, min_budget=256, min_seq_len=0, coverage_rows=0)
+    prefill = FlexPrefill(gamma=0.9, min_budget=256, min_seq_len=0, min_chunk_len=0, coverage_rows=0)
     whole = ask(model, Variant(prefill, 0), [question], 8, keep_lists=True)
     chunked = ask(model, Variant(prefill, 256), [question], 8, keep_lists=True)
     row = sweep_row(Variant(prefill, 256), 700, 5, chunked, dense, whole)
@@ -65,7 +65,7 @@ def test_variants_are_measured_against_dense_and_against_the_whole_prompt(model,
 
 def test_grids_mark_absolute_blocks(model: PagedNeedle, question: Question) -> None:
     grids = BlockGrids(model, len(question.prompt))
-    prefill = FlexPrefill(gamma=1.0, min_seq_len=0)
+    prefill = FlexPrefill(gamma=1.0, min_seq_len=0, min_chunk_len=0)
     model.answer_logprobs(question.prompt, question.completion, 300, prefill, model.selectors(prefill), grids)
     assert all(torch.equal(grid, torch.ones_like(grid).tril()) for grid in grids.grids)
 

@@ -3,11 +3,21 @@ import itertools
 import pytest
 import torch
 from farspan.kernels import reference
-from farspan.kernels.merge import merge_partials
+from farspan.kernels.combine import combine_partials
 
 from tests.kernels.helpers import assert_attention_close
 
 Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def combined(*parts: Partial) -> Partial:
+    part_out, part_lse = (torch.stack(each) for each in zip(*parts, strict=True))
+    out, lse = torch.full_like(part_out[0], float("nan")), torch.full_like(part_lse[0], float("nan"))
+    return combine_partials(part_out, part_lse, out=out, lse=lse)
+
+
+def expected_of(*parts: Partial) -> Partial:
+    return reference.combine_partials(*(torch.stack(each) for each in zip(*parts, strict=True)))
 
 
 def draw_partial(num_tokens: int, num_heads: int, head_dim: int, device: torch.device) -> Partial:
@@ -26,33 +36,33 @@ def draw_partial(num_tokens: int, num_heads: int, head_dim: int, device: torch.d
 def test_matches_the_reference(device: torch.device, num_tokens: int, num_heads: int, head_dim: int) -> None:
     a = draw_partial(num_tokens, num_heads, head_dim, device)
     b = draw_partial(num_tokens, num_heads, head_dim, device)
-    assert_attention_close(*merge_partials(*a, *b), *reference.merge_partials(*a, *b), torch.float32)
+    assert_attention_close(*combined(a, b), *expected_of(a, b), torch.float32)
 
 
 def test_order_does_not_matter(device: torch.device) -> None:
     a, b = (draw_partial(33, 2, 64, device) for _ in range(2))
     # Not bit for bit: a compiler fuses one of the two products into the sum.
-    assert_attention_close(*merge_partials(*a, *b), *merge_partials(*b, *a), torch.float32)
+    assert_attention_close(*combined(a, b), *combined(b, a), torch.float32)
 
 
 def test_grouping_does_not_matter(device: torch.device) -> None:
     a, b, c = (draw_partial(33, 2, 64, device) for _ in range(3))
-    left = merge_partials(*merge_partials(*a, *b), *c)
-    right = merge_partials(*a, *merge_partials(*b, *c))
-    assert_attention_close(*left, *right, torch.float32)
+    whole = combined(a, b, c)
+    assert_attention_close(*combined(combined(a, b), c), *whole, torch.float32)
+    assert_attention_close(*combined(a, combined(b, c)), *whole, torch.float32)
 
 
 def test_a_side_without_keys_changes_nothing(device: torch.device) -> None:
     out, lse = draw_partial(20, 2, 64, device)
     nothing = torch.full_like(out, float("nan")), torch.full_like(lse, float("-inf"))
-    for merged in (merge_partials(out, lse, *nothing), merge_partials(*nothing, out, lse)):
+    for merged in (combined((out, lse), nothing), combined(nothing, (out, lse)), combined((out, lse))):
         assert torch.equal(merged[0], out)
         assert torch.equal(merged[1], lse)
 
 
 def test_two_sides_without_keys_give_zero(device: torch.device) -> None:
     nothing = torch.full((4, 2, 64), float("nan"), device=device), torch.full((2, 4), float("-inf"), device=device)
-    out, lse = merge_partials(*nothing, *nothing)
+    out, lse = combined(nothing, nothing)
     assert not bool(out.any())
     assert bool(torch.isneginf(lse).all())
 
@@ -71,15 +81,18 @@ def test_any_split_of_the_keys_equals_the_whole(device: torch.device, cuts: tupl
         return reference.attend(query, key[first:end], value[first:end], head_dim**-0.5, mask[:, first:end])
 
     bounds = [0, *cuts, kv_len]
-    merged = piece(bounds[0], bounds[1])
-    for first, end in itertools.pairwise(bounds[1:]):
-        merged = merge_partials(*merged, *piece(first, end))
+    merged = combined(*(piece(first, end) for first, end in itertools.pairwise(bounds)))
     assert_attention_close(*merged, *piece(0, kv_len), torch.float32)
 
 
-def test_merges_in_place_and_across_dtypes(device: torch.device) -> None:
+def test_rounds_to_the_dtype_of_the_output(device: torch.device) -> None:
     a, b = (draw_partial(9, 2, 64, device) for _ in range(2))
-    expected = reference.merge_partials(*a, *b)
-    target = torch.empty(9, 2, 64, dtype=torch.float16, device=device)
-    merge_partials(*a, *b, out=target, lse=a[1])
-    assert_attention_close(target, a[1], *expected, torch.float16)
+    target, lse = torch.empty(9, 2, 64, dtype=torch.float16, device=device), torch.empty_like(a[1])
+    combine_partials(torch.stack([a[0], b[0]]), torch.stack([a[1], b[1]]), out=target, lse=lse)
+    assert_attention_close(target, lse, *expected_of(a, b), torch.float16)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 17, 100])
+def test_any_number_of_parts(device: torch.device, num_parts: int) -> None:
+    parts = [draw_partial(5, 2, 64, device) for _ in range(num_parts)]
+    assert_attention_close(*combined(*parts), *expected_of(*parts), torch.float32)

@@ -1,0 +1,289 @@
+"""One attention call: which kernel computes a pass, on which device. The only place that chooses either.
+
+Every call writes its result in place and can give the log-sum-exp of its logits.
+"""
+
+from functools import cache
+
+import torch
+from farspan.engine_ext.config import FarspanConfig, FlexPrefill
+from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.passes import Decode, Dense, DenseKernel, LayerContext, Pass, SampledRows, Sparse
+from farspan.engine_ext.selection.methods import Chunks, SelectBlocks
+from farspan.engine_ext.selection.repair import heads_below_gamma
+from farspan.engine_ext.splits import SplitPlan
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.combine import combine_partials
+from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
+from farspan.kernels.decode import DecodeWorkspace, paged_decode
+from farspan.kernels.flex import reference as flex_on_host
+from farspan.kernels.flex import select as flex_on_gpu
+from farspan.kernels.flex.coverage import kept_share
+from farspan.kernels.kv_write import write_kv as write_kv_triton
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.reference import combine_partials as combine_partials_on_host
+from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+FA3_MAX_HEAD_SIZE = 256
+FA3_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Store a step's [num_tokens, num_kv_heads, head_dim] keys and values in their slots; slot -1 is skipped.
+
+    pages: [num_pages, num_kv_heads, page_size, 2 * head_dim]; slot_mapping: [num_tokens] int.
+    """
+    write = write_kv_cpu if is_on_host(key) else write_kv_triton
+    write(key, value, pages, slot_mapping)
+
+
+def attend(
+    each: Pass, query: torch.Tensor, kv: KVView, layer: LayerContext, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Compute one pass.
+
+    query, out: [num_tokens, num_q_heads, head_dim], the rows of the pass and the query heads that `kv` serves.
+    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits.
+    Returns the LSE, [num_q_heads, num_tokens] float32, natural log, -inf where a query sees no key.
+    """
+    turn, work = layer.turn if each.turns else None, each.work
+    if isinstance(work, Dense) and work.kernel == "fa3":
+        assert turn is None
+        return prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
+    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+    if isinstance(work, Decode):
+        decode(query, kv, each.batch, scale, work.splits, turn, out, lse, work.workspace, causal=each.is_causal)
+    elif isinstance(work, Dense):
+        prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, causal=each.is_causal)
+    else:
+        attend_sparse(query, kv, each, work, layer, scale, turn, out, lse)
+    return lse
+
+
+def attend_sparse(
+    query: torch.Tensor,
+    kv: KVView,
+    each: Pass,
+    work: Sparse,
+    layer: LayerContext,
+    scale: float,
+    turn: Turn | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Select blocks, attend to them, measure what they kept, and compute again the heads that kept too little."""
+    assert each.is_causal
+    chunks = Chunks(query, kv, each.batch, work.tiles, scale, turn)
+    lists = work.lists
+    if lists is None:
+        assert layer.selector is not None
+        lists = layer.selector.block_lists(work.prefill, chunks, flex_selection(query))
+    prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, block_lists=lists)
+    if work.samples is None:
+        return
+    assert isinstance(work.prefill, FlexPrefill)
+    coverage = measure_coverage(query, kv, work.samples, scale, turn, lse).unflatten(1, (each.batch.num_reqs, -1))
+    below = None
+    if work.prefill.max_budget is None:
+        below = heads_below_gamma(coverage, work.prefill.gamma)
+        # Always launched: to check on the host whether any head is below would wait for the device.
+        prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, head_mask=below)
+    stats = layer.selector.stats if layer.selector is not None else None
+    if stats is not None:
+        if below is not None:
+            stats.add_repair(below, work.tiles, chunks.q_heads)
+            coverage = coverage.masked_fill(below[..., None], 1.0)
+        stats.add_coverage(coverage, chunks.q_heads)
+
+
+def measure_coverage(
+    query: torch.Tensor, kv: KVView, samples: SampledRows, scale: float, turn: Turn | None, kept_lse: torch.Tensor
+) -> torch.Tensor:
+    """Share of the attention mass that a sparse launch kept on sampled rows: [num_q_heads, num_rows] float32."""
+    sampled = query.index_select(0, samples.rows)
+    full_lse = torch.empty(query.shape[1], len(sampled), dtype=torch.float32, device=query.device)
+    decode(sampled, kv, samples.batch, scale, samples.splits, turn, torch.empty_like(sampled), full_lse, None)
+    return kept_share(kept_lse, full_lse, samples.rows)
+
+
+def decode(
+    query: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
+    scale: float,
+    splits: SplitPlan,
+    turn: Turn | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: DecodeWorkspace | None,
+    *,
+    causal: bool = True,
+) -> None:
+    """One query token per request over all its keys; whether it is causal makes no difference to its own last key."""
+    if is_on_host(query):
+        cpu_attention(query, kv, batch, scale, out=out, lse=lse, causal=causal, turn=turn)
+        return
+    paged_decode(
+        query,
+        kv,
+        batch,
+        scale,
+        num_splits=splits.num_splits,
+        min_split_keys=splits.min_split_keys,
+        turn=turn,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
+
+
+def prefill(
+    query: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
+    tiles: PrefillTiles | None,
+    scale: float,
+    turn: Turn | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    block_lists: BlockLists | None = None,
+    head_mask: torch.Tensor | None = None,
+    causal: bool = True,
+) -> None:
+    """Chunks over all their keys, or over the blocks listed, by our own kernel of the device.
+
+    Arguments as in `paged_prefill`; the CPU needs tiles for block lists alone.
+    """
+    if is_on_host(query):
+        cpu_attention(
+            query,
+            kv,
+            batch,
+            scale,
+            out=out,
+            lse=lse,
+            tiles=tiles,
+            block_lists=block_lists,
+            head_mask=head_mask,
+            causal=causal,
+            turn=turn,
+        )
+        return
+    assert tiles is not None
+    paged_prefill(
+        query,
+        kv,
+        batch,
+        tiles,
+        scale,
+        block_lists=block_lists,
+        head_mask=head_mask,
+        causal=causal,
+        turn=turn,
+        out=out,
+        lse=lse,
+    )
+
+
+def prefill_fa3(
+    query: torch.Tensor, kv: KVView, batch: PagedBatch, scale: float, out: torch.Tensor, *, causal: bool
+) -> torch.Tensor:
+    """Dense prefill by vLLM's FlashAttention 3; returns the LSE, [num_q_heads, num_tokens] float32, natural log."""
+    # Its causal chunks are the last of their keys.
+    assert batch.first_pos is None or not causal
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    # It wants [num_pages, page_size, num_kv_heads, head_dim]; the copy engine rejects the odd strides that torch gives
+    # to dimensions of size 1.
+    key, value = (canonicalize_singleton_dim_strides(each.transpose(1, 2)) for each in kv.split())
+    _, lse = flash_attn_varlen_func(
+        q=query,
+        k=key,
+        v=value,
+        out=out,
+        cu_seqlens_q=batch.query_start_loc,
+        max_seqlen_q=batch.max_query_len,
+        seqused_k=batch.kv_lens,
+        max_seqlen_k=batch.max_kv_len,
+        softmax_scale=scale,
+        causal=causal,
+        block_table=batch.block_table,
+        return_softmax_lse=True,
+        fa_version=3,
+    )
+    return lse
+
+
+def flex_selection(query: torch.Tensor) -> SelectBlocks:
+    """The dynamic selection of a tensor's device."""
+    return flex_on_host.flex_block_lists if is_on_host(query) else flex_on_gpu.flex_block_lists
+
+
+class Parts:
+    """Results of the partial passes over some rows until the last of their set combines them into the output."""
+
+    def __init__(self) -> None:
+        self.outs: list[torch.Tensor] = []
+        self.lses: list[torch.Tensor] = []
+
+    def new_out(self, out: torch.Tensor) -> torch.Tensor:
+        """Where the next part of `out` goes: of its shape and dtype."""
+        self.outs.append(torch.empty_like(out))
+        return self.outs[-1]
+
+    def add(self, each: Pass, lse: torch.Tensor, out: torch.Tensor) -> None:
+        """Take in the LSE of the part last made; after the last part of the set, write `out`."""
+        assert each.part is not None
+        self.lses.append(lse)
+        assert each.part.index == len(self.lses) - 1, "the passes of a set follow each other"
+        if len(self.lses) < each.part.count:
+            return
+        part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
+        if is_on_host(out):
+            out.copy_(combine_partials_on_host(part_out.float(), part_lse)[0])
+        else:
+            combine_partials(part_out, part_lse, out=out, lse=torch.empty_like(lse))
+        self.outs, self.lses = [], []
+
+
+def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> DenseKernel:
+    """Which kernel computes dense prefill without a turn. Raises ConfigError where `kernel` cannot be honoured.
+
+    With a turn it is always "triton", or "cpu" there.
+    """
+    if device.type == "cpu":
+        if config.kernel != "auto":
+            raise ConfigError(
+                f"kernel={config.kernel!r}; on the CPU platform attention is computed in PyTorch, allowed: 'auto'. "
+                "Leave kernel out."
+            )
+        return "cpu"
+    if config.kernel == "triton":
+        return "triton"
+    reason = fa3_refusal(head_size, dtype)
+    if reason is None:
+        return "fa3"
+    if config.kernel == "fa3":
+        raise ConfigError(f"kernel='fa3'; {reason}. Use 'auto' or 'triton'.")
+    return "triton"
+
+
+@cache
+def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
+    """Why FlashAttention 3 cannot serve these layers on this GPU, or None if it can."""
+    if head_size > FA3_MAX_HEAD_SIZE:
+        return f"FlashAttention 3 supports head sizes up to {FA3_MAX_HEAD_SIZE}, not {head_size}"
+    if dtype not in FA3_DTYPES:
+        return f"FlashAttention 3 supports float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    try:
+        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+    except ImportError as error:
+        return f"this vLLM has no FlashAttention ({error})"
+    return None if is_fa_version_supported(3) else "FlashAttention 3 needs an NVIDIA Hopper GPU and vLLM's build of it"
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -1,0 +1,63 @@
+"""What each layer brings to its passes: made once, when vLLM builds the metadata builder of the layer's cache group."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from farspan.engine_ext.config import BlockSparsePrefill, FarspanConfig, FlexPrefill
+from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.selection.masks import mask_rows_of_layer
+from farspan.engine_ext.selection.methods import FlexSelector, MaskSelector, Selector
+from farspan.engine_ext.selection.stats import SelectionStats
+from farspan.engine_ext.string import string_turn_for_layer
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+
+
+def make_layer_contexts(
+    layer_names: list[str],
+    vllm_config: Any,
+    config: FarspanConfig,
+    device: torch.device,
+    model_of: Callable[[], torch.nn.Module],
+) -> Mapping[str, LayerContext]:
+    """The contexts of the layers of one KV cache group on this rank, by layer name.
+
+    model_of: gives the loaded model; asked only where an option needs it.
+    Raises ConfigError or UnsupportedModelError where a layer cannot honour the options.
+    """
+    indices = {name: extract_layer_index(name) for name in layer_names}
+    order = sorted(indices.values())
+    following: dict[int, int | None] = dict(pairwise(order))
+    contexts = {}
+    for name, index in indices.items():
+        turn = None
+        if config.string is not None:
+            turn = string_turn_for_layer(model_of(), vllm_config, name, config.string)
+        selector = make_selector(vllm_config, config, index, device)
+        contexts[name] = LayerContext(index, following.get(index), turn, selector)
+    return contexts
+
+
+def make_selector(vllm_config: Any, config: FarspanConfig, index: int, device: torch.device) -> Selector | None:
+    """The selector of one layer; None where the layer attends densely or shares its lists with all others."""
+    prefill = config.prefill
+    num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+    if isinstance(prefill, FlexPrefill):
+        return FlexSelector(SelectionStats(num_q_heads, device) if collects_statistics(vllm_config) else None)
+    if isinstance(prefill, BlockSparsePrefill) and prefill.pattern == "file":
+        rank = get_tensor_model_parallel_rank()
+        return MaskSelector(mask_rows_of_layer(prefill, index, vllm_config, rank, device), num_q_heads)
+    return None
+
+
+def collects_statistics(vllm_config: Any) -> bool:
+    """Whether the workers were started with an extension that reads them, as `farspan.metrics.SelectionMetrics` does.
+
+    Adding them up costs some 20 small launches per layer and chunk.
+    """
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    extension = vllm_config.parallel_config.worker_extension_cls
+    return bool(extension) and getattr(resolve_obj_by_qualname(extension), "reads_selection_stats", False)

@@ -1,0 +1,109 @@
+"""One attention call as a value: built once per step, immutable, the same for all layers of a KV cache group."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
+from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.selection.methods import Selector
+from farspan.engine_ext.splits import SplitPlan
+from farspan.kernels.batch import PagedBatch
+from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+from vllm.v1.attention.backend import AttentionMetadata
+
+DenseKernel = Literal["cpu", "triton", "fa3"]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One query token per request, over all its keys."""
+
+    splits: SplitPlan
+    workspace: DecodeWorkspace | None
+    """Where the splits are combined, kept from step to step so that captured graphs stay valid; None on the CPU."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Chunks over all their keys."""
+
+    kernel: DenseKernel
+    tiles: PrefillTiles | None
+    """For "triton"; the other kernels cut their own."""
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Query rows on which a sparse launch is held against all keys."""
+
+    rows: torch.Tensor
+    """[num_reqs * rows_per_request] int32, rows of the pass; those of a request are adjacent."""
+    batch: PagedBatch
+    """Every row as a request of one query, at its own position."""
+    splits: SplitPlan
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Chunks over the blocks of lists."""
+
+    prefill: FlexPrefill | BlockSparsePrefill
+    tiles: PrefillTiles
+    lists: BlockLists | None
+    """Lists that all heads and layers share; None where the layer's selector makes them."""
+    samples: SampledRows | None
+    """Where the kept mass is measured; None where nothing is."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of the partial passes over the same rows a pass is."""
+
+    index: int
+    """In [0, count). The passes of a set follow each other; the last one combines them."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One attention call on some rows and some KV heads of a layer."""
+
+    rows: slice
+    """Of the step's query and output."""
+    kv_heads: slice
+    """Of the layer's KV heads on this rank; the query heads that share them follow."""
+    batch: PagedBatch
+    work: Decode | Dense | Sparse
+    turns: bool = False
+    """Whether the layer's turn reaches any query of the pass; the others are computed as if there were none."""
+    is_causal: bool = True
+    part: Part | None = None
+    """None where the pass sees all keys of its rows, so that its result is the output."""
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a layer brings to its passes; made once, from the layer's name and the loaded model."""
+
+    index: int
+    """The layer's place in the model, pipeline stages before this one included."""
+    next_index: int | None
+    """The layer of this KV cache group that runs next on this rank; None for the last one."""
+    turn: Turn | None
+    selector: Selector | None
+    """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
+
+
+@dataclass(frozen=True)
+class StepMetadata(AttentionMetadata):
+    """One step of one KV cache group."""
+
+    passes: tuple[Pass, ...]
+    layers: Mapping[str, LayerContext]
+    """By the name of the layer."""
+    plan: StepPlan | None = None
+    """What the scheduler decided for this step; None under a scheduler that sends no plans."""

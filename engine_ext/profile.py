@@ -1,0 +1,40 @@
+"""Let vLLM's memory profile see what sparse prefill allocates for a while."""
+
+import torch
+from farspan.engine_ext.config import FlexPrefill, Prefill
+from farspan.engine_ext.launch import attend, is_on_host
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.selection.methods import FlexSelector
+from farspan.engine_ext.splits import num_multiprocessors
+from farspan.engine_ext.support import PREFERRED_PAGE_SIZE
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.tiles import to_device
+
+
+def run_largest_chunk(
+    prefill: Prefill, query: torch.Tensor, num_kv_heads: int, scale: float, max_model_len: int
+) -> None:
+    """Prefill a chunk of all the query's tokens at the end of the longest prompt, over one page of zeros.
+
+    It holds as much temporary memory as a real chunk does, so vLLM leaves room for it beside the KV cache. Nothing is
+    done for other methods than flex, whose temporaries grow with neither the prompt nor the heads, and on the CPU,
+    where vLLM profiles no memory.
+    query: [num_tokens, num_q_heads, head_dim].
+    """
+    if is_on_host(query) or not isinstance(prefill, FlexPrefill):
+        return
+    num_tokens, device = min(len(query), max_model_len), query.device
+    num_pages = -(-max_model_len // PREFERRED_PAGE_SIZE)
+    pages = query.new_zeros(1, num_kv_heads, PREFERRED_PAGE_SIZE, 2 * query.shape[2])
+    both = to_device([[0, num_tokens], [max_model_len, 0]], device)
+    batch = PagedBatch(
+        query_start_loc=both[0],
+        kv_lens=both[1, :1],
+        block_table=torch.zeros(1, num_pages, dtype=torch.int32, device=device),
+        max_query_len=num_tokens,
+        max_kv_len=max_model_len,
+    )
+    maker = PassMaker(num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
+    each = maker.prefill(prefill, batch, [0, num_tokens], [max_model_len], 0, turns=False)
+    attend(each, query[:num_tokens], KVView(pages), LayerContext(0, None, None, FlexSelector()), scale, query.clone())

@@ -1,0 +1,82 @@
+"""What every launcher takes: a varlen batch on paged KV, and the pages that hold its keys and values."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Requests with a chunk of query tokens each, over keys in pages.
+
+    Request r owns rows `[query_start_loc[r], query_start_loc[r + 1])` of the query and sees keys `[0, kv_lens[r])` of
+    its row of the block table. All tensors are on the device of the query.
+    """
+
+    query_start_loc: torch.Tensor
+    """[num_reqs + 1] int32, starting at 0."""
+    kv_lens: torch.Tensor
+    """[num_reqs] int32: keys of each request, this step's included; 0 for padding."""
+    block_table: torch.Tensor
+    """[num_reqs, max_pages] int32, rows contiguous; anything past a request's last page."""
+    max_query_len: int
+    """Upper bound of the chunk lengths, known on the host."""
+    max_kv_len: int
+    """Upper bound of `kv_lens`, known on the host."""
+    first_pos: torch.Tensor | None = None
+    """[num_reqs] int32: position of each chunk's first query, where keys count from position 0. None: every chunk is
+    the last of its keys, so that it begins at `kv_len - query_len`."""
+
+    @property
+    def num_reqs(self) -> int:
+        return self.kv_lens.shape[0]
+
+    def of_request(self, request: int) -> "PagedBatch":
+        """One request as a batch; its chunk begins at row 0 of its own part of the query."""
+        starts = self.query_start_loc[request : request + 2]
+        return PagedBatch(
+            query_start_loc=starts - starts[:1],
+            kv_lens=self.kv_lens[request : request + 1],
+            block_table=self.block_table[request : request + 1],
+            max_query_len=self.max_query_len,
+            max_kv_len=self.max_kv_len,
+            first_pos=None if self.first_pos is None else self.first_pos[request : request + 1],
+        )
+
+    def first_positions(self) -> torch.Tensor:
+        """[num_reqs] int32: position of each chunk's first query."""
+        return self.kv_lens - self.query_start_loc.diff() if self.first_pos is None else self.first_pos
+
+
+@dataclass(frozen=True)
+class KVView:
+    """Keys and values of some of a layer's KV heads: vLLM's cache, a staging area, or pages in host memory."""
+
+    pages: torch.Tensor
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides with a
+    contiguous last axis."""
+    first_kv_head: int = 0
+    """Which of the layer's KV heads is the first in `pages`."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.pages.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.pages.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.pages.shape[3] // 2
+
+    def of_heads(self, kv_heads: slice) -> "KVView":
+        """The view of the layer's KV heads [start, stop) alone; all of them must be here."""
+        first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
+        assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
+        return KVView(self.pages[:, first:last], kv_heads.start)
+
+    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""
+        key, value = self.pages.split(self.head_dim, dim=-1)
+        return key, value

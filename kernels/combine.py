@@ -1,0 +1,109 @@
+"""Combine attention over disjoint key sets: the only place where (out, LSE) pairs become one.
+
+The splits of flash-decoding and partial passes over the same queries meet here. Source: FlashInfer, arXiv 2501.01005,
+section 2.2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
+
+# Parts that are read at a time.
+PARTS_PER_STEP = 16
+
+
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
+def _combine_kernel(
+    part_out_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    num_parts,
+    stride_part_out,
+    stride_part_out_token,
+    stride_part_out_head,
+    stride_part_lse,
+    stride_part_lse_token,
+    stride_part_lse_head,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program: one head of one token, over all its parts (at most BLOCK_P), STEP of them at a time."""
+    head = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    part_lse_ptr += token * stride_part_lse_token + head * stride_part_lse_head
+    part_out_ptr += token * stride_part_out_token + head * stride_part_out_head
+    offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
+    part_lse = tl.load(part_lse_ptr + offs_p * stride_part_lse, mask=offs_p < num_parts, other=float("-inf"))
+    largest = tl.max(part_lse, 0)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(tl.exp(part_lse - finite), 0)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for start in range(0, num_parts, STEP):
+        step = (start + tl.arange(0, STEP)).to(tl.int64)
+        step_lse = tl.load(part_lse_ptr + step * stride_part_lse, mask=step < num_parts, other=float("-inf"))
+        weights = tl.exp(step_lse - finite)
+        mask = (step < num_parts)[:, None] & (offs_d[None, :] < HEAD_DIM)
+        partial = tl.load(part_out_ptr + (step * stride_part_out)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        # Parts without keys may have written no output: whatever is there, NaN too, is left out. After the load, so
+        # that it need not wait for the LSE.
+        partial = tl.where((step_lse > float("-inf"))[:, None], partial.to(tl.float32), 0.0)
+        acc += tl.sum(weights[:, None] * partial, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    out_ptrs = out_ptr + token * stride_out_token + head * stride_out_head + offs_d
+    tl.store(out_ptrs, (acc / divisor).to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    lse = tl.where(total > 0, largest + tl.log(divisor), float("-inf"))
+    tl.store(lse_ptr + head * stride_lse_head + token, lse)
+
+
+def combine_partials(
+    part_out: torch.Tensor, part_lse: torch.Tensor, *, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine attention of the same queries over any number of disjoint key sets.
+
+    part_out: [num_parts, num_tokens, num_heads, head_dim], any float dtype, any strides with a contiguous last axis.
+    part_lse: [num_parts, num_heads, num_tokens] float32, natural log, any strides; -inf means "no keys", and that
+        part's output is then not looked at.
+    out: [num_tokens, num_heads, head_dim], any float dtype, last axis contiguous; lse: [num_heads, num_tokens] float32,
+        rows contiguous; neither may share memory with the parts.
+    Returns out and lse; a token with no keys in any part has zeros and -inf.
+    """
+    num_parts, num_tokens, num_heads, head_dim = part_out.shape
+    assert num_parts >= 1
+    assert out.shape == part_out.shape[1:]
+    assert part_lse.shape == (num_parts, num_heads, num_tokens)
+    assert lse.shape == (num_heads, num_tokens)
+    assert part_lse.dtype == lse.dtype == torch.float32
+    assert part_out.stride(-1) == out.stride(-1) == lse.stride(-1) == 1
+    if num_tokens == 0:
+        return out, lse
+    padded = triton.next_power_of_2(num_parts)
+    _combine_kernel[(num_heads, num_tokens)](
+        part_out,
+        part_lse,
+        out,
+        lse,
+        num_parts,
+        part_out.stride(0),
+        part_out.stride(1),
+        part_out.stride(2),
+        part_lse.stride(0),
+        part_lse.stride(2),
+        part_lse.stride(1),
+        out.stride(0),
+        out.stride(1),
+        lse.stride(0),
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_P=padded,
+        STEP=min(PARTS_PER_STEP, padded),
+        num_warps=4,
+    )
+    return out, lse
