@@ -30,6 +30,7 @@ BENCHMARKS = frozenset(
         "offload_prefill",
         "offload_decode",
         "star",
+        "no_harm",
     ]
 )
 UNITS = {
@@ -80,17 +81,17 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
     return float(torch.tensor(samples, dtype=torch.float64).quantile(fraction))
 
 
-def current_commit() -> str:
-    """Name the commit being measured: FARSPAN_COMMIT where there is no git checkout; `+` marks uncommitted changes."""
-    if given := os.environ.get("FARSPAN_COMMIT"):
+def commit_of(checkout: Path = ROOT, variable: str = "FARSPAN_COMMIT") -> str:
+    """Name the commit of a checkout; `+` marks uncommitted changes. `variable`: names it where there is no git."""
+    if given := os.environ.get(variable):
         return given
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=checkout, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        raise BenchmarkError("This is no git checkout: name what is measured with FARSPAN_COMMIT=<commit>.") from None
+        raise BenchmarkError(f"{checkout} is no git checkout: name its commit with {variable}=<commit>.") from None
     return head.stdout.strip()
 
 
@@ -129,7 +130,7 @@ class Environment:
         return cls(
             run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
             date=date,
-            commit=current_commit() if on_gpu else "",
+            commit=commit_of() if on_gpu else "",
             gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
             driver=driver_version() if on_gpu else "",
             torch=torch.__version__,
