@@ -62,8 +62,11 @@ class FlexCall:
     def __call__(self) -> None:
         self.attend(self.select())
 
-    def density(self) -> float:
-        return float(self.selection.density(self.tiles, self.requests).mean())
+    def densities(self) -> list[float]:
+        """Blocks listed over causal blocks, per list head."""
+        causal_blocks = (self.tiles.tile_block + 1).sum()
+        densities: list[float] = (self.selection.block_lists.block_counts.sum(1) / causal_blocks).tolist()
+        return densities
 
     def coverage(self) -> torch.Tensor:
         """Kept mass per query head, mean over the sampled rows: [num_q_heads]."""
@@ -139,7 +142,7 @@ def run(recorder: Recorder) -> None:
             call()
             error, coverage = call.check(), call.coverage()
             recorder.note(f"{case.name} {name}: relative error {error:.1e}, worst head {float(coverage.min()):.4f}")
-            recorder.add("prefill_flex", case.name, name, "density", "fraction", [call.density()])
+            recorder.add("prefill_flex", case.name, name, "density", "fraction", call.densities())
             recorder.add("prefill_flex", case.name, name, "coverage", "fraction", coverage.tolist())
         works = works_of(batch, calls, recorder)
         slow = {name: SLOW_REPEATS for name in works if name == "triton_attn" or name.startswith("flexprefill")}

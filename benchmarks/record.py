@@ -70,7 +70,9 @@ class Row:
     unit: str
     p20: str
     p50: str
+    """The median of the samples. Of a density the mean, over heads and chunks, since time follows the mean."""
     p80: str
+    """p20 and p80 are quantiles of the samples; those of a density are heads."""
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -189,7 +191,7 @@ class Recorder:
         return self.out is None
 
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
-        """Record repeated samples of one quantity.
+        """Record repeated samples of one quantity; of a density one per head, each over all chunks.
 
         Raises BenchmarkError where the names break the contract or a sample is not a positive finite number (densities,
         coverages and accuracies may be zero).
@@ -200,7 +202,8 @@ class Recorder:
             raise BenchmarkError(f"metric {metric!r} in {unit!r}; known are {UNITS}")
         if not samples or any(not (sample > 0 or (sample == 0 and unit == "fraction")) for sample in samples):
             raise BenchmarkError(f"{benchmark} {case} {variant} {metric}: samples {samples}")
-        p20, p50, p80 = (f"{quantile(samples, fraction):.6g}" for fraction in (0.2, 0.5, 0.8))
+        centre = sum(samples) / len(samples) if metric == "density" else quantile(samples, 0.5)
+        p20, p50, p80 = (f"{number:.6g}" for number in (quantile(samples, 0.2), centre, quantile(samples, 0.8)))
         row = Row(
             **asdict(self.environment),
             benchmark=benchmark, case=case, variant=variant, metric=metric, unit=unit, p20=p20, p50=p50, p80=p80,

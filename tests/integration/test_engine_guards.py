@@ -80,7 +80,7 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_si
 @pytest.mark.parametrize("name", ["vllm", *OPTIONS])
 @pytest.mark.usefixtures("own_process")
 def test_no_kernel_is_compiled_after_warm_up(make_llm: Any, name: str) -> None:
-    """ "vllm" is the control: the same requests with vLLM's own backend."""
+    """The case `vllm` is the control: the same requests with the backend that vLLM chooses itself."""
     llm = make_engine(
         make_llm, OPTIONS.get(name), enforce_eager=False, compilation_config=GRAPHS, jit_monitor_mode="error"
     )
