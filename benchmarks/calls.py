@@ -1,7 +1,8 @@
-"""Our kernels' calls on a benchmark's batch, one function each: the only place of the benchmarks that launches them.
+"""Our kernels' calls on a benchmark's batch, one function each.
 
 Buffers and tiles are made beforehand, as the engine does. `prefill_fa3`, `prefill_flex` and `write_kv` go the way of
-the engine's own layers. `benchmarks.compare_revisions` loads this module, or one like it for another revision.
+the engine's own layers. `benchmarks.compare_revisions` loads this module, or one like it for another revision. The
+stages of flex prefill, called one by one, are in `prefill_flex` and `select`.
 """
 
 from collections.abc import Callable
