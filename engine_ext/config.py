@@ -11,10 +11,15 @@ from farspan.engine_ext.ranges import OneOf, Real, Whole, ranges_of
 ROOT = 'additional_config["farspan"]'
 
 MAX_TOKENS = 2**24
-"""Upper bound of every option in tokens: above any context that is served, and safe in the kernels' int32 arithmetic."""
+"""Upper bound of every option in tokens: above any context that is served, and safe in int32 arithmetic."""
 MAX_BLOCKS = MAX_TOKENS // 128
 MAX_COVERAGE_ROWS = 64
 """Each row costs a decode step over its whole prefix."""
+
+CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
+FractionOfTrainedLen = Annotated[
+    float, Real(0, 1, least_included=False, most_included=False, hint="0.33", noun="a fraction of the trained length")
+]
 
 Kernel = Literal["auto", "triton", "fa3"]
 Pattern = Literal["sink_local", "strided", "butterfly", "dilated", "file"]
@@ -39,9 +44,7 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     """Attention mass that the selected blocks must keep."""
     tau: Annotated[float, Real(0, 1, hint="0.1, or 0 to never choose by query")] = 0.1
     """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
-    min_budget: Annotated[
-        int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024, or 0 for gamma alone", besides=0)
-    ] = 1024
+    min_budget: Annotated[int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024", besides=0)] = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them), rounded up to blocks of 128. The
     first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused."""
     max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
@@ -49,14 +52,10 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     head is computed again."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one per query head."""
-    min_seq_len: (
-        Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")] | None
-    ) = None
+    min_seq_len: CrossoverLen | None = None
     """A chunk prefills densely while the prompt up to its end is shorter than this; None for the measured crossover.
     With chunks of 2K tokens and 8192 here, the first three chunks of a 128K prompt are dense."""
-    min_chunk_len: (
-        Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")] | None
-    ) = None
+    min_chunk_len: CrossoverLen | None = None
     """Chunks with fewer query tokens than this prefill densely; None for the measured crossover."""
     coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 4
     """Query rows per chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
@@ -102,15 +101,7 @@ class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sp
 class StringOptions(Options, frozen=True):
     """Shifted rotary positions. Source: STRING, arXiv 2410.18745."""
 
-    shift: (
-        Annotated[
-            float,
-            Real(
-                0, 1, least_included=False, most_included=False, hint="0.33", noun="a fraction of the trained length"
-            ),
-        ]
-        | Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="0.33")]
-    ) = 0.33
+    shift: FractionOfTrainedLen | Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="0.33")] = 0.33
     """S: tokens if an integer, a fraction of the model's trained length if a float below 1."""
     window: Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="128")] = 128
     """W: a distance d >= S is treated as d - S + W."""

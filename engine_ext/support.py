@@ -49,8 +49,8 @@ def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
         is_option = is_near(key, FarspanConfig.__struct_fields__, cutoff=0.85) or key in FlexPrefill.__struct_fields__
         if is_option or (key == "method" and str(additional[key]) in PREFILL_METHODS):
             raise ConfigError(
-                f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend go "
-                f'under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex", "gamma": 0.95}}}}}}.'
+                f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "
+                f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex", "gamma": 0.95}}}}}}.'
             )
 
 
@@ -79,9 +79,7 @@ def capability_refusal(capability: tuple[int, int] | None) -> str | None:
 def head_size_refusal(head_size: int, head_size_v: int | None = None) -> str | None:
     """head_size_v: of the values, where it is known to differ."""
     if head_size_v not in (None, head_size):
-        return (
-            f"values of head size {head_size_v} with keys of {head_size}; farspan supports equal sizes. {ELSEWHERE}."
-        )
+        return f"values of head size {head_size_v} with keys of {head_size}; farspan supports equal sizes. {ELSEWHERE}."
     if head_size in HEAD_SIZES:
         return None
     return f"head_size={head_size}; farspan supports {listed(HEAD_SIZES)}. {ELSEWHERE}."
@@ -176,7 +174,7 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
 
 
 def check_options(config: FarspanConfig, model_config: Any, device_type: str) -> None:
-    """Refuse options that the model, its files or the device do not allow. Raises ConfigError, UnsupportedModelError."""
+    """Refuse options that the model, a file or the device rules out. Raises ConfigError or UnsupportedModelError."""
     from farspan.engine_ext.dispatch import choose_dense_kernel
 
     choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)

@@ -171,8 +171,8 @@ def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:
 def inverse_frequencies(rotary_emb: Any, layer_name: str = "the layer") -> torch.Tensor:
     """[rotary_dim / 2] float32, radians per token, on the CPU: what the module rotates by, its magnitude left out.
 
-    layer_name: for the message. Raises UnsupportedModelError for a module whose rotation is not a constant frequency per
-    pair of dimensions times one position (multimodal rotary positions, Fourier and dual-chunk embeddings, …).
+    layer_name: for the message. Raises UnsupportedModelError for a module whose rotation is not a constant frequency
+    per pair of dimensions times one position (multimodal rotary positions, Fourier and dual-chunk embeddings, …).
     """
     from vllm.model_executor.layers import rotary_embedding as rope
 

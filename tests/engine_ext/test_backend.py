@@ -176,7 +176,11 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine(cache_dtype="fp8"), UnsupportedModelError, "kv_cache_dtype='fp8'"),
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
         (engine(speculative=SimpleNamespace(method="ngram")), UnsupportedEngineError, "speculative decoding"),
-        (engine({"string": {"shift": 512}}, connector=object()), UnsupportedEngineError, "a KV connector together with"),
+        (
+            engine({"string": {"shift": 512}}, connector=object()),
+            UnsupportedEngineError,
+            "a KV connector together with",
+        ),
         (
             engine({"string": {}}, model={"uses_mrope": True}),
             UnsupportedModelError,
@@ -193,8 +197,22 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine({"kernel": "fa3"}), ConfigError, "kernel='fa3'; on the CPU platform"),
         (engine({"kernel": "x"}), ConfigError, "kernel='x'"),
     ],
-    ids=["mla", "hybrid", "encoder", "fp8", "dcp", "speculative", "connector", "mrope", "shift-of-unknown-length",
-         "alibi", "chunked-local", "value-size", "fa3-on-cpu", "option"],
+    ids=[
+        "mla",
+        "hybrid",
+        "encoder",
+        "fp8",
+        "dcp",
+        "speculative",
+        "connector",
+        "mrope",
+        "shift-of-unknown-length",
+        "alibi",
+        "chunked-local",
+        "value-size",
+        "fa3-on-cpu",
+        "option",
+    ],
 )
 def test_engine_is_refused(
     vllm_config: Any, error: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
@@ -229,7 +247,7 @@ def test_misspelt_key_is_noticed(key: str) -> None:
     ids=["prefill", "misspelt", "kernel", "string", "method", "gamma"],
 )
 def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="at its top level and no 'farspan'.*Write {\"farspan\": {\"prefill\""):
+    with pytest.raises(ConfigError, match=r"at its top level and no 'farspan'.*Write \{\"farspan\": \{"):
         config_of(SimpleNamespace(additional_config=additional))
 
 

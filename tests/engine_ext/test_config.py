@@ -59,7 +59,10 @@ MISTAKES = {
     "budgets-cross": (flex(max_budget=512), ".prefill.max_budget=512; allowed: at least min_budget, which is 1024"),
     "unknown-pattern": (block_sparse(pattern="local"), ".prefill.pattern='local'; allowed: one of 'sink_local'"),
     "block-size": (block_sparse(block_size=32), ".prefill.block_size=32; allowed: 64 or 128 tokens"),
-    "no-local-block": (block_sparse(local_blocks=0), ".prefill.local_blocks=0; allowed: a whole number of blocks: 1 to 1"),
+    "no-local-block": (
+        block_sparse(local_blocks=0),
+        ".prefill.local_blocks=0; allowed: a whole number of blocks: 1 to 1",
+    ),
     "option-without-effect": (
         block_sparse(stride=4),
         ".prefill.stride=4; allowed: only with pattern strided",
