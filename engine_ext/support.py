@@ -50,7 +50,7 @@ def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
         if is_option or (key == "method" and str(additional[key]) in PREFILL_METHODS):
             raise ConfigError(
                 f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "
-                f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex", "gamma": 0.95}}}}}}.'
+                f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex"}}}}}}.'
             )
 
 

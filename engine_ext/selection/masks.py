@@ -9,11 +9,13 @@ from farspan.engine_ext.config import ROOT
 from farspan.engine_ext.errors import ConfigError
 from farspan.kernels.block_patterns import check_block_mask
 
+MASK = "bool [layers or 1, heads or 1, blocks, blocks]"
+
 
 def load_mask(file: str) -> np.ndarray:
     """Read a mask [layers or 1, heads or 1, blocks, blocks] of bool from .npy or a one-tensor .safetensors.
 
-    file: `~` stands for the home folder. An .npy file is mapped into memory: what nobody looks at stays on disk.
+    file: `~` stands for the home folder. The array is mapped into memory: what nobody looks at stays on disk.
     Raises ConfigError, which names the file, whatever is wrong with it.
     """
     try:
@@ -28,8 +30,7 @@ def load_mask(file: str) -> np.ndarray:
         kind = "safetensors" if file.endswith(".safetensors") else "npy"
         refuse_mask(file, f"it cannot be read as {kind} ({error})", "Write it again, with numpy.save or safetensors")
     if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3] or mask.size == 0:
-        allowed = "bool [layers or 1, heads or 1, blocks, blocks]"
-        refuse_mask(file, f"it holds {mask.dtype} {list(mask.shape)}; allowed: {allowed}", "Convert it")
+        refuse_mask(file, f"it holds {mask.dtype} {list(mask.shape)}; allowed: {MASK}", "Convert it")
     return mask
 
 
@@ -40,11 +41,17 @@ def read_npy(path: Path) -> np.ndarray:
 def read_safetensors(file: str, path: Path) -> np.ndarray:
     from safetensors import safe_open
 
+    # The library checks the file, and would then read all of it.
     with safe_open(path, framework="numpy") as tensors:
         names = sorted(tensors.keys())
         if len(names) != 1:
             refuse_mask(file, f"it holds the tensors {names}; allowed: exactly one", "Remove the others")
-        return tensors.get_tensor(names[0])
+        dtype, shape = tensors.get_slice(names[0]).get_dtype(), tensors.get_slice(names[0]).get_shape()
+    if dtype != "BOOL":
+        refuse_mask(file, f"it holds {dtype} {shape}; allowed: {MASK}", "Convert it")
+    with path.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+    return np.memmap(path, np.bool_, "r", header, tuple(shape))
 
 
 def check_mask(

@@ -116,6 +116,7 @@ def test_caches_with_values_of_another_size_are_refused() -> None:
 def platform(kind: str, capability: tuple[int, int] | None = None) -> Any:
     return SimpleNamespace(
         device_name=kind,
+        device_type=kind,
         is_cpu=lambda: kind == "cpu",
         is_cuda=lambda: kind == "cuda",
         get_device_capability=lambda: None if capability is None else DeviceCapability(*capability),
@@ -221,6 +222,13 @@ def test_engine_is_refused(
     with pytest.raises(error) as caught:
         check_engine(vllm_config)
     assert sentence in str(caught.value)
+
+
+def test_fa3_is_refused_by_the_dtype_before_any_gpu_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", platform("cuda", (9, 0)))
+    with pytest.raises(ConfigError, match="kernel='fa3'; FlashAttention 3 supports float16 and bfloat16, not float32"):
+        check_engine(engine({"kernel": "fa3"}, model={"dtype": torch.float32}))
+    assert not torch.cuda.is_initialized()
 
 
 def test_engine_is_accepted() -> None:

@@ -90,14 +90,26 @@ def test_the_home_folder_is_found(name: str, tmp_path: Path, monkeypatch: pytest
     assert np.array_equal(load_mask(f"~/{name}"), full(layers=2))
 
 
-def test_a_numpy_file_stays_on_disk(tmp_path: Path) -> None:
-    saved(tmp_path / "mask.npy", full())
-    assert isinstance(load_mask(str(tmp_path / "mask.npy")), np.memmap)
+@pytest.mark.parametrize("name", ["mask.npy", "mask.safetensors"])
+def test_masks_stay_on_disk(name: str, tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((2, 3, 5, 5)) < 0.5
+    saved(tmp_path / name, mask)
+    mapped = load_mask(str(tmp_path / name))
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, mask)
 
 
 def test_two_tensors(tmp_path: Path) -> None:
     save_file({"a": full(), "b": full()}, tmp_path / "mask.safetensors")
     with pytest.raises(ConfigError, match=r"it holds the tensors \['a', 'b'\]; allowed: exactly one"):
+        load_mask(str(tmp_path / "mask.safetensors"))
+
+
+def test_a_dtype_that_numpy_does_not_have(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"mask": torch.ones(1, 1, 4, 4, dtype=torch.bfloat16)}, tmp_path / "mask.safetensors")
+    with pytest.raises(ConfigError, match=r"it holds BF16 \[1, 1, 4, 4\]; allowed: bool"):
         load_mask(str(tmp_path / "mask.safetensors"))
 
 
