@@ -4,16 +4,14 @@ An impl holds one `SparsePrefill` per layer, or none; it asks it for block lists
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from farspan.engine_ext.config import ROOT, BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.metadata import PrefillGroup
+from farspan.engine_ext.selection.masks import load_mask, mask_of_layer
 from farspan.engine_ext.selection.stats import SelectionStats
-from farspan.kernels.block_patterns import check_block_mask, gather_rows, mask_rows, static_block_lists
+from farspan.kernels.block_patterns import gather_rows, mask_rows, static_block_lists
 from farspan.kernels.flex.coverage import BudgetController, measure_coverage, sample_rows, short_heads
 from farspan.kernels.flex.select import flex_block_lists
 from farspan.kernels.rotary_turn import RotaryShift
@@ -28,9 +26,10 @@ class LayerShape:
     num_q_heads: int
     num_kv_heads: int
     """Heads on this rank."""
+    total_num_kv_heads: int
+    """KV heads of the model, on all ranks."""
     scale: float
     """Factor on the logits."""
-    max_model_len: int
     tp_rank: int
     tp_size: int
     device: torch.device
@@ -68,7 +67,7 @@ class SparsePrefill(Protocol):
 
 
 def make_sparse_prefill(prefill: Prefill, layer: LayerShape) -> SparsePrefill | None:
-    """The selector of one layer; None for dense. Raises ConfigError for a mask that does not fit the layer."""
+    """The selector of one layer; None for dense. Raises ConfigError for a mask file that cannot be read."""
     if isinstance(prefill, DensePrefill):
         return None
     if isinstance(prefill, FlexPrefill):
@@ -123,7 +122,7 @@ class FlexSelector:
     ) -> torch.Tensor | None:
         """See `SparsePrefill`. Heads that kept less than gamma get larger budgets in the chunks to come.
 
-        A limit on what a query reads (max_budget) goes before gamma: nothing is computed again then.
+        max_budget overrides gamma: nothing is computed again then.
         """
         assert group.tiles is not None
         rows = sample_rows(group.query_start_loc, self.prefill.coverage_rows)
@@ -180,36 +179,18 @@ class PatternSelector(StaticSelector):
 
 
 class MaskSelector(StaticSelector):
-    """A mask from a file, per layer and head if the file says so."""
+    """A mask from a file, per layer and head if the file says so; `check_engine` has found that it fits the model."""
 
     def __init__(self, prefill: BlockSparsePrefill, layer: LayerShape) -> None:
         assert prefill.mask_file is not None
-        path = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
-        masks = load_mask(prefill.mask_file)
-        layers = masks.shape[0]
-        if layers != 1 and layer.layer_index >= layers:
-            raise ConfigError(
-                f"{path} has masks for {layers} layers, the model has more. Give one mask, or one a layer."
-            )
-        mask = torch.from_numpy(np.array(masks[layer.layer_index if layers > 1 else 0]))
-        heads = mask.shape[0]
-        per_rank = {layer.num_q_heads * layer.tp_size, layer.num_kv_heads * layer.tp_size}
-        if heads != 1 and heads not in per_rank:
-            raise ConfigError(
-                f"{path} has masks for {heads} heads; allowed: 1 or {sorted(per_rank)}. Change its shape."
-            )
-        if heads != 1:
-            mask = mask.chunk(layer.tp_size)[layer.tp_rank]
-        covered = mask.shape[2] * prefill.block_size
-        if covered < layer.max_model_len:
-            raise ConfigError(
-                f"{path} has {mask.shape[2]} blocks of {prefill.block_size} tokens and covers prompts of {covered} "
-                f"tokens, but max_model_len is {layer.max_model_len}. Give a larger mask or lower --max-model-len."
-            )
-        try:
-            check_block_mask(mask)
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        mask = mask_of_layer(
+            load_mask(prefill.mask_file),
+            layer.layer_index,
+            layer.num_q_heads,
+            layer.total_num_kv_heads,
+            layer.tp_rank,
+            layer.tp_size,
+        )
         rows = mask_rows(mask)
         self.rows = BlockLists(rows.block_ids.to(layer.device), rows.block_counts.to(layer.device))
 
@@ -217,28 +198,3 @@ class MaskSelector(StaticSelector):
         """See `SparsePrefill`."""
         assert group.tiles is not None
         return gather_rows(self.rows, group.tiles)
-
-
-def load_mask(file: str) -> np.ndarray:
-    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors. Raises ConfigError.
-
-    What is not asked for of an .npy file stays on disk.
-    """
-    path = f"{ROOT}.prefill.mask_file={file!r}"
-    if not Path(file).is_file():
-        raise ConfigError(f"{path} is not there. Name an existing .npy or .safetensors file.")
-    if file.endswith(".npy"):
-        mask = np.load(file, mmap_mode="r", allow_pickle=False)
-    else:
-        from safetensors.numpy import load_file
-
-        tensors = load_file(file)
-        if len(tensors) != 1:
-            raise ConfigError(f"{path} holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
-        (mask,) = tensors.values()
-    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
-        raise ConfigError(
-            f"{path} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
-            "Convert it."
-        )
-    return mask

@@ -33,8 +33,11 @@ def connect() -> None:
     check_engines()
 
     from farspan.engine_ext.requests import set_source_factory
+    from farspan.engine_ext.string import set_rotary_source
+    from farspan.vllm_compat import rotary
 
     set_source_factory(RunnerSource)
+    set_rotary_source(rotary)
 
 
 def __getattr__(name: str) -> Any:

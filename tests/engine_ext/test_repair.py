@@ -61,8 +61,8 @@ class Layer:
             is_shifted=shift is not None,
         )
         self.shape = LayerShape(
-            layer_index=0, num_q_heads=len(distances), num_kv_heads=num_kv_heads, scale=HEAD_DIM**-0.5,
-            max_model_len=2048, tp_rank=0, tp_size=1, device=torch.device("cpu"),
+            layer_index=0, num_q_heads=len(distances), num_kv_heads=num_kv_heads,
+            total_num_kv_heads=num_kv_heads, scale=HEAD_DIM**-0.5, tp_rank=0, tp_size=1, device=torch.device("cpu"),
         )  # fmt: skip
         self.string = None
         if shift is not None:
