@@ -16,7 +16,7 @@ class PlannedSteps:
     _num_planned_steps = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own schedule, with the step's StepPlan; the arguments are vLLM's."""
+        """The stock schedule, with the step's StepPlan; the arguments are vLLM's."""
         stock: Any = super()
         output = stock.schedule(*args, **kwargs)
         self._num_planned_steps += 1

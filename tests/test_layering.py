@@ -80,7 +80,10 @@ def test_messages_and_options_need_no_torch(name: str) -> None:
 
 def test_only_the_scheduler_itself_imports_vllm() -> None:
     importers = {
-        path.name for path in sources("scheduler") for module in imports_of(path, "scheduler") if is_within(module, ("vllm",))
+        path.name
+        for path in sources("scheduler")
+        for module in imports_of(path, "scheduler")
+        if is_within(module, ("vllm",))
     }
     assert importers == {"scheduler.py"}
 

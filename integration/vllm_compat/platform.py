@@ -69,8 +69,8 @@ def refuse_unused_options(additional_config: Any) -> None:
 
     for name in names_like_ours(additional_config if isinstance(additional_config, Mapping) else ()):
         raise ConfigError(
-            f"additional_config[{name!r}]={additional_config[name]!r}; allowed: only with the attention backend CUSTOM. "
-            "Add --attention-backend CUSTOM, or remove the key."
+            f"additional_config[{name!r}]={additional_config[name]!r}; allowed: only with the attention backend "
+            "CUSTOM. Add --attention-backend CUSTOM, or remove the key."
         )
 
 

@@ -42,7 +42,19 @@ def test_overrides() -> None:
         (FLEX, {"Farspan.gamma": 0.9}, "Did you mean 'farspan.gamma'?"),
         (FLEX, {"farspan": {"gamma": 0.9}}, "farspan={'gamma': 0.9}; a request can set"),
     ],
-    ids=["method", "method-type", "gamma", "gamma-bool", "gamma-type", "gamma-dense", "name", "other-engine", "underscore", "case", "nested"],
+    ids=[
+        "method",
+        "method-type",
+        "gamma",
+        "gamma-bool",
+        "gamma-type",
+        "gamma-dense",
+        "name",
+        "other-engine",
+        "underscore",
+        "case",
+        "nested",
+    ],
 )
 def test_bad_overrides_are_refused(config: Any, extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -93,10 +93,3 @@ def test_registering_twice_changes_nothing() -> None:
     before = type(current_platform).check_and_update_config
     register()
     assert type(current_platform).check_and_update_config is before
-
-
-def test_request_ids_of_runner_v2() -> None:
-    source = SimpleNamespace(is_v2=True)
-    runner = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={3: "a", 0: "b"}))
-    common = SimpleNamespace(req_idx=[3, 0, 7], num_reqs=3)
-    assert vllm_compat.RunnerSource.req_ids(source, runner, common) == ["a", "b", ""]
