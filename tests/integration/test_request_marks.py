@@ -99,7 +99,7 @@ class Cache:
         self.computed: set[Any] = set()
 
     def compute(self, request: Any, made_by: Any) -> None:
-        """Prefill what is not computed yet; every block that is read must hold KV made alike, and be found if it can be.
+        """Prefill what is not computed yet; all blocks read must hold KV made alike, and none is missed.
 
         made_by: what, with the tokens, the KV and the right to read it depend on.
         """
