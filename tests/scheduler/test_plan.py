@@ -16,5 +16,8 @@ def test_round_trip() -> None:
 
 
 def test_needs_neither_torch_nor_vllm() -> None:
-    check = "import sys, farspan.scheduler, farspan.engine_ext.plan; sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
+    check = (
+        "import sys, farspan.scheduler, farspan.engine_ext.plan; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
+    )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
