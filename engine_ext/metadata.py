@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.dispatch import DecodePlanner, choose_dense_kernel
-from farspan.engine_ext.requests import prefill_of_request, source_of
+from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.string import string_shift_for_layer
 from farspan.engine_ext.support import config_of
 from farspan.kernels.decode import DecodeWorkspace
@@ -196,9 +196,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         engine_prefill = self.config.prefill
         if isinstance(engine_prefill, DensePrefill):
             return [engine_prefill] * common.num_reqs
-        extra_args = self.requests.extra_args(common)
-        prefills = [prefill_of_request(self.config, each) for each in extra_args]
-        prefills += [engine_prefill] * (common.num_reqs - len(prefills))
+        prefills = self.requests.prefills(common)
         return [shorten(prefill, seq_len) for prefill, seq_len in zip(prefills, seq_lens, strict=True)]
 
 

@@ -6,20 +6,24 @@ from typing import Any
 import pytest
 import torch
 from farspan.engine_ext import metadata, requests
-from farspan.engine_ext.config import DensePrefill, FlexPrefill
+from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill, parse_config
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, StepMetadata, count_decodes, shorten
 
 DEVICE = torch.device("cpu")
 
 
 class Source:
-    """Extra args by request, in batch order."""
+    """A batch whose requests have these extra args, in batch order."""
 
-    def __init__(self, extra_args: list[dict[str, Any] | None]) -> None:
-        self.rows = extra_args
+    def __init__(self, options: Any, extra_args: list[dict[str, Any] | None]) -> None:
+        config = parse_config(options)
+        self.rows = [requests.prefill_of_request(config, each) for each in extra_args]
 
-    def extra_args(self, common_attn_metadata: Any) -> list[dict[str, Any] | None]:
+    def prefills(self, common_attn_metadata: Any) -> list[Prefill]:
         return self.rows
+
+    def plan(self) -> None:
+        """No test looks at it."""
 
     def model(self) -> None:
         """No test looks at it."""
@@ -33,7 +37,7 @@ def build(
     extra_args: list[dict[str, Any] | None] | None = None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> StepMetadata:
-    source = Source([None] * len(query_lens) if extra_args is None else extra_args)
+    source = Source(options, [None] * len(query_lens) if extra_args is None else extra_args)
     monkeypatch.setattr(requests, "_make_source", lambda vllm_config: source)
     layer = SimpleNamespace(num_heads=4, impl=SimpleNamespace(shift_positions=lambda string: None))
     vllm_config = SimpleNamespace(

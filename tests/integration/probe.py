@@ -16,3 +16,11 @@ class WorkerProbe:
                 counts = found.setdefault(type(module.impl).__name__, Counter())
                 counts.update(getattr(module.impl, "launches", {}))
         return {name: dict(counts) for name, counts in found.items()}
+
+    def planned_step(self) -> int | None:
+        """Number of the last step, as the scheduler's plan told the runner; None without plans."""
+        from farspan.vllm_compat.runner import state_of
+
+        worker: Any = self
+        plan = state_of(worker.model_runner).plan
+        return None if plan is None else plan.step

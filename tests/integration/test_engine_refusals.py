@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from farspan import vllm_compat
 from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.vllm_compat import versions
 
 from tests.integration.tiny_models import LAYERS
 
@@ -135,14 +136,34 @@ def test_what_fits_is_configured(tmp_path: Path, model_dirs: Callable[[str], Pat
     configure(model_dirs("llama"), additional_config={"farspan": {"string": {}, "prefill": {"method": "flex"}}})
 
 
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["farspan", "Farspan"])
+def test_options_of_ours_in_an_engine_without_us(make_llm: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ValueError, match="only with the attention backend CUSTOM"):
+        make_llm(backend=None, additional_config={name: {"prefill": {"method": "flex"}}})
+
+
+def test_microbatches_of_runner_v1() -> None:
+    from farspan.vllm_compat.platform import refuse_mixed_up_microbatches
+
+    def config(use_ubatching: bool, is_v2: bool) -> Any:
+        parallel = SimpleNamespace(use_ubatching=use_ubatching)
+        return SimpleNamespace(parallel_config=parallel, use_v2_model_runner=is_v2)
+
+    refuse_mixed_up_microbatches(config(True, True))
+    refuse_mixed_up_microbatches(config(False, False))
+    with pytest.raises(UnsupportedEngineError, match="microbatches"):
+        refuse_mixed_up_microbatches(config(True, False))
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1", "0.32.1.dev3"])
 def test_versions_served(version: str) -> None:
-    assert vllm_compat.version_refusal(version) is None
+    assert versions.version_refusal(version) is None
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "dev"])
 def test_other_versions_are_refused_when_chosen(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_compat, "vllm_version", lambda: version)
+    monkeypatch.setattr(versions, "vllm_version", lambda: version)
     with pytest.raises(UnsupportedEngineError, match=r"farspan supports vllm>=0\.32,<0\.34"):
         _ = vllm_compat.RefusedBackend
 
@@ -155,10 +176,3 @@ def test_registering_twice_changes_nothing() -> None:
     before = type(current_platform).check_and_update_config
     register()
     assert type(current_platform).check_and_update_config is before
-
-
-def test_request_ids_of_runner_v2() -> None:
-    source = SimpleNamespace(is_v2=True)
-    runner = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={3: "a", 0: "b"}))
-    common = SimpleNamespace(req_idx=[3, 0, 7], num_reqs=3)
-    assert vllm_compat.RunnerSource.req_ids(source, runner, common) == ["a", "b", ""]

@@ -74,9 +74,14 @@ def test_completions(make_llm: Any, server: Any) -> None:
         parts = [chunk.choices[0].text for chunk in server.completions.create(prompt=prompt, stream=True, **ask)]
         assert len(parts) > 1
         assert "".join(parts).split() == words
-    bad = {**ask, "extra_body": {"vllm_xargs": {"farspan.gamma": 2}}}
-    with pytest.raises(openai.BadRequestError, match=r"farspan.gamma=2"):
-        server.completions.create(prompt=PROMPTS[0], **bad)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"vllm_xargs": {"farspan.gamma": 2}}, r"farspan\.gamma=2"),
+        ({"vllm_xargs": {"farspan_gamma": 0.9}}, r"farspan_gamma=0\.9"),
+        ({"vllm_xargs": {"farspan.gamma": 0.9}, "use_beam_search": True, "n": 2}, "beam search"),
+    ]
+    for body, sentence in refused:
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            server.completions.create(prompt=PROMPTS[0], **{**ask, "extra_body": body})
     good = {**ask, "extra_body": {"ignore_eos": True, "vllm_xargs": {"farspan.method": "dense"}}}
     assert server.completions.create(prompt=PROMPTS[0], **good).choices[0].text.split() == [
         f"t{token}" for token in expected[0]
