@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.decode import choose_num_splits, paged_decode
 
-from benchmarks import peers
+from benchmarks import calls, peers
 from benchmarks.gate import check_attention
 from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
@@ -43,18 +42,6 @@ def cases(dry_run: bool) -> list[Case]:
     return [*(Case((n,) * b, f"n{n}") for b, n in uniform), ragged]
 
 
-def ours(batch: PagedBatch) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Build our kernel's call on a batch."""
-    out = torch.empty_like(batch.query)
-    lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 2
-    num_splits = choose_num_splits(len(batch.seq_lens_cpu), batch.shape.num_kv_heads, max(batch.seq_lens_cpu), num_sms)
-    return lambda: paged_decode(
-        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.shape.scale,
-        num_splits=num_splits, out=out, lse=lse,
-    )  # fmt: skip
-
-
 def builders_of(case: Case) -> dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]]:
     """Name the peers that exist on this machine and can run the case."""
     found: dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]] = {}
@@ -74,8 +61,10 @@ def run(recorder: Recorder) -> None:
             make_paged_batch([1] * len(case.seq_lens), case.seq_lens, case.shape, seed=seed)
             for seed in range(1, copies)
         ]
-        recorder.note(f"{case.name}: relative error {check_attention(first, *ours(first)()):.1e}, {copies} copies")
-        works: dict[str, list[Work]] = {"farspan": [ours(batch) for batch in batches]}
+        recorder.note(
+            f"{case.name}: relative error {check_attention(first, *calls.decode(first)()):.1e}, {copies} copies"
+        )
+        works: dict[str, list[Work]] = {"farspan": [calls.decode(batch) for batch in batches]}
         for name, build in builders_of(case).items():
             try:
                 peer_works = [build(batch) for batch in batches]

@@ -5,18 +5,13 @@ Each is a `python -m benchmarks.engine_worker`, so that engines never share a pr
 """
 
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Pipe
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
-from benchmarks.record import BenchmarkError
+from benchmarks.worker_process import WorkerProcess
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,6 +61,8 @@ class Request:
     prompt_len: int
     output_len: int = 1
     repeats: int = 1
+    overrides: dict[str, Any] | None = None
+    """SamplingParams.extra_args."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,8 @@ class EngineSpec:
     """Whether to report what flex prefill kept."""
     warmup_lens: list[int] = field(default_factory=list)
     """Prompts to send beforehand, beside short ones: of a length for which kernels of their own are compiled."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the process, besides `WORKER_ENV` and the caller's own."""
 
 
 @dataclass(frozen=True)
@@ -127,53 +126,24 @@ class EngineResult:
         return [timing for timing in self.timings if timing.prompt_len == prompt_len]
 
 
-class Engine:
-    """One engine process, which starts on entering the context and ends with it."""
+class Engine(WorkerProcess):
+    """One engine process, which starts on entering the context and ends with it; it then sends the seconds it took."""
 
     def __init__(self, spec: EngineSpec, deadline: float) -> None:
         """`deadline`: by `time.monotonic()`, when waiting for this engine ends in a BenchmarkError."""
-        self.spec, self.deadline = spec, deadline
+        environment = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()} | spec.environment
+        super().__init__(f"engine {spec.backend}", "benchmarks.engine_worker", [], environment, deadline)
+        self.spec = spec
 
-    def __enter__(self) -> "Engine":
-        self.log = tempfile.TemporaryFile("w+")
-        self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", "benchmarks.engine_worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command, env=WORKER_ENV | os.environ, stdout=self.log, stderr=self.log, pass_fds=[theirs.fileno()]
-        )
-        theirs.close()
-        with suppress(BrokenPipeError):
-            self.connection.send(self.spec)
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.send(self.spec)
         return self
 
-    def receive(self) -> Any:
-        """Wait for what the process sends next; BenchmarkError with the end of its log where it fails or is late."""
-        try:
-            if self.connection.poll(max(self.deadline - time.monotonic(), 0)):
-                return self.connection.recv()
-            reason = "did not answer in time"
-        except (EOFError, ConnectionResetError):
-            reason = f"ended with exit status {self.process.wait()}"
-        self.log.seek(0)
-        raise BenchmarkError(f"engine {self.spec.backend}: {reason}\n{self.log.read()[-4000:]}")
-
-    def send(self, request: Request, repeat: int) -> Answer:
+    def answer(self, request: Request, repeat: int) -> Answer:
         """Run one request to its end; `repeat` 0 begins a new prompt length."""
-        with suppress(BrokenPipeError):  # `receive` says why the process is gone
-            self.connection.send((request, repeat))
-        answer: Answer = self.receive()
+        answer: Answer = self.ask((request, repeat))
         return answer
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.connection.close()  # the process ends when it reads that
-        try:
-            self.process.wait(0 if error else 30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
 
 
 def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300) -> dict[str, EngineResult]:
@@ -191,7 +161,7 @@ def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300)
         for request in requests:
             for repeat in range(request.repeats):
                 for name in list(engines) if repeat % 2 == 0 else reversed(engines):
-                    answer = engines[name].send(request, repeat)
+                    answer = engines[name].answer(request, repeat)
                     results[name].timings.append(answer.timing)
                     results[name].selection[str(request.prompt_len)] = answer.selection
     return results

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.calibrated_model import attention_biases
-from benchmarks.engine import Answer, EngineSpec, Timing
+from benchmarks.engine import Answer, EngineSpec, Request, Timing
 
 # What vLLM compiles away at start-up and graphs beyond one request would only lengthen the run: prefill of long prompts
 # does not depend on them, and decode runs in full graphs where the backend can.
@@ -105,12 +105,17 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
     return LLM(spec.model_dir or model_dir, **(arguments | spec.engine))
 
 
-def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
+def send(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     """Send one request and step the engine until it is done."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
-        max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=TOP_LOGPROBS
+        max_tokens=request.output_len,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=TOP_LOGPROBS,
+        extra_args=request.overrides,
     )
     engine = llm.llm_engine
     arrivals: list[float] = []
@@ -131,11 +136,11 @@ def send(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
     )
 
 
-def measure_request(llm: Any, prompt: list[int], output_len: int, name: str) -> Timing:
+def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     """Send one request and read its peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    timing = send(llm, prompt, output_len, name)
+    timing = send(llm, prompt, request, name)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return replace(timing, peak_gpu_memory_gib=peak)
 
@@ -159,7 +164,7 @@ def main() -> None:
     short = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
     # Compiles kernels, and fills what is allocated at first use.
     for index, length in enumerate([short, short, *spec.warmup_lens]):
-        send(llm, prompt_of(length, index), 4, f"warmup-{index}")
+        send(llm, prompt_of(length, index), Request(length, 4), f"warmup-{index}")
     connection.send(time.perf_counter() - started)
     for index in itertools.count():
         try:
@@ -168,7 +173,7 @@ def main() -> None:
             break
         if spec.reads_selection and repeat == 0:
             read_selection(llm, reset=True)
-        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request.output_len, str(index))
+        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request, str(index))
         connection.send(Answer(timing, read_selection(llm) if spec.reads_selection else []))
 
 

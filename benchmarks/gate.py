@@ -3,7 +3,7 @@
 import math
 
 import torch
-from farspan.kernels.rotary_turn import RotaryShift, apply_shift
+from farspan.kernels.rotary_turn import Turn, apply_turn
 
 from benchmarks.inputs import PagedBatch, contiguous_kv
 from benchmarks.record import BenchmarkError
@@ -22,11 +22,11 @@ def sample_rows(batch: PagedBatch, request: int, num_rows: int) -> torch.Tensor:
 
 
 def attend_rows(
-    batch: PagedBatch, request: int, rows: torch.Tensor, dtype: torch.dtype, string: RotaryShift | None = None
+    batch: PagedBatch, request: int, rows: torch.Tensor, dtype: torch.dtype, turn: Turn | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute some rows of a request in plain PyTorch: products in `dtype`, softmax in float32.
 
-    rows: [num_rows] indices into the request's chunk. string: shifted positions, None for ordinary ones.
+    rows: [num_rows] indices into the request's chunk. turn: of shifted positions, None for ordinary ones.
     Returns out [num_rows, num_q_heads, head_dim] and lse [num_q_heads, num_rows], both float32.
     """
     shape, start = batch.shape, int(batch.query_start_loc[request])
@@ -34,17 +34,19 @@ def attend_rows(
     key, value = contiguous_kv(batch, request)
     device = key.device
     query = batch.query[start + rows.to(device)].to(dtype)
-    far_query = None if string is None else apply_shift(query, string)
-    distance = (rows.to(device) + context)[:, None] - torch.arange(batch.seq_lens_cpu[request], device=device)
+    turned_query = None if turn is None else apply_turn(query, turn)
+    position = (rows.to(device) + context)[:, None]
+    key_position = torch.arange(batch.seq_lens_cpu[request], device=device)
     group = shape.num_q_heads // shape.num_kv_heads
     outs, lses = [], []
     for head in range(shape.num_kv_heads):  # one at a time: the scores of all heads would not fit at 128K
         heads = slice(head * group, (head + 1) * group)
         k = key[:, head].to(dtype).T
         logits = query[:, heads].transpose(0, 1) @ k
-        if string is not None and far_query is not None:
-            logits = torch.where(distance >= string.shift, far_query[:, heads].transpose(0, 1) @ k, logits)
-        logits = (logits.float() * shape.scale).masked_fill(distance < 0, -math.inf)
+        if turn is not None and turned_query is not None:
+            is_turned = key_position < turn.bounds(position)
+            logits = torch.where(is_turned, turned_query[:, heads].transpose(0, 1) @ k, logits)
+        logits = (logits.float() * shape.scale).masked_fill(key_position > position, -math.inf)
         lse = logits.logsumexp(-1)
         weights = (logits - lse[..., None]).exp().to(dtype)
         outs.append((weights @ value[:, head].to(dtype)).float())
@@ -64,12 +66,12 @@ def check_attention(
     lse: torch.Tensor | None = None,
     *,
     name: str = "farspan",
-    string: RotaryShift | None = None,
+    turn: Turn | None = None,
 ) -> float:
     """Compare causal attention with float32 on sampled rows of (up to four) requests.
 
     out: [num_tokens, num_q_heads, head_dim]; lse: [num_q_heads, num_tokens] float32, natural log, or None.
-    string: the shifted positions that it ran under.
+    turn: of the shifted positions that it ran under.
     Allowed is twice what plain PyTorch loses at the batch's dtype. Returns the largest relative error.
     Raises BenchmarkError where the error is larger.
     """
@@ -77,8 +79,8 @@ def check_attention(
     num_reqs = len(batch.seq_lens_cpu)
     for request in sorted({0, num_reqs // 3, 2 * num_reqs // 3, num_reqs - 1}):
         rows = sample_rows(batch, request, SAMPLED_ROWS)
-        truth, truth_lse = attend_rows(batch, request, rows, torch.float32, string)
-        plain, _ = attend_rows(batch, request, rows, batch.shape.dtype, string)
+        truth, truth_lse = attend_rows(batch, request, rows, torch.float32, turn)
+        plain, _ = attend_rows(batch, request, rows, batch.shape.dtype, turn)
         allowed = 2 * relative_error(plain, truth) + 1e-5
         index = int(batch.query_start_loc[request]) + rows.to(out.device)
         error = relative_error(out[index], truth)

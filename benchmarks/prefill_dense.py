@@ -2,17 +2,12 @@
 
 from collections.abc import Callable
 
-import torch
-from farspan.kernels.prefill import paged_prefill
-from farspan.kernels.tiles import make_prefill_tiles
-
-from benchmarks import peers
+from benchmarks import calls, peers
 from benchmarks.gate import check_attention
 from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
-BLOCK_SIZE = 128
 SLOW_REPEATS = 2  # vLLM's Triton kernel needs seconds a call at 128K
 
 
@@ -21,17 +16,6 @@ def cases(dry_run: bool) -> list[PrefillCase]:
     if dry_run:
         return [PrefillCase(100, 100, TINY), PrefillCase(40, 100, TINY)]
     return [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072)] + [PrefillCase(8192, 131072)]
-
-
-def ours(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Build our kernel's call on a batch; the tiles are cut beforehand, as the backend does once per step."""
-    tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, batch.query.device)
-    out = torch.empty_like(batch.query)
-    lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
-    return lambda: paged_prefill(
-        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, tiles,
-        batch.shape.scale, out=out, lse=lse,
-    )  # fmt: skip
 
 
 def peers_of(batch: PagedBatch, is_whole_prompt: bool) -> dict[str, peers.Peer]:
@@ -50,7 +34,7 @@ def peers_of(batch: PagedBatch, is_whole_prompt: bool) -> dict[str, peers.Peer]:
 def run(recorder: Recorder) -> None:
     for case in cases(recorder.dry_run):
         batch = make_paged_batch([case.query_len], [case.seq_len], case.shape)
-        call = ours(batch, 64 if recorder.dry_run else BLOCK_SIZE)
+        call = calls.prefill(batch)
         error = check_attention(batch, *call())
         recorder.note(f"{case.name}: relative error {error:.1e}")
         works: dict[str, Callable[[], object]] = {"farspan": call}

@@ -6,7 +6,11 @@ Every time stands beside the density of the lists and the attention mass that th
 from collections.abc import Callable
 
 import torch
-from farspan.kernels.flex.coverage import measure_coverage, sample_rows
+from farspan.engine_ext.config import FlexPrefill
+from farspan.engine_ext.launch import measure_coverage
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.selection.methods import flex_budget
+from farspan.engine_ext.splits import num_multiprocessors
 from farspan.kernels.flex.select import flex_block_lists
 from farspan.kernels.flex.types import FlexSelection
 from farspan.kernels.prefill import paged_prefill
@@ -37,21 +41,20 @@ class FlexCall:
 
     def __init__(self, batch: PagedBatch, gamma: float, block_size: int, *, shared: bool = False) -> None:
         device = batch.query.device
-        self.batch, self.shared = batch, shared
+        self.batch = batch
         starts = batch.query_start_loc.tolist()
         self.tiles: PrefillTiles = make_prefill_tiles(starts, batch.seq_lens_cpu, block_size, device)
-        self.requests = torch.zeros(1, dtype=torch.int32, device=device)
-        self.gamma = torch.full((1,), gamma, device=device)
+        maker = PassMaker(batch.shape.num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
+        self.samples = maker.sample(batch.paged, starts, batch.seq_lens_cpu, COVERAGE_ROWS)
+        heads_per_list = batch.shape.num_q_heads // batch.shape.num_kv_heads if shared else 1
+        self.budget = flex_budget(FlexPrefill(gamma=gamma), block_size, heads_per_list)
         self.out = torch.empty_like(batch.query)
         self.lse = torch.empty(batch.shape.num_q_heads, len(batch.query), dtype=torch.float32, device=device)
-        self.inputs = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+        self.inputs = (batch.query, batch.kv, batch.paged)
         self.selection = self.select()
 
     def select(self) -> FlexSelection:
-        return flex_block_lists(
-            *self.inputs, self.tiles, self.batch.shape.scale,
-            requests=self.requests, gamma=self.gamma, share_kv_group=self.shared,
-        )  # fmt: skip
+        return flex_block_lists(*self.inputs, self.tiles, self.batch.shape.scale, self.budget)
 
     def attend(self, selection: FlexSelection | None = None) -> None:
         lists = (selection or self.selection).block_lists
@@ -62,13 +65,16 @@ class FlexCall:
     def __call__(self) -> None:
         self.attend(self.select())
 
-    def density(self) -> float:
-        return float(self.selection.density(self.tiles, self.requests).mean())
+    def densities(self) -> list[float]:
+        """Blocks listed over causal blocks, per list head."""
+        causal_blocks = (self.tiles.tile_block + 1).sum()
+        densities: list[float] = (self.selection.block_lists.block_counts.sum(1) / causal_blocks).tolist()
+        return densities
 
     def coverage(self) -> torch.Tensor:
         """Kept mass per query head, mean over the sampled rows: [num_q_heads]."""
-        rows = sample_rows(self.batch.query_start_loc, COVERAGE_ROWS)
-        return measure_coverage(*self.inputs, self.batch.shape.scale, self.lse, rows).mean((1, 2))
+        query, kv, _ = self.inputs
+        return measure_coverage(query, kv, self.samples, self.batch.shape.scale, None, self.lse).mean(1)
 
     def check(self) -> float:
         """Compare some tiles of some heads with float32 attention over their lists; BenchmarkError where wrong."""
@@ -139,7 +145,7 @@ def run(recorder: Recorder) -> None:
             call()
             error, coverage = call.check(), call.coverage()
             recorder.note(f"{case.name} {name}: relative error {error:.1e}, worst head {float(coverage.min()):.4f}")
-            recorder.add("prefill_flex", case.name, name, "density", "fraction", [call.density()])
+            recorder.add("prefill_flex", case.name, name, "density", "fraction", call.densities())
             recorder.add("prefill_flex", case.name, name, "coverage", "fraction", coverage.tolist())
         works = works_of(batch, calls, recorder)
         slow = {name: SLOW_REPEATS for name in works if name == "triton_attn" or name.startswith("flexprefill")}

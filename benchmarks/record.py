@@ -30,6 +30,7 @@ BENCHMARKS = frozenset(
         "offload_prefill",
         "offload_decode",
         "star",
+        "no_harm",
     ]
 )
 UNITS = {
@@ -69,7 +70,9 @@ class Row:
     unit: str
     p20: str
     p50: str
+    """The median of the samples. Of a density the mean, over heads and chunks, since time follows the mean."""
     p80: str
+    """p20 and p80 are quantiles of the samples; those of a density are heads."""
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -80,17 +83,17 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
     return float(torch.tensor(samples, dtype=torch.float64).quantile(fraction))
 
 
-def current_commit() -> str:
-    """Name the commit being measured: FARSPAN_COMMIT where there is no git checkout; `+` marks uncommitted changes."""
-    if given := os.environ.get("FARSPAN_COMMIT"):
+def commit_of(checkout: Path = ROOT, variable: str = "FARSPAN_COMMIT") -> str:
+    """Name the commit of a checkout; `+` marks uncommitted changes. `variable`: names it where there is no git."""
+    if given := os.environ.get(variable):
         return given
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=checkout, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        raise BenchmarkError("This is no git checkout: name what is measured with FARSPAN_COMMIT=<commit>.") from None
+        raise BenchmarkError(f"{checkout} is no git checkout: name its commit with {variable}=<commit>.") from None
     return head.stdout.strip()
 
 
@@ -129,7 +132,7 @@ class Environment:
         return cls(
             run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
             date=date,
-            commit=current_commit() if on_gpu else "",
+            commit=commit_of() if on_gpu else "",
             gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
             driver=driver_version() if on_gpu else "",
             torch=torch.__version__,
@@ -188,7 +191,7 @@ class Recorder:
         return self.out is None
 
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
-        """Record repeated samples of one quantity.
+        """Record repeated samples of one quantity; of a density one per head, each over all chunks.
 
         Raises BenchmarkError where the names break the contract or a sample is not a positive finite number (densities,
         coverages and accuracies may be zero).
@@ -199,7 +202,8 @@ class Recorder:
             raise BenchmarkError(f"metric {metric!r} in {unit!r}; known are {UNITS}")
         if not samples or any(not (sample > 0 or (sample == 0 and unit == "fraction")) for sample in samples):
             raise BenchmarkError(f"{benchmark} {case} {variant} {metric}: samples {samples}")
-        p20, p50, p80 = (f"{quantile(samples, fraction):.6g}" for fraction in (0.2, 0.5, 0.8))
+        centre = sum(samples) / len(samples) if metric == "density" else quantile(samples, 0.5)
+        p20, p50, p80 = (f"{number:.6g}" for number in (quantile(samples, 0.2), centre, quantile(samples, 0.8)))
         row = Row(
             **asdict(self.environment),
             benchmark=benchmark, case=case, variant=variant, metric=metric, unit=unit, p20=p20, p50=p50, p80=p80,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from farspan.kernels.flex import estimate as flex_estimate
 from farspan.kernels.flex import select as flex_select
-from farspan.kernels.flex.types import NO_LIMIT
+from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.tiles import make_prefill_tiles
 
 from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_calibrated_batch
@@ -33,19 +33,17 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
     """Build the calls of the whole selection and of its two stages."""
     device, shape = batch.query.device, batch.shape
     tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, device)
-    requests = torch.arange(len(batch.seq_lens_cpu), dtype=torch.int32, device=device)
-    gamma = torch.full((shape.num_q_heads, len(requests)), GAMMA, device=device)
-    tensors = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    tensors = (batch.query, batch.kv, batch.paged)
     group = shape.num_q_heads // shape.num_kv_heads
 
     def estimate() -> flex_estimate.FlexEstimate:
-        return flex_estimate.estimate(*tensors, requests, tiles.max_kv_blocks, block_size, shape.scale)
+        return flex_estimate.estimate(*tensors, tiles.max_kv_blocks, block_size, shape.scale)
 
     found = estimate()
 
     def select(group: int = 1, found: flex_estimate.FlexEstimate = found) -> object:
-        budget = (TAU, MIN_BLOCKS, NO_LIMIT, group)
-        return flex_select.select(*tensors, tiles, shape.scale, found, requests, gamma, *budget)
+        budget = Budget(GAMMA, TAU, MIN_BLOCKS, NO_LIMIT, group)
+        return flex_select.select(*tensors, tiles, shape.scale, found, budget)
 
     return {
         "farspan": lambda: select(found=estimate()),

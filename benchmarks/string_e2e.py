@@ -11,16 +11,12 @@ Four measurements, the first three with our Triton kernels on both sides:
 The third is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from farspan.kernels.decode import choose_num_splits, decode_workspace, paged_decode
-from farspan.kernels.prefill import paged_prefill
-from farspan.kernels.rotary_turn import RotaryShift, make_rotary_shift
-from farspan.kernels.tiles import make_prefill_tiles
+from farspan.kernels.rotary_turn import Turn, make_string_turn
 
-from benchmarks import peers
+from benchmarks import calls, peers
 from benchmarks.engine import (
     LLAMA_8B,
     TINY_LLAMA,
@@ -32,12 +28,9 @@ from benchmarks.engine import (
 )
 from benchmarks.gate import check_attention
 from benchmarks.inputs import LLAMA_8B as LLAMA_8B_LAYER
-from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.inputs import TINY, AttentionShape, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import Work, time_graphs, time_interleaved
-
-Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-"""Returns out and LSE of one layer."""
 
 NAME = "string_e2e"
 ON, OFF, FA3 = "farspan-string", "farspan-triton", "fa3"
@@ -70,48 +63,20 @@ def shift_of(dry_run: bool) -> int:
     return 100 if dry_run else int(FRACTION * 131072)
 
 
-def make_shift(shape: AttentionShape, dry_run: bool, device: torch.device) -> RotaryShift:
+def make_turn(shape: AttentionShape, dry_run: bool, device: torch.device) -> Turn:
     inv_freq = ROPE_BASE ** -(torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
-    return make_rotary_shift(inv_freq, shift_of(dry_run), WINDOW if not dry_run else 10, True, device)
-
-
-def prefill_call(batch: PagedBatch, string: RotaryShift | None, block_size: int) -> Call:
-    """Build one layer's prefill as the backend launches it; returns (out, lse) when called."""
-    tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, batch.query.device)
-    out = torch.empty_like(batch.query)
-    lse = torch.empty(batch.shape.num_q_heads, batch.query.shape[0], dtype=torch.float32, device=batch.query.device)
-    return lambda: paged_prefill(
-        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, tiles,
-        batch.shape.scale, string=string, max_query_len=max(batch.query_lens_cpu), out=out, lse=lse,
-    )  # fmt: skip
-
-
-def decode_call(batch: PagedBatch, string: RotaryShift | None) -> Call:
-    """Build one layer's decode step of one request; returns (out, lse) when called."""
-    shape, device = batch.shape, batch.query.device
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    num_splits = choose_num_splits(1, shape.num_kv_heads, batch.seq_lens_cpu[0], num_sms)
-    workspace = decode_workspace(
-        1, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, batch.seq_lens_cpu[0], num_sms, device
-    )
-    out = torch.empty_like(batch.query)
-    lse = torch.empty(shape.num_q_heads, 1, dtype=torch.float32, device=device)
-    return lambda: paged_decode(
-        batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, shape.scale,
-        num_splits=num_splits, string=string, out=out, lse=lse, workspace=workspace,
-    )  # fmt: skip
+    return make_string_turn(inv_freq, shift_of(dry_run), WINDOW if not dry_run else 10, True, device)
 
 
 def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
     """Time one layer's calls at one length, after checking both variants' results."""
     case = f"n{length}-b1-{shape.label}"
-    block_size = 64 if recorder.dry_run else 128
     batch = make_paged_batch([length], [length], shape)
-    string = make_shift(shape, recorder.dry_run, batch.query.device)
+    turn = make_turn(shape, recorder.dry_run, batch.query.device)
     works: dict[str, Work] = {}
-    for name, shift in ((OFF, None), (ON, string)):
-        call = prefill_call(batch, shift, block_size)
-        error = check_attention(batch, *call(), name=name, string=shift)
+    for name, applied in ((OFF, None), (ON, turn)):
+        call = calls.prefill(batch, applied)
+        error = check_attention(batch, *call(), name=name, turn=applied)
         works[name] = call
         recorder.note(f"prefill {case} {name}: relative error {error:.1e}")
     if peers.has_module("vllm.vllm_flash_attn"):
@@ -121,9 +86,9 @@ def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
 
     token = make_paged_batch([1], [length], shape)
     graphs: dict[str, list[Work]] = {}
-    for name, shift in ((OFF, None), (ON, string)):
-        call = decode_call(token, shift)
-        check_attention(token, *call(), name=name, string=shift)
+    for name, applied in ((OFF, None), (ON, turn)):
+        call = calls.decode(token, applied)
+        check_attention(token, *call(), name=name, turn=applied)
         graphs[name] = [call]
     for name, samples in time_graphs(graphs).items():
         recorder.add(NAME, f"decode-{case}", name, "time", "ms", samples)

@@ -40,7 +40,7 @@ def record(recorder: Recorder, name: str, result: EngineResult, prompt_len: int,
 
 
 def record_selection(recorder: Recorder, name: str, result: EngineResult, prompt_len: int, label: str) -> None:
-    """Add density and kept mass over layers and heads, after repair; nothing where a short prompt was dense."""
+    """Add density and kept mass per layer and head, after repair; nothing where a short prompt was dense."""
     rows = result.selection[str(prompt_len)]
     case = f"n{prompt_len}-b1-{label}"
     densities = [row["density"] for row in rows if row["chunks"]]

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from farspan.engine_ext import support
+from farspan.engine_ext.errors import UnsupportedModelError
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
@@ -14,6 +15,18 @@ class FarspanBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = list(support.DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *support.KV_CACHE_DTYPES]
     forward_includes_kv_cache_update: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse the backends that vLLM derives for layers of special kinds: their builders rewrite our batches.
+
+        Raises UnsupportedModelError.
+        """
+        super().__init_subclass__(**kwargs)
+        if "get_builder_cls" in vars(cls):
+            raise UnsupportedModelError(
+                f"{cls.__name__}: a layer that reads other keys than all those before it (chunked local, cross or "
+                f"encoder attention); farspan supports decoders with plain GQA. {support.ELSEWHERE}."
+            )
 
     @staticmethod
     def get_name() -> str:
@@ -45,6 +58,19 @@ class FarspanBackend(AttentionBackend):
         return support.PREFERRED_PAGE_SIZE
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """capability: vLLM's, of the GPU; None on the CPU platform."""
+        return support.capability_refusal(capability) is None
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """The layer's KV cache spec as it is. Raises UnsupportedModelError where keys and values differ in size."""
+        reason = support.head_size_refusal(spec.head_size, getattr(spec, "head_size_v", None))
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        return spec
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """One head's page contiguous."""
         return (KVCacheLayout.LBHNC,)
@@ -67,13 +93,12 @@ class FarspanBackend(AttentionBackend):
             support.head_size_refusal(head_size),
             support.dtype_refusal(dtype),
             support.kv_cache_dtype_refusal(kv_cache_dtype, dtype),
+            support.block_size_refusal(block_size),
+            support.capability_refusal(device_capability),
         ]
         if use_mla:
             reasons.append(f"multi-head latent attention; farspan supports plain GQA. {support.ELSEWHERE}.")
         if has_sink:
             reasons.append(f"attention sinks; farspan supports plain softmax only. {support.ELSEWHERE}.")
-        if block_size is not None and not cls.supports_block_size(block_size):
-            sizes = support.listed(support.PAGE_SIZES)
-            reasons.append(f"block_size={block_size}; farspan supports multiples of {sizes}. Use --block-size 128.")
         sentences = [reason for reason in reasons if reason is not None]
         return " ".join(sentences) or None

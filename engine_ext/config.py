@@ -1,21 +1,36 @@
-"""The option tree under `additional_config["farspan"]`: decoded once, validated, then frozen."""
+"""The option tree under `additional_config["farspan"]`: decoded once per process, validated, then frozen."""
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.ranges import OneOf, Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
+
+MAX_TOKENS = 2**24
+"""Upper bound of every option in tokens: above any context that is served, and safe in int32 arithmetic."""
+MAX_BLOCKS = MAX_TOKENS // 128
+MAX_COVERAGE_ROWS = 64
+"""Each row costs a decode step over its whole prefix."""
+
+CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
+FractionOfTrainedLen = Annotated[
+    float, Real(0, 1, least_included=False, most_included=False, hint="0.33", noun="a fraction of the trained length")
+]
 
 Kernel = Literal["auto", "triton", "fa3"]
 Pattern = Literal["sink_local", "strided", "butterfly", "dilated", "file"]
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every option struct: frozen, unknown fields refused."""
+    """Base of every option struct: frozen, unknown fields refused, numbers in the ranges that their types name."""
+
+    def check(self, path: str) -> None:
+        """Raise ConfigError where a value is out of range; path: where the struct is in the option tree."""
+        check_numbers(path, type(self), msgspec.structs.asdict(self))
 
 
 class DensePrefill(Options, frozen=True, tag_field="method", tag="dense"):
@@ -25,68 +40,57 @@ class DensePrefill(Options, frozen=True, tag_field="method", tag="dense"):
 class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     """Dynamic sparse prefill: a pattern and a budget per head and per prompt. Source: FlexPrefill, arXiv 2502.20766."""
 
-    gamma: float = 0.95
-    """Attention mass that the selected blocks must keep, in (0, 1]."""
-    tau: float = 0.1
-    """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this; in [0, 1]."""
-    min_budget: int = 1024
-    """Fewest KV tokens that every query tile reads (where its causal prefix has them)."""
-    max_budget: int | None = None
-    """Most KV tokens that a query tile reads; None for no limit. It overrides gamma: no head is
-    computed again."""
+    gamma: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 0.9 for more speed")] = 0.95
+    """Attention mass that the selected blocks must keep."""
+    tau: Annotated[float, Real(0, 1, hint="0.1, or 0 to never choose by query")] = 0.1
+    """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
+    min_budget: Annotated[int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024", besides=0)] = 1024
+    """Fewest KV tokens that every query tile reads (where its causal prefix has them), rounded up to blocks of 128. The
+    first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused."""
+    max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
+    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma: no
+    head is computed again."""
     share_kv_group: bool = False
-    """One list for the query heads that share a KV head (their union), instead of one a query head."""
-    min_seq_len: int | None = None
-    """Chunks whose prefix, their own tokens included, is shorter than this prefill densely; None for the measured
-    crossover. In chunks of 2,048 the first 8,192 tokens of any prompt are dense by default."""
-    min_chunk_len: int | None = None
+    """One list for the query heads that share a KV head (their union), instead of one per query head."""
+    min_seq_len: CrossoverLen | None = None
+    """A chunk prefills densely while the prompt up to its end is shorter than this; None for the measured crossover.
+    With chunks of 2K tokens and 8192 here, the first three chunks of a 128K prompt are dense."""
+    min_chunk_len: CrossoverLen | None = None
     """Chunks with fewer query tokens than this prefill densely; None for the measured crossover."""
-    coverage_rows: int = 4
+    coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 4
     """Query rows per chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
-    again over all keys. 0 switches both off."""
+    again over all keys, in the same chunk. 0 switches both off."""
 
     def check(self, path: str) -> None:
-        """Raise ConfigError where a value is out of range; path: where the struct lies in the tree."""
-        check_fraction(f"{path}.gamma", self.gamma, zero_allowed=False, hint="0.95, or 0.9 for more speed")
-        check_fraction(f"{path}.tau", self.tau, zero_allowed=True, hint="0.1, or 0 to never choose by query")
-        check_at_least(f"{path}.min_budget", self.min_budget, 0, unit="tokens", hint="1024")
-        if self.max_budget is not None:
-            check_at_least(f"{path}.max_budget", self.max_budget, 128, unit="tokens", hint="null for no limit")
-            if self.max_budget < self.min_budget:
-                refuse(
-                    f"{path}.max_budget",
-                    self.max_budget,
-                    f"at least min_budget, which is {self.min_budget}",
-                    "Raise max_budget or lower min_budget",
-                )
-        for name, least in (("min_seq_len", self.min_seq_len), ("min_chunk_len", self.min_chunk_len)):
-            if least is not None:
-                check_at_least(f"{path}.{name}", least, 0, unit="tokens", hint="null for the measured crossover")
-        check_at_least(f"{path}.coverage_rows", self.coverage_rows, 0, unit="rows", hint="4, or 0 to measure nothing")
+        """See `Options.check`; also where the two budgets contradict each other."""
+        super().check(path)
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            refuse(
+                f"{path}.max_budget",
+                self.max_budget,
+                f"at least min_budget, which is {self.min_budget}",
+                "Raise max_budget or lower min_budget",
+            )
 
 
 class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sparse"):
     """Static block masks. Source: Block-Sparse FlashAttention, arXiv 2205.14135, section 3.3."""
 
     pattern: Pattern = "sink_local"
-    block_size: int = 128
-    """Tokens of a mask block: 64 or 128."""
-    sink_blocks: int = 1
+    block_size: Annotated[int, OneOf((64, 128), unit="tokens", hint="128")] = 128
+    """Tokens of a mask block."""
+    sink_blocks: Annotated[int, Whole(0, MAX_BLOCKS, unit="blocks", hint="1")] = 1
     """sink_local: first blocks that every query reads."""
-    local_blocks: int = 8
+    local_blocks: Annotated[int, Whole(1, MAX_BLOCKS, unit="blocks", hint="8")] = 8
     """sink_local, strided, dilated: blocks up to and including the diagonal one that every query reads."""
-    stride: int = 8
+    stride: Annotated[int, Whole(1, MAX_BLOCKS, unit="blocks", hint="8")] = 8
     """strided, dilated: distance in blocks between the columns read beyond the local ones."""
     mask_file: str | None = None
     """file: an .npy or .safetensors file with a boolean array [layers or 1, heads or 1, blocks, blocks]."""
 
     def check(self, path: str) -> None:
-        """Raise ConfigError where a value is out of range; path: where the struct lies in the tree."""
-        if self.block_size not in (64, 128):
-            refuse(f"{path}.block_size", self.block_size, "64 or 128 tokens", "Use 128")
-        check_at_least(f"{path}.sink_blocks", self.sink_blocks, 0, unit="blocks", hint="1")
-        check_at_least(f"{path}.local_blocks", self.local_blocks, 1, unit="blocks", hint="8")
-        check_at_least(f"{path}.stride", self.stride, 1, unit="blocks", hint="8")
+        """See `Options.check`; also where pattern and mask_file contradict each other."""
+        super().check(path)
         if self.pattern == "file":
             if self.mask_file is None:
                 refuse(f"{path}.mask_file", None, "a path when pattern is 'file'", "Name an .npy or .safetensors file")
@@ -97,33 +101,23 @@ class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sp
 class StringOptions(Options, frozen=True):
     """Shifted rotary positions. Source: STRING, arXiv 2410.18745."""
 
-    shift: float | int = 0.33
+    shift: FractionOfTrainedLen | Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="0.33")] = 0.33
     """S: tokens if an integer, a fraction of the model's trained length if a float below 1."""
-    window: int = 128
+    window: Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="128")] = 128
     """W: a distance d >= S is treated as d - S + W."""
-    logit_scale: float = 1.0
-    """Factor on the attention logits."""
+    logit_scale: Annotated[float, Real(0.1, 10, hint="1.0")] = 1.0
+    """Factor on all attention logits of all requests, those shorter than the shift included."""
 
     def check(self, path: str) -> None:
-        """Raise ConfigError where a value is out of range; path: where the struct lies in the tree."""
-        fraction = isinstance(self.shift, float)
-        if not (0 < self.shift < 1 if fraction else self.shift >= 1):
-            refuse(
-                f"{path}.shift",
-                self.shift,
-                "a fraction of the trained length in (0, 1), or a whole number of tokens >= 1",
-                "Use 0.33",
-            )
-        check_at_least(f"{path}.window", self.window, 1, unit="tokens", hint="128")
-        if not fraction and self.window > self.shift:
+        """See `Options.check`; also where a window is longer than its shift."""
+        super().check(path)
+        if isinstance(self.shift, int) and self.window > self.shift:
             refuse(
                 f"{path}.window",
                 self.window,
                 f"at most shift, which is {self.shift}: a longer window would move keys further away, not closer",
                 "Lower window or raise shift",
             )
-        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
-            refuse(f"{path}.logit_scale", self.logit_scale, "a finite number above 0", "Use 1.0")
 
 
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
@@ -147,7 +141,7 @@ class FarspanConfig(Options, frozen=True):
     """Everything that a user can set."""
 
     kernel: Kernel = "auto"
-    """Dense prefill: FlashAttention 3 where vLLM has it and it measures faster, else ours (auto), or one by name."""
+    """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     string: StringOptions | None = None
 
@@ -155,6 +149,21 @@ class FarspanConfig(Options, frozen=True):
     def changes_kv(self) -> bool:
         """Whether the KV of a prompt differs from exact KV, so that its blocks must not be shared with exact ones."""
         return self.string is not None or not isinstance(self.prefill, DensePrefill)
+
+
+_decoded: dict[str, FarspanConfig] = {}
+
+
+def decode_once(raw: Any) -> FarspanConfig:
+    """`parse_config`, done once per process and option tree.
+
+    The key is what the tree says, not which object it is: trees arrive pickled, copied, and changed in place.
+    """
+    # Unlike the tree itself, its text tells 1 from 1.0 and True.
+    key = repr(raw)
+    if key not in _decoded:
+        _decoded[key] = parse_config(raw)
+    return _decoded[key]
 
 
 def parse_config(raw: Any) -> FarspanConfig:
@@ -165,13 +174,12 @@ def parse_config(raw: Any) -> FarspanConfig:
     """
     if raw is None:
         return FarspanConfig()
-    check_names(raw)
+    check_raw(raw)
     try:
         config = msgspec.convert(raw, FarspanConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(describe_type_error(raw, str(error))) from error
-    if not isinstance(config.prefill, DensePrefill):
-        config.prefill.check(f"{ROOT}.prefill")
+    config.prefill.check(f"{ROOT}.prefill")
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":
@@ -184,8 +192,8 @@ def parse_config(raw: Any) -> FarspanConfig:
     return config
 
 
-def check_names(raw: Any) -> None:
-    """Refuse names that do not exist, or that have no effect, in the raw tree."""
+def check_raw(raw: Any) -> None:
+    """Refuse names that do not exist, or that have no effect, and numbers out of range, in the raw tree."""
     check_mapping(ROOT, raw)
     check_known(ROOT, raw, FarspanConfig.__struct_fields__)
     kernel = raw.get("kernel", "auto")
@@ -199,12 +207,14 @@ def check_names(raw: Any) -> None:
         if not isinstance(method, str) or method not in PREFILL_METHODS:
             refuse(f"{path}.method", method, one_of(PREFILL_METHODS), suggestion(method, PREFILL_METHODS))
         check_known(path, prefill, ("method", *PREFILL_METHODS[method].__struct_fields__))
+        check_numbers(path, PREFILL_METHODS[method], prefill)
         if method == "block_sparse":
             check_pattern_options(path, prefill)
     if raw.get("string") is not None:
         path = f"{ROOT}.string"
         check_mapping(path, raw["string"])
         check_known(path, raw["string"], StringOptions.__struct_fields__)
+        check_numbers(path, StringOptions, raw["string"])
 
 
 def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
@@ -236,14 +246,15 @@ def check_known(path: str, raw: Mapping[str, Any], known: Iterable[str]) -> None
             refuse(f"{path}.{name}", value, allowed, suggestion(name, known))
 
 
-def check_fraction(path: str, value: float, *, zero_allowed: bool, hint: str) -> None:
-    if not (0 <= value <= 1 if zero_allowed else 0 < value <= 1):
-        refuse(path, value, f"a number in {'[0, 1]' if zero_allowed else '(0, 1]'}", f"Use {hint}")
+def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) -> None:
+    """Refuse the numbers among the values of a struct's fields that are outside of their ranges, booleans included.
 
-
-def check_at_least(path: str, value: int, least: int, *, unit: str, hint: str) -> None:
-    if value < least:
-        refuse(path, value, f"a whole number of {unit} >= {least}", f"Use {hint}")
+    What is no number at all is left to the decoder, which names the type.
+    """
+    for name, ranges in ranges_of(options).items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
+            refuse(f"{path}.{name}", value, ", or ".join(each.allowed for each in ranges), f"Use {ranges[0].hint}")
 
 
 def refuse(path: str, value: Any, allowed: str, remedy: str) -> NoReturn:

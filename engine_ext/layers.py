@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, FarspanConfig, FlexPrefill
 from farspan.engine_ext.passes import LayerContext
-from farspan.engine_ext.selection.masks import mask_rows_of_layer
+from farspan.engine_ext.selection.masks import load_mask, mask_of_layer
 from farspan.engine_ext.selection.methods import FlexSelector, MaskSelector, Selector
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.engine_ext.string import string_turn_for_layer
+from farspan.kernels.block_patterns import mask_rows
+from farspan.kernels.tiles import BlockLists
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -47,8 +49,17 @@ def make_selector(vllm_config: Any, config: FarspanConfig, index: int, device: t
     if isinstance(prefill, FlexPrefill):
         return FlexSelector(SelectionStats(num_q_heads, device) if collects_statistics(vllm_config) else None)
     if isinstance(prefill, BlockSparsePrefill) and prefill.pattern == "file":
-        rank = get_tensor_model_parallel_rank()
-        return MaskSelector(mask_rows_of_layer(prefill, index, vllm_config, rank, device), num_q_heads)
+        assert prefill.mask_file is not None
+        mask = mask_of_layer(
+            load_mask(prefill.mask_file),
+            index,
+            num_q_heads,
+            vllm_config.model_config.get_total_num_kv_heads(),
+            get_tensor_model_parallel_rank(),
+            vllm_config.parallel_config.tensor_parallel_size,
+        )
+        rows = mask_rows(mask)
+        return MaskSelector(BlockLists(rows.block_ids.to(device), rows.block_counts.to(device)), num_q_heads)
     return None
 
 
@@ -60,4 +71,4 @@ def collects_statistics(vllm_config: Any) -> bool:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     extension = vllm_config.parallel_config.worker_extension_cls
-    return bool(extension) and getattr(resolve_obj_by_qualname(extension), "reads_selection_stats", False)
+    return bool(extension) and getattr(resolve_obj_by_qualname(extension), "__reads_selection_stats__", False)

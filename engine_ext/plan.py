@@ -1,10 +1,10 @@
-"""What the scheduler decides for one step and sends to the workers: tagged, frozen messages without tensors."""
+"""Messages from the scheduler to the workers: one immutable plan per step, without tensors."""
 
 import msgspec
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """One step of the engine."""
+    """What the scheduler extension decided for one step; it travels on vLLM's SchedulerOutput."""
 
     step: int
-    """Counts the engine's scheduled steps from 1."""
+    """Number of the step, counted by the scheduler from 1."""

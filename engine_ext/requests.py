@@ -1,15 +1,24 @@
 """Options of single requests: `SamplingParams.extra_args`, or `vllm_xargs` over HTTP, with names `farspan.*`."""
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill, suggestion
+from farspan.engine_ext.config import (
+    BlockSparsePrefill,
+    DensePrefill,
+    FarspanConfig,
+    FlexPrefill,
+    Prefill,
+    suggestion,
+)
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
 
-PREFIX = "farspan."
+NAME = "farspan"
 OVERRIDES = ("farspan.method", "farspan.gamma")
 
 
@@ -17,11 +26,11 @@ class RequestSource(Protocol):
     """What a metadata builder learns from the model runner that calls it."""
 
     def prefills(self, common_attn_metadata: Any) -> Sequence[Prefill]:
-        """How each request of a batch prefills, in batch order; the engine's own way for padding."""
+        """How each request of a batch prefills, in batch order; the engine's own for padding and dummy rows."""
         ...
 
     def plan(self) -> StepPlan | None:
-        """What the scheduler decided for the step that is running; None where it sends no plans."""
+        """The scheduler's plan for the step that runs; None with a scheduler that makes none, and outside of steps."""
         ...
 
     def model(self) -> Any:
@@ -43,12 +52,24 @@ def source_of(vllm_config: Any) -> RequestSource:
     return _make_source(vllm_config)
 
 
+def names_like_ours(names: Iterable[Any]) -> list[str]:
+    """The names that a user can only have meant for farspan, spelt right or not: `farspan.gamma`, `Farspan_gamma`."""
+    return [name for name in names if isinstance(name, str) and name.lower().startswith(NAME)]
+
+
+def refuse_overrides(extra_args: Mapping[str, Any] | None, reason: str) -> None:
+    """Raise ConfigError if a request that cannot have overrides has any; reason: why it cannot, and what to do."""
+    for name in names_like_ours(extra_args or {}):
+        raise ConfigError(f"{name}={(extra_args or {})[name]!r}; {reason}")
+
+
 def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | None) -> Prefill:
     """How one request prefills: the engine's options with the request's overrides.
 
     Raises ConfigError naming the override, the value given, what is allowed and what to do.
     """
-    overrides = {name: value for name, value in (extra_args or {}).items() if name.startswith(PREFIX)}
+    extra_args = extra_args or {}
+    overrides = {name: extra_args[name] for name in names_like_ours(extra_args)}
     if not overrides:
         return config.prefill
     for name, value in overrides.items():
@@ -87,13 +108,34 @@ def prefill_by_gamma(prefill: Prefill, gamma: Any) -> Prefill:
     return msgspec.structs.replace(prefill, gamma=float(gamma))
 
 
-def cache_salt(config: FarspanConfig, prefill: Prefill) -> str | None:
-    """The salt of a request's prefix-cache blocks; None where its KV is exact.
+def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
+    """A digest of everything that shapes a request's KV: its prefill, the option string, a mask file's content.
 
-    Two requests get the same salt exactly when the options that shape their KV are equal.
+    None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
     effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto")
     if not effective.changes_kv:
         return None
-    digest = hashlib.sha256(msgspec.json.encode(effective, order="deterministic")).hexdigest()
-    return f"farspan-{digest[:16]}"
+    mask_digest = None
+    if isinstance(prefill, BlockSparsePrefill) and prefill.mask_file is not None:
+        mask_digest = digest_of_file(prefill.mask_file)
+        effective = msgspec.structs.replace(effective, prefill=msgspec.structs.replace(prefill, mask_file=None))
+    return hashlib.sha256(msgspec.json.encode([effective, mask_digest], order="deterministic")).hexdigest()
+
+
+@functools.cache
+def digest_of_file(path: str) -> str:
+    """sha256 of a file, read once per process: masks are loaded once too."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def cache_salt(user_salt: str | None, digest: str | None) -> str | None:
+    """The salt of a request's prefix-cache blocks; None for exact KV of a request without a salt of its own.
+
+    digest: see `options_digest`. Users' salts are hashed too, so that none of them can equal a salt made here: requests
+    share blocks only if both the user's salt and the digest are equal.
+    """
+    if not user_salt and digest is None:
+        return None
+    pair = msgspec.json.encode([user_salt or None, digest])
+    return f"farspan-{hashlib.sha256(pair).hexdigest()}"

@@ -4,12 +4,13 @@ Every function here returns or raises a sentence that names the value, what is s
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from farspan.engine_ext.config import FarspanConfig, parse_config
+from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
+from farspan.engine_ext.string import check_string
 
 OPTIONS_KEY = "farspan"
 HEAD_SIZES = (64, 96, 128, 256)
@@ -18,26 +19,67 @@ PREFERRED_PAGE_SIZE = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """Names of kv-cache dtypes besides "auto"; allowed where they equal the model's dtype."""
+MIN_CAPABILITY = (8, 0)
+"""CUDA compute capability of Ampere, the first with bfloat16 and asynchronous copies."""
 
 ELSEWHERE = "Leave out --attention-backend to let vLLM choose another backend for this model"
 
 
 def config_of(vllm_config: Any) -> FarspanConfig:
-    """The options of an engine. Raises ConfigError, also on a misspelt `farspan` key."""
+    """The options of an engine. Raises ConfigError, also where they are not under the key `farspan`."""
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return FarspanConfig()
     if OPTIONS_KEY not in additional:
-        near = difflib.get_close_matches(OPTIONS_KEY, [str(key) for key in additional], n=1, cutoff=0.75)
-        if near:
+        check_no_options_elsewhere(additional)
+    return decode_once(additional.get(OPTIONS_KEY))
+
+
+def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
+    """Refuse an additional_config whose keys show that our options were meant; those of other plugins are theirs.
+
+    Raises ConfigError.
+    """
+    for key in map(str, additional):
+        if key.lower().startswith(OPTIONS_KEY) or is_near(key.lower(), [OPTIONS_KEY], cutoff=0.75):
             raise ConfigError(
-                f"additional_config has {near[0]!r} but no {OPTIONS_KEY!r}; the options of this backend go under "
+                f"additional_config has {key!r} but no {OPTIONS_KEY!r}; the options of this backend go under "
                 f"{OPTIONS_KEY!r}. Rename the key."
             )
-    return parse_config(additional.get(OPTIONS_KEY))
+        is_option = is_near(key, FarspanConfig.__struct_fields__, cutoff=0.85) or key in FlexPrefill.__struct_fields__
+        if is_option or (key == "method" and str(additional[key]) in PREFILL_METHODS):
+            raise ConfigError(
+                f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "
+                f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex"}}}}}}.'
+            )
 
 
-def head_size_refusal(head_size: int) -> str | None:
+def is_near(name: str, known: Iterable[str], *, cutoff: float) -> bool:
+    """Whether a name is a known one, or may well be one misspelt."""
+    return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff))
+
+
+def platform_refusal(platform: Any) -> str | None:
+    """Why a platform of vLLM's cannot be served, or None if it can; does not initialise CUDA."""
+    if platform.is_cpu():
+        return None
+    if not platform.is_cuda():
+        return f"platform {platform.device_name!r}; farspan supports NVIDIA GPUs (CUDA) and CPUs. {ELSEWHERE}."
+    return capability_refusal(platform.get_device_capability())
+
+
+def capability_refusal(capability: tuple[int, int] | None) -> str | None:
+    """Why a GPU cannot be served. capability: major and minor; None where there is no GPU, or none is known."""
+    if capability is None or tuple(capability) >= MIN_CAPABILITY:
+        return None
+    given, least = (".".join(map(str, each)) for each in (capability, MIN_CAPABILITY))
+    return f"a GPU of compute capability {given}; farspan supports {least} (Ampere) and later. {ELSEWHERE}."
+
+
+def head_size_refusal(head_size: int, head_size_v: int | None = None) -> str | None:
+    """head_size_v: of the values, where it is known to differ."""
+    if head_size_v not in (None, head_size):
+        return f"values of head size {head_size_v} with keys of {head_size}; farspan supports equal sizes. {ELSEWHERE}."
     if head_size in HEAD_SIZES:
         return None
     return f"head_size={head_size}; farspan supports {listed(HEAD_SIZES)}. {ELSEWHERE}."
@@ -47,6 +89,16 @@ def dtype_refusal(dtype: torch.dtype) -> str | None:
     if dtype in DTYPES:
         return None
     return f"dtype={name_of(dtype)}; farspan supports {listed(name_of(each) for each in DTYPES)}. Set --dtype to one."
+
+
+def block_size_refusal(block_size: int | None) -> str | None:
+    """block_size: tokens of a page, None where the user left it open; several of our pages may make one of vLLM's."""
+    if block_size is None or block_size % min(PAGE_SIZES) == 0:
+        return None
+    return (
+        f"block_size={block_size}; farspan supports multiples of {min(PAGE_SIZES)}. Use --block-size "
+        f"{PREFERRED_PAGE_SIZE}."
+    )
 
 
 def kv_cache_dtype_refusal(kv_cache_dtype: str | None, dtype: torch.dtype) -> str | None:
@@ -63,6 +115,7 @@ def layer_refusals(
     head_size: int,
     kv_cache_dtype: str,
     dtype: torch.dtype,
+    head_size_v: int | None = None,
     alibi_slopes: Any = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -72,7 +125,7 @@ def layer_refusals(
 ) -> list[str]:
     """Why one attention layer cannot be served, in the terms of vLLM's impl constructor; empty if it can."""
     reasons = [
-        head_size_refusal(head_size),
+        head_size_refusal(head_size, head_size_v),
         dtype_refusal(dtype),
         kv_cache_dtype_refusal(kv_cache_dtype, dtype),
     ]
@@ -104,16 +157,50 @@ def sliding_window_refusal(sliding_window: int) -> str:
 def check_engine(vllm_config: Any) -> FarspanConfig:
     """Refuse an engine that cannot work with farspan, before anything is loaded; returns its options.
 
+    Runs in the front end, so that its sentence reaches the user. What only a loaded model shows, its layers refuse.
     Raises ConfigError, UnsupportedModelError or UnsupportedEngineError.
     """
+    from vllm.platforms import current_platform
+
     config = config_of(vllm_config)
+    reason = platform_refusal(current_platform)
+    if reason is not None:
+        raise UnsupportedEngineError(reason)
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
-        if config.string is not None and getattr(vllm_config.model_config, "uses_mrope", False):
-            raise UnsupportedModelError(
-                f"string: {vllm_config.model_config.model} has multimodal rotary positions (mrope), several for each "
-                "token; string shifts one position. Leave out the option string."
-            )
+        check_options(config, vllm_config.model_config, current_platform.device_type)
+    check_features(config, vllm_config)
+    return config
+
+
+def check_options(config: FarspanConfig, model_config: Any, device_type: str) -> None:
+    """Refuse options that the model, a file or the device rules out. Raises ConfigError or UnsupportedModelError."""
+    from farspan.engine_ext.launch import choose_dense_kernel
+
+    choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)
+    if config.string is not None:
+        check_string(model_config, config.string)
+    if isinstance(config.prefill, BlockSparsePrefill) and config.prefill.mask_file is not None:
+        check_mask_file(config.prefill.mask_file, config.prefill.block_size, model_config)
+
+
+def check_mask_file(file: str, block_size: int, model_config: Any) -> None:
+    """Raise ConfigError unless a mask file can be read and fits the model."""
+    from farspan.engine_ext.selection.masks import check_mask, load_mask
+
+    check_mask(
+        load_mask(file),
+        model_config.get_total_num_hidden_layers(),
+        model_config.model_arch_config.total_num_attention_heads,
+        model_config.get_total_num_kv_heads(),
+        model_config.max_model_len,
+        block_size,
+        file,
+    )
+
+
+def check_features(config: FarspanConfig, vllm_config: Any) -> None:
+    """Refuse features of vLLM that farspan cannot work with. Raises UnsupportedEngineError."""
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
@@ -131,7 +218,6 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
             "a KV connector together with sparse prefill or string; KV computed so must not reach requests that expect "
             "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config."
         )
-    return config
 
 
 def check_model(model_config: Any, cache_config: Any) -> None:
@@ -142,6 +228,8 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         "is_hybrid": "a hybrid of attention and state-space layers",
         "is_attention_free": "no attention",
         "is_encoder_decoder": "an encoder and a decoder",
+        "uses_alibi": "ALiBi position biases",
+        "attention_chunk_size": "chunked local attention",
     }
     for attribute, kind in kinds.items():
         if getattr(model_config, attribute, False):
@@ -150,13 +238,14 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         raise UnsupportedModelError(
             f"{name} runs as {model_config.runner_type!r}; farspan supports generation only. {ELSEWHERE}."
         )
-    soft_cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
+    text_config = model_config.hf_text_config
     reasons = layer_refusals(
         head_size=model_config.get_head_size(),
+        head_size_v=getattr(text_config, "v_head_dim", None),
         kv_cache_dtype=cache_config.cache_dtype,
         dtype=model_config.dtype,
         sliding_window=model_config.get_sliding_window(),
-        logits_soft_cap=soft_cap,
+        logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
     if reasons:
         raise UnsupportedModelError(f"{name}: " + " ".join(reasons))

@@ -1,20 +1,30 @@
 """What sparse prefill did inside a running engine: density, pattern and coverage per layer and head.
 
 Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`; then `read_selection(llm)`
-after `llm.generate(...)`. Coverage is there unless the option `coverage_rows` is 0. Without the extension nothing is
-added up.
+after `llm.generate(...)`. Coverage is there unless the option `coverage_rows` is 0. The same rows of a running server
+are read over HTTP: see docs/deploying.md.
 """
 
+import importlib
+import warnings
 from typing import Any
 
-from farspan.vllm_compat import metadata_builders
+from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.vllm_compat.runner import metadata_builders
+
+EXTENSION = "farspan.metrics.SelectionMetrics"
+NOTHING_SELECTED = (
+    "No chunk was prefilled by flex since the last reset, so there is no density or coverage to read. Prefill "
+    'is dense without {"prefill": {"method": "flex"}}, and for prompts or chunks shorter than the crossover: send '
+    "longer ones, or lower prefill.min_seq_len and prefill.min_chunk_len."
+)
 
 
 class SelectionMetrics:
     """Mixed into vLLM's workers by `worker_extension_cls`; reached through `LLM.collective_rpc`."""
 
-    reads_selection_stats = True
-    """Asks the layers of this engine to add up what they select."""
+    __reads_selection_stats__ = True
+    """Asks the layers of this engine to add up what they select. vLLM lets no two extensions share a plain name."""
 
     def farspan_selection(self, reset: bool = False) -> list[dict[str, Any]]:
         """Rows of this rank's layers and heads since the last reset; see `read_selection`."""
@@ -33,13 +43,28 @@ class SelectionMetrics:
 def read_selection(llm: Any, reset: bool = False) -> list[dict[str, Any]]:
     """One row per rank, layer and query head of the rank, for the chunks that flex prefilled since the last reset.
 
-    llm: a `vllm.LLM` whose `worker_extension_cls` is `farspan.metrics.SelectionMetrics`. Waits for the device. Empty
-    where no chunk was prefilled sparsely: chunks over less than `min_seq_len` tokens, or of fewer than `min_chunk_len`,
-    are dense.
+    llm: a `vllm.LLM` whose `worker_extension_cls` is `farspan.metrics.SelectionMetrics`, or a subclass of it. Waits for
+    the device. Raises UnsupportedEngineError for an engine without it. Warns where there are no rows, unless `reset`.
     Keys: rank, layer, head, density (blocks read over causal blocks; a head that was computed again read its list and
     all of them), query_aware (share of the chunks whose blocks were selected query by query, the others by columns and
     diagonals), divergence (mean sqrt of the Jensen-Shannon divergence, natural log), coverage (mean share of the
     attention mass kept on sampled rows, after repair; None where `coverage_rows` is 0), repaired (share of the chunks
     in which the head kept too little and was computed again), chunks, measured_rows.
     """
-    return [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]
+    check_extension(llm.llm_engine.vllm_config.parallel_config.worker_extension_cls)
+    rows = [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]
+    if not rows and not reset:
+        warnings.warn(NOTHING_SELECTED, stacklevel=2)
+    return rows
+
+
+def check_extension(name: str) -> None:
+    """Raise UnsupportedEngineError unless an engine's `worker_extension_cls` is `SelectionMetrics` or a subclass."""
+    module, _, attribute = name.rpartition(".")
+    extension = getattr(importlib.import_module(module), attribute) if module else None
+    if not (isinstance(extension, type) and issubclass(extension, SelectionMetrics)):
+        raise UnsupportedEngineError(
+            f"worker_extension_cls={name!r}; density and coverage are read through {EXTENSION!r} or a subclass of it. "
+            f'Start the engine with LLM(..., worker_extension_cls="{EXTENSION}"), or a server with '
+            f"--worker-extension-cls {EXTENSION}."
+        )

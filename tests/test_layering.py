@@ -74,10 +74,18 @@ def test_room_needs_no_other_packages(room: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_messages_and_options_need_no_torch(name: str) -> None:
     path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"{name} comes with head offload")
     room = name.partition("/")[0]
     assert not [module for module in imports_of(path, room) if is_within(module, ("torch", "triton", "vllm"))]
+
+
+def test_only_the_scheduler_itself_imports_vllm() -> None:
+    importers = {
+        path.name
+        for path in sources("scheduler")
+        for module in imports_of(path, "scheduler")
+        if is_within(module, ("vllm",))
+    }
+    assert importers == {"scheduler.py"}
 
 
 def test_only_vllm_compat_knows_versions() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StringOptions
+from farspan.engine_ext.ranges import ranges_of
 
 from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
 from benchmarks.record import Row, read_rows
@@ -36,6 +37,22 @@ def test_options_are_those_of_the_code() -> None:
         expected |= fields_of(struct, "prefill.")
     assert documented_options() == expected
     assert {name.partition(".")[0] for name in expected} == set(FarspanConfig.__struct_fields__)
+
+
+def documented_ranges() -> dict[str, str]:
+    """Option -> what its row says is allowed."""
+    section = README.read_text().partition("## Options\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `([a-z_.]+)` \| `[^`]+` \| ([^`|]*?) ?\| ", section, flags=re.MULTILINE))
+
+
+def test_ranges_are_those_of_the_code() -> None:
+    structs = [("string.", StringOptions), *(("prefill.", struct) for struct in PREFILL_METHODS.values())]
+    expected = {
+        prefix + name: ", or ".join(each.interval for each in ranges)
+        for prefix, struct in structs
+        for name, ranges in ranges_of(struct).items()
+    }
+    assert {name: text for name, text in documented_ranges().items() if text} == expected
 
 
 def test_links_lead_somewhere() -> None:

@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.metadata import PrefillGroup
 from farspan.evaluation.results import CSV_COLUMNS
-from farspan.kernels.tiles import BlockLists
+from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.needle import model_dir
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
@@ -135,14 +134,13 @@ class BlockGrids:
         shape = (model.shape.num_attention_heads, blocks, blocks)
         self.grids = [torch.zeros(shape, dtype=torch.bool, device=model.device) for _ in model.net.layers]
 
-    def __call__(self, layer: int, group: PrefillGroup, lists: BlockLists) -> None:
+    def __call__(self, layer: int, all_tiles: PrefillTiles, lists: BlockLists) -> None:
         """Mark the blocks of one launch."""
-        assert group.tiles is not None
         grid = self.grids[layer]
         width = lists.block_ids.shape[-1]
         listed = torch.arange(width, device=grid.device) < lists.block_counts[..., None]
         heads, tiles, places = listed.nonzero(as_tuple=True)
-        grid[heads, group.tiles.tile_block[tiles].long(), lists.block_ids[heads, tiles, places].long()] = True
+        grid[heads, all_tiles.tile_block[tiles].long(), lists.block_ids[heads, tiles, places].long()] = True
 
 
 def overlap(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:

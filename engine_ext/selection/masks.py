@@ -1,137 +1,116 @@
-"""Block masks from files: read, checked against the model, and cut to the heads of each layer and rank."""
+"""Block masks in files: read, checked against the model, and cut into what one layer on one rank reads."""
 
-import zipfile
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
-from farspan.engine_ext.config import ROOT, BlockSparsePrefill
+from farspan.engine_ext.config import ROOT
 from farspan.engine_ext.errors import ConfigError
-from farspan.kernels.block_patterns import check_block_mask, mask_rows
-from farspan.kernels.tiles import BlockLists
+from farspan.kernels.block_patterns import check_block_mask
 
-WHAT_IT_HOLDS = "a boolean array [layers or 1, heads or 1, blocks, blocks]"
+MASK = "bool [layers or 1, heads or 1, blocks, blocks]"
 
 
 def load_mask(file: str) -> np.ndarray:
-    """Read a bool mask [layers, heads, blocks, blocks] from .npy or a one-tensor .safetensors.
+    """Read a mask [layers or 1, heads or 1, blocks, blocks] of bool from .npy or a one-tensor .safetensors.
 
-    What is not asked for of an .npy file stays on disk. Raises ConfigError with the path, whatever is wrong with it.
+    file: `~` stands for the home folder. The array is mapped into memory: what nobody looks at stays on disk.
+    Raises ConfigError, which names the file, whatever is wrong with it.
     """
-    option = f"{ROOT}.prefill.mask_file={file!r}"
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{option} is not there. Name an existing .npy or .safetensors file.")
     try:
-        mask = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path)
-    except ConfigError as error:
-        raise ConfigError(f"{option} {error}") from error
+        path = Path(file).expanduser()
+        if not path.is_file():
+            refuse_mask(file, "there is no such file", "Name an existing .npy or .safetensors file")
+        mask = read_npy(path) if path.suffix == ".npy" else read_safetensors(file, path)
+    except ConfigError:
+        raise
+    # What a damaged file makes its reader raise is anybody's guess: ValueError, OSError, SyntaxError, RuntimeError, ….
     except Exception as error:
-        # numpy and safetensors raise many kinds for damaged files, some of them plain Exception.
-        raise ConfigError(
-            f"{option} cannot be read ({type(error).__name__}: {error}); allowed: a {path.suffix} file with "
-            f"{WHAT_IT_HOLDS}. Write it anew."
-        ) from error
-    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3]:
-        raise ConfigError(
-            f"{option} holds {mask.dtype} {list(mask.shape)}; allowed: bool [layers or 1, heads or 1, blocks, blocks]. "
-            "Convert it."
-        )
+        kind = "safetensors" if file.endswith(".safetensors") else "npy"
+        refuse_mask(file, f"it cannot be read as {kind} ({error})", "Write it again, with numpy.save or safetensors")
+    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3] or mask.size == 0:
+        refuse_mask(file, f"it holds {mask.dtype} {list(mask.shape)}; allowed: {MASK}", "Convert it")
     return mask
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    if zipfile.is_zipfile(path):
-        raise ConfigError("is an archive of arrays (.npz); allowed: one array. Save it by numpy.save.")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def read_npy(path: Path) -> np.ndarray:
+    return np.lib.format.open_memmap(path, mode="r")
 
 
-def _read_safetensors(path: Path) -> np.ndarray:
-    from safetensors.numpy import load_file
+def read_safetensors(file: str, path: Path) -> np.ndarray:
+    from safetensors import safe_open
 
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ConfigError(f"holds the tensors {sorted(tensors)}; allowed: exactly one. Remove the others.")
-    (mask,) = tensors.values()
-    return mask
+    # The library checks the file, and would then read all of it.
+    with safe_open(path, framework="numpy") as tensors:
+        names = sorted(tensors.keys())
+        if len(names) != 1:
+            refuse_mask(file, f"it holds the tensors {names}; allowed: exactly one", "Remove the others")
+        dtype, shape = tensors.get_slice(names[0]).get_dtype(), tensors.get_slice(names[0]).get_shape()
+    if dtype != "BOOL":
+        refuse_mask(file, f"it holds {dtype} {shape}; allowed: {MASK}", "Convert it")
+    with path.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+    return np.memmap(path, np.bool_, "r", header, tuple(shape))
 
 
 def check_mask(
     mask: np.ndarray,
-    prefill: BlockSparsePrefill,
-    *,
     num_layers: int,
     num_q_heads: int,
     num_kv_heads: int,
     max_model_len: int,
+    block_size: int,
+    path: str,
 ) -> None:
-    """Raise ConfigError where a mask does not fit a model; the numbers are the whole model's."""
-    option = f"{ROOT}.prefill.mask_file={prefill.mask_file!r}"
-    layers, heads, blocks = mask.shape[:3]
+    """Raise ConfigError unless a mask as `load_mask` returns it fits a whole model; reads all of it, layer by layer.
+
+    num_layers, num_q_heads, num_kv_heads: of the model, not of a rank; max_model_len: tokens.
+    block_size: tokens of a mask block; path: the file, for the message.
+    """
+    layers, heads, blocks, _ = mask.shape
     if layers not in (1, num_layers):
-        raise ConfigError(f"{option} has masks for {layers} layers; allowed: 1 or {num_layers}. Change its shape.")
+        refuse_mask(path, f"it has masks for {layers} layers; allowed: 1 or {num_layers}", "Change its shape")
     if heads not in (1, num_kv_heads, num_q_heads):
-        allowed = sorted({num_kv_heads, num_q_heads} - {1})
-        raise ConfigError(f"{option} has masks for {heads} heads; allowed: 1 or {allowed}. Change its shape.")
-    if blocks * prefill.block_size < max_model_len:
-        raise ConfigError(
-            f"{option} has {blocks} blocks of {prefill.block_size} tokens and covers prompts of "
-            f"{blocks * prefill.block_size} tokens, but max_model_len is {max_model_len}. Give a larger mask or lower "
-            "--max-model-len."
+        allowed = " or ".join(str(number) for number in sorted({1, num_kv_heads, num_q_heads}))
+        refuse_mask(path, f"it has masks for {heads} heads; allowed: {allowed}", "Change its shape")
+    covered = blocks * block_size
+    if covered < max_model_len:
+        refuse_mask(
+            path,
+            f"it has {blocks} blocks of {block_size} tokens and covers prompts of {covered} tokens, but max_model_len "
+            f"is {max_model_len}",
+            "Give a larger mask or lower --max-model-len",
         )
     for layer in range(layers):
+        if mask[layer].view(np.uint8).max() > 1:
+            refuse_mask(path, f"its layer {layer} holds bytes other than 0 and 1: it is damaged", "Write it again")
         try:
             check_block_mask(torch.from_numpy(np.array(mask[layer])))
         except ValueError as error:
-            raise ConfigError(f"{option}, layer {layer}: {error}") from error
+            refuse_mask(path, f"layer {layer}: {error}", "Change the mask")
 
 
-def heads_of_rank(num_masks: int, *, num_q_heads: int, num_kv_heads: int, tp_rank: int, tp_size: int) -> slice:
-    """Which of a layer's masks one tensor-parallel rank uses.
+def mask_of_layer(
+    mask: np.ndarray, layer_index: int, num_q_heads_per_rank: int, num_kv_heads_total: int, tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """The masks of one layer's heads on one rank: [heads of the rank or 1, blocks, blocks] bool, on the CPU.
 
-    num_masks: 1, num_kv_heads or num_q_heads of the whole model. Where there are more ranks than KV heads, vLLM
-    gives each rank a copy of one of them.
+    mask: as `check_mask` accepts it. layer_index: of the whole model, 0 at the first stage of a pipeline.
+    num_kv_heads_total: of the model. Where tensor parallelism has more ranks than there are KV heads, a rank holds one
+    KV head, and neighbouring ranks hold the same.
     """
-    if num_masks == 1:
-        return slice(0, 1)
-    if num_masks == num_q_heads or num_kv_heads >= tp_size:
-        per_rank = num_masks // tp_size
-        return slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
-    head = tp_rank * num_kv_heads // tp_size
-    return slice(head, head + 1)
+    layer = mask[layer_index if mask.shape[0] > 1 else 0]
+    heads = layer.shape[0]
+    if heads == 1:
+        first, count = 0, 1
+    elif heads == num_q_heads_per_rank * tp_size:
+        first, count = tp_rank * num_q_heads_per_rank, num_q_heads_per_rank
+    else:
+        assert heads == num_kv_heads_total, (heads, num_kv_heads_total)
+        first, count = tp_rank * num_kv_heads_total // tp_size, max(num_kv_heads_total // tp_size, 1)
+    return torch.from_numpy(np.array(layer[first : first + count]))
 
 
-def check_mask_file(prefill: BlockSparsePrefill, model_config: Any, parallel_config: Any) -> None:
-    """Read the mask file and hold it against the model. Raises ConfigError with the path."""
-    assert prefill.mask_file is not None
-    check_mask(
-        load_mask(prefill.mask_file),
-        prefill,
-        num_layers=model_config.get_total_num_hidden_layers(),
-        num_q_heads=total_num_q_heads(model_config, parallel_config),
-        num_kv_heads=model_config.get_total_num_kv_heads(),
-        max_model_len=model_config.max_model_len,
-    )
-
-
-def total_num_q_heads(model_config: Any, parallel_config: Any) -> int:
-    return model_config.get_num_attention_heads(parallel_config) * parallel_config.tensor_parallel_size
-
-
-def mask_rows_of_layer(
-    prefill: BlockSparsePrefill, layer_index: int, vllm_config: Any, tp_rank: int, device: torch.device
-) -> BlockLists:
-    """The mask rows of one layer for the heads of one tensor-parallel rank, on a device."""
-    assert prefill.mask_file is not None
-    masks = load_mask(prefill.mask_file)
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads = heads_of_rank(
-        masks.shape[1],
-        num_q_heads=total_num_q_heads(model, parallel),
-        num_kv_heads=model.get_total_num_kv_heads(),
-        tp_rank=tp_rank,
-        tp_size=parallel.tensor_parallel_size,
-    )
-    rows = mask_rows(torch.from_numpy(np.array(masks[layer_index if masks.shape[0] > 1 else 0, heads])))
-    return BlockLists(rows.block_ids.to(device), rows.block_counts.to(device))
+def refuse_mask(file: str, problem: str, remedy: str) -> NoReturn:
+    raise ConfigError(f"{ROOT}.prefill.mask_file={file!r}: {problem}. {remedy}.")

@@ -122,7 +122,12 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     def variant(min_budget: int) -> Variant:
         # What selection alone keeps: the page measures it without repairing.
         prefill = FlexPrefill(
-            gamma=settings.gamma, tau=settings.tau, min_budget=min_budget, min_seq_len=0, min_chunk_len=0, coverage_rows=0
+            gamma=settings.gamma,
+            tau=settings.tau,
+            min_budget=min_budget,
+            min_seq_len=0,
+            min_chunk_len=0,
+            coverage_rows=0,
         )
         return Variant(prefill, settings.chunk)
 
@@ -238,7 +243,9 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     dense = ask(model, Variant(DensePrefill(), 0), questions, 0)
     rows = []
     for gamma, min_budget in CURVE:
-        variant = Variant(FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0, coverage_rows=0), 0)
+        variant = Variant(
+            FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0, coverage_rows=0), 0
+        )
         rows.append(sweep_row(variant, CURVE_LENGTH, seed, ask(model, variant, questions, 0), dense, None))
         tables.add("sweep.csv", SWEEP_COLUMNS, rows[-1:])
     return rows

@@ -8,18 +8,39 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill
-from farspan.engine_ext.dispatch import choose_dense_kernel, make_launcher
-from farspan.engine_ext.metadata import TILE_SIZE, PrefillGroup
-from farspan.engine_ext.selection.methods import FlexSelector, LayerShape
-from farspan.kernels.flex.coverage import measure_coverage, sample_rows
-from farspan.kernels.tiles import BlockLists, make_prefill_tiles
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.launch import attend, choose_dense_kernel, measure_coverage, write_kv
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.passes import LayerContext, Pass, SampledRows, Sparse
+from farspan.engine_ext.selection.methods import Chunks, FlexSelector, SelectBlocks
+from farspan.engine_ext.selection.stats import SelectionStats
+from farspan.engine_ext.splits import num_multiprocessors
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 from .network import Layer, NeedleNet, rotate
 
 PAGE_SIZE = 128
 
-OnLists = Callable[[int, PrefillGroup, BlockLists], None]
+OnLists = Callable[[int, PrefillTiles, BlockLists], None]
+
+
+class ListeningSelector(FlexSelector):
+    """Flex's selector, which also tells what it chose."""
+
+    def __init__(self, layer: int, stats: SelectionStats) -> None:
+        super().__init__(stats)
+        self.layer = layer
+        self.on_lists: OnLists | None = None
+
+    def block_lists(
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+    ) -> BlockLists:
+        """See `FlexSelector`."""
+        lists = super().block_lists(prefill, chunks, select)
+        if self.on_lists is not None:
+            self.on_lists(self.layer, chunks.tiles, lists)
+        return lists
 
 
 class PagedNeedle:
@@ -30,33 +51,27 @@ class PagedNeedle:
         self.net = net
         self.shape = net.shape
         self.device = next(net.parameters()).device
-        self.config = FarspanConfig()
-        self.launcher = make_launcher(self.config, self.device, self.shape.head_dim, net.dtype)
-        self.dense_kernel = choose_dense_kernel(self.config, self.device, self.shape.head_dim, net.dtype)
+        self.maker = PassMaker(
+            num_kv_heads=self.shape.num_key_value_heads,
+            dense_kernel=choose_dense_kernel(FarspanConfig(), self.device, self.shape.head_dim, net.dtype),
+            num_sms=num_multiprocessors(self.device),
+            workspace=None,
+            has_turn=False,
+            device=self.device,
+        )
         num_pages = -(-max_len // PAGE_SIZE)
         cache_shape = (num_pages, self.shape.num_key_value_heads, PAGE_SIZE, 2 * self.shape.head_dim)
         self.caches = [torch.zeros(cache_shape, dtype=net.dtype, device=self.device) for _ in net.layers]
         self.rows_per_step = 0
         self.block_table = torch.arange(num_pages, dtype=torch.int32, device=self.device)[None]
 
-    def selectors(self, prefill: Prefill) -> list[FlexSelector] | None:
-        """Fresh selectors, one a layer; None for dense prefill."""
+    def selectors(self, prefill: Prefill) -> list[ListeningSelector] | None:
+        """Fresh selectors, one per layer; None for dense prefill."""
         if not isinstance(prefill, FlexPrefill):
             return None
+        num_heads = self.shape.num_attention_heads
         return [
-            FlexSelector(
-                prefill,
-                LayerShape(
-                    layer_index=index,
-                    num_q_heads=self.shape.num_attention_heads,
-                    num_kv_heads=self.shape.num_key_value_heads,
-                    scale=self.shape.head_dim**-0.5,
-                    max_model_len=self.block_table.shape[1] * PAGE_SIZE,
-                    tp_rank=0,
-                    tp_size=1,
-                    device=self.device,
-                ),
-            )
+            ListeningSelector(index, SelectionStats(num_heads, self.device))
             for index in range(self.shape.num_hidden_layers)
         ]
 
@@ -67,7 +82,7 @@ class PagedNeedle:
         completion: torch.Tensor,
         chunk: int | None,
         prefill: Prefill,
-        selectors: list[FlexSelector] | None,
+        selectors: list[ListeningSelector] | None,
         on_lists: OnLists | None = None,
         measured_rows: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +94,7 @@ class PagedNeedle:
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
         on_lists: told the layer, the step and the block lists of every sparse launch.
         measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
-            themselves; neither repair nor the closed loop of budgets runs.
+            themselves; nothing is computed again then.
         """
         step = chunk or len(prompt)
         self.rows_per_step = -(-measured_rows * step // len(prompt))
@@ -97,7 +112,7 @@ class PagedNeedle:
         tokens: torch.Tensor,
         start: int,
         prefill: Prefill,
-        selectors: list[FlexSelector] | None,
+        selectors: list[ListeningSelector] | None,
         on_lists: OnLists | None,
     ) -> torch.Tensor:
         """Run tokens [start, start + len(tokens)) of the request: [num_tokens, hidden]."""
@@ -107,26 +122,27 @@ class PagedNeedle:
             return x
         positions = torch.arange(start, start + num_tokens, device=self.device)
         cos, sin = net.rotary(positions[None])
-        group = self._group(prefill, start, num_tokens)
+        each = self._pass(prefill, start, num_tokens)
+        samples = None
+        if self.rows_per_step and isinstance(each.work, Sparse) and each.work.samples is None:
+            samples = self.maker.sample(each.batch, [0, num_tokens], [start + num_tokens], self.rows_per_step)
         for index, layer in enumerate(net.layers):
-            x = self._layer(index, layer, x, cos, sin, positions, group, selectors, on_lists)
+            selector = None if selectors is None else selectors[index]
+            if selector is not None:
+                selector.on_lists = on_lists
+            x = self._layer(index, layer, x, cos, sin, positions, each, selector, samples)
         return x
 
-    def _group(self, prefill: Prefill, start: int, num_tokens: int) -> PrefillGroup:
-        seq_len = start + num_tokens
-        needs_tiles = isinstance(prefill, FlexPrefill) or self.dense_kernel == "triton"
-        return PrefillGroup(
-            prefill=prefill,
-            token_start=0,
-            num_tokens=num_tokens,
+    def _pass(self, prefill: Prefill, start: int, num_tokens: int) -> Pass:
+        chunk_end = start + num_tokens
+        batch = PagedBatch(
             query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
-            seq_lens=torch.tensor([seq_len], dtype=torch.int32, device=self.device),
+            kv_lens=torch.tensor([chunk_end], dtype=torch.int32, device=self.device),
             block_table=self.block_table,
             max_query_len=num_tokens,
-            max_seq_len=seq_len,
-            tiles=make_prefill_tiles([0, num_tokens], [seq_len], TILE_SIZE, self.device) if needs_tiles else None,
-            request_ids=torch.zeros(1, dtype=torch.int32, device=self.device),
+            max_kv_len=chunk_end,
         )
+        return self.maker.prefill(prefill, batch, [0, num_tokens], [chunk_end], 0, turns=False)
 
     def _layer(
         self,
@@ -136,9 +152,9 @@ class PagedNeedle:
         cos: torch.Tensor,
         sin: torch.Tensor,
         positions: torch.Tensor,
-        group: PrefillGroup,
-        selectors: list[FlexSelector] | None,
-        on_lists: OnLists | None,
+        each: Pass,
+        selector: ListeningSelector | None,
+        samples: SampledRows | None,
     ) -> torch.Tensor:
         attn, mlp, cache = layer.self_attn, layer.mlp, self.caches[index]
         h = layer.input_layernorm(x)
@@ -147,27 +163,13 @@ class PagedNeedle:
             for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         query, key = (rotate(t.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1) for t in (query, key))
-        self.launcher.write_kv(key.contiguous(), value, cache, positions)
-        query = query.contiguous()
+        write_kv(key.contiguous(), value, cache, positions)
+        query, kv, scale = query.contiguous(), KVView(cache), self.shape.head_dim**-0.5
         out = torch.empty_like(query)
-        scale = self.shape.head_dim**-0.5
-        if selectors is None:
-            self.launcher.prefill(query, cache, group, None, scale, None, out)
-        else:
-            selector = selectors[index]
-            lists = selector.block_lists_for(query, cache, group)
-            lse = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=self.device)
-            self.launcher.prefill(query, cache, group, lists, scale, None, out, lse)
-            if selector.measures:
-                short = selector.measure(query, cache, group, lse)
-                if short is not None:
-                    self.launcher.prefill(query, cache, group, None, scale, None, out, lse, short)
-            elif self.rows_per_step:
-                rows = sample_rows(group.query_start_loc, self.rows_per_step)
-                batch = (query, cache, group.block_table, group.seq_lens, group.query_start_loc)
-                selector.stats.add_coverage(measure_coverage(*batch, scale, lse, rows))
-            if on_lists is not None:
-                on_lists(index, group, lists)
+        lse = attend(each, query, kv, LayerContext(index, None, None, selector), scale, out)
+        if samples is not None and selector is not None and selector.stats is not None:
+            coverage = measure_coverage(query, kv, samples, scale, None, lse)[:, None]
+            selector.stats.add_coverage(coverage, slice(0, query.shape[1]))
         x = x + _linear(out.flatten(1), attn.o_proj)
         h = layer.post_attention_layernorm(x)
         return x + _linear(F.silu(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)

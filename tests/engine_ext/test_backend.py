@@ -5,13 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from farspan.engine_ext import string
 from farspan.engine_ext.backend import FarspanBackend
 from farspan.engine_ext.config import parse_config
-from farspan.engine_ext.dispatch import choose_dense_kernel
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
-from farspan.engine_ext.support import check_engine, config_of, layer_refusals
+from farspan.engine_ext.launch import choose_dense_kernel
+from farspan.engine_ext.support import (
+    block_size_refusal,
+    check_engine,
+    config_of,
+    layer_refusals,
+    platform_refusal,
+)
+from farspan.vllm_compat import rotary
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 LAYER: dict[str, Any] = {"head_size": 128, "kv_cache_dtype": "auto", "dtype": torch.bfloat16}
 SELECTED: dict[str, Any] = {
@@ -36,6 +45,7 @@ def test_what_it_announces() -> None:
     assert FarspanBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
     assert not FarspanBackend.forward_includes_kv_cache_update
     assert FarspanBackend.validate_configuration(**SELECTED) == []
+    assert FarspanBackend.validate_configuration(**{**SELECTED, "device_capability": DeviceCapability(8, 0)}) == []
     assert FarspanBackend.validate_configuration(**{**SELECTED, "dtype": torch.float32, "block_size": 256}) == []
 
 
@@ -46,7 +56,11 @@ def test_what_it_announces() -> None:
         ({"dtype": torch.float64}, "dtype=float64; farspan supports float16, bfloat16, float32."),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'; farspan stores keys and values in the model's dtype"),
         ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16'; farspan stores"),
-        ({"block_size": 24}, "block_size=24; farspan supports multiples of 16, 32, 64, 128."),
+        ({"block_size": 24}, "block_size=24; farspan supports multiples of 16. Use --block-size 128."),
+        (
+            {"device_capability": DeviceCapability(7, 5)},
+            "a GPU of compute capability 7.5; farspan supports 8.0 (Ampere) and later.",
+        ),
         ({"use_mla": True}, "multi-head latent attention; farspan supports plain GQA."),
         ({"has_sink": True}, "attention sinks; farspan supports plain softmax only."),
         ({"has_sliding_window": True}, "sliding window not supported"),
@@ -68,8 +82,9 @@ def test_selection_is_refused(change: dict[str, Any], sentence: str) -> None:
         ({"attn_type": "encoder"}, "attention type 'encoder'"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV shared with layer 'layers.0'"),
         ({"extra": {"sinks": torch.zeros(4)}}, "attention argument 'sinks'"),
+        ({"head_size_v": 64}, "values of head size 64 with keys of 128; farspan supports equal sizes."),
     ],
-    ids=["alibi", "window", "soft-cap", "encoder", "kv-sharing", "sinks"],
+    ids=["alibi", "window", "soft-cap", "encoder", "kv-sharing", "sinks", "value-size"],
 )
 def test_layer_is_refused(change: dict[str, Any], sentence: str) -> None:
     (reason,) = layer_refusals(**{**LAYER, **change})
@@ -78,11 +93,66 @@ def test_layer_is_refused(change: dict[str, Any], sentence: str) -> None:
     assert layer_refusals(**LAYER) == []
 
 
+def test_block_sizes_are_those_of_vllm() -> None:
+    for block_size in range(1, 300):
+        assert (block_size_refusal(block_size) is None) == FarspanBackend.supports_block_size(block_size), block_size
+
+
+def test_layers_with_chunked_local_attention_are_refused() -> None:
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+
+    with pytest.raises(UnsupportedModelError, match="ChunkedLocalAttention_8192_FarspanBackend: a layer that reads"):
+        create_chunked_local_attention_backend(FarspanBackend, 8192)
+
+
+def test_caches_with_values_of_another_size_are_refused() -> None:
+    spec: dict[str, Any] = {"block_size": 128, "num_kv_heads": 2, "head_size": 128, "dtype": torch.bfloat16}
+    equal = FullAttentionSpec(**spec)
+    assert FarspanBackend.customize_spec(equal) is equal
+    with pytest.raises(UnsupportedModelError, match="values of head size 64 with keys of 128"):
+        FarspanBackend.customize_spec(FullAttentionSpec(**spec, head_size_v=64))
+
+
+def platform(kind: str, capability: tuple[int, int] | None = None) -> Any:
+    return SimpleNamespace(
+        device_name=kind,
+        device_type=kind,
+        is_cpu=lambda: kind == "cpu",
+        is_cuda=lambda: kind == "cuda",
+        get_device_capability=lambda: None if capability is None else DeviceCapability(*capability),
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "sentence"),
+    [
+        (platform("cpu"), None),
+        (platform("cuda"), None),
+        (platform("cuda", (8, 0)), None),
+        (platform("cuda", (12, 0)), None),
+        (platform("cuda", (7, 5)), "a GPU of compute capability 7.5; farspan supports 8.0 (Ampere) and later."),
+        (platform("rocm", (9, 0)), "platform 'rocm'; farspan supports NVIDIA GPUs (CUDA) and CPUs."),
+        (platform("xpu"), "platform 'xpu'; farspan supports NVIDIA GPUs (CUDA) and CPUs."),
+    ],
+    ids=["cpu", "cuda", "ampere", "blackwell", "turing", "rocm", "xpu"],
+)
+def test_platforms(machine: Any, sentence: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = platform_refusal(machine)
+    assert (reason is None) if sentence is None else str(reason).startswith(sentence)
+    if sentence is not None:
+        monkeypatch.setattr("vllm.platforms._current_platform", machine)
+        with pytest.raises(UnsupportedEngineError, match="farspan supports"):
+            check_engine(engine())
+
+
 def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: Any) -> Any:
     """An engine's configuration, as far as it is looked at."""
-    defaults = {"is_hybrid": False, "use_mla": False, "is_attention_free": False, "is_encoder_decoder": False}
-    model_config = SimpleNamespace(
+    defaults: dict[str, Any] = {
+        **dict.fromkeys(("is_hybrid", "use_mla", "is_attention_free", "is_encoder_decoder", "uses_mrope"), False),
         **{"model": "m", "runner_type": "generate", "dtype": torch.bfloat16, "hf_text_config": SimpleNamespace()},
+        **{"hf_overrides": {}, "using_transformers_backend": lambda: False},
+    }
+    model_config = SimpleNamespace(
         **{**defaults, **(model or {})},
         get_head_size=lambda: 128,
         get_sliding_window=lambda: changes.pop("window", None),
@@ -107,20 +177,58 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine(cache_dtype="fp8"), UnsupportedModelError, "kv_cache_dtype='fp8'"),
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
         (engine(speculative=SimpleNamespace(method="ngram")), UnsupportedEngineError, "speculative decoding"),
-        (engine({"string": {}}, connector=object()), UnsupportedEngineError, "a KV connector together with"),
+        (
+            engine({"string": {"shift": 512}}, connector=object()),
+            UnsupportedEngineError,
+            "a KV connector together with",
+        ),
         (
             engine({"string": {}}, model={"uses_mrope": True}),
             UnsupportedModelError,
             "m has multimodal rotary positions",
         ),
+        (engine({"string": {}}), ConfigError, "Give shift in tokens"),
+        (engine(model={"uses_alibi": True}), UnsupportedModelError, "m has ALiBi position biases"),
+        (engine(model={"attention_chunk_size": 8192}), UnsupportedModelError, "m has chunked local attention"),
+        (
+            engine(model={"hf_text_config": SimpleNamespace(v_head_dim=64)}),
+            UnsupportedModelError,
+            "m: values of head size 64 with keys of 128",
+        ),
+        (engine({"kernel": "fa3"}), ConfigError, "kernel='fa3'; on the CPU platform"),
         (engine({"kernel": "x"}), ConfigError, "kernel='x'"),
     ],
-    ids=["mla", "hybrid", "encoder", "fp8", "dcp", "speculative", "connector", "mrope", "option"],
+    ids=[
+        "mla",
+        "hybrid",
+        "encoder",
+        "fp8",
+        "dcp",
+        "speculative",
+        "connector",
+        "mrope",
+        "shift-of-unknown-length",
+        "alibi",
+        "chunked-local",
+        "value-size",
+        "fa3-on-cpu",
+        "option",
+    ],
 )
-def test_engine_is_refused(vllm_config: Any, error: type[Exception], sentence: str) -> None:
+def test_engine_is_refused(
+    vllm_config: Any, error: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(string, "_source", rotary)
     with pytest.raises(error) as caught:
         check_engine(vllm_config)
     assert sentence in str(caught.value)
+
+
+def test_fa3_is_refused_by_the_dtype_before_any_gpu_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", platform("cuda", (9, 0)))
+    with pytest.raises(ConfigError, match="kernel='fa3'; FlashAttention 3 supports float16 and bfloat16, not float32"):
+        check_engine(engine({"kernel": "fa3"}, model={"dtype": torch.float32}))
+    assert not torch.cuda.is_initialized()
 
 
 def test_engine_is_accepted() -> None:
@@ -128,10 +236,41 @@ def test_engine_is_accepted() -> None:
     assert check_engine(engine(connector=object())) == parse_config(None)
 
 
-def test_misspelt_key_is_noticed() -> None:
-    with pytest.raises(ConfigError, match="has 'farspam' but no 'farspan'"):
-        config_of(SimpleNamespace(additional_config={"farspam": {}}))
-    assert config_of(SimpleNamespace(additional_config={"other_plugin": {}})) == parse_config(None)
+@pytest.mark.parametrize("key", ["farspam", "Farspan", "FARSPAN", "far_span", "farspan.method", "farspan_options"])
+def test_misspelt_key_is_noticed(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"has '{key}' but no 'farspan'.*Rename the key"):
+        config_of(SimpleNamespace(additional_config={"other_plugin": 1, key: {}}))
+
+
+@pytest.mark.parametrize(
+    "additional",
+    [
+        {"prefill": {"method": "flex"}},
+        {"prefil": {"method": "flex"}},
+        {"kernel": "triton"},
+        {"string": {}},
+        {"method": "flex", "gamma": 0.9},
+        {"gamma": 0.9},
+    ],
+    ids=["prefill", "misspelt", "kernel", "string", "method", "gamma"],
+)
+def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"at its top level and no 'farspan'.*Write \{\"farspan\": \{"):
+        config_of(SimpleNamespace(additional_config=additional))
+
+
+@pytest.mark.parametrize(
+    "additional",
+    [
+        {"other_plugin": {}},
+        {"gdn_prefill_backend": "triton"},
+        {"kernel_config": {}, "window": 3, "method": "eagle", "profile": True},
+        {"farspan": {}, "prefill": "another plugin's"},
+    ],
+    ids=["plugin", "vllm", "general-words", "beside-ours"],
+)
+def test_keys_of_others_are_theirs(additional: dict[str, Any]) -> None:
+    assert config_of(SimpleNamespace(additional_config=additional)) == parse_config(None)
 
 
 @pytest.mark.parametrize("kernel", ["triton", "fa3"])

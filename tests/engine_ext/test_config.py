@@ -1,17 +1,22 @@
 """Every mistake in the options is refused with the option, the value, what is allowed and what to do."""
 
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
+from farspan.engine_ext import config as config_module
 from farspan.engine_ext.config import (
+    PREFILL_METHODS,
     BlockSparsePrefill,
     DensePrefill,
     FarspanConfig,
     FlexPrefill,
     StringOptions,
+    decode_once,
     parse_config,
 )
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.ranges import Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
 
@@ -35,11 +40,29 @@ MISTAKES = {
     "gamma-range": (flex(gamma=1.5), ".prefill.gamma=1.5; allowed: a number in (0, 1]. Use 0.95"),
     "gamma-nan": (flex(gamma=float("nan")), ".prefill.gamma=nan; allowed: a number in (0, 1]"),
     "tau-range": (flex(tau=-0.1), ".prefill.tau=-0.1; allowed: a number in [0, 1]"),
-    "min-budget-range": (flex(min_budget=-1), ".prefill.min_budget=-1; allowed: a whole number of tokens >= 0"),
+    "min-budget-range": (
+        flex(min_budget=-1),
+        ".prefill.min_budget=-1; allowed: a whole number of tokens: 0, or 257 to 16,777,216. Use 1024",
+    ),
+    "min-budget-without-effect": (
+        flex(min_budget=256),
+        ".prefill.min_budget=256; allowed: a whole number of tokens: 0, or 257 to 16,777,216. Use 1024",
+    ),
+    "max-budget-without-effect": (
+        flex(max_budget=255, min_budget=0),
+        ".prefill.max_budget=255; allowed: a whole number of tokens: 256 to 16,777,216. Use null for no limit.",
+    ),
+    "fraction-of-a-token": (flex(min_budget=512.5), ".prefill.min_budget=512.5; allowed: a whole number of tokens"),
+    "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 64."),
+    "chunk-length": (flex(min_chunk_len=-1), ".prefill.min_chunk_len=-1; allowed: a whole number of tokens: 0 to 16,"),
+    "beyond-a-float": (flex(gamma=10**400), ".prefill.gamma=1000"),
     "budgets-cross": (flex(max_budget=512), ".prefill.max_budget=512; allowed: at least min_budget, which is 1024"),
     "unknown-pattern": (block_sparse(pattern="local"), ".prefill.pattern='local'; allowed: one of 'sink_local'"),
     "block-size": (block_sparse(block_size=32), ".prefill.block_size=32; allowed: 64 or 128 tokens"),
-    "no-local-block": (block_sparse(local_blocks=0), ".prefill.local_blocks=0; allowed: a whole number of blocks >= 1"),
+    "no-local-block": (
+        block_sparse(local_blocks=0),
+        ".prefill.local_blocks=0; allowed: a whole number of blocks: 1 to 1",
+    ),
     "option-without-effect": (
         block_sparse(stride=4),
         ".prefill.stride=4; allowed: only with pattern strided",
@@ -48,7 +71,12 @@ MISTAKES = {
     "mask-file-kind": (block_sparse(pattern="file", mask_file="m.pt"), ".prefill.mask_file='m.pt'; allowed: a path"),
     "shift-fraction": ({"string": {"shift": 1.5}}, ".string.shift=1.5; allowed: a fraction of the trained length"),
     "window-beyond-shift": ({"string": {"shift": 100, "window": 200}}, ".string.window=200; allowed: at most shift"),
-    "logit-scale": ({"string": {"logit_scale": 0}}, ".string.logit_scale=0.0; allowed: a finite number above 0"),
+    "shift-zero": (
+        {"string": {"shift": 0}},
+        ".string.shift=0; allowed: a fraction of the trained length in (0, 1), or a whole number of tokens: 1 to 16,",
+    ),
+    "logit-scale": ({"string": {"logit_scale": 0}}, ".string.logit_scale=0; allowed: a number in [0.1, 10]. Use 1.0."),
+    "logit-scale-huge": ({"string": {"logit_scale": 1e300}}, ".string.logit_scale=1e+300; allowed: a number in [0.1"),
     "fa3-with-string": ({"kernel": "fa3", "string": {}}, ".kernel='fa3'; allowed: auto or triton together with string"),
 }
 
@@ -71,6 +99,88 @@ def test_mistake_is_refused_with_a_sentence(raw: Any, message: str) -> None:
 def test_nearest_option_is_named(raw: Any, near: str) -> None:
     with pytest.raises(ConfigError, match=f"Did you mean '{near}'\\?"):
         parse_config(raw)
+
+
+OPTION_STRUCTS = (FarspanConfig, *PREFILL_METHODS.values(), StringOptions)
+
+
+def numeric_fields(options: type[msgspec.Struct]) -> list[str]:
+    """Names of the fields that hold numbers, by their types alone."""
+
+    def is_number(kind: Any) -> bool:
+        return kind in (int, float) or any(is_number(member) for member in get_args(kind))
+
+    return [field.name for field in msgspec.structs.fields(options) if is_number(field.type)]
+
+
+def test_the_walk_finds_the_numbers() -> None:
+    assert numeric_fields(StringOptions) == ["shift", "window", "logit_scale"]
+    assert numeric_fields(FarspanConfig) == []
+
+
+@pytest.mark.parametrize("options", OPTION_STRUCTS, ids=lambda options: options.__name__)
+def test_every_number_has_both_bounds(options: type[msgspec.Struct]) -> None:
+    assert list(ranges_of(options)) == numeric_fields(options)
+    for name, ranges in ranges_of(options).items():
+        default = next(field.default for field in msgspec.structs.fields(options) if field.name == name)
+        assert default is None or any(default in allowed for allowed in ranges), name
+        for value in (-1, 2**63, 2**70, -(10**300), 1e300, -1e-300, float("inf"), float("nan"), True, False):
+            assert not any(value in allowed for allowed in ranges), (name, value)
+
+
+def raw_with(options: type[msgspec.Struct], name: str, value: Any) -> dict[str, Any]:
+    """Options as a user writes them, with one field set."""
+    if options is StringOptions:
+        return {"string": {name: value}}
+    method = {"flex": flex, "block_sparse": block_sparse}[str(options.__struct_config__.tag)]
+    reader = "strided" if name in ("stride", "local_blocks") else "sink_local"
+    return method(**{"pattern": reader} if method is block_sparse else {}, **{name: value})
+
+
+NUMBERS = [(options, name) for options in OPTION_STRUCTS for name in numeric_fields(options)]
+
+
+@pytest.mark.parametrize(("options", "name"), NUMBERS, ids=[name for _, name in NUMBERS])
+@pytest.mark.parametrize("value", [True, False, 2**63, 2**70, 1e300, float("nan"), float("inf"), -1])
+def test_numbers_without_sense_are_refused_everywhere(options: type[msgspec.Struct], name: str, value: Any) -> None:
+    room = "string" if options is StringOptions else "prefill"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw_with(options, name, value))
+    assert str(caught.value).startswith(f"{ROOT}.{room}.{name}={value!r}; allowed: ")
+    with pytest.raises(ConfigError):
+        options(**{name: value}).check(room)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside", "interval"),
+    [
+        (Whole(257, 999, "tokens", "", besides=0), (0, 257, 999), (-1, 1, 256, 1000, 300.0, "300"), "0, or 257 to 999"),
+        (Real(0, 1, "", least_included=False), (1e-9, 1, 1.0), (0, -0.1, 1.1, "1"), "(0, 1]"),
+        (Real(0, 1, "", most_included=False), (0, 0.5), (1, 1.0), "[0, 1)"),
+    ],
+    ids=["besides", "least-excluded", "most-excluded"],
+)
+def test_ends_of_ranges(allowed: Any, inside: tuple[Any, ...], outside: tuple[Any, ...], interval: str) -> None:
+    assert allowed.interval == interval
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+
+
+def test_options_are_decoded_once_per_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(config_module, "_decoded", {})
+    monkeypatch.setattr(config_module, "parse_config", lambda raw: calls.append(raw) or parse_config(raw))
+    tree = flex(gamma=0.9)
+    assert decode_once(tree) is decode_once(flex(gamma=0.9))
+    assert len(calls) == 1
+    tree["prefill"]["gamma"] = 0.8
+    changed = decode_once(tree).prefill
+    assert isinstance(changed, FlexPrefill)
+    assert changed.gamma == 0.8
+    # Equal as Python compares, and yet another option.
+    decode_once({"string": {"shift": 1, "window": 1}})
+    with pytest.raises(ConfigError, match=r"shift=1\.0; allowed"):
+        decode_once({"string": {"shift": 1.0, "window": 1}})
 
 
 def test_defaults() -> None:

@@ -1,25 +1,34 @@
-"""From vLLM's batch to groups: the split, the padding, and what each group holds."""
+"""From vLLM's batch to passes: the split, the padding, and what each pass holds."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from farspan.engine_ext import metadata, requests
-from farspan.engine_ext.config import DensePrefill, FlexPrefill
-from farspan.engine_ext.metadata import FarspanMetadataBuilder, StepMetadata, count_decodes, shorten
+from farspan.engine_ext import layers, metadata, requests
+from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill, parse_config
+from farspan.engine_ext.metadata import FarspanMetadataBuilder, count_decodes, effective_prefill
+from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
+from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
+# Two layers of a pipeline's second stage.
+NAMES = {"model.layers.7.self_attn.attn": (7, None), "model.layers.6.self_attn.attn": (6, 7)}
 
 
 class Source:
-    """Extra args by request, in batch order."""
+    """A batch whose requests have these extra args, in batch order."""
 
-    def __init__(self, extra_args: list[dict[str, Any] | None]) -> None:
-        self.rows = extra_args
+    def __init__(self, options: Any, extra_args: list[dict[str, Any] | None]) -> None:
+        config = parse_config(options)
+        self.rows = [requests.prefill_of_request(config, each) for each in extra_args]
 
-    def extra_args(self, common_attn_metadata: Any) -> list[dict[str, Any] | None]:
+    def prefills(self, common_attn_metadata: Any) -> list[Prefill]:
         return self.rows
+
+    def plan(self) -> None:
+        """No test looks at it."""
 
     def model(self) -> None:
         """No test looks at it."""
@@ -33,17 +42,15 @@ def build(
     extra_args: list[dict[str, Any] | None] | None = None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> StepMetadata:
-    source = Source([None] * len(query_lens) if extra_args is None else extra_args)
+    source = Source(options, [None] * len(query_lens) if extra_args is None else extra_args)
     monkeypatch.setattr(requests, "_make_source", lambda vllm_config: source)
-    layer = SimpleNamespace(num_heads=4, impl=SimpleNamespace(shift_positions=lambda string: None))
     vllm_config = SimpleNamespace(
         additional_config={"farspan": options},
-        compilation_config=SimpleNamespace(static_forward_context={"layer": layer}),
-        scheduler_config=SimpleNamespace(max_num_seqs=16),
-        model_config=SimpleNamespace(max_model_len=4096),
+        parallel_config=SimpleNamespace(worker_extension_cls=""),
+        model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
     )
     spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32)
-    builder = FarspanMetadataBuilder(spec, ["layer"], vllm_config, DEVICE)
+    builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     common = SimpleNamespace(
         causal=True,
@@ -70,77 +77,111 @@ def test_count_decodes(query_lens: list[int], decodes: int) -> None:
 
 def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     step = build([1, 1, 1], [5, 900, 1], monkeypatch=monkeypatch)
-    assert step.num_decodes == 3
-    assert step.prefill_groups == ()
-    assert step.num_splits == 1
+    (each,) = step.passes
+    assert isinstance(each.work, Decode)
+    assert each.rows == slice(0, 3)
+    assert each.kv_heads == slice(0, 2)
+    assert each.batch.kv_lens.tolist() == [5, 900, 1]
+    assert each.batch.max_kv_len == 900
+    assert not each.turns
 
 
-def test_mixed_batch_is_one_dense_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_know_their_place_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names: a stage of a pipeline begins in the middle, and modules of other kinds do not count."""
+    step = build([1], [5], monkeypatch=monkeypatch)
+    assert {name: (layer.index, layer.next_index) for name, layer in step.layers.items()} == NAMES
+
+
+def test_mixed_batch_is_a_decode_and_a_dense_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     step = build([1, 1, 7, 300], [50, 129, 7, 1000], monkeypatch=monkeypatch)
-    assert step.num_decodes == 2
-    (group,) = step.prefill_groups
-    assert group.prefill == DensePrefill()
-    assert (group.token_start, group.num_tokens) == (2, 307)
-    assert group.query_start_loc.tolist() == [0, 7, 307]
-    assert group.seq_lens.tolist() == [7, 1000]
-    assert group.block_table[:, 0].tolist() == [80, 120]
-    assert (group.max_query_len, group.max_seq_len) == (300, 1000)
-    assert group.tiles is None
+    decode, prefill = step.passes
+    assert decode.rows == slice(0, 2)
+    assert decode.batch.num_reqs == 2
+    assert prefill.work == Dense("cpu", None)
+    assert prefill.rows == slice(2, 309)
+    batch = prefill.batch
+    assert batch.query_start_loc.tolist() == [0, 7, 307]
+    assert batch.kv_lens.tolist() == [7, 1000]
+    assert batch.block_table[:, 0].tolist() == [80, 120]
+    assert (batch.max_query_len, batch.max_kv_len) == (300, 1000)
+    assert batch.first_positions().tolist() == [0, 700]
 
 
-def test_padding_behind_a_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_after_a_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     step = build([1, 60, 0, 0], [9, 60, 0, 0], monkeypatch=monkeypatch)
-    (group,) = step.prefill_groups
-    assert group.num_tokens == 60
-    assert group.seq_lens.tolist() == [60]
+    _, prefill = step.passes
+    assert prefill.rows == slice(1, 61)
+    assert prefill.batch.kv_lens.tolist() == [60]
 
 
-def test_overrides_and_short_prompts_split_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 0}
-    extra_args = [None, {"farspan.gamma": 0.8}, None, {"farspan.method": "dense"}, None]
+def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 150}
+    extra_args = [None, {"farspan.gamma": 0.8}, None, {"farspan.method": "dense"}, None, None]
     step = build(
-        [1, 200, 200, 300, 300],
-        [600, 600, 200, 900, 1300],
+        [1, 200, 200, 300, 300, 149],
+        [600, 600, 200, 900, 1300, 3000],
         options={"prefill": flex},
         extra_args=extra_args,
         monkeypatch=monkeypatch,
     )
-    first, dense, last = step.prefill_groups
-    assert first.prefill == FlexPrefill(gamma=0.8, min_seq_len=500, min_chunk_len=0)
-    assert dense.prefill == DensePrefill()
-    assert last.prefill == FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=0)
-    assert [group.token_start for group in step.prefill_groups] == [1, 201, 701]
-    assert [group.request_ids.tolist() for group in step.prefill_groups] == [[0], [0, 1], [0]]
-    assert dense.tiles is None
-    # The last chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
-    assert last.tiles.tile_block.tolist() == [7, 8, 9, 10]
-    assert last.tiles.tile_request.tolist() == [0, 0, 0, 0]
+    _, first, dense, sparse, brief = step.passes
+    options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150)
+    assert isinstance(first.work, Sparse)
+    assert isinstance(sparse.work, Sparse)
+    assert first.work.prefill == msgspec.structs.replace(options, gamma=0.8)
+    assert sparse.work.prefill == options
+    assert [each.rows.start for each in step.passes] == [0, 1, 201, 701, 1001]
+    assert isinstance(dense.work, Dense)
+    assert isinstance(brief.work, Dense)
+    assert dense.batch.num_reqs == 2
+    # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
+    assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
+    assert sparse.work.tiles.tile_request.tolist() == [0, 0, 0, 0]
+    samples = sparse.work.samples
+    assert samples is not None
+    assert samples.batch.kv_lens.tolist() == [1000 + row + 1 for row in samples.rows.tolist()]
+    assert (samples.batch.block_table == sparse.batch.block_table).all()
 
 
 def test_block_sparse_tiles_have_its_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"prefill": {"method": "block_sparse", "block_size": 64}}
-    (group,) = build([200], [200], options=options, monkeypatch=monkeypatch).prefill_groups
-    assert group.tiles.block_size == 64
-    assert group.tiles.num_tiles == 4
+    (each,) = build([200], [200], options=options, monkeypatch=monkeypatch).passes
+    assert isinstance(each.work, Sparse)
+    assert each.work.tiles.block_size == 64
+    assert each.work.tiles.num_tiles == 4
+    assert each.work.samples is None
+    # A named pattern's lists are the same for all layers, and made with the pass.
+    assert each.work.lists is not None
+    assert each.work.lists.block_counts.tolist() == [[1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("kernel", ["triton", "fa3", "cpu"])
-def test_requests_that_a_shift_leaves_alone_are_groups_without_it(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "string_shift_for_layer", lambda *arguments: SimpleNamespace(shift=100))
+@pytest.mark.parametrize(
+    ("kernel", "kernels"),
+    [("triton", ["triton", "triton"]), ("fa3", ["fa3", "triton"]), ("cpu", ["cpu", "cpu"])],
+    ids=["triton", "fa3", "cpu"],
+)
+def test_requests_that_a_turn_does_not_reach_are_passes_without_it(
+    kernel: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = make_string_turn(torch.ones(32), 100, 16, True, DEVICE)
+    monkeypatch.setattr(layers, "string_turn_for_layer", lambda *arguments: turn)
     monkeypatch.setattr(metadata, "choose_dense_kernel", lambda *arguments: kernel)
     # Of 100 tokens the last is 99 away from the first; of 101 it is 100 away.
     step = build(
         [60, 40, 41, 20], [60, 100, 101, 900], options={"string": {"shift": 100, "window": 16}}, monkeypatch=monkeypatch
     )
-    near, shifted = step.prefill_groups
-    assert (near.is_shifted, shifted.is_shifted) == (False, True)
-    assert near.seq_lens.tolist() == [60, 100]
-    assert shifted.seq_lens.tolist() == [101, 900]
-    assert (near.tiles is not None) == (kernel == "triton")
-    assert (shifted.tiles is not None) == (kernel != "cpu")
+    near, turned = step.passes
+    assert (near.turns, turned.turns) == (False, True)
+    assert near.batch.kv_lens.tolist() == [60, 100]
+    assert turned.batch.kv_lens.tolist() == [101, 900]
+    assert [each.work.kernel for each in step.passes] == kernels
+    assert [each.work.tiles is not None for each in step.passes] == [name == "triton" for name in kernels]
 
 
 def test_crossover() -> None:
-    assert shorten(FlexPrefill(), 100) == DensePrefill()
-    assert shorten(FlexPrefill(), 100_000) == FlexPrefill()
-    assert shorten(FlexPrefill(min_seq_len=0, min_chunk_len=0), 1) == FlexPrefill(min_seq_len=0, min_chunk_len=0)
+    assert effective_prefill(FlexPrefill(), 100, 100) == DensePrefill()
+    assert effective_prefill(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
+    # A turn of a chat on a long prefix.
+    assert effective_prefill(FlexPrefill(), 200, 100_000) == DensePrefill()
+    always = FlexPrefill(min_seq_len=0, min_chunk_len=0)
+    assert effective_prefill(always, 1, 1) == always

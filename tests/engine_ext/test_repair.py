@@ -1,13 +1,21 @@
-"""A chunk as an impl computes it: sparse, measured, and its short heads computed again."""
+"""A chunk as an impl computes it: sparse, measured, and the heads below gamma computed again."""
 
+from typing import Any
+
+import msgspec
 import pytest
 import torch
-from farspan.engine_ext.config import FlexPrefill
-from farspan.engine_ext.dispatch import CpuLauncher
-from farspan.engine_ext.metadata import PrefillGroup
-from farspan.engine_ext.selection.methods import FlexSelector, LayerShape
-from farspan.kernels.tiles import make_prefill_tiles
+from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.launch import attend
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.selection.methods import FlexSelector
+from farspan.engine_ext.selection.repair import COVERAGE_SLACK, heads_below_gamma
+from farspan.engine_ext.selection.stats import SelectionStats
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.rotary_turn import make_string_turn
 
+CPU = torch.device("cpu")
 HEAD_DIM, PAGE = 64, 128
 GAMMA = 0.9
 NUM_PAGES = 16
@@ -46,47 +54,40 @@ class Layer:
         self.query = torch.cat(queries)
         starts = torch.tensor([0] + [query_len for query_len, _ in chunks]).cumsum(0).int()
         seq_lens = [seq_len for _, seq_len in chunks]
-        self.group = PrefillGroup(
-            prefill=FlexPrefill(gamma=GAMMA),
-            token_start=0,
-            num_tokens=len(self.query),
-            query_start_loc=starts,
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-            block_table=table,
+        self.starts, self.seq_lens = starts.tolist(), seq_lens
+        self.batch = PagedBatch(
+            starts,
+            torch.tensor(seq_lens, dtype=torch.int32),
+            table,
             max_query_len=max(query_len for query_len, _ in chunks),
-            max_seq_len=max(seq_lens),
-            tiles=make_prefill_tiles(starts.tolist(), seq_lens, 128, torch.device("cpu")),
-            request_ids=torch.arange(len(chunks), dtype=torch.int32),
-            is_shifted=shift is not None,
+            max_kv_len=max(seq_lens),
         )
-        self.shape = LayerShape(
-            layer_index=0, num_q_heads=len(distances), num_kv_heads=num_kv_heads, scale=HEAD_DIM**-0.5,
-            max_model_len=2048, tp_rank=0, tp_size=1, device=torch.device("cpu"),
-        )  # fmt: skip
-        self.string = None
+        self.scale = HEAD_DIM**-0.5
+        self.turn = None
         if shift is not None:
             inv_freq = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-            self.string = make_shift(inv_freq, shift, 16, is_neox=True, device=torch.device("cpu"))
+            self.turn = make_string_turn(inv_freq, shift, 16, is_neox=True, device=CPU)
+        self.maker = PassMaker(num_kv_heads, "cpu", 1, None, shift is not None, CPU)
+
+    def attend(self, prefill: Prefill, selector: FlexSelector | None) -> torch.Tensor:
+        """[num_tokens, num_q_heads, HEAD_DIM], as the engine computes it."""
+        each = self.maker.prefill(prefill, self.batch, self.starts, self.seq_lens, 0, turns=self.turn is not None)
+        out = torch.full_like(self.query, float("nan"))
+        attend(each, self.query, KVView(self.cache), LayerContext(0, None, self.turn, selector), self.scale, out)
+        return out
 
     def dense(self) -> torch.Tensor:
         """Exact attention, [num_tokens, num_q_heads, HEAD_DIM]."""
-        out = torch.empty_like(self.query)
-        CpuLauncher().prefill(self.query, self.cache, self.group, None, self.shape.scale, self.turn, out)
-        return out
+        return self.attend(DensePrefill(), None)
 
-    def run(self, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, FlexSelector]:
-        """Out of the sparse launch, out in the end, the heads computed again, and the selector."""
-        selector = FlexSelector(FlexPrefill(gamma=GAMMA, min_budget=0, min_seq_len=0, min_chunk_len=0, **options), self.shape)  # type: ignore[arg-type]
-        selector.string = self.string
-        launcher, scale, string = CpuLauncher(), self.shape.scale, self.string
-        out, lse = torch.empty_like(self.query), torch.empty(self.shape.num_q_heads, len(self.query))
-        lists = selector.block_lists_for(self.query, self.cache, self.group)
-        launcher.prefill(self.query, self.cache, self.group, lists, scale, turn, out, lse)
-        sparse = out.clone()
-        short = selector.measure(self.query, self.cache, self.group, lse)
-        if short is not None:
-            launcher.prefill(self.query, self.cache, self.group, None, scale, turn, out, lse, short)
-        return sparse, out, short, selector
+    def run(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
+        """Out of the sparse launch alone, out in the end, and the statistics by head."""
+        prefill = FlexPrefill(gamma=GAMMA, min_budget=0, **options)
+        selector = FlexSelector(SelectionStats(self.query.shape[1], CPU))
+        out = self.attend(prefill, selector)
+        assert selector.stats is not None
+        sparse = self.attend(msgspec.structs.replace(prefill, coverage_rows=0), FlexSelector())
+        return sparse, out, selector.stats.rows()
 
 
 @pytest.mark.parametrize("options", [{}, {"share_kv_group": True}], ids=["per-head", "shared"])
@@ -94,54 +95,55 @@ class Layer:
 def test_the_head_and_request_that_fail_are_repaired(num_kv_heads: int, options: dict[str, bool]) -> None:
     # Of request 0's queries, [600, 1500), those before 1100 have no key 1100 back yet. Request 1 is too short for one.
     layer = Layer([(900, 1500), (65, 420)], [90, 1100, 90, 90], num_kv_heads)
-    sparse, out, short, selector = layer.run(**options)
-    assert short is not None
-    expected = torch.zeros(4, 2, dtype=torch.bool)
-    expected[1, 0] = True
-    assert torch.equal(short, expected)
+    sparse, out, rows = layer.run(**options)
     dense = layer.dense()
     torch.testing.assert_close(out[:900, 1], dense[:900, 1], atol=1e-5, rtol=1e-5)
     assert float((sparse - dense)[:500, 1].abs().mean()) > 5 * float((out - dense)[:500].abs().mean())
     others = torch.ones(len(out), 4, dtype=torch.bool)
     others[:900, 1] = False
     assert torch.equal(out[others], sparse[others])
-    rows = selector.stats.rows()
     assert [row["repaired"] for row in rows] == [0.0, 0.5, 0.0, 0.0]
     assert all(row["coverage"] >= GAMMA for row in rows)
     assert rows[1]["density"] > 0.8
-    # What was measured before the repair raises the budgets to come.
-    assert float(selector.budgets.coverage[1]) < GAMMA
-    assert float(selector.budgets.strictness[1]) < 1
 
 
 def test_under_shifted_positions() -> None:
     layer = Layer([(900, 1500)], [90, 1100], 1, shift=1400)
-    _, out, short, _ = layer.run()
-    assert short is not None
-    assert short.tolist() == [[False], [True]]
+    _, out, rows = layer.run()
+    assert [row["repaired"] for row in rows] == [0.0, 1.0]
     torch.testing.assert_close(out[:, 1], layer.dense()[:, 1], atol=1e-5, rtol=1e-5)
 
 
-def test_a_limit_on_the_budget_goes_before_gamma() -> None:
+def test_max_budget_overrides_gamma() -> None:
     layer = Layer([(900, 1500)], [90, 1100], 1)
-    sparse, out, short, selector = layer.run(max_budget=256)
-    assert short is None
+    sparse, out, rows = layer.run(max_budget=256)
+    assert torch.equal(sparse, layer.run(max_budget=256, coverage_rows=0)[1])
     assert torch.equal(sparse, out)
-    assert selector.stats.rows()[1]["coverage"] < GAMMA - 0.05
-    assert selector.stats.rows()[1]["repaired"] == 0.0
+    assert rows[1]["coverage"] < GAMMA - 0.05
+    assert rows[1]["repaired"] == 0.0
 
 
 @pytest.mark.parametrize("query_len", [1, 2, 3])
 def test_chunks_of_a_few_queries(query_len: int) -> None:
     layer = Layer([(query_len, 1300), (query_len, query_len)], [90, 1100], 1)
-    sparse, out, short, _ = layer.run()
-    assert short is not None
-    assert not short.any()
+    sparse, out, rows = layer.run()
+    assert [row["repaired"] for row in rows] == [0.0, 0.0]
     assert torch.equal(sparse, out)
     torch.testing.assert_close(out, layer.dense(), atol=0.1, rtol=0.1)
 
 
-def test_nothing_is_measured_where_it_is_switched_off() -> None:
-    layer = Layer([(900, 1500)], [90, 1100], 1)
-    assert FlexSelector(FlexPrefill(), layer.shape).measures
-    assert not FlexSelector(FlexPrefill(coverage_rows=0), layer.shape).measures
+def test_heads_below_gamma_are_those_of_one_request() -> None:
+    """A head may keep its promise to one request and break it to another."""
+    coverage = torch.tensor([[[1.0, 0.6], [0.9, 0.9]], [[0.92, 0.9], [0.1, 0.7]]])
+    assert heads_below_gamma(coverage, 0.9).tolist() == [[True, False], [False, True]]
+    assert not heads_below_gamma(torch.full((1, 1, 4), 0.9 - COVERAGE_SLACK + 1e-4), 0.9).any()
+
+
+def test_the_same_prompt_has_the_same_result() -> None:
+    """What a head lost in one prompt changes nothing in the next."""
+    layer, other = Layer([(900, 1500)], [90, 1100], 1), Layer([(900, 1500)], [1100, 90], 1)
+    prefill, selector = FlexPrefill(gamma=GAMMA, min_budget=0), FlexSelector()
+    first = layer.attend(prefill, selector)
+    for _ in range(3):
+        other.attend(prefill, selector)
+    assert torch.equal(layer.attend(prefill, selector), first)

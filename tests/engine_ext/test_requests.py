@@ -1,18 +1,19 @@
 """Overrides of single requests and the salts that follow from them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from farspan.engine_ext.config import DensePrefill, parse_config
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.requests import cache_salt, prefill_of_request
+from farspan.engine_ext.requests import cache_salt, digest_of_file, options_digest, prefill_of_request
 
 FLEX = parse_config({"prefill": {"method": "flex", "gamma": 0.95}})
 DENSE = parse_config(None)
 
 
-def salt(config: Any, **extra_args: Any) -> str | None:
-    return cache_salt(config, prefill_of_request(config, extra_args))
+def digest(config: Any, **extra_args: Any) -> str | None:
+    return options_digest(config, prefill_of_request(config, extra_args))
 
 
 def test_no_override_keeps_the_engine_options() -> None:
@@ -37,8 +38,23 @@ def test_overrides() -> None:
         (FLEX, {"farspan.method": "dense", "farspan.gamma": 0.9}, "only where the request prefills with method 'flex'"),
         (FLEX, {"farspan.gama": 0.9}, "farspan.gama=0.9; a request can set farspan.method and farspan.gamma"),
         (DENSE, {"farspan.method": "flex"}, "farspan.method='flex'; allowed: 'dense'"),
+        (FLEX, {"farspan_gamma": 0.9}, "farspan_gamma=0.9; a request can set farspan.method and farspan.gamma"),
+        (FLEX, {"Farspan.gamma": 0.9}, "Did you mean 'farspan.gamma'?"),
+        (FLEX, {"farspan": {"gamma": 0.9}}, "farspan={'gamma': 0.9}; a request can set"),
     ],
-    ids=["method", "method-type", "gamma", "gamma-bool", "gamma-type", "gamma-dense", "name", "other-engine"],
+    ids=[
+        "method",
+        "method-type",
+        "gamma",
+        "gamma-bool",
+        "gamma-type",
+        "gamma-dense",
+        "name",
+        "other-engine",
+        "underscore",
+        "case",
+        "nested",
+    ],
 )
 def test_bad_overrides_are_refused(config: Any, extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -46,17 +62,39 @@ def test_bad_overrides_are_refused(config: Any, extra_args: dict[str, Any], mess
     assert message in str(caught.value)
 
 
-def test_exact_kv_has_no_salt() -> None:
-    assert salt(DENSE) is None
-    assert salt(FLEX, **{"farspan.method": "dense"}) is None
+def test_exact_kv_has_no_digest() -> None:
+    assert digest(DENSE) is None
+    assert digest(FLEX, **{"farspan.method": "dense"}) is None
 
 
-def test_salts_differ_exactly_where_kv_does() -> None:
-    base = salt(FLEX)
+def test_digests_differ_with_what_shapes_the_kv() -> None:
+    base = digest(FLEX)
     assert base is not None
-    assert base == salt(FLEX, **{"farspan.gamma": 0.95})
-    assert base != salt(FLEX, **{"farspan.gamma": 0.9})
-    assert base == salt(parse_config({"kernel": "triton", "prefill": {"method": "flex", "gamma": 0.95}}))
-    strings = [salt(parse_config({"string": {"shift": shift}})) for shift in (0.3, 0.33)]
+    assert base == digest(FLEX, **{"farspan.gamma": 0.95})
+    assert base != digest(FLEX, **{"farspan.gamma": 0.9})
+    assert base == digest(parse_config({"kernel": "triton", "prefill": {"method": "flex", "gamma": 0.95}}))
+    strings = [digest(parse_config({"string": {"shift": shift}})) for shift in (0.3, 0.33)]
     assert None not in strings
     assert len({base, *strings}) == 3
+
+
+def test_digest_is_of_a_masks_content(tmp_path: Path) -> None:
+    def digest_of(name: str, content: bytes) -> str | None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        digest_of_file.cache_clear()
+        return digest(parse_config({"prefill": {"method": "block_sparse", "pattern": "file", "mask_file": str(path)}}))
+
+    first = digest_of("a.npy", b"1")
+    assert first == digest_of("b.npy", b"1")
+    assert first != digest_of("a.npy", b"2")
+
+
+def test_salts_are_of_the_pair() -> None:
+    pairs = [(user, digest) for user in (None, "u", "v") for digest in (None, "d", "e")]
+    salts = {pair: cache_salt(*pair) for pair in pairs}
+    assert salts[None, None] is None
+    assert len(set(salts.values())) == len(pairs)
+    forged = {cache_salt(salt, None) for salt in salts.values() if salt is not None}
+    assert not forged & set(salts.values())
+    assert cache_salt("", "d") == cache_salt(None, "d")

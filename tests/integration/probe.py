@@ -6,7 +6,7 @@ from typing import Any
 
 from farspan.engine_ext import impl
 from farspan.engine_ext.passes import Decode, Dense, LayerContext, Pass
-from farspan.vllm_compat import metadata_builders
+from farspan.vllm_compat.runner import metadata_builders, state_of
 
 _launches: list[tuple[LayerContext, str]] = []
 
@@ -39,7 +39,7 @@ count_passes()
 class WorkerProbe:
     """Mixed into vLLM's worker by `worker_extension_cls`."""
 
-    reads_selection_stats = True
+    __reads_selection_stats__ = True
 
     def attention_launches(self) -> dict[str, dict[str, int]]:
         """By class name of the attention impl: how often its layers launched which path."""
@@ -55,3 +55,9 @@ class WorkerProbe:
         worker: Any = self
         layers = [layer for builder in metadata_builders(worker.model_runner) for layer in builder.layers.values()]
         return [row for layer in layers if layer.selector.stats is not None for row in layer.selector.stats.rows()]
+
+    def planned_step(self) -> int | None:
+        """Number of the last step, as the scheduler's plan told the runner; None without plans."""
+        worker: Any = self
+        plan = state_of(worker.model_runner).plan
+        return None if plan is None else plan.step

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from farspan.metrics import EXTENSION
 
 from tests.integration.test_engine_tokens import generate, make_prompts
 
@@ -35,7 +36,8 @@ def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
     # Sparse prefill that lists every block, so that its tokens are those of exact attention.
     prefill = '{"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}'
     command += ["--additional-config", f'{{"farspan": {{"prefill": {prefill}}}}}']
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    command += ["--worker-extension-cls", EXTENSION]
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
@@ -72,10 +74,35 @@ def test_completions(make_llm: Any, server: Any) -> None:
         parts = [chunk.choices[0].text for chunk in server.completions.create(prompt=prompt, stream=True, **ask)]
         assert len(parts) > 1
         assert "".join(parts).split() == words
-    bad = {**ask, "extra_body": {"vllm_xargs": {"farspan.gamma": 2}}}
-    with pytest.raises(openai.BadRequestError, match=r"farspan.gamma=2"):
-        server.completions.create(prompt=PROMPTS[0], **bad)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"vllm_xargs": {"farspan.gamma": 2}}, r"farspan\.gamma=2"),
+        ({"vllm_xargs": {"farspan_gamma": 0.9}}, r"farspan_gamma=0\.9"),
+        ({"vllm_xargs": {"farspan.gamma": 0.9}, "use_beam_search": True, "n": 2}, "beam search"),
+    ]
+    for body, sentence in refused:
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            server.completions.create(prompt=PROMPTS[0], **{**ask, "extra_body": body})
     good = {**ask, "extra_body": {"ignore_eos": True, "vllm_xargs": {"farspan.method": "dense"}}}
     assert server.completions.create(prompt=PROMPTS[0], **good).choices[0].text.split() == [
         f"t{token}" for token in expected[0]
     ]
+    read_density(server)
+
+
+def read_density(server: Any) -> None:
+    """Of the prompts sent so far, as docs/deploying.md reads it."""
+    import httpx
+
+    def rows(**arguments: Any) -> list[dict[str, Any]]:
+        call = {"method": "farspan_selection", "kwargs": arguments}
+        (rank,) = (
+            httpx.post(str(server.base_url.join("/collective_rpc")), json=call).raise_for_status().json()["results"]
+        )
+        return rank
+
+    found = rows(reset=True)
+    assert [(row["rank"], row["layer"], row["head"]) for row in found] == [
+        (0, layer, head) for layer in range(2) for head in range(4)
+    ]
+    assert all(row["density"] >= 1 and row["coverage"] == pytest.approx(1) for row in found)
+    assert rows() == []

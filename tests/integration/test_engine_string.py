@@ -82,7 +82,10 @@ def test_fraction_of_the_trained_length(make_llm: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("prefill", "shift"),
     [
-        ({"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 2}, Shift(64, 16, 1.2)),
+        (
+            {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 2},
+            Shift(64, 16, 1.2),
+        ),
         (
             {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 1},
             Shift(64, 16, 1.2, sparse_block=64),

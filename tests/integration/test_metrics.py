@@ -1,13 +1,24 @@
 """What flex prefill did inside an engine can be read from outside."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from farspan.metrics import read_selection
+from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.metrics import EXTENSION, read_selection
 
 from tests.integration.test_engine_tokens import generate, make_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("name", ["", "tests.integration.probe.WorkerProbe"])
+def test_an_engine_without_the_extension_is_told_what_to_do(name: str) -> None:
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=name)))
+    with pytest.raises(
+        UnsupportedEngineError, match=f"worker_extension_cls='{name}'.*--worker-extension-cls {EXTENSION}"
+    ):
+        read_selection(SimpleNamespace(llm_engine=engine))
 
 
 def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
@@ -19,7 +30,8 @@ def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
         additional_config={"farspan": {"prefill": prefill}},
         enable_prefix_caching=False,
     )
-    assert read_selection(llm) == []
+    with pytest.warns(UserWarning, match="shorter than the crossover"):
+        assert read_selection(llm) == []
     generate(llm, make_prompts((1500,), seed=5), 2)
     rows = read_selection(llm, reset=True)
     assert [(row["rank"], row["layer"], row["head"]) for row in rows] == [(0, i, h) for i in range(2) for h in range(4)]
@@ -30,4 +42,4 @@ def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
         assert 0.5 < row["coverage"] <= 1
         assert 0 <= row["query_aware"] <= 1
         assert 0 <= row["repaired"] <= 1
-    assert read_selection(llm) == []
+    assert read_selection(llm, reset=True) == []

@@ -24,7 +24,7 @@ def test_needle_page_stands_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(report, "CURVE_LENGTH", 512)
     monkeypatch.setattr(report, "CURVE", ((0.8, 0), (0.95, 1024)))
     monkeypatch.setattr(report, "NIAH_LENGTHS", (256, 384))
-    arguments = ["--length", "600", "--min-budget", "256", "--chunk", "300", "--out", str(tmp_path)]
+    arguments = ["--length", "600", "--min-budget", "384", "--chunk", "300", "--out", str(tmp_path)]
     for _ in range(2):  # The second run replaces the tables of the first.
         assert main(["report", "--model", "needle", "--gamma", "0.9", *arguments]) == 0
     page = (tmp_path / "report.html").read_text()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.engine_ext.config import StringOptions
-from farspan.engine_ext.string import string_shift_for_layer
+from farspan.engine_ext.string import string_turn_for_layer
 
 from tests.integration.tiny_models import HEAD_DIM, LAYERS, NUM_HEADS
 
@@ -22,9 +22,9 @@ def test_every_layer_has_its_shift(make_llm: Callable[..., Any], architecture: s
     options = StringOptions(shift=0.25, window=64)
 
     def shifts(model: torch.nn.Module) -> list[Any]:
-        return [string_shift_for_layer(model, vllm_config, name, options) for name in layer_names]
+        return [string_turn_for_layer(model, vllm_config, name, options) for name in layer_names]
 
     for string in llm.apply_model(shifts)[0]:
-        assert (string.shift, string.window, string.is_neox, string.rotary_dim) == (1024, 64, True, HEAD_DIM)
+        assert (string.slope, string.offset, string.is_neox, string.rotary_dim) == (1, 1 - 1024, True, HEAD_DIM)
         frequencies = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
         torch.testing.assert_close(string.cos, ((64 - 1024) * frequencies).cos().float(), atol=2e-4, rtol=0)

@@ -13,9 +13,10 @@ ARCHITECTURES = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "slash": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "mqa": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
 }
-NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1)}
-"""Query and KV heads: groups of 2, 7, 1 and 4."""
+NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1), "mqa": (4, 1)}
+"""Query and KV heads: groups of 2, 7, 1, 4 and 4."""
 SLASH_HEAD, SLASH = 2, 1152
 """The query head of "slash" that looks SLASH tokens back; all others look at their own token."""
 

@@ -1,16 +1,7 @@
-"""What the kernel tests share: the device, the seed, and leaving out what needs a GPU."""
+"""What the kernel tests share: the device and the seed."""
 
 import pytest
 import torch
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,9 @@ def question() -> Question:
 
 
 @pytest.mark.parametrize("chunk", [None, 256, 129], ids=["whole", "chunk256", "chunk129"])
-@pytest.mark.parametrize("prefill", [DensePrefill(), FlexPrefill(gamma=1.0, min_seq_len=0, min_chunk_len=0)], ids=["dense", "flex"])
+@pytest.mark.parametrize(
+    "prefill", [DensePrefill(), FlexPrefill(gamma=1.0, min_seq_len=0, min_chunk_len=0)], ids=["dense", "flex"]
+)
 def test_all_blocks_give_the_network_s_answer(model: PagedNeedle, question: Question, prefill, chunk) -> None:
     tokens = torch.cat([question.prompt, question.completion])
     with torch.no_grad():

@@ -1,20 +1,22 @@
-"""The frequencies taken from vLLM's rotary modules, against the rotations that the modules themselves do."""
+"""What is read of vLLM's rotary modules and configurations, against the rotations that the modules themselves do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from farspan.engine_ext.config import StringOptions
-from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
-from farspan.engine_ext.string import (
+from farspan.engine_ext.errors import UnsupportedModelError
+from farspan.kernels.rotary_turn import apply_turn, make_string_turn
+from farspan.vllm_compat.rotary import (
+    ROPE_TYPES,
+    check_rotary,
     find_rotary_emb,
     inverse_frequencies,
-    shift_tokens,
-    string_shift_for_layer,
+    rotation_of_layer,
+    trained_len,
 )
-from farspan.kernels.rotary_turn import apply_shift, make_rotary_shift
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
@@ -72,8 +74,8 @@ def test_shift_is_the_difference_of_two_rotations(name: str, is_neox: bool) -> N
     rotary_emb = make_rotary(name, torch.float32, is_neox)
     query = torch.randn(5, 3, HEAD_DIM)
     shift, window, position = 700, 30, 2500
-    string = make_rotary_shift(inverse_frequencies(rotary_emb), shift, window, is_neox, torch.device("cpu"))
-    shifted = apply_shift(rotate(rotary_emb, position, query), string)
+    string = make_string_turn(inverse_frequencies(rotary_emb), shift, window, is_neox, torch.device("cpu"))
+    shifted = apply_turn(rotate(rotary_emb, position, query), string)
     # The module's own angles are float32: at 2500 radians they are good to 2500 * 6e-8.
     torch.testing.assert_close(shifted, rotate(rotary_emb, position - shift + window, query), atol=2e-3, rtol=0)
 
@@ -97,7 +99,7 @@ def attention_parent(rotary_emb: torch.nn.Module | None, layer_name: str, **attr
     return parent
 
 
-def test_finds_the_rotary_module_beside_the_layer() -> None:
+def test_finds_the_rotary_module_next_to_the_layer() -> None:
     shared, other = make_rotary("default", torch.float32), make_rotary("yarn", torch.float32)
     model = torch.nn.ModuleList(
         [attention_parent(shared, "a.attn"), attention_parent(shared, "b.attn"), attention_parent(other, "c.attn")]
@@ -143,35 +145,108 @@ def test_refuses_a_module_whose_cosines_are_others() -> None:
         inverse_frequencies(changed)
 
 
+def test_rotation_of_a_layer() -> None:
+    rotary_emb = make_rotary("partial", torch.bfloat16, is_neox=False)
+    rotation = rotation_of_layer(torch.nn.ModuleList([attention_parent(rotary_emb, "x.attn")]), "x.attn")
+    assert not rotation.is_neox
+    assert torch.equal(rotation.inv_freq, inverse_frequencies(rotary_emb))
+    assert len(rotation.inv_freq) == HEAD_DIM // 4
+
+
+def model_config(text_config: Any, **changes: Any) -> Any:
+    """A model's configuration, as far as it is looked at."""
+    defaults = {"model": "m", "uses_mrope": False, "hf_overrides": {}, "using_transformers_backend": lambda: False}
+    return SimpleNamespace(**(defaults | changes), hf_text_config=text_config)
+
+
+def rotating(name: str, **changes: Any) -> Any:
+    """A model that rotates by a scaling of SCALINGS."""
+    parameters = {"rope_type": "default", **SCALINGS[name]}
+    return SimpleNamespace(rope_parameters=parameters, max_position_embeddings=MAX_POSITION, **changes)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_configurations_of_the_supported_scalings_pass(name: str) -> None:
+    check_rotary(model_config(rotating(name)))
+
+
+def test_all_supported_types_are_tried() -> None:
+    assert set(ROPE_TYPES) == {parameters.get("rope_type", "default") for parameters in SCALINGS.values()}
+
+
+def configuration(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]()
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "expected"),
+    ("config", "sentence"),
     [
-        ("default", StringOptions(shift=0.25), MAX_POSITION // 4),
-        ("llama3", StringOptions(shift=0.25), MAX_POSITION // 4),
-        ("yarn", StringOptions(shift=0.25), 256),
-        ("dynamic", StringOptions(shift=0.25), 256),
-        ("yarn", StringOptions(shift=3000), 3000),
+        (model_config(rotating("default"), uses_mrope=True), "has multimodal rotary positions"),
+        (model_config(SimpleNamespace(rope_parameters={"rope_type": "openpangu"})), "of type 'openpangu'; string supp"),
+        (
+            model_config(SimpleNamespace(rope_parameters={"full_attention": {"rope_type": "deepseek_yarn"}})),
+            "has rotary embeddings of type 'deepseek_yarn'",
+        ),
+        (model_config(SimpleNamespace(rope_parameters={"use_fope": True})), "has Fourier position embeddings"),
+        (model_config(rotating("default", dual_chunk_attention_config={})), "has dual-chunk attention"),
+        (model_config(rotating("default", no_rope_layers=[1, 1, 1, 0])), "has layers without rotary positions"),
+        (model_config(configuration("opt")), "has no rotary positions to shift"),
+        (model_config(rotating("default"), using_transformers_backend=lambda: True), "runs in vLLM's Transformers"),
+    ],
+    ids=["mrope", "type", "nested-type", "fourier", "dual-chunk", "nope", "no-rope", "transformers"],
+)
+def test_refuses_configurations(config: Any, sentence: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_rotary(config)
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("string: m ")
+    assert str(caught.value).endswith(". Leave out the option string.")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "gptj", "falcon"])
+def test_models_that_rotate_are_known_to(model_type: str) -> None:
+    check_rotary(model_config(configuration(model_type)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("default", MAX_POSITION),
+        ("llama3", MAX_POSITION),
+        ("longrope", MAX_POSITION),
+        ("yarn", 1024),
+        ("dynamic", 1024),
+        ("dynamic-alpha", MAX_POSITION),
     ],
 )
-def test_fraction_of_the_trained_length(name: str, options: StringOptions, expected: int) -> None:
-    hf_text_config = SimpleNamespace(max_position_embeddings=MAX_POSITION)
-    assert shift_tokens(options, make_rotary(name, torch.float32), hf_text_config) == expected
+def test_trained_length(name: str, expected: int) -> None:
+    assert trained_len(model_config(rotating(name))) == expected
 
 
-def test_refuses_a_fraction_that_means_nothing() -> None:
-    rotary_emb = make_rotary("default", torch.float32)
-    with pytest.raises(ConfigError, match="Give shift in tokens"):
-        shift_tokens(StringOptions(shift=0.3), rotary_emb, SimpleNamespace())
-    with pytest.raises(ConfigError, match=r"Raise shift or lower window"):
-        shift_tokens(StringOptions(shift=0.3), rotary_emb, SimpleNamespace(max_position_embeddings=256))
+def test_trained_length_of_several_types_of_layers() -> None:
+    parameters = {"full_attention": {"rope_type": "default"}, "sliding_attention": SCALINGS["yarn"]}
+    config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=MAX_POSITION)
+    assert trained_len(model_config(config)) == 1024
 
 
-def test_shift_of_a_layer() -> None:
-    rotary_emb = make_rotary("partial", torch.bfloat16, is_neox=False)
-    vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(max_position_embeddings=MAX_POSITION)),
-        device_config=SimpleNamespace(device_type="cpu"),
-    )
-    model = torch.nn.ModuleList([attention_parent(rotary_emb, "x.attn")])
-    string = string_shift_for_layer(model, vllm_config, "x.attn", StringOptions(shift=0.5, window=100))
-    assert (string.shift, string.window, string.is_neox, string.rotary_dim) == (2048, 100, False, HEAD_DIM // 2)
+def test_trained_length_that_nobody_says() -> None:
+    assert trained_len(model_config(SimpleNamespace())) is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"max_position_embeddings": 65536},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 8192}},
+        lambda config: config.update({"max_position_embeddings": 65536}) or config,
+    ],
+    ids=["length", "rope", "callable"],
+)
+def test_trained_length_is_not_that_of_overrides(overrides: Any, model_dirs: Callable[[str], Path]) -> None:
+    from vllm.config import ModelConfig
+
+    folder = str(model_dirs("llama"))
+    stretched = ModelConfig(folder, hf_overrides=overrides, skip_tokenizer_init=True, max_model_len=512)
+    assert trained_len(stretched) == 4096

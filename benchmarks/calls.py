@@ -1,0 +1,121 @@
+"""Our kernels' calls on a benchmark's batch, one function each.
+
+Buffers and tiles are made beforehand, as the engine does. `prefill_fa3`, `prefill_flex` and `write_kv` go the way of
+the engine's own layers. `benchmarks.compare_revisions` loads this module, or one like it for another revision. The
+stages of flex prefill, called one by one, are in `prefill_flex` and `select`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from farspan.engine_ext import launch
+from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.passes import DenseKernel, LayerContext, Pass
+from farspan.engine_ext.selection.methods import FlexSelector
+from farspan.engine_ext.splits import num_multiprocessors, plan_splits
+from farspan.kernels.decode import make_decode_workspace, paged_decode
+from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+
+from benchmarks.inputs import PagedBatch
+
+Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Computes one layer; returns out [num_tokens, num_q_heads, head_dim] and lse [num_q_heads, num_tokens] float32."""
+OutCall = Callable[[], torch.Tensor]
+"""The same without the LSE."""
+
+
+def block_size_of(batch: PagedBatch) -> int:
+    """Tokens of a tile: the engine's, or fewer for the small pages of a dry run."""
+    return max(64, batch.shape.page_size)
+
+
+def tiles_of(batch: PagedBatch) -> PrefillTiles:
+    starts = batch.query_start_loc.tolist()
+    return make_prefill_tiles(starts, batch.seq_lens_cpu, block_size_of(batch), batch.query.device)
+
+
+def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and LSE of a batch, not filled."""
+    shape = (batch.shape.num_q_heads, len(batch.query))
+    return torch.empty_like(batch.query), torch.empty(shape, dtype=torch.float32, device=batch.query.device)
+
+
+def decode(batch: PagedBatch, turn: Turn | None = None) -> Call:
+    """Decode of one query token per request. turn: of shifted positions."""
+    shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
+    splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
+    workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
+    out, lse = empty_results(batch)
+    return lambda: paged_decode(
+        batch.query, batch.kv, batch.paged, shape.scale,
+        num_splits=splits.num_splits, min_split_keys=splits.min_split_keys, turn=turn, out=out, lse=lse,
+        workspace=workspace,
+    )  # fmt: skip
+
+
+def prefill(batch: PagedBatch, turn: Turn | None = None) -> Call:
+    """Dense causal prefill by our Triton kernel. turn: of shifted positions."""
+    tiles, (out, lse) = tiles_of(batch), empty_results(batch)
+    return lambda: paged_prefill(
+        batch.query, batch.kv, batch.paged, tiles, batch.shape.scale, turn=turn, out=out, lse=lse
+    )  # fmt: skip
+
+
+def pass_of(batch: PagedBatch, how: Prefill, dense_kernel: DenseKernel) -> Pass:
+    """The batch as the engine's metadata has it."""
+    device = batch.query.device
+    maker = PassMaker(batch.shape.num_kv_heads, dense_kernel, num_multiprocessors(device), None, False, device)
+    return maker.prefill(how, batch.paged, batch.query_start_loc.tolist(), batch.seq_lens_cpu, 0, turns=False)
+
+
+def through_the_engine(batch: PagedBatch, how: Prefill, dense_kernel: DenseKernel) -> OutCall:
+    """Prefill of one layer as the engine's layers call it."""
+    each, out = pass_of(batch, how, dense_kernel), torch.empty_like(batch.query)
+    layer = LayerContext(index=0, next_index=None, turn=None, selector=FlexSelector())
+
+    def run() -> torch.Tensor:
+        launch.attend(each, batch.query, batch.kv, layer, batch.shape.scale, out)
+        return out
+
+    return run
+
+
+def prefill_fa3(batch: PagedBatch) -> OutCall | None:
+    """Dense causal prefill by FlashAttention 3 as the engine calls it; None where it is not to be had."""
+    if batch.query.device.type != "cuda" or launch.fa3_refusal(batch.shape.head_dim, batch.shape.dtype):
+        return None
+    return through_the_engine(batch, DensePrefill(), "fa3")
+
+
+def prefill_flex(batch: PagedBatch, gamma: float) -> OutCall:
+    """Dynamic sparse prefill of one layer with the default options: select, attend, measure, repair."""
+    return through_the_engine(batch, FlexPrefill(gamma=gamma), "triton")
+
+
+def write_kv(batch: PagedBatch) -> OutCall:
+    """Write the keys and values of the batch's query tokens into their pages; returns what they hold then."""
+    shape, device = batch.shape, batch.query.device
+    generator = torch.Generator(device).manual_seed(0)
+    new = torch.randn(
+        len(batch.query), shape.num_kv_heads, 2 * shape.head_dim, dtype=shape.dtype, device=device, generator=generator
+    )
+    key, value = new.split(shape.head_dim, dim=-1)
+    lens = zip(batch.query_lens_cpu, batch.seq_lens_cpu, strict=True)
+    positions = [torch.arange(seq_len - query_len, seq_len) for query_len, seq_len in lens]
+    pages = torch.cat(
+        [
+            row[position.to(device) // shape.page_size]
+            for row, position in zip(batch.block_table, positions, strict=True)
+        ]
+    )
+    offsets = torch.cat(positions).to(device) % shape.page_size
+    slots = pages.long() * shape.page_size + offsets
+
+    def run() -> torch.Tensor:
+        launch.write_kv(key, value, batch.kv_cache, slots)
+        return batch.kv_cache
+
+    return run

@@ -1,0 +1,84 @@
+"""The platform's choice of a backend, and its check of a whole engine."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
+from farspan.vllm_compat.wrapping import wrap_once
+
+
+def chooses_farspan(vllm_config: Any) -> bool:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return AttentionBackendEnum.CUSTOM in chosen
+
+
+# The CPU platform ignores CUSTOM and takes its own backend. Drop when platforms/cpu.py honours it (not in 0.33).
+def honour_custom_on_cpu() -> None:
+    """On the CPU platform, serve CUSTOM where it is chosen, with the refusals that CUDA makes by itself."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if not current_platform.is_cpu():
+        return
+
+    def honouring(stock: Callable[..., str]) -> Callable[..., str]:
+        def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+            if selected_backend is not AttentionBackendEnum.CUSTOM:
+                return stock(selected_backend, attn_selector_config, num_heads)
+            backend: Any = selected_backend.get_class()
+            # No CPU has a compute capability, and none of the checks that ours answers looks at it.
+            reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+            if reasons:
+                raise UnsupportedModelError(f"attention backend CUSTOM (farspan): {' '.join(reasons)}")
+            return str(selected_backend.get_path())
+
+        return get_attn_backend_cls
+
+    wrap_once(type(current_platform), "get_attn_backend_cls", honouring)
+
+
+# vLLM asks a backend about single layers only, in the worker, where an exception reaches the user as "engine core
+# initialization failed". The platform's check of the whole configuration runs in the front end.
+# Drop when backends can check a VllmConfig (not in 0.33).
+def check_engines() -> None:
+    """Refuse, while an engine's configuration is made, what cannot work and what would have no effect."""
+    from vllm.platforms import current_platform
+
+    def checking(stock: Callable[..., None]) -> Callable[..., None]:
+        def check_and_update_config(vllm_config: Any) -> None:
+            stock(vllm_config)
+            if chooses_farspan(vllm_config):
+                from farspan.engine_ext.support import check_engine
+
+                check_engine(vllm_config)
+                refuse_mixed_up_microbatches(vllm_config)
+            else:
+                refuse_unused_options(vllm_config.additional_config)
+
+        return check_and_update_config
+
+    wrap_once(type(current_platform), "check_and_update_config", checking)
+
+
+def refuse_unused_options(additional_config: Any) -> None:
+    """Raise ConfigError for options of ours in an engine that another backend serves."""
+    from farspan.engine_ext.requests import names_like_ours
+
+    for name in names_like_ours(additional_config if isinstance(additional_config, Mapping) else ()):
+        raise ConfigError(
+            f"additional_config[{name!r}]={additional_config[name]!r}; allowed: only with the attention backend "
+            "CUSTOM. Add --attention-backend CUSTOM, or remove the key."
+        )
+
+
+# Model runner V1 cuts a batch into microbatches without saying which requests each holds. Drop when V1 is gone.
+def refuse_mixed_up_microbatches(vllm_config: Any) -> None:
+    """Raise UnsupportedEngineError where a microbatch could prefill by another request's options."""
+    if vllm_config.parallel_config.use_ubatching and not vllm_config.use_v2_model_runner:
+        raise UnsupportedEngineError(
+            "microbatches (dual-batch overlap) with model runner V1; farspan cannot tell which requests a microbatch "
+            "holds. Leave out --enable-dbo, or set VLLM_USE_V2_MODEL_RUNNER=1."
+        )

@@ -1,0 +1,183 @@
+"""What metadata builders learn from the model runner: its requests' options, the step's plan, the model."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from farspan.engine_ext.config import FarspanConfig, Prefill
+from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.plan import StepPlan
+from farspan.vllm_compat.platform import chooses_farspan
+from farspan.vllm_compat.wrapping import wrap_once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunnerState:
+    """What we note about one model runner."""
+
+    config: FarspanConfig
+    overrides: dict[str, Prefill] = field(default_factory=dict)
+    """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
+    plan: StepPlan | None = None
+    """Of the step that runs."""
+
+    def update(self, scheduler_output: Any) -> None:
+        """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
+        self.plan = getattr(scheduler_output, "farspan_plan", None)
+        for req_id in scheduler_output.finished_req_ids:
+            self.overrides.pop(req_id, None)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            prefill = self.decode(request.req_id, params.extra_args if params is not None else None)
+            self.overrides.pop(request.req_id, None)
+            if prefill != self.config.prefill:
+                self.overrides[request.req_id] = prefill
+
+    def decode(self, req_id: str, extra_args: Mapping[str, Any] | None) -> Prefill:
+        """A request's prefill; the engine's own, with a warning, if its overrides make no sense."""
+        from farspan.engine_ext.requests import prefill_of_request
+
+        try:
+            return prefill_of_request(self.config, extra_args)
+        except ConfigError as error:
+            # The core refuses such requests; one bad request must not end the engine for all others.
+            logger.warning("request %s prefills by the engine's options: %s", req_id, error)
+            return self.config.prefill
+
+
+class RunnerSource:
+    """What the metadata builder learns from the model runner that calls it (engine_ext.requests.RequestSource)."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        from farspan.engine_ext.support import config_of
+
+        self.engine_prefill = config_of(vllm_config).prefill
+        self.is_v2 = bool(vllm_config.use_v2_model_runner)
+
+    def prefills(self, common_attn_metadata: Any) -> Sequence[Prefill]:
+        """How each request of the batch prefills, in batch order; the engine's own for padding and dummy rows.
+
+        Graphs are captured and memory is measured outside of any step: there all rows are dummies.
+        """
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None or not state_of(runner).overrides:
+            return [self.engine_prefill] * num_reqs
+        overrides = state_of(runner).overrides
+        req_ids = self.req_ids(runner, common_attn_metadata)
+        prefills = [overrides.get(req_id, self.engine_prefill) for req_id in req_ids]
+        return prefills + [self.engine_prefill] * (num_reqs - len(prefills))
+
+    def plan(self) -> StepPlan | None:
+        """The scheduler's plan for the step that runs."""
+        runner = running_runner()
+        return None if runner is None else state_of(runner).plan
+
+    def model(self) -> Any:
+        """The torch module; inside a step or while the KV cache is set up."""
+        runner = running_runner()
+        assert runner is not None, "asked outside of the model runner"
+        return runner.get_model()
+
+    # The two runners keep the batch's request ids in different places. Drop when runner V1 is gone.
+    def req_ids(self, runner: Any, common_attn_metadata: Any) -> list[str]:
+        """Request ids in batch order; padding after the batch has none."""
+        num_reqs = common_attn_metadata.num_reqs
+        if not self.is_v2:
+            return list(runner.input_batch.req_ids[:num_reqs])
+        names = runner.req_states.index_to_req_id
+        # Dummy batches of the warm-up have indices without a request.
+        return [names.get(int(index), "") for index in common_attn_metadata.req_idx[:num_reqs]]
+
+
+_running = threading.local()
+"""`runners`: the model runners at work in a thread, innermost last. Engines of one process may run in threads."""
+
+
+def running_runner() -> Any | None:
+    runners = getattr(_running, "runners", None)
+    return runners[-1] if runners else None
+
+
+@contextmanager
+def running(runner: Any) -> Iterator[None]:
+    if not hasattr(_running, "runners"):
+        _running.runners = []
+    _running.runners.append(runner)
+    try:
+        yield
+    finally:
+        _running.runners.pop()
+
+
+def state_of(runner: Any) -> RunnerState:
+    if "farspan_state" not in runner.__dict__:
+        from farspan.engine_ext.support import config_of
+
+        runner.farspan_state = RunnerState(config_of(runner.vllm_config))
+    state: RunnerState = runner.farspan_state
+    return state
+
+
+def runner_class(is_v2: bool) -> type[Any]:
+    if is_v2:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    return GPUModelRunner
+
+
+# A builder is made inside `initialize_kv_cache`, too late to follow that call. Drop with `follow_runner`.
+def follow_workers() -> None:
+    """Follow the model runner of every worker whose engine chose CUSTOM, from before the runner is made."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    wrap_once(WorkerWrapperBase, "init_worker", following_workers)
+
+
+def following_workers(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def init_worker(self: Any, all_kwargs: list[dict[str, Any]]) -> None:
+        vllm_config = all_kwargs[self.rpc_rank]["vllm_config"]
+        if chooses_farspan(vllm_config):
+            follow_runner(runner_class(bool(vllm_config.use_v2_model_runner)))
+        stock(self, all_kwargs)
+
+    return init_worker
+
+
+def metadata_builders(runner: Any) -> list[Any]:
+    """The metadata builders of farspan that a model runner has made."""
+    from farspan.engine_ext.metadata import FarspanMetadataBuilder
+
+    groups = (group for of_cache in runner.attn_groups for group in of_cache)
+    return [each for group in groups for each in group.metadata_builders if isinstance(each, FarspanMetadataBuilder)]
+
+
+# Builders are not told the request ids of a batch, nor given the requests' extra args. Drop when
+# CommonAttentionMetadata carries both (not in 0.33).
+def follow_runner(runner_cls: type[Any]) -> None:
+    """Note which runner is running, its step's plan, and the options of the requests that it holds."""
+    wrap_once(runner_cls, "execute_model", following_steps)
+    wrap_once(runner_cls, "initialize_kv_cache", following_setup)
+
+
+def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        state_of(self).update(scheduler_output)
+        with running(self):
+            return stock(self, scheduler_output, *args, **kwargs)
+
+    return execute_model
+
+
+def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with running(self):
+            return stock(self, *args, **kwargs)
+
+    return initialize_kv_cache

@@ -1,0 +1,132 @@
+"""One pass is one call: what the reference computes, LSE included, on every path of this machine."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, parse_config
+from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.impl import FarspanImpl
+from farspan.engine_ext.launch import attend, choose_dense_kernel, fa3_refusal
+from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.passes import Decode, LayerContext, Part, Pass, StepMetadata
+from farspan.engine_ext.selection.methods import FlexSelector
+from farspan.engine_ext.splits import num_multiprocessors
+from farspan.kernels.batch import KVView, PagedBatch
+
+from tests.kernels.helpers import Inputs, assert_attention_close, make_batch, poisoned_like, reference_attention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = ["cpu"] if DEVICE.type == "cpu" else ["triton", "fa3"]
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+LAYER = LayerContext(index=0, next_index=None, turn=None, selector=FlexSelector())
+
+
+def maker(kernel: Any) -> PassMaker:
+    return PassMaker(2, kernel, num_multiprocessors(DEVICE), None, False, DEVICE)
+
+
+def run(inputs: Inputs, each: Pass, kv_heads: slice = slice(0, 2)) -> tuple[torch.Tensor, torch.Tensor]:
+    group = inputs.query.shape[1] // 2
+    heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    out = poisoned_like(inputs.query)[:, heads]
+    lse = attend(each, inputs.query[:, heads], inputs.kv.of_heads(kv_heads), LAYER, inputs.scale, out)
+    return out, lse
+
+
+def prefill_pass(inputs: Inputs, prefill: Any, kernel: Any) -> Pass:
+    starts, lens = inputs.query_start_loc.tolist(), inputs.seq_lens.tolist()
+    return maker(kernel).prefill(prefill, inputs.paged, starts, lens, 0, turns=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "prefill",
+    [DensePrefill(), FlexPrefill(gamma=1.0), BlockSparsePrefill(local_blocks=16)],
+    ids=["dense", "flex", "block-sparse"],
+)
+@pytest.mark.parametrize("kv_heads", [slice(0, 2), slice(1, 2)], ids=["all-heads", "one-head"])
+def test_prefill(prefill: Any, kernel: str, kv_heads: slice) -> None:
+    inputs = make_batch([7, 130], [7, 200], page_size=128, head_dim=128, dtype=DTYPE, device=DEVICE)
+    out, lse = run(inputs, prefill_pass(inputs, prefill, kernel), kv_heads)
+    expected_out, expected_lse = reference_attention(inputs)
+    heads = slice(2 * kv_heads.start, 2 * kv_heads.stop)
+    assert_attention_close(out, lse, expected_out[:, heads], expected_lse[heads], DTYPE)
+
+
+def test_decode() -> None:
+    inputs = make_batch([1, 1, 1], [5, 63, 150], dtype=DTYPE, device=DEVICE)
+    each = maker(KERNELS[0]).decode(inputs.paged)
+    assert isinstance(each.work, Decode)
+    assert_attention_close(*run(inputs, each), *reference_attention(inputs), DTYPE)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "fa3"])
+def test_partial_passes_are_the_whole(kernel: str) -> None:
+    """Keys cut in two: the first part sees all of its keys, the second is causal from its own first position."""
+    inputs = make_batch([100], [356], page_size=128, head_dim=128, dtype=DTYPE, device=DEVICE)
+    cut = 256
+    whole = prefill_pass(inputs, DensePrefill(), kernel)
+    first = replace(
+        whole,
+        batch=replace(
+            whole.batch,
+            kv_lens=torch.full_like(inputs.seq_lens, cut),
+            first_pos=torch.full_like(inputs.seq_lens, cut),
+        ),
+        is_causal=False,
+        part=Part(0, 2),
+    )
+    rest = inputs.seq_lens - cut
+    second = maker(kernel).prefill(
+        DensePrefill(),
+        PagedBatch(inputs.query_start_loc, rest, inputs.block_table[:, cut // 128 :], 100, 100),
+        [0, 100],
+        [100],
+        0,
+        turns=False,
+    )
+    second = replace(second, part=Part(1, 2))
+    output = poisoned_like(inputs.query)
+    forward(inputs, (first, second), output)
+    expected, expected_lse = reference_attention(inputs)
+    assert_attention_close(output, expected_lse, expected, expected_lse, DTYPE)
+
+
+def test_passes_over_parts_of_the_heads_fill_the_output() -> None:
+    inputs = make_batch([70, 9], [300, 9], dtype=DTYPE, device=DEVICE)
+    whole = prefill_pass(inputs, DensePrefill(), KERNELS[0])
+    passes = tuple(replace(whole, kv_heads=slice(head, head + 1)) for head in range(2))
+    output = poisoned_like(inputs.query)
+    forward(inputs, passes, output)
+    expected, expected_lse = reference_attention(inputs)
+    assert_attention_close(output, expected_lse, expected, expected_lse, DTYPE)
+
+
+def forward(inputs: Inputs, passes: tuple[Pass, ...], output: torch.Tensor) -> None:
+    """The layer's own loop, without an engine."""
+    impl: Any = object.__new__(FarspanImpl)
+    impl.num_heads, impl.num_kv_heads, impl.scale = inputs.query.shape[1], 2, inputs.scale
+    layer: Any = type("Attention", (), {"layer_name": "layer"})()
+    step = StepMetadata(passes, {"layer": LAYER})
+    FarspanImpl.forward(impl, layer, inputs.query, inputs.key, inputs.value, inputs.kv_cache, step, output)
+
+
+def test_a_view_of_heads_knows_its_place() -> None:
+    view = KVView(torch.zeros(3, 4, 16, 128), first_kv_head=2)
+    part = view.of_heads(slice(3, 5))
+    assert part.first_kv_head == 3
+    assert part.pages.shape == (3, 2, 16, 128)
+    with pytest.raises(AssertionError):
+        view.of_heads(slice(0, 3))
+
+
+def test_kernel_choice_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    assert choose_dense_kernel(parse_config({"kernel": "triton"}), device, 128, torch.bfloat16) == "triton"
+    assert choose_dense_kernel(parse_config(None), device, 128, torch.float32) == "triton"
+    assert "float16 and bfloat16, not float32" in str(fa3_refusal(128, torch.float32))
+    assert "head sizes up to 256, not 512" in str(fa3_refusal(512, torch.bfloat16))
+    with pytest.raises(ConfigError, match="kernel='fa3'; FlashAttention 3 supports float16 and bfloat16"):
+        choose_dense_kernel(parse_config({"kernel": "fa3"}), device, 128, torch.float32)

@@ -1,0 +1,124 @@
+"""On a GPU: no step waits for the device, and none compiles a kernel once the engine is up.
+
+vLLM checks both itself. VLLM_GPU_SYNC_CHECK=error raises where a step synchronises, and --jit-monitor-mode error where
+a kernel is compiled after warm-up; a warm-up is what enforce_eager leaves out. Either is switched on once for a whole
+process, so these engines run in processes of their own, and an engine that raises ends its test.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.test_engine_tokens import generate, make_prompts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+MAX_MODEL_LEN = 20000
+CHUNK_LEN = 4096
+LADDER = (1, 2, 17, 128, 129, 1000, 2049, 4097, 9000, 19000)
+"""Prompt lengths in tokens: one per order of magnitude of tiles and of KV blocks, most of them on no edge."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "flex": {"prefill": {"method": "flex", "gamma": 0.9, "min_budget": 256, "min_seq_len": 0}},
+    "block_sparse": {"prefill": {"method": "block_sparse", "local_blocks": 2}},
+    "string": {"string": {"shift": 64, "window": 16}},
+}
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of this test run in a fresh process."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def make_engine(make_llm: Any, options: dict[str, Any] | None, **kwargs: Any) -> Any:
+    """An engine for `LADDER` in bfloat16, which FlashAttention 3 computes; options None for vLLM's own backend."""
+    return make_llm(
+        "llama",
+        None if options is None else "CUSTOM",
+        dtype="bfloat16",
+        hf_overrides={"max_position_embeddings": MAX_MODEL_LEN},
+        max_model_len=MAX_MODEL_LEN,
+        num_gpu_blocks_override=4 * MAX_MODEL_LEN // 128,
+        max_num_batched_tokens=CHUNK_LEN,
+        max_num_seqs=8,
+        additional_config={} if options is None else {"farspan": options},
+        **kwargs,
+    )
+
+
+def prefill_every_way(llm: Any) -> None:
+    """Send whole prompts and long ones in chunks, each alone; short chunks on a long prefix; and mixed batches.
+
+    llm: an engine with prefix caching.
+    """
+    prompts = make_prompts(LADDER)
+    for prompt in prompts:
+        generate(llm, [prompt], 4)
+    longest = prompts[-1]
+    for tail in make_prompts((1, 5, 60, 300), seed=1):
+        generate(llm, [longest + tail], 4)
+    # Short prompts decode while the chunks of long ones are computed.
+    generate(llm, make_prompts((5, 9000, 40, 700, 4097, 64), seed=2), [60, 4, 50, 30, 8, 40])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.usefixtures("own_process")
+def test_no_step_waits_for_the_device(make_llm: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("VLLM_GPU_SYNC_CHECK", "error")
+    prefill_every_way(make_engine(make_llm, OPTIONS[name]))
+
+
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+
+
+@pytest.mark.parametrize("name", ["vllm", *OPTIONS])
+@pytest.mark.usefixtures("own_process")
+def test_no_kernel_is_compiled_after_warm_up(make_llm: Any, name: str) -> None:
+    """The case `vllm` is the control: the same requests with the backend that vLLM chooses itself."""
+    llm = make_engine(
+        make_llm, OPTIONS.get(name), enforce_eager=False, compilation_config=GRAPHS, jit_monitor_mode="error"
+    )
+    prefill_every_way(llm)
+
+
+@contextmanager
+def synchronising_raises() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_never_waits_for_the_device(make_llm: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """PyTorch's own check, around what vLLM calls once per step and once per layer."""
+    from farspan.engine_ext.impl import FarspanImpl
+    from farspan.engine_ext.metadata import FarspanMetadataBuilder
+
+    llm = make_engine(make_llm, OPTIONS[name])
+    calls: Counter[str] = Counter()
+
+    def watch(owner: type[Any], method: str) -> None:
+        stock = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls[method] += 1
+            with synchronising_raises():
+                return stock(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, watched)
+
+    watch(FarspanMetadataBuilder, "build")
+    watch(FarspanImpl, "do_kv_cache_update")
+    watch(FarspanImpl, "forward")
+    prefill_every_way(llm)
+    assert calls["forward"] >= calls["build"] > 0
+    assert calls["do_kv_cache_update"] > 0
