@@ -232,11 +232,12 @@ class _Prompt:
         rest = ids[~((is_far | is_near) & is_whole)]
         if len(rest) == 0:
             return
-        keys = _key_positions(rest, block_size, num_visible)
-        is_own_block = len(rest) == 1 and num_visible == end and isinstance(keys, slice)
-        if bool(is_near[ids == rest[0]].all()) and is_own_block and self.causal and keys.start <= begin:
-            tile.add(*_causal(query, key[:, keys], value[:, keys], self.scale))
+        first_own = block * block_size
+        if self.causal and rest.tolist() == [block] and num_visible == end and first_own >= near:
+            # The rows' own block, all of it plain: the last row sees all of its keys.
+            tile.add(*_causal(query, key[:, first_own:end], value[:, first_own:end], self.scale))
         else:
+            keys = _key_positions(rest, block_size, num_visible)
             tile.add(*self._masked(query, turned, key[:, keys], value[:, keys], begin, keys))
 
     def _masked(

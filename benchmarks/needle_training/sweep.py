@@ -122,6 +122,7 @@ def ask(
         if grids is not None:
             answers.listed = [grid.cpu() for grid in grids.grids]
     for layer, selector in enumerate(selectors or ()):
+        assert selector.stats is not None
         answers.heads += [{"layer": layer, **row} for row in selector.stats.rows()]
     return answers
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import msgspec
 import pytest
 import torch
-from farspan.engine_ext.config import FlexPrefill
-from farspan.kernels.flex.coverage import COVERAGE_SLACK
+from farspan.engine_ext import launch
+from farspan.engine_ext.selection.repair import COVERAGE_SLACK
 from farspan.metrics import read_selection
 
 from tests.integration.test_engine_tokens import make_prompts
@@ -21,15 +20,9 @@ PREFILL = {"method": "flex", "gamma": GAMMA, "min_budget": 0, "min_seq_len": 0, 
 """Heads are measured and repaired by default."""
 
 
-def only_measure(model: Any) -> None:
-    """From here on nothing is repaired, and no budget is larger than at the start."""
-    for module in model.modules():
-        sparse = getattr(getattr(module, "impl", None), "sparse", None)
-        if sparse is not None:
-            assert isinstance(sparse.prefill, FlexPrefill)
-            # A limit on the budget, however large, goes before gamma.
-            sparse.prefill = msgspec.structs.replace(sparse.prefill, max_budget=2**20)
-            sparse.budgets.strictness.fill_(1.0)
+def none_below_gamma(coverage: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Stands in for `heads_below_gamma`: what is kept is measured, and nothing computed again."""
+    return torch.zeros(coverage.shape[:2], dtype=torch.bool)
 
 
 def prompt_logprobs(llm: Any, prompt: list[int], **extra_args: Any) -> torch.Tensor:
@@ -42,7 +35,7 @@ def prompt_logprobs(llm: Any, prompt: list[int], **extra_args: Any) -> torch.Ten
     return torch.tensor([of_place[token].logprob for of_place, token in zip(found, prompt[1:], strict=True)])
 
 
-def test_a_head_that_keeps_too_little_is_computed_again(make_llm: Any) -> None:
+def test_a_head_that_keeps_too_little_is_computed_again(make_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (prompt,) = make_prompts((PROMPT_LEN,), seed=9)
     llm = make_llm(
         "slash",
@@ -55,7 +48,7 @@ def test_a_head_that_keeps_too_little_is_computed_again(make_llm: Any) -> None:
     dense = prompt_logprobs(llm, prompt, **{"farspan.method": "dense"})
     repaired = prompt_logprobs(llm, prompt)
     rows = read_selection(llm, reset=True)
-    llm.apply_model(only_measure)
+    monkeypatch.setattr(launch, "heads_below_gamma", none_below_gamma)
     sparse = prompt_logprobs(llm, prompt)
     measured = read_selection(llm)
     for row, before in zip(rows, measured, strict=True):
