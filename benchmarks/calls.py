@@ -14,6 +14,8 @@ from farspan.engine_ext.metadata import PassMaker
 from farspan.engine_ext.passes import DenseKernel, LayerContext, Pass
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits
+from farspan.kernels import batch as kernel_batch
+from farspan.kernels.batch import KVView
 from farspan.kernels.decode import make_decode_workspace, paged_decode
 from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.rotary_turn import Turn
@@ -30,6 +32,21 @@ OutCall = Callable[[], torch.Tensor]
 def block_size_of(batch: PagedBatch) -> int:
     """Tokens of a tile: the engine's, or fewer for the small pages of a dry run."""
     return max(64, batch.shape.page_size)
+
+
+def kv_of(batch: PagedBatch) -> KVView:
+    return KVView(batch.kv_cache)
+
+
+def paged_of(batch: PagedBatch) -> kernel_batch.PagedBatch:
+    """The batch as the launchers take it."""
+    return kernel_batch.PagedBatch(
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        max_query_len=max(batch.query_lens_cpu),
+        max_kv_len=max(batch.seq_lens_cpu),
+    )
 
 
 def tiles_of(batch: PagedBatch) -> PrefillTiles:
@@ -50,7 +67,7 @@ def decode(batch: PagedBatch, turn: Turn | None = None) -> Call:
     workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
     out, lse = empty_results(batch)
     return lambda: paged_decode(
-        batch.query, batch.kv, batch.paged, shape.scale,
+        batch.query, kv_of(batch), paged_of(batch), shape.scale,
         num_splits=splits.num_splits, min_split_keys=splits.min_split_keys, turn=turn, out=out, lse=lse,
         workspace=workspace,
     )  # fmt: skip
@@ -60,7 +77,7 @@ def prefill(batch: PagedBatch, turn: Turn | None = None) -> Call:
     """Dense causal prefill by our Triton kernel. turn: of shifted positions."""
     tiles, (out, lse) = tiles_of(batch), empty_results(batch)
     return lambda: paged_prefill(
-        batch.query, batch.kv, batch.paged, tiles, batch.shape.scale, turn=turn, out=out, lse=lse
+        batch.query, kv_of(batch), paged_of(batch), tiles, batch.shape.scale, turn=turn, out=out, lse=lse
     )  # fmt: skip
 
 
@@ -68,7 +85,7 @@ def pass_of(batch: PagedBatch, how: Prefill, dense_kernel: DenseKernel) -> Pass:
     """The batch as the engine's metadata has it."""
     device = batch.query.device
     maker = PassMaker(batch.shape.num_kv_heads, dense_kernel, num_multiprocessors(device), None, False, device)
-    return maker.prefill(how, batch.paged, batch.query_start_loc.tolist(), batch.seq_lens_cpu, 0, turns=False)
+    return maker.prefill(how, paged_of(batch), batch.query_start_loc.tolist(), batch.seq_lens_cpu, 0, turns=False)
 
 
 def through_the_engine(batch: PagedBatch, how: Prefill, dense_kernel: DenseKernel) -> OutCall:
@@ -77,7 +94,7 @@ def through_the_engine(batch: PagedBatch, how: Prefill, dense_kernel: DenseKerne
     layer = LayerContext(index=0, next_index=None, turn=None, selector=FlexSelector())
 
     def run() -> torch.Tensor:
-        launch.attend(each, batch.query, batch.kv, layer, batch.shape.scale, out)
+        launch.attend(each, batch.query, kv_of(batch), layer, batch.shape.scale, out)
         return out
 
     return run

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels import batch
-from farspan.kernels.batch import KVView
 
 from benchmarks.calibrated import calibrated_qkv
 
@@ -59,21 +57,6 @@ class PagedBatch:
     """[num_reqs + 1] int32."""
     query_lens_cpu: list[int]
     seq_lens_cpu: list[int]
-
-    @property
-    def kv(self) -> KVView:
-        return KVView(self.kv_cache)
-
-    @property
-    def paged(self) -> batch.PagedBatch:
-        """The batch as the launchers take it."""
-        return batch.PagedBatch(
-            self.query_start_loc,
-            self.seq_lens,
-            self.block_table,
-            max_query_len=max(self.query_lens_cpu),
-            max_kv_len=max(self.seq_lens_cpu),
-        )
 
     @property
     def kv_bytes(self) -> int:

@@ -17,6 +17,7 @@ from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
 
 from benchmarks import peers
+from benchmarks.calls import kv_of, paged_of
 from benchmarks.gate import relative_error
 from benchmarks.inputs import TINY, PagedBatch, PrefillCase, contiguous_kv, make_calibrated_batch
 from benchmarks.record import BenchmarkError, Recorder
@@ -45,12 +46,12 @@ class FlexCall:
         starts = batch.query_start_loc.tolist()
         self.tiles: PrefillTiles = make_prefill_tiles(starts, batch.seq_lens_cpu, block_size, device)
         maker = PassMaker(batch.shape.num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
-        self.samples = maker.sample(batch.paged, starts, batch.seq_lens_cpu, COVERAGE_ROWS)
+        self.samples = maker.sample(paged_of(batch), starts, batch.seq_lens_cpu, COVERAGE_ROWS)
         heads_per_list = batch.shape.num_q_heads // batch.shape.num_kv_heads if shared else 1
         self.budget = flex_budget(FlexPrefill(gamma=gamma), block_size, heads_per_list)
         self.out = torch.empty_like(batch.query)
         self.lse = torch.empty(batch.shape.num_q_heads, len(batch.query), dtype=torch.float32, device=device)
-        self.inputs = (batch.query, batch.kv, batch.paged)
+        self.inputs = (batch.query, kv_of(batch), paged_of(batch))
         self.selection = self.select()
 
     def select(self) -> FlexSelection:

@@ -11,6 +11,7 @@ from farspan.kernels.flex import select as flex_select
 from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.tiles import make_prefill_tiles
 
+from benchmarks.calls import kv_of, paged_of
 from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_calibrated_batch
 from benchmarks.record import Recorder
 from benchmarks.timing import time_interleaved
@@ -33,7 +34,7 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
     """Build the calls of the whole selection and of its two stages."""
     device, shape = batch.query.device, batch.shape
     tiles = make_prefill_tiles(batch.query_start_loc.tolist(), batch.seq_lens_cpu, block_size, device)
-    tensors = (batch.query, batch.kv, batch.paged)
+    tensors = (batch.query, kv_of(batch), paged_of(batch))
     group = shape.num_q_heads // shape.num_kv_heads
 
     def estimate() -> flex_estimate.FlexEstimate:

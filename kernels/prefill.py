@@ -179,6 +179,7 @@ def prefill_attention(
         max_blocks,
         group_size,
         heads_per_list,
+        group_size // config.heads_per_tile,
         query.stride(0),
         query.stride(1),
         out.stride(0),

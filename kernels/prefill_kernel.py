@@ -220,6 +220,7 @@ def prefill_kernel(
     max_blocks,
     group_size,
     heads_per_list,
+    units_per_group,
     stride_query_token,
     stride_query_head,
     stride_out_token,
@@ -257,7 +258,6 @@ def prefill_kernel(
     """
     # Longest tiles first, and heads that share keys and values side by side.
     program = tl.program_id(0)
-    units_per_group = group_size // HEADS_PER_TILE
     unit = program % units_per_group
     program = program // units_per_group
     piece = num_pieces - 1 - program % num_pieces

@@ -166,9 +166,11 @@ def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, devic
     workspace = make_decode_workspace(3 * 4 * num_splits, 128, device)
     out, lse = poisoned_like(batch.query), torch.full((4, 3), float("nan"), device=device)
 
+    paged = batch.paged
+
     def run() -> None:
         paged_decode(
-            batch.query, batch.kv, batch.paged, batch.scale,
+            batch.query, batch.kv, paged, batch.scale,
             num_splits=num_splits, min_split_keys=DECODE_MIN_SPLIT_KEYS, turn=turn, out=out, lse=lse,
             workspace=workspace,
         )  # fmt: skip
