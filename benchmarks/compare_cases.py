@@ -85,7 +85,7 @@ def engine_cases(dry_run: bool) -> list[EngineCase]:
 
     flex: dict[str, Any] = {"method": "flex", "gamma": 0.95}
     if dry_run:
-        flex |= {"min_seq_len": 0, "min_budget": 0}
+        flex |= {"min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}
     return [
         EngineCase({"method": "dense"}, {"dense": requests()}),
         EngineCase(flex, {"flex-g0.95": requests(), "flex-g0.9": requests({"farspan.gamma": 0.9})}),

@@ -135,19 +135,19 @@ def runner_class(is_v2: bool) -> type[Any]:
 # A builder is made inside `initialize_kv_cache`, too late to follow that call. Drop with `follow_runner`.
 def follow_workers() -> None:
     """Follow the model runner of every worker whose engine chose CUSTOM, from before the runner is made."""
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    wrap_once(WorkerWrapperBase, "init_worker", following_workers)
+    # Plugins may be loaded inside the wrapper's `init_worker`: the worker's own constructor is the first call after it.
+    wrap_once(WorkerBase, "__init__", following_workers)
 
 
 def following_workers(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def init_worker(self: Any, all_kwargs: list[dict[str, Any]]) -> None:
-        vllm_config = all_kwargs[self.rpc_rank]["vllm_config"]
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if chooses_farspan(vllm_config):
             follow_runner(runner_class(bool(vllm_config.use_v2_model_runner)))
-        stock(self, all_kwargs)
+        stock(self, vllm_config, *args, **kwargs)
 
-    return init_worker
+    return __init__
 
 
 def metadata_builders(runner: Any) -> list[Any]:

@@ -23,7 +23,7 @@ LADDER = (1, 2, 17, 128, 129, 1000, 2049, 4097, 9000, 19000)
 """Prompt lengths in tokens: one per order of magnitude of tiles and of KV blocks, most of them on no edge."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "flex": {"prefill": {"method": "flex", "gamma": 0.9, "min_budget": 256, "min_seq_len": 0}},
+    "flex": {"prefill": {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}},
     "block_sparse": {"prefill": {"method": "block_sparse", "local_blocks": 2}},
     "string": {"string": {"shift": 64, "window": 16}},
 }

@@ -33,7 +33,7 @@ def mask_file(tmp_path: Path) -> Path:
 
 def prefill_options(method: str, mask_file: Path) -> dict[str, Any]:
     if method == "flex":
-        return {"method": "flex", "gamma": 0.8, "min_budget": 0, "min_seq_len": 0}
+        return {"method": "flex", "gamma": 0.8, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
     return {"method": "block_sparse", "pattern": "file", "block_size": 64, "mask_file": str(mask_file)}
 
 
