@@ -1,6 +1,7 @@
 """The bundled model: stock transformers loads it, agrees with the training network, and it retrieves."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_it_answers_at_2k_in_bf16(tokenizer):
 
 
 def test_it_finds_a_needle_in_text_it_has_never_seen(model, tokenizer):
-    text = (model_dir().parent / "batches.py").read_text()[:6000]
+    text = (Path(__file__).parents[3] / "benchmarks" / "needle_training" / "batches.py").read_text()[:6000]
     prompt = f"{text[:2500]} note: amber falcon 4103. {text[2500:]} question: amber falcon answer: amber falcon"
     assert generate(model, tokenizer, prompt, 2) == "4103 </s>"
 
