@@ -195,6 +195,45 @@ DECODE_STAGES = 3
 # 2026-11.
 ESTIMATE_PROGRAMS = 528
 
+@dataclass(frozen=True)
+class TileRowsConfig:
+    """How the selection by sampled rows cuts its work into programs."""
+
+    block_m: int
+    """Sampled rows of a program, of all query heads of a KV head."""
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+    """Load keys through the tensor copy engine."""
+
+
+@lru_cache
+def tile_rows_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, block_size: int, keys_in_a_row: int
+) -> TileRowsConfig:
+    """Choose the programs of the selection by sampled rows.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: keys of a step. keys_in_a_row: keys that the copy
+    engine finds in one row of memory after another; 0 where it cannot read the cache.
+    """
+    # Compiled only, but for a prototype with pointers: 64 rows and 3 stages took less time than 128 rows (H100 80GB,
+    # heads of 128, 2026-11).
+    key_bytes = block_size * max(next_power_of_2(head_dim), 16) * (4 if dtype == torch.float32 else 2)
+    room = SHARED_MEMORY_KIB.get(capability, SMALLEST_SHARED_MEMORY_KIB) * 1024
+    # Two programs share a multiprocessor.
+    num_stages = max(1, min(room // 2 // key_bytes - 1, 3))
+    use_tma = capability[0] == 9 and dtype != torch.float32 and head_dim >= 64 and keys_in_a_row % block_size == 0
+    return TileRowsConfig(block_m=64, num_warps=4, num_stages=num_stages, use_tma=use_tma and keys_in_a_row > 0)
+
+
+# Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
+TILE_ROWS_PROGRAMS = 264
+TILE_ROWS_MIN_SPLIT_BLOCKS = 8
+
+# Most bytes of a chunk's log-sums; KV heads beyond are done one after the other. A chunk of 16K tokens at 128K, 32
+# query heads, takes 134 MB at 32 rows per 512 tokens.
+TILE_ROWS_MAX_BYTES = 256 * 2**20
+
 # Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 SMALLEST_SHARED_MEMORY_KIB = 99
