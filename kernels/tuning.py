@@ -195,6 +195,7 @@ DECODE_STAGES = 3
 # 2026-11.
 ESTIMATE_PROGRAMS = 528
 
+
 @dataclass(frozen=True)
 class TileRowsConfig:
     """How the selection by sampled rows cuts its work into programs."""
@@ -226,6 +227,12 @@ def tile_rows_config(
     return TileRowsConfig(block_m=64, num_warps=4, num_stages=num_stages, use_tma=use_tma and keys_in_a_row > 0)
 
 
+# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
+# share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
+TILE_ROWS_SPAN_LEN = 512
+TILE_ROWS = 32
+TILE_ROWS_LOST_SHARE = 0.4
+
 # Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
 TILE_ROWS_PROGRAMS = 264
 TILE_ROWS_MIN_SPLIT_BLOCKS = 8
@@ -245,9 +252,11 @@ SAMPLE_SPREAD = 512
 SAMPLE_EARLINESS = 0.25
 SAMPLE_FIRST_PLACE = 0.37
 
-# Chunks over a shorter prefix, or with fewer query tokens, prefill densely under flex, unless min_seq_len and
-# min_chunk_len say otherwise. At 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3
-# 0.75; below, selection alone outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22;
-# benchmarks/data/prefill_flex.csv
-FLEX_MIN_SEQ_LEN = 8192
-FLEX_MIN_CHUNK_LEN = 1024
+# Where flex pays, see `crossover.sparse_pays`. Dense attention as FlashAttention 3 computes it; the speed of our sparse
+# attention beside it, and selection's share of its time; what a layer's launches take more than one dense launch, on
+# the host; densities of real heads at gamma 0.95, by the shortest prefix.
+DENSE_TFLOPS = 600
+FLEX_SPEED = 0.75
+FLEX_SELECTION_SHARE = 0.14
+FLEX_FIXED_MS = 0.15
+FLEX_EXPECTED_DENSITY = ((65536, 0.35), (32768, 0.4), (16384, 0.45), (8192, 0.55), (0, 0.75))

@@ -1,11 +1,12 @@
 """Flex prefill of the needle model over many options: `python -m benchmarks.needle_training.sweep --out DIR`.
 
+The selection is the paper's, "flexprefill", which has more options than the default.
+
 Every combination of the lists given (gamma, tau, min budget, chunk, length) answers the same questions, and so does
 dense prefill. Three tables are written into DIR, row by row as they come:
 
 - `accuracy.csv`, in the columns of `farspan eval`: exact match per task. A method is called after its options, as
-  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk. With a final `-loop` heads are repaired and their
-  budgets raised.
+  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk.
 - `heads.csv`: density, pattern and coverage per layer and head, over the questions of a length.
 - `sweep.csv`: one row a combination: what the others sum up to, and how far the answers and the lists moved.
 
@@ -36,11 +37,11 @@ from farspan.needle.paged import PagedNeedle
 
 TASKS = "niah_single,niah_multikey_2,niah_multiquery,variable_tracking"
 HEAD_COLUMNS = (
-    "method", "length", "seed", "layer", "head", "density", "query_aware", "divergence", "coverage", "repaired",
-    "chunks", "measured_rows",
+    "method", "length", "seed", "layer", "head", "density", "density_min", "query_aware", "divergence", "coverage",
+    "coverage_min", "chunks", "measured_rows",
 )  # fmt: skip
 SWEEP_COLUMNS = (
-    "method", "gamma", "tau", "min_budget", "chunk", "loop", "length", "seed", "count", "accuracy", "dense_accuracy",
+    "method", "gamma", "tau", "min_budget", "chunk", "length", "seed", "count", "accuracy", "dense_accuracy",
     "density", "query_aware", "coverage", "coverage_worst_head", "logprob_change", "overlap",
 )  # fmt: skip
 
@@ -59,8 +60,7 @@ class Variant:
         p = self.prefill
         if not isinstance(p, FlexPrefill):
             return "dense"
-        loop = "-loop" if p.coverage_rows else ""
-        return f"flex-g{p.gamma:g}-t{p.tau:g}-m{p.min_budget}-c{self.chunk}{loop}"
+        return f"flex-g{p.gamma:g}-t{p.tau:g}-m{p.min_budget}-c{self.chunk}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,6 @@ def sweep_row(
         "tau": prefill.tau,
         "min_budget": prefill.min_budget,
         "chunk": variant.chunk,
-        "loop": int(prefill.coverage_rows > 0),
         "length": length,
         "seed": seed,
         "count": len(answers.right),
@@ -197,7 +196,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     """
     if args.paper:
         return paper_variants()
-    return _product(args.gammas, args.taus, args.min_budgets, args.chunks, args.loop_rows)
+    return _product(args.gammas, args.taus, args.min_budgets, args.chunks)
 
 
 def paper_variants() -> list[Variant]:
@@ -207,16 +206,13 @@ def paper_variants() -> list[Variant]:
     variants += _product([0.9, 0.8, 0.97], [0.1], [1024], chunks)
     variants += _product([0.95, 0.9], [0.1], [0, 512, 2048], [0])
     variants += _product([0.95], [0.0, 0.2, 0.3], [1024], [0])
-    variants += _product([0.95], [0.1], [0, 1024], [2048], loop_rows=8)
     return variants
 
 
-def _product(
-    gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int], loop_rows: int = 0
-) -> list[Variant]:
+def _product(gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int]) -> list[Variant]:
     chunks = sorted(chunks, key=lambda chunk: (chunk != 0, -chunk))
     return [
-        Variant(FlexPrefill(gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0, coverage_rows=loop_rows), chunk)
+        Variant(FlexPrefill(selection="flexprefill", gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0), chunk)
         for gamma, tau, budget, chunk in itertools.product(gammas, taus, min_budgets, chunks)
     ]
 
@@ -280,12 +276,6 @@ def main() -> None:
     add("--chunks", type=_numbers(int), default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
     add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
-    add(
-        "--loop-rows",
-        type=int,
-        default=0,
-        help="the option coverage_rows: above 0 repairs heads and raises their budgets",
-    )
     add("--count", type=int, default=2, help="questions per task and length")
     add("--seed", type=int, default=30000, help="of the first question")
     add("--workers", type=int, default=1, help="processes that write the questions")

@@ -1,12 +1,10 @@
 """Choose blocks by the exact attention of a few sampled rows of every span of query tiles, on the device.
 
 Two launches: the first streams the keys past the sampled rows once and leaves the log-sum of every row and block, the
-second turns them into block masses, finds the fewest blocks that keep the share of mass asked for, and writes the lists.
+second turns them into block masses, finds the fewest blocks that keep the mass asked for, and writes the lists.
 Masses are whole numbers, whose sums do not depend on their order: the same span has the same list in every chunk and
 batch. `tile_rows_reference` says in PyTorch what is computed.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -432,7 +430,11 @@ def tile_row_lists(
     if config is None:
         rows_of_memory = kv.page_size if has_row_view(key_pages) else 0
         config = tile_rows_config(
-            head_dim, query.dtype, device_capability(query.device), block_size=tiles.block_size, keys_in_a_row=rows_of_memory
+            head_dim,
+            query.dtype,
+            device_capability(query.device),
+            block_size=tiles.block_size,
+            keys_in_a_row=rows_of_memory,
         )
     ids = query.new_empty((num_heads // budget.heads_per_list, tiles.num_tiles, num_blocks), dtype=torch.int32)
     counts = query.new_empty(ids.shape[:2], dtype=torch.int32)

@@ -79,7 +79,7 @@ def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget
 
     mass: [num_q_heads, num_spans, num_blocks] int32. Of blocks of equal mass the nearest are taken.
     """
-    num_heads, num_spans, num_blocks = mass.shape
+    num_blocks = mass.shape[2]
     tiles_per_span, group = spans.rule.span_len // tiles.block_size, budget.heads_per_list
     block = torch.arange(num_blocks)
     first_own = (spans.span_index * tiles_per_span)[:, None].long()

@@ -47,7 +47,7 @@ class TileSelection:
 
     block_lists: BlockLists
     kept: torch.Tensor
-    """[num_q_heads, num_spans] float32: share of the sampled rows' attention mass that falls on listed blocks; undefined
+    """[num_q_heads, num_spans] float32: share of the sampled rows' attention mass that is on listed blocks; undefined
     for the spans that are padding."""
 
 

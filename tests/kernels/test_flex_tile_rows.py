@@ -294,7 +294,9 @@ def test_a_chunk_may_begin_before_the_end_of_its_keys() -> None:
     spans = spans_of(batch, tiles, case.rule)
     paged = PagedBatch(**{**vars(batch.paged), "first_pos": torch.tensor([400], dtype=torch.int32)})
     lists = [
-        lists_of(tile_rows_reference.tile_row_lists(batch.query, batch.kv, each, tiles, spans, batch.scale, case.budget))
+        lists_of(
+            tile_rows_reference.tile_row_lists(batch.query, batch.kv, each, tiles, spans, batch.scale, case.budget)
+        )
         for each in (batch.paged, paged)
     ]
     assert lists[0] == lists[1]
