@@ -15,8 +15,8 @@ MAX_TOKENS = 2**24
 MAX_BLOCKS = MAX_TOKENS // 128
 MAX_COVERAGE_ROWS = 64
 """Each row costs a decode step over its whole prefix."""
-MIN_TILE_ROWS_BUDGET = 1024
-"""Tokens of the blocks that `tile_rows` lists for every tile, rounded up."""
+MIN_TILE_ROWS_BUDGET = 512
+"""Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""
 
 CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
 FractionOfTrainedLen = Annotated[

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from farspan.kernels.tuning import (
     DENSE_TFLOPS,
     FLEX_EXPECTED_DENSITY,
-    FLEX_FIXED_MS,
+    FLEX_HOST_MS,
+    FLEX_SELECTION_MS,
     FLEX_SELECTION_SHARE,
     FLEX_SPEED,
     TILE_ROWS_SPAN_LEN,
@@ -21,7 +22,7 @@ class AttentionSize:
 
 
 def sparse_pays(size: AttentionSize, query_len: int, kv_len: int) -> bool:
-    """Whether a chunk of flex takes less time than dense attention on it.
+    """Whether a chunk of flex takes less time than dense attention on it, in every layer.
 
     query_len: tokens of the chunk, the last of `kv_len` keys. Times are those of a model fitted to one device; the
     answer is the same on every device, as results depend on it.
@@ -29,15 +30,17 @@ def sparse_pays(size: AttentionSize, query_len: int, kv_len: int) -> bool:
     first = kv_len - query_len
     whole_first = -(-first // TILE_ROWS_SPAN_LEN) * TILE_ROWS_SPAN_LEN
     whole_end = kv_len // TILE_ROWS_SPAN_LEN * TILE_ROWS_SPAN_LEN
-    # Pairs of a query and a key: of all queries, and of those in spans that the chunk holds whole.
-    pairs = _pairs(first, kv_len)
-    whole_pairs = _pairs(whole_first, whole_end) if whole_first < whole_end else 0
-    if whole_pairs == 0:
+    if whole_first >= whole_end:
         return False
-    ms_per_pair = 4 * size.num_q_heads * size.head_dim / (DENSE_TFLOPS * 1e9)
+    # Pairs of a query and a key: of all queries, and of those in spans that the chunk holds whole.
+    pairs, whole_pairs = _pairs(first, kv_len), _pairs(whole_first, whole_end)
+    width = 64 if size.head_dim <= 64 else 128
+    ms_per_pair = 4 * size.num_q_heads * size.head_dim / (DENSE_TFLOPS[width] * 1e9)
     attended = pairs - whole_pairs + whole_pairs * expected_density(kv_len)
-    sparse_ms = (attended / FLEX_SPEED + whole_pairs * FLEX_SELECTION_SHARE) * ms_per_pair + FLEX_FIXED_MS
-    return sparse_ms < pairs * ms_per_pair
+    selection_ms = FLEX_SELECTION_MS + whole_pairs * ms_per_pair * FLEX_SELECTION_SHARE
+    sparse_ms = selection_ms + attended * ms_per_pair / FLEX_SPEED[width]
+    # The device is idle while it waits for the host, so what it saves below the host's time is not saved.
+    return max(sparse_ms, FLEX_HOST_MS) < pairs * ms_per_pair
 
 
 def _pairs(first: int, end: int) -> int:

@@ -204,8 +204,8 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
     sections = [
         Section(
             "Density per layer and head",
-            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows where all "
-            "heads agree sit at the min budget.",
+            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows "
+            "where all heads agree sit at the min budget.",
             (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
         ),
         Section(

@@ -422,11 +422,11 @@ def tile_row_lists(
     num_heads, head_dim = query.shape[1:]
     group = num_heads // kv.num_kv_heads
     rule, num_spans, num_blocks = spans.rule, spans.num_spans, tiles.max_kv_blocks
-    assert query.stride(-1) == kv.pages.stride(-1) == batch.block_table.stride(-1) == 1
+    assert query.stride(2) == kv.pages.stride(3) == batch.block_table.stride(1) == 1
     assert scale > 0
     assert num_heads % kv.num_kv_heads == 0
     assert group % budget.heads_per_list == 0
-    key_pages, _ = kv.split()
+    key_pages = kv.keys()
     if config is None:
         rows_of_memory = kv.page_size if has_row_view(key_pages) else 0
         config = tile_rows_config(
@@ -445,16 +445,15 @@ def tile_row_lists(
     heads_at_once = max(min(TILE_ROWS_MAX_BYTES // max(bytes_per_kv_head, 1), kv.num_kv_heads), 1)
     log_sums = query.new_empty(heads_at_once * bytes_per_kv_head // 4, dtype=torch.float32)
     mass = query.new_empty(heads_at_once * group * num_spans * num_blocks, dtype=torch.int32)
-    for first in range(0, kv.num_kv_heads, heads_at_once):
-        num_kv_heads = min(heads_at_once, kv.num_kv_heads - first)
-        heads = slice(first * group, (first + num_kv_heads) * group)
-        lists = slice(heads.start // budget.heads_per_list, heads.stop // budget.heads_per_list)
+
+    def choose(
+        query: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, kept: torch.Tensor
+    ) -> None:
         if num_spans > 0:
             stream_log_sums(
-                query[:, heads], key_pages[:, first : first + num_kv_heads], batch, spans, num_blocks, tiles.block_size,
-                scale, turn, log_sums, config,
+                query, keys, batch, spans, num_blocks, tiles.block_size, scale, turn, log_sums, config
             )  # fmt: skip
-        _choice_kernel[(num_spans + spans.num_cut_tiles, lists.stop - lists.start)](
+        _choice_kernel[(num_spans + spans.num_cut_tiles, ids.shape[0])](
             log_sums,
             mass,
             spans.span_request,
@@ -462,9 +461,9 @@ def tile_row_lists(
             spans.span_tile,
             spans.cut_tile,
             tiles.tile_block,
-            ids[lists],
-            counts[lists],
-            kept[heads],
+            ids,
+            counts,
+            kept,
             budget.gamma,
             num_spans,
             tiles.num_tiles,
@@ -479,6 +478,15 @@ def tile_row_lists(
             AT_ONCE=BLOCKS_AT_ONCE,
             num_warps=CHOICE_WARPS,
         )
+
+    if heads_at_once == kv.num_kv_heads:
+        choose(query, key_pages, ids, counts, kept)
+        return selection
+    for first in range(0, kv.num_kv_heads, heads_at_once):
+        end = min(first + heads_at_once, kv.num_kv_heads)
+        heads = slice(first * group, end * group)
+        lists = slice(heads.start // budget.heads_per_list, heads.stop // budget.heads_per_list)
+        choose(query[:, heads], key_pages[:, first:end], ids[lists], counts[lists], kept[heads])
     return selection
 
 

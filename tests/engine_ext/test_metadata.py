@@ -141,10 +141,10 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
     assert sparse.work.tiles.tile_request.tolist() == [0, 0, 0, 0]
-    # No span of 512 queries is whole: both tiles read everything.
+    # Positions 1024 to 1279 are a whole span; the tiles around it read everything.
     assert sparse.work.spans is not None
-    assert sparse.work.spans.num_spans == 0
-    assert sparse.work.spans.cut_tile.tolist() == [0, 1, 2, 3]
+    assert sparse.work.spans.span_tile.tolist() == [1, 0, 0, 0]
+    assert sparse.work.spans.cut_tile.tolist() == [0, 3]
     samples = sparse.work.samples
     assert samples is not None
     assert samples.batch.kv_lens.tolist() == [1000 + row + 1 for row in samples.rows.tolist()]
@@ -202,10 +202,11 @@ def test_the_selection_decides_whether_there_are_spans(monkeypatch: pytest.Monke
     assert isinstance(each.work, Sparse)
     assert each.work.samples is None
     assert each.work.spans is not None
-    # Positions 512 to 1023 are the one span that lies in the chunk whole; then comes padding.
-    assert each.work.spans.span_request.tolist() == [0, -1, -1, -1]
-    assert (int(each.work.spans.span_index[0]), int(each.work.spans.span_row[0])) == (1, 412)
-    assert each.work.spans.cut_tile.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    # Positions 256 to 1279 lie in the chunk in whole spans.
+    assert each.work.spans.span_request.tolist() == [0, 0, 0, 0]
+    assert each.work.spans.span_index.tolist() == [1, 2, 3, 4]
+    assert each.work.spans.span_row.tolist() == [156, 412, 668, 924]
+    assert each.work.spans.cut_tile.tolist() == [0, 1, 10, 11]
     always |= {"selection": "flexprefill"}
     (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
     assert isinstance(each.work, Sparse)
