@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class Workbench:
         self.num_sms = num_multiprocessors(self.device)
         self.block_size = 64 if dry_run else 128
 
-    def chunk(self, shape: Shape, query_len: int, seq_len: int):  # type: ignore[no-untyped-def]
+    def chunk(self, shape: Shape, query_len: int, seq_len: int) -> Any:
         """A batch of one request, from `benchmarks.inputs`."""
         from benchmarks.inputs import AttentionShape, make_paged_batch
 
@@ -53,7 +54,7 @@ class Workbench:
         page = 16 if self.dry_run else 128
         return make_paged_batch([query_len], [seq_len], AttentionShape(**vars(shape), page_size=page, dtype=dtype))
 
-    def selection(self, batch, rule, config=None):  # type: ignore[no-untyped-def]
+    def selection(self, batch: Any, rule: Any, config: Any = None) -> Any:
         """The stages of selection on a batch: masses alone, and all of it."""
         from farspan.kernels.flex import tile_rows
         from farspan.kernels.flex.spans import make_spans
@@ -79,7 +80,7 @@ class Workbench:
             )  # fmt: skip
             return log_sums
 
-        def select():  # type: ignore[no-untyped-def]
+        def select() -> Any:
             return tile_rows.tile_row_lists(
                 batch.query, kv, paged, tiles, spans, batch.shape.scale, budget, config=config
             )
@@ -87,7 +88,7 @@ class Workbench:
         return masses, select, spans, tiles, budget
 
 
-def configs(head_dim: int, dry_run: bool) -> "Iterator[object]":
+def configs(head_dim: int, dry_run: bool) -> Iterator[Any]:
     from farspan.kernels.tuning import TileRowsConfig
 
     if dry_run:
@@ -221,19 +222,22 @@ def sweep(bench: Workbench, shapes: dict[str, Shape]) -> None:
 def host(bench: Workbench, shapes: dict[str, Shape]) -> None:
     """Milliseconds of the host for one layer and chunk, the device's work not waited for."""
     from farspan.engine_ext.config import DensePrefill, FlexPrefill
+    from farspan.kernels.flex.spans import SpanRule
 
     from benchmarks import calls, peers
     from benchmarks.timing import synchronize
 
     for name, shape in shapes.items():
         batch = bench.chunk(shape, 600 if bench.dry_run else 1024, 1500 if bench.dry_run else 2048)
-        kernels = ["triton"] + (["fa3"] if peers.has_module("vllm.vllm_flash_attn") else [])
+        kernels: list[Any] = ["triton"] + (["fa3"] if peers.has_module("vllm.vllm_flash_attn") else [])
         if bench.dry_run:
             kernels = ["cpu"]
         works = {f"dense {kernel}": calls.through_the_engine(batch, DensePrefill(), kernel) for kernel in kernels}
         for selection in ("tile_rows", "flexprefill"):
             how = FlexPrefill(selection=selection, min_seq_len=0, min_chunk_len=0)
             works[selection] = calls.through_the_engine(batch, how, kernels[0])
+        block_size = bench.block_size
+        _, works["selection by tile rows alone"], *_ = bench.selection(batch, SpanRule(2 * block_size, 16))
         for work_name, work in works.items():
             work()
             synchronize()
@@ -275,7 +279,7 @@ def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
         for density in (0.2, 0.4, 0.7):
             lists = random_lists(tiles, shape.num_q_heads, density)
 
-            def attend(lists: BlockLists = lists, batch=batch, tiles=tiles, out=out, lse=lse) -> None:  # type: ignore[no-untyped-def]
+            def attend(lists: BlockLists = lists, batch=batch, tiles=tiles, out=out, lse=lse) -> None:
                 paged_prefill(
                     batch.query,
                     kv_of(batch),
@@ -297,7 +301,7 @@ def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
         del batch, works
 
 
-def random_lists(tiles, num_heads: int, density: float):  # type: ignore[no-untyped-def]
+def random_lists(tiles: Any, num_heads: int, density: float) -> Any:
     """The first and the diagonal block, and others at random: one list for every query head."""
     from farspan.kernels.tiles import BlockLists
 

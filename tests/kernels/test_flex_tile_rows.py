@@ -82,7 +82,7 @@ def batch_of(case: Case, device: torch.device) -> Inputs:
         num_kv_heads=2,
         head_dim=case.head_dim,
         page_size=case.page_size,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        dtype=dtype_on(device),
         device=device,
         layout=case.layout,
         sharpness=3.0,
@@ -213,8 +213,14 @@ def test_a_choice_takes_the_fewest_and_of_equals_the_nearest() -> None:
     assert chosen([40, 10, 10, 20, 10, 10], 0.85) == [[0, 2, 3, 4], [0, 2, 3, 4, 5]]
 
 
-def one_request(seq_len: int) -> Inputs:
-    return make_batch([seq_len], [seq_len], num_heads=4, num_kv_heads=2, head_dim=32, sharpness=3.0)
+def dtype_on(device: torch.device) -> torch.dtype:
+    # A GPU multiplies float32 slowly, and float16 operands into exact float32 products.
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def requests_on(device: torch.device, query_lens: list[int], seq_lens: list[int]) -> Inputs:
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    return make_batch(query_lens, seq_lens, **shape, sharpness=3.0, device=device, dtype=dtype_on(device))  # type: ignore[arg-type]
 
 
 def chunk_of(prompt: Inputs, first: int, end: int) -> Inputs:
@@ -222,8 +228,8 @@ def chunk_of(prompt: Inputs, first: int, end: int) -> Inputs:
     return replace(
         prompt,
         query=prompt.query[first:end],
-        seq_lens=torch.tensor([end], dtype=torch.int32),
-        query_start_loc=torch.tensor([0, end - first], dtype=torch.int32),
+        seq_lens=torch.tensor([end], dtype=torch.int32, device=prompt.query.device),
+        query_start_loc=torch.tensor([0, end - first], dtype=torch.int32, device=prompt.query.device),
     )
 
 
@@ -238,10 +244,10 @@ CUTS = {
 
 @pytest.mark.parametrize("select", [select_on_cpu, select_on_device], ids=["pytorch", "triton"])
 @pytest.mark.parametrize("name", CUTS)
-def test_the_same_blocks_however_a_prompt_is_cut(name: str, select) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_blocks_however_a_prompt_is_cut(name: str, select, device) -> None:  # type: ignore[no-untyped-def]
     """Tiles of spans that a chunk holds in part read everything; all others what they read in one chunk."""
     case = Case((1400,), (1400,), gamma=0.8)
-    prompt = one_request(1400)
+    prompt = requests_on(device, [1400], [1400])
     whole = lists_of(select(prompt, case))
     num_chosen = 0
     for first, end in pairwise(CUTS[name]):
@@ -258,9 +264,9 @@ def test_the_same_blocks_however_a_prompt_is_cut(name: str, select) -> None:  # 
 
 
 @pytest.mark.parametrize("select", [select_on_cpu, select_on_device], ids=["pytorch", "triton"])
-def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-untyped-def]
+def test_two_requests_choose_as_each_alone(select, device) -> None:  # type: ignore[no-untyped-def]
     case = Case((500, 700), (1100, 700), gamma=0.8)
-    both = make_batch(case.query_lens, case.seq_lens, num_heads=4, num_kv_heads=2, head_dim=32, sharpness=3.0)
+    both = requests_on(device, list(case.query_lens), list(case.seq_lens))
     together = lists_of(select(both, case))
     first_tile = 0
     for request, (query_len, seq_len) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
@@ -268,8 +274,8 @@ def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-u
         alone = replace(
             both,
             query=both.query[start : start + query_len],
-            seq_lens=torch.tensor([seq_len], dtype=torch.int32),
-            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32),
+            seq_lens=torch.tensor([seq_len], dtype=torch.int32, device=device),
+            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32, device=device),
             block_table=both.block_table[request : request + 1],
         )
         lists = lists_of(select(alone, case))
@@ -278,9 +284,11 @@ def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-u
         first_tile += num_tiles
 
 
-def test_heads_beyond_the_room_for_log_sums_come_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_beyond_the_room_for_log_sums_come_after_the_others(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     case = Case((300,), (700,))
-    batch = batch_of(case, torch.device("cpu"))
+    batch = batch_of(case, device)
     whole = lists_of(select_on_device(batch, case))
     monkeypatch.setattr(tile_rows, "TILE_ROWS_MAX_BYTES", 1)
     assert lists_of(select_on_device(batch, case)) == whole
