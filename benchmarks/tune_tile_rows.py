@@ -250,7 +250,8 @@ def host(bench: Workbench, shapes: dict[str, Shape]) -> None:
                 synchronize()
             print(
                 f"host {name} {work_name}: {min(laps):.3f} ms a layer and chunk "
-                f"(median {sorted(laps)[len(laps) // 2]:.3f})"
+                f"(median {sorted(laps)[len(laps) // 2]:.3f})",
+                flush=True,
             )
 
 
