@@ -1,14 +1,16 @@
 """Measure what the constants of selection by tile rows rest on; prints tables, writes no rows.
 
-`python -m benchmarks.tune_tile_rows check sweep host crossover`, on a GPU: `check` holds the compiled kernels against
+`python -m benchmarks.tune_tile_rows check sweep host crossover profile`, on a GPU: `check` holds the compiled kernels against
 PyTorch, `sweep` times shapes of programs, `host` the host's side of a layer and chunk, `crossover` sparse and dense
 attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
 everything on tiny shapes through Triton's interpreter.
 """
 
 import argparse
+import cProfile
 import itertools
 import os
+import pstats
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -255,6 +257,30 @@ def host(bench: Workbench, shapes: dict[str, Shape]) -> None:
             )
 
 
+def profile(bench: Workbench, shapes: dict[str, Shape]) -> None:
+    """Where the host's time goes, by Python function."""
+    from farspan.engine_ext.config import FlexPrefill
+
+    from benchmarks import calls
+    from benchmarks.timing import synchronize
+
+    shape = next(iter(shapes.values()))
+    batch = bench.chunk(shape, *((300, 700) if bench.dry_run else (1024, 2048)))
+    work = calls.through_the_engine(
+        batch, FlexPrefill(min_seq_len=0, min_chunk_len=0), "cpu" if bench.dry_run else "triton"
+    )
+    work()
+    synchronize()
+    profiler = cProfile.Profile()
+    for _ in range(1 if bench.dry_run else 8):
+        profiler.enable()
+        for _ in range(1 if bench.dry_run else 25):
+            work()
+        profiler.disable()
+        synchronize()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+
+
 def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
     """Dense attention, selection, and sparse attention over lists of a given density."""
     from farspan.kernels.flex.spans import SpanRule
@@ -320,12 +346,15 @@ PARTS: dict[str, Callable[[Workbench, dict[str, Shape]], None]] = {
     "sweep": sweep,
     "host": host,
     "crossover": crossover,
+    "profile": profile,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_tile_rows", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="of check, sweep, host, crossover; all if none")
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help="of check, sweep, host, crossover, profile; all if none"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes through Triton's interpreter")
     arguments = parser.parse_args()
     if arguments.dry_run:
