@@ -1,8 +1,8 @@
 """Measure what the constants of selection by tile rows rest on; prints tables, writes no rows.
 
-`python -m benchmarks.tune_tile_rows check sweep host crossover profile`, on a GPU: `check` holds the compiled kernels against
-PyTorch, `sweep` times shapes of programs, `host` the host's side of a layer and chunk, `crossover` sparse and dense
-attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
+`python -m benchmarks.tune_tile_rows PART...`, on a GPU: `check` holds the compiled kernels against PyTorch, `sweep`
+times shapes of programs, `host` the host's side of a layer and chunk, which `profile` takes apart, `crossover` sparse
+and dense attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
 everything on tiny shapes through Triton's interpreter.
 """
 
