@@ -132,7 +132,8 @@ class WarmUp:
             max_kv_len=case.kv_len,
         )
         if case.kind == "decode":
-            work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), maker.workspace)
+            # The builder's workspace has no room for splits that only other batches have.
+            work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), workspace=None)
             return replace(maker.decode(batch), work=work, turns=case.turns)
         assert case.prefill is not None
         return maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
-MAX_MODEL_LEN, MAX_CHUNK_LEN, NUM_SMS = 20_000, 2048, 132
+MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 132
 Kernel = tuple[Any, ...]
 
 
@@ -66,7 +66,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
 
 
 def make_maker(kernel: Any, *, has_turn: bool) -> PassMaker:
-    parts = most_parts(16, NUM_KV_HEADS, MAX_MODEL_LEN, NUM_SMS)
+    parts = most_parts(MAX_NUM_REQS, NUM_KV_HEADS, MAX_MODEL_LEN, NUM_SMS)
     workspace = make_decode_workspace(parts * NUM_Q_HEADS, HEAD_DIM, DEVICE)
     return PassMaker(NUM_KV_HEADS, kernel, NUM_SMS, workspace, has_turn, DEVICE)
 
@@ -93,7 +93,7 @@ def run_requests(
         write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
         attend(each, query, KVView(pages), layer, 0.125, torch.empty_like(query))
 
-    num_decodes = random.randint(1, 16)
+    num_decodes = random.randint(1, MAX_NUM_REQS)
     lens = [random.randint(1, MAX_MODEL_LEN) for _ in range(num_decodes)]
     run(maker.decode(batch_of([1] * num_decodes, lens)), num_decodes)
 
