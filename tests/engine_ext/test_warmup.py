@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
-MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 132
+MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 40
 Kernel = tuple[Any, ...]
 
 
