@@ -113,7 +113,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto")
+    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None)
     if not effective.changes_kv:
         return None
     mask_digest = None
