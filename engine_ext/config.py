@@ -308,7 +308,8 @@ def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) 
     for name, ranges in ranges_of(options).items():
         value = values.get(name)
         if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
-            refuse(f"{path}.{name}", value, ", or ".join(each.allowed for each in ranges), f"Use {ranges[0].hint}")
+            allowed = ", or ".join(dict.fromkeys(each.allowed for each in ranges))
+            refuse(f"{path}.{name}", value, allowed, f"Use {ranges[0].hint}")
 
 
 def refuse(path: str, value: Any, allowed: str, remedy: str) -> NoReturn:
