@@ -146,6 +146,33 @@ class OffloadOptions(Options, frozen=True):
         if isinstance(self.hot_heads, tuple):
             check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
 
+    def hot_heads_per_layer(self, num_layers: int, num_kv_heads: int, num_ranks: int) -> tuple[int, ...]:
+        """Hot KV heads of every layer on each rank of a tensor-parallel group.
+
+        num_kv_heads: of a layer of the whole model. Raises ConfigError where the option fits neither layers nor ranks.
+        """
+        path, hot = f"{ROOT}.offload.hot_heads", self.hot_heads
+        if isinstance(hot, tuple) and len(hot) != num_layers:
+            refuse(
+                path,
+                list(hot),
+                f"one number for each of the model's {num_layers} layers, not {len(hot)}",
+                "Give one number for all layers, or one for each",
+            )
+        # A rank has at least one KV head: fewer heads than ranks are repeated on them.
+        per_rank = max(num_kv_heads // num_ranks, 1)
+        counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        for count in counts:
+            if count > num_kv_heads or count * per_rank % num_kv_heads:
+                refuse(
+                    path,
+                    count,
+                    f"multiples of {num_kv_heads // per_rank} up to {num_kv_heads}, the KV heads of a layer, so that "
+                    f"each of {num_ranks} ranks has as many",
+                    "Use 'auto'",
+                )
+        return tuple(count * per_rank // num_kv_heads for count in counts)
+
 
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
 

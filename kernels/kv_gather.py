@@ -230,9 +230,7 @@ def map_block_table(
     )
 
 
-def map_slot_mapping(
-    slot_mapping: torch.Tensor, slot_of: torch.Tensor, page_size: int, mapped: torch.Tensor
-) -> None:
+def map_slot_mapping(slot_mapping: torch.Tensor, slot_of: torch.Tensor, page_size: int, mapped: torch.Tensor) -> None:
     """Write where each token goes among the slots: slot * page_size + offset, or -1 where it is not to be written.
 
     slot_mapping: [num_tokens] int, block * page_size + offset or negative; mapped: [at least num_tokens] int64.
