@@ -107,6 +107,22 @@ class ColdCache:
         self.num_spilled = self.num_loaded = self.num_staged = 0
         """Pages copied so far: to the host, back from it, and to staging for a pass over one group of heads."""
 
+    def warm_up(self) -> None:
+        """Compile what copies pages, before any request waits for it; slot 0 and block 0 hold nothing."""
+        if is_on_host(self.entries):
+            return
+        zero = torch.zeros(1, dtype=torch.int32, device=self.entries.device)
+        self.pools.slots[:, 0].zero_()
+        for to_host in (True, False):
+            move(self.pools, zero, zero, to_host=to_host)
+        if self.staging is not None:
+            name = next(iter(self.layers))
+            for entries in (zero, -1 - zero):
+                pages = StagedPages(entries)
+                self.staged_turn([name], [pages], is_alone=True).take(name, pages, self.groups_of(self.layers[name])[0])
+        torch.cuda.synchronize(self.entries.device)
+        self.num_staged = 0
+
     def follow(self, plan: ResidencyPlan) -> None:
         """Carry out a step's moves, in the order of the current stream."""
         blocks, slots = self.table.follow(plan)

@@ -1,5 +1,6 @@
 """Host memory for the pages of cold heads: slabs that the device can address."""
 
+import ctypes
 import resource
 import weakref
 from collections.abc import Callable, Sequence
@@ -99,4 +100,17 @@ def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
             f"locked memory, ulimit -l, is {limit}). Lower offload.host_memory or raise the limit."
         )
     weakref.finalize(slab, cudart.cudaHostUnregister, slab.data_ptr())
+    if device_address(slab.data_ptr()) != slab.data_ptr():
+        raise UnsupportedEngineError(
+            "offload: this GPU reaches registered host memory by other addresses than the host; farspan supports "
+            "systems with one address space. Leave out offload."
+        )
     return slab
+
+
+def device_address(host_address: int) -> int:
+    """By which a GPU reaches registered host memory; 0 if by none."""
+    address = ctypes.c_void_p()
+    driver = ctypes.CDLL("libcuda.so.1")
+    failed = driver.cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(host_address), 0)
+    return 0 if failed else address.value or 0

@@ -225,7 +225,7 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
     )
     slots = torch.empty(sum(cold), sizes.num_slots, *shape, dtype=spec.dtype, device=runner.device)
     scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return ColdCache(
+    cache = ColdCache(
         hot,
         spec.num_kv_heads,
         sizes,
@@ -235,6 +235,8 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
         max_num_tokens=max(scheduler.max_num_batched_tokens, graphs),
         max_model_len=vllm_config.model_config.max_model_len,
     )
+    cache.warm_up()
+    return cache
 
 
 def layer_specs(kv_cache_config: Any) -> dict[str, Any]:
