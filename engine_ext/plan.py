@@ -48,11 +48,16 @@ class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of cold heads that GPU memory holds. Slot 0 is that of block 0, which vLLM never gives to a request."""
     page_size: int
     """Tokens of a page, and of vLLM's block."""
+    page_bytes: int
+    """Of one block's pages of all cold heads of a rank."""
     group_size: int
     """KV heads whose missing pages are staged together for prefill."""
     staging_pages: int
     """Pages of a group of heads that one of the two staging buffers holds; 0 where every block has a slot."""
 
+
+OFFLOAD_STATS = "farspan_offload"
+"""Under this name the scheduler's counts of cold pages travel to the front end."""
 
 VIEW_PRIME = (1 << 61) - 1
 

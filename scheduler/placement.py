@@ -115,6 +115,7 @@ def decide_sizes(
         num_blocks=num_blocks,
         num_slots=num_slots,
         page_size=page_size,
+        page_bytes=cold_bytes,
         group_size=group_size,
         staging_pages=staging_pages,
     )

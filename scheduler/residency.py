@@ -6,7 +6,7 @@ heads of a rank, and all ranks follow the same plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from farspan.engine_ext.plan import VIEW_PRIME, Move, OffloadSizes, ResidencyPlan, view_term
 
@@ -50,12 +50,19 @@ class Scheduled:
 
 @dataclass
 class Counters:
-    """What happened since the start, in pages; a page is as large as `OffloadSizes` says."""
+    """What happened since the start, in pages of `OffloadSizes.page_bytes`."""
 
     spilled: int = 0
+    """Copied to the host."""
     loaded: int = 0
+    """Copied back into slots."""
+    read: int = 0
+    """Read on the host by a step's attention, once for every request that sees them."""
     dropped: int = 0
-    steps_with_missing_pages: int = 0
+    steps: int = 0
+    """That computed any token."""
+    steps_that_read: int = 0
+    """That waited for the host's memory in attention."""
 
 
 @dataclass
@@ -79,6 +86,11 @@ class Residency:
         self.blocks_of: dict[str, list[int]] = {}
         """Per request that vLLM has scheduled and not let go of: its blocks in order."""
         self.view = 0
+        self._told = Counters()
+        self._version = 0
+        """Counts the pages that went to the host alone or came back from there."""
+        self._missing_of: dict[str, tuple[int, int]] = {}
+        """Per request: `_num_missing` when the version was that."""
         self._put(0, RESERVED_SLOT)
 
     def plan(
@@ -91,10 +103,12 @@ class Residency:
         """
         for req_id in ended:
             self.blocks_of.pop(req_id, None)
+            self._missing_of.pop(req_id, None)
         for each in scheduled:
             blocks = self.blocks_of.setdefault(each.req_id, [])
             if each.replaces:
                 blocks.clear()
+                self._missing_of.pop(each.req_id, None)
             blocks.extend(each.new_blocks)
 
         fresh, partial, written = self._written(scheduled)
@@ -110,11 +124,14 @@ class Residency:
         for block in written:
             self.on_host[block] = 0
         loads += self._promote(scheduled, written, is_live, room)
-        missing = frozenset(each.req_id for each in scheduled if self._misses(each))
+        num_missing = {each.req_id: self._num_missing(each) for each in scheduled} if self.num_host_only > 0 else {}
+        missing = frozenset(req_id for req_id, count in num_missing.items() if count > 0)
         self.counters.spilled += len(room.spills)
         self.counters.dropped += len(room.drops)
         self.counters.loaded += len(loads)
-        self.counters.steps_with_missing_pages += bool(missing)
+        self.counters.read += sum(num_missing.values())
+        self.counters.steps += bool(scheduled)
+        self.counters.steps_that_read += bool(missing)
         return ResidencyPlan(
             spills=tuple(room.spills),
             drops=tuple(room.drops),
@@ -125,9 +142,21 @@ class Residency:
             view=self.view,
         )
 
-    @property
-    def num_used_slots(self) -> int:
-        return self.sizes.num_slots - len(self.free_slots)
+    def statistics(self) -> dict[str, int]:
+        """What happened since this was last asked, and what is used now."""
+        counters, before, page_bytes = self.counters, self._told, self.sizes.page_bytes
+        self._told = replace(counters)
+        from_host = counters.loaded + counters.read - before.loaded - before.read
+        return {
+            "bytes_to_host": (counters.spilled - before.spilled) * page_bytes,
+            "bytes_from_host": from_host * page_bytes,
+            "steps": counters.steps - before.steps,
+            "steps_that_read": counters.steps_that_read - before.steps_that_read,
+            "slots": self.sizes.num_slots,
+            "slots_used": self.sizes.num_slots - len(self.free_slots),
+            "host_pages": self.sizes.num_blocks,
+            "host_pages_used": self.num_host_only,
+        }
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the table contradicts itself."""
@@ -208,8 +237,13 @@ class Residency:
         room.make(limit + reserve, self._unowned({**written, **dict.fromkeys(wanted)}, is_live))
         return [self._load(block) for block in wanted[: max(min(limit, len(self.free_slots) - reserve), 0)]]
 
-    def _misses(self, each: Scheduled) -> bool:
-        return self.num_host_only > 0 and any(self.slot_of[block] < 0 for block in self._pages(each))
+    def _num_missing(self, each: Scheduled) -> int:
+        """Pages of a request that lie on the host alone; what it writes is in slots, so others than before are not."""
+        version, count = self._missing_of.get(each.req_id, (-1, 0))
+        if version != self._version:
+            count = sum(self.slot_of[block] < 0 for block in self._pages(each))
+            self._missing_of[each.req_id] = self._version, count
+        return count
 
     def _pages(self, each: Scheduled) -> list[int]:
         """The blocks that hold a request's tokens up to the end of this step."""
@@ -217,6 +251,7 @@ class Residency:
 
     def _load(self, block: int) -> Move:
         self.num_host_only -= 1
+        self._version += 1
         return self._put(block, self.free_slots.pop())
 
     def _put(self, block: int, slot: int) -> Move:
@@ -231,6 +266,7 @@ class Residency:
         self.block_in[slot] = -1
         self.free_slots.append(slot)
         self.num_host_only += self.on_host[block]
+        self._version += 1
         self.view = (self.view - view_term(block, slot)) % VIEW_PRIME
 
 

@@ -6,7 +6,7 @@ The only module of this room that imports vLLM; it decides nothing that vLLM's s
 from collections.abc import Iterator
 from typing import Any
 
-from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan, StepPlan
+from farspan.engine_ext.plan import OFFLOAD_STATS, OffloadSizes, ResidencyPlan, StepPlan
 from farspan.scheduler.placement import running_limit
 from farspan.scheduler.residency import Residency, Scheduled
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -27,6 +27,14 @@ class PlannedSteps:
         residency = None if self._residency is None else self._plan_residency(self._residency, output)
         output.farspan_plan = StepPlan(step=self._num_planned_steps, residency=residency)
         return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock statistics, with those of cold pages in the place of a KV connector's."""
+        stock: Any = super()
+        stats = stock.make_stats(*args, **kwargs)
+        if stats is not None and self._residency is not None:
+            stats.kv_connector_stats = {OFFLOAD_STATS: self._residency.statistics()}
+        return stats
 
     def place_cold_heads(self, sizes: OffloadSizes) -> None:
         """Plan where cold pages lie, and run no more requests at once than slots can always hold the new pages of."""

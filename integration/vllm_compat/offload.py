@@ -211,6 +211,7 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
             num_blocks=kv_cache_config.num_blocks,
             num_slots=1,
             page_size=spec.block_size,
+            page_bytes=0,
             group_size=1,
             staging_pages=0,
         )

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 __all__ = ["stock_tokens"]
 
+
 PAGE, LAYERS, HEAD_DIM, MAX_LEN = 16, 2, 64, 768
 HEAD_PAGE = PAGE * 2 * HEAD_DIM * 4
 STUB = PAGE * 4

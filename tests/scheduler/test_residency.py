@@ -11,7 +11,9 @@ PAGE = 4
 
 
 def make_residency(num_blocks: int, num_slots: int) -> Residency:
-    sizes = OffloadSizes(num_blocks=num_blocks, num_slots=num_slots, page_size=PAGE, group_size=1, staging_pages=8)
+    sizes = OffloadSizes(
+        num_blocks=num_blocks, num_slots=num_slots, page_size=PAGE, page_bytes=100, group_size=1, staging_pages=8
+    )
     return Residency(sizes)
 
 
@@ -168,9 +170,9 @@ def test_steps_read_what_was_written(num_blocks: int, num_slots: int, in_flight:
         engine.step(budget, min(max_reqs, 8))
     counters = engine.residency.counters
     if num_slots < num_blocks:
-        assert min(counters.spilled, counters.loaded, counters.steps_with_missing_pages) > 20
+        assert min(counters.spilled, counters.loaded, counters.steps_that_read) > 20
     else:
-        assert counters.spilled == counters.loaded == counters.steps_with_missing_pages == 0
+        assert counters.spilled == counters.loaded == counters.steps_that_read == 0
 
 
 @pytest.mark.parametrize(("num_tokens", "num_reqs"), [(1, 1), (2, 1), (9, 1), (9, 4), (12, 8), (64, 3)])
@@ -209,6 +211,7 @@ def test_spills_the_oldest_pages_of_the_longest_request_and_none_that_is_written
     plan = residency.plan([Scheduled("long", 25, 1)], [], lambda block: True)
     assert plan.missing == {"long"}
     assert plan.written == (9,)
+    assert residency.counters.read == 2
 
 
 def test_lost_pages_go_first_and_without_a_copy() -> None:
@@ -231,3 +234,19 @@ def test_pages_come_back_when_their_request_decodes() -> None:
         start += 1 if start < 43 else 0
     assert not plan.missing
     assert residency.counters.loaded == 7
+
+
+def test_statistics_tell_what_happened_since_they_were_asked() -> None:
+    residency = make_residency(num_blocks=40, num_slots=11)
+    residency.plan([Scheduled("long", 0, 24, range(1, 7)), Scheduled("short", 0, 8, (7, 8))], [], lambda block: True)
+    assert residency.statistics()["bytes_to_host"] == 0
+    residency.plan([Scheduled("new", 0, 16, (10, 11, 12, 13))], [], lambda block: True)
+    residency.plan([Scheduled("long", 24, 1, (9,))], [], lambda block: True)
+    told = residency.statistics()
+    assert told["bytes_to_host"] == 300
+    assert told["bytes_from_host"] == 300
+    assert told["host_pages_used"] == 3
+    assert (told["slots"], told["slots_used"], told["host_pages"]) == (11, 11, 40)
+    assert (told["steps"], told["steps_that_read"]) == (2, 1)
+    again = residency.statistics()
+    assert again["steps"] == again["bytes_to_host"] == again["bytes_from_host"] == 0

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def make_cache(num_slots: int, group_size: int = 2, device: torch.device = CPU) -> tuple[ColdCache, Residency]:
     sizes = OffloadSizes(
-        num_blocks=BLOCKS, num_slots=num_slots, page_size=PAGE, group_size=group_size, staging_pages=20
+        num_blocks=BLOCKS, num_slots=num_slots, page_size=PAGE, page_bytes=0, group_size=group_size, staging_pages=20
     )
     cold = [KV_HEADS - hot for hot in HOT.values() if hot < KV_HEADS]
     host = make_host_pool(cold, (BLOCKS, PAGE, 2 * HEAD_DIM), torch.float32, register=device.type == "cuda")
