@@ -6,6 +6,7 @@ stages of flex prefill, called one by one, are in `prefill_flex` and `select`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from farspan.engine_ext import launch
@@ -27,6 +28,16 @@ Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Computes one layer; returns out [num_tokens, num_q_heads, head_dim] and lse [num_q_heads, num_tokens] float32."""
 OutCall = Callable[[], torch.Tensor]
 """The same without the LSE."""
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """A batch's pages in host memory."""
+
+    pages: torch.Tensor
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim], which the device can address."""
+    on_host: torch.Tensor
+    """[num_pages] bool on the device: which of them decode reads there."""
 
 
 def block_size_of(batch: PagedBatch) -> int:
@@ -60,16 +71,20 @@ def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(batch.query), torch.empty(shape, dtype=torch.float32, device=batch.query.device)
 
 
-def decode(batch: PagedBatch, turn: Turn | None = None) -> Call:
-    """Decode of one query token per request. turn: of shifted positions."""
+def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | None = None) -> Call:
+    """Decode of one query token per request. turn: of shifted positions; host_pages: those that lie on the host."""
     shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
     splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
     workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
     out, lse = empty_results(batch)
+    kv, paged = kv_of(batch), paged_of(batch)
+    if host_pages is not None:
+        blocks = batch.block_table
+        table = torch.where(host_pages.on_host[blocks.long()], -1 - blocks, blocks)
+        kv, paged = KVView(batch.kv_cache, 0, host_pages.pages), replace(paged, block_table=table)
     return lambda: paged_decode(
-        batch.query, kv_of(batch), paged_of(batch), shape.scale,
-        num_splits=splits.num_splits, min_split_keys=splits.min_split_keys, turn=turn, out=out, lse=lse,
-        workspace=workspace,
+        batch.query, kv, paged, shape.scale, num_splits=splits.num_splits, min_split_keys=splits.min_split_keys,
+        turn=turn, out=out, lse=lse, workspace=workspace,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ BENCHMARKS = frozenset(
         "offload_memory",
         "offload_prefill",
         "offload_decode",
+        "offload_fits",
         "star",
         "no_harm",
     ]

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from farspan.engine_ext.config import (
@@ -17,6 +17,9 @@ from farspan.engine_ext.config import (
 )
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+
+if TYPE_CHECKING:
+    from farspan.engine_ext.offload.cache import ColdCache
 
 NAME = "farspan"
 OVERRIDES = ("farspan.method", "farspan.gamma")
@@ -31,6 +34,14 @@ class RequestSource(Protocol):
 
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs; None with a scheduler that makes none, and outside of steps."""
+        ...
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of a batch, in batch order, has pages of cold heads in no slot, as the plan says."""
+        ...
+
+    def cold_cache(self) -> "ColdCache | None":
+        """The runner's pages of cold heads; asked while the KV cache is set up."""
         ...
 
     def model(self) -> Any:
@@ -113,7 +124,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto")
+    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

@@ -170,6 +170,7 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         check_model(vllm_config.model_config, vllm_config.cache_config)
         check_options(config, vllm_config.model_config, current_platform.device_type)
     check_features(config, vllm_config)
+    check_offload(vllm_config)
     return config
 
 
@@ -218,6 +219,45 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
             "a KV connector together with sparse prefill or string; KV computed so must not reach requests that expect "
             "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config."
         )
+
+
+def hot_heads(vllm_config: Any) -> tuple[int, ...]:
+    """Hot KV heads of every layer on each rank, for an engine with the option `offload`. Raises ConfigError."""
+    options, model_config = config_of(vllm_config).offload, vllm_config.model_config
+    assert options is not None
+    return options.hot_heads_per_layer(
+        model_config.get_total_num_hidden_layers(),
+        model_config.get_total_num_kv_heads(),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def has_cold_heads(vllm_config: Any) -> bool:
+    """Whether any KV head of any layer is cold. Raises ConfigError."""
+    if config_of(vllm_config).offload is None or vllm_config.model_config is None:
+        return False
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    per_rank = max(vllm_config.model_config.get_total_num_kv_heads() // num_ranks, 1)
+    return min(hot_heads(vllm_config)) < per_rank
+
+
+def check_offload(vllm_config: Any) -> None:
+    """Refuse what sees the pages of hot heads alone. Raises UnsupportedEngineError or ConfigError."""
+    if not has_cold_heads(vllm_config):
+        return
+    parallel, block_size = vllm_config.parallel_config, vllm_config.cache_config.block_size
+    reasons = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1 and "Use --tensor-parallel-size.",
+        "a KV connector": vllm_config.kv_transfer_config is not None and "Leave out --kv-transfer-config.",
+        "sleep mode": vllm_config.model_config.enable_sleep_mode and "Leave out --enable-sleep-mode.",
+        "microbatches": parallel.use_ubatching and "Leave out --enable-dbo.",
+        f"block_size={block_size}": block_size not in (None, *PAGE_SIZES) and f"Use one of {listed(PAGE_SIZES)}.",
+    }
+    for feature, remedy in reasons.items():
+        if remedy:
+            raise UnsupportedEngineError(
+                f"{feature} together with offload; cold KV heads are in no page that it sees. {remedy}"
+            )
 
 
 def check_model(model_config: Any, cache_config: Any) -> None:

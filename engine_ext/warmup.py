@@ -89,40 +89,44 @@ def powers_of_two(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Runs the cases of one builder on the pages of one of its layers."""
+    """Runs the cases of the layers of one builder that compile the same kernels, on the pages of one of them."""
 
-    builder: FarspanMetadataBuilder
-    pages: torch.Tensor
-    """The layer's KV cache: [num_pages, num_kv_heads, page_size, 2 * head_dim]; read, and left as it is."""
+    prefill: Prefill
+    maker: PassMaker
     layer: LayerContext
-    num_q_heads: int
+    view: KVView
+    """The KV heads of `maker` as prefill reads them; all of it is left as it is."""
+    decode_view: KVView
+    """The same as decode reads them."""
+    group_size: int
+    """Query heads per KV head."""
     dtype: torch.dtype
+    """Of queries, keys and values."""
+    max_model_len: int
+    max_chunk_len: int
 
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
-        vllm_config: Any = self.builder.vllm_config
         return warm_up_cases(
-            self.builder.config.prefill,
-            self.builder.maker,
-            max_model_len=vllm_config.model_config.max_model_len,
-            max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+            self.prefill, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
         )
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
-        num_kv_heads, head_size, device = self.pages.shape[1], self.pages.shape[3] // 2, self.pages.device
+        view, device = self.view, self.view.pages.device
         if case.kind == "write":
-            token = torch.zeros(1, num_kv_heads, head_size, dtype=self.dtype, device=device)
-            write_kv(token, token, self.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
+            token = torch.zeros(1, view.num_kv_heads, view.head_dim, dtype=self.dtype, device=device)
+            write_kv(token, token, view.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
             return
-        query = torch.zeros(case.query_len, self.num_q_heads, head_size, dtype=self.dtype, device=device)
-        attend(self.make_pass(case), query, KVView(self.pages), self.layer, 1.0, torch.empty_like(query))
+        num_q_heads = view.num_kv_heads * self.group_size
+        query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+        keys = self.decode_view if case.kind == "decode" else view
+        attend(self.make_pass(case), query, keys, self.layer, 1.0, torch.empty_like(query))
 
     def make_pass(self, case: WarmUpCase) -> Pass:
         """The pass of one request whose keys are all in page 0."""
-        maker, device = self.builder.maker, self.pages.device
-        max_model_len = self.builder.vllm_config.model_config.max_model_len
-        num_pages = -(-max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.pages.shape[2]
+        device = self.view.pages.device
+        num_pages = -(-self.max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.view.page_size
         lens = to_device([[0, case.query_len], [case.kv_len, 0]], device)
         batch = PagedBatch(
             query_start_loc=lens[0],
@@ -134,6 +138,38 @@ class WarmUp:
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
             work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), workspace=None)
-            return replace(maker.decode(batch), work=work, turns=case.turns)
+            return replace(self.maker.decode(batch), work=work, turns=case.turns)
         assert case.prefill is not None
-        return maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+        return self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+
+
+def warm_ups_of(
+    builder: FarspanMetadataBuilder, layer_name: str, kv_cache: torch.Tensor, num_q_heads: int, dtype: torch.dtype
+) -> list[WarmUp]:
+    """The warm-ups of one of a builder's layers: of its hot heads, and of its cold ones.
+
+    kv_cache: the layer's pages in vLLM's cache; num_q_heads: of the layer on this rank; dtype: of the model.
+    """
+    vllm_config: Any = builder.vllm_config
+    views: list[tuple[PassMaker, KVView, KVView]] = []
+    if builder.hot_maker is not None:
+        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache)))
+    if builder.cold is not None and builder.cold_maker is not None:
+        cold = builder.cold.layers[layer_name]
+        slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
+        views.append((builder.cold_maker, slots, both))
+    num_kv_heads = sum(view.num_kv_heads for _, view, _ in views)
+    return [
+        WarmUp(
+            prefill=builder.config.prefill,
+            maker=maker,
+            layer=builder.layers[layer_name],
+            view=view,
+            decode_view=decode_view,
+            group_size=num_q_heads // num_kv_heads,
+            dtype=dtype,
+            max_model_len=vllm_config.model_config.max_model_len,
+            max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+        )
+        for maker, view, decode_view in views
+    ]

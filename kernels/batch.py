@@ -57,6 +57,10 @@ class KVView:
     contiguous last axis."""
     first_kv_head: int = 0
     """Which of the layer's KV heads is the first in `pages`."""
+    host_pages: torch.Tensor | None = None
+    """[num_blocks, num_kv_heads, page_size, 2 * head_dim] in host memory that the device can address, tokens as far
+    apart as in `pages`. Where it is given, an entry e of a block table is page e of `pages`, or, if negative, page
+    -1 - e of these. Decode reads both; prefill needs all pages on the device."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -74,7 +78,8 @@ class KVView:
         """The view of the layer's KV heads [start, stop) alone; all of them must be here."""
         first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
         assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
-        return KVView(self.pages[:, first:last], kv_heads.start)
+        host_pages = None if self.host_pages is None else self.host_pages[:, first:last]
+        return KVView(self.pages[:, first:last], kv_heads.start, host_pages)
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""

@@ -39,6 +39,16 @@ def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
     kv_cache[slots // page_size, :, slots % page_size] = tokens
 
 
+def read_pages(kv: KVView, entries: torch.Tensor) -> torch.Tensor:
+    """[num_kv_heads, *entries.shape, page_size, 2 * head_dim]: the pages that int64 entries of a block table name."""
+    if kv.host_pages is None:
+        return kv.pages.transpose(0, 1)[:, entries]
+    pages = kv.pages.transpose(0, 1)[:, entries.clamp_min(0)]
+    on_host = entries < 0
+    pages[:, on_host] = kv.host_pages.transpose(0, 1)[:, -1 - entries[on_host]]
+    return pages
+
+
 def cpu_attention(
     query: torch.Tensor,
     kv: KVView,
@@ -107,7 +117,7 @@ def cpu_attention(
         counts = torch.tensor([visible[request] for request in members])
         positions = torch.tensor([firsts[request] for request in members])
         pages = batch.block_table[torch.tensor(members)]
-        part = _decode(query[tokens].float(), kv.pages, pages, counts, positions, scale, turn)
+        part = _decode(query[tokens].float(), kv, pages, counts, positions, scale, turn)
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
@@ -135,7 +145,7 @@ def _attend_heads(
             part_out, part_lse = torch.empty_like(part), torch.empty(len(heads), len(part))
             cpu_attention(
                 part,
-                KVView(kv.pages[:, kv_head : kv_head + 1]),
+                kv.of_heads(slice(kv.first_kv_head + kv_head, kv.first_kv_head + kv_head + 1)),
                 batch.of_request(request),
                 scale,
                 out=part_out,
@@ -166,7 +176,7 @@ class _Prompt:
         causal: bool,
         turn: Turn | None,
     ):
-        tokens = kv.pages.transpose(0, 1)[:, pages[: -(-kv_len // kv.page_size)].long()].flatten(1, 2)
+        tokens = read_pages(kv, pages[: -(-kv_len // kv.page_size)].long()).flatten(1, 2)
         self.key, self.value = tokens[:, :kv_len].float().chunk(2, dim=-1)
         self.query = query.float().unflatten(1, (kv.num_kv_heads, -1)).permute(1, 2, 0, 3)
         self.first = first
@@ -337,7 +347,7 @@ def _decode_batches(requests: list[int], lens: list[int], token_elements: int) -
 
 def _decode(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv: KVView,
     block_table: torch.Tensor,
     lens: torch.Tensor,
     positions: torch.Tensor,
@@ -350,12 +360,12 @@ def _decode(
     positions: [num_reqs], of the queries.
     Returns out, shaped as query, and lse [num_q_heads, num_reqs].
     """
-    num_kv_heads, page_size = kv_cache.shape[1:3]
+    num_kv_heads, page_size = kv.num_kv_heads, kv.page_size
     max_len = int(lens.max())
     num_pages = -(-max_len // page_size)
     used = torch.arange(num_pages) * page_size < lens[:, None]
     pages = block_table[:, :num_pages].long().masked_fill(~used, 0)
-    tokens = kv_cache.transpose(0, 1)[:, pages].flatten(2, 3)[:, :, :max_len].float()
+    tokens = read_pages(kv, pages).flatten(2, 3)[:, :, :max_len].float()
     key_pos = torch.arange(max_len)
     is_past = key_pos >= lens[:, None]
     # Memory past a request's end may hold NaN, which no zero weight removes.

@@ -34,11 +34,14 @@ def _attend_keys(
     table_row_ptr,
     stride_page,
     stride_token,
+    host_offset,
+    stride_host_page,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HAS_HOST: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -58,12 +61,15 @@ def _attend_keys(
         position = start + offs_n
         in_reach = position < key_end
         page = next_page.to(tl.int64)
+        page_offset = page * stride_page
+        if HAS_HOST:
+            page_offset = tl.where(page >= 0, page_offset, host_offset + (-1 - page) * stride_host_page)
         if ONE_PAGE:
             following = start + BLOCK_N
-            key_ptrs = kv_head_ptr + page * stride_page + (start % PAGE_SIZE + offs_n)[:, None] * stride_token
+            key_ptrs = kv_head_ptr + page_offset + (start % PAGE_SIZE + offs_n)[:, None] * stride_token
         else:
             following = position + BLOCK_N
-            key_ptrs = kv_head_ptr + (page * stride_page + position % PAGE_SIZE * stride_token)[:, None]
+            key_ptrs = kv_head_ptr + (page_offset + position % PAGE_SIZE * stride_token)[:, None]
         next_page = tl.load(table_row_ptr + following // PAGE_SIZE, mask=following < key_end, other=0)
         key_ptrs += offs_d[None, :]
         # Memory past a request's end may hold NaN, which no zero weight removes.
@@ -108,11 +114,15 @@ def _decode_kernel(
     stride_page,
     stride_head,
     stride_token,
+    host_offset,
+    stride_host_page,
+    stride_host_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HAS_HOST: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
     HAS_TURN: tl.constexpr,
@@ -148,6 +158,9 @@ def _decode_kernel(
     query_ptrs = query_ptr + request * stride_query_token + (head * stride_query_head)[:, None] + offs_d[None, :]
     query = tl.load(query_ptrs, mask=mask_q, other=0.0)
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * stride_head
+    if HAS_HOST:
+        # From the head's place on the device to its place in host memory.
+        host_offset += kv_head.to(tl.int64) * (stride_host_head - stride_head)
     table_row_ptr = block_table_ptr + request * stride_block_table
     # Finite, so that a step whose keys are all masked leaves no NaN.
     row_max = tl.full([BLOCK_H], -1.0e30, dtype=tl.float32)
@@ -163,11 +176,13 @@ def _decode_kernel(
         query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, query_far, key_begin, near_begin, kv_head_ptr, table_row_ptr, stride_page,
-            stride_token, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, NUM_STAGES,
+            stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
+            PRECISION, NUM_STAGES,
         )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, query, near_begin, key_end, kv_head_ptr, table_row_ptr, stride_page,
-        stride_token, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, NUM_STAGES,
+        stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
+        PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
@@ -288,11 +303,15 @@ def paged_decode(
         kv.pages.stride(0),
         kv.pages.stride(1),
         kv.pages.stride(2),
+        host_distance(kv),
+        kv.host_pages.stride(0) if kv.host_pages is not None else 0,
+        kv.host_pages.stride(1) if kv.host_pages is not None else 0,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_H=max(16, triton.next_power_of_2(group_size)),
         BLOCK_N=block_n,
         PAGE_SIZE=page_size,
+        HAS_HOST=kv.host_pages is not None,
         HALF_ROTARY=turn.rotary_dim // 2 if turn else 1,
         IS_NEOX=turn.is_neox if turn else True,
         HAS_TURN=turn is not None,
@@ -305,3 +324,15 @@ def paged_decode(
     if num_splits > 1:
         combine_partials(part_out, part_lse, out=out, lse=lse)
     return out, lse
+
+
+def host_distance(kv: KVView) -> int:
+    """Elements from the first page on the device to the first one in host memory, in the device's address space."""
+    if kv.host_pages is None:
+        return 0
+    assert kv.host_pages.dtype == kv.pages.dtype
+    assert kv.host_pages.shape[1:] == kv.pages.shape[1:]
+    assert kv.host_pages.stride()[2:] == kv.pages.stride()[2:]
+    num_bytes = kv.host_pages.data_ptr() - kv.pages.data_ptr()
+    assert num_bytes % kv.pages.element_size() == 0
+    return num_bytes // kv.pages.element_size()

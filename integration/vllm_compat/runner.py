@@ -10,6 +10,7 @@ from typing import Any
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.vllm_compat.offload import make_cold_cache, shrinking_pages
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -27,10 +28,14 @@ class RunnerState:
     """Of the step that runs."""
     warms_up: bool = False
     """Whether our kernels are registered with vLLM's warm-up."""
+    cold: Any = None
+    """`engine_ext.offload.cache.ColdCache`; None where no KV head is cold."""
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
         self.plan = getattr(scheduler_output, "farspan_plan", None)
+        if self.cold is not None and self.plan is not None and self.plan.residency is not None:
+            self.cold.follow(self.plan.residency)
         for req_id in scheduler_output.finished_req_ids:
             self.overrides.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
@@ -79,6 +84,21 @@ class RunnerSource:
         """The scheduler's plan for the step that runs."""
         runner = running_runner()
         return None if runner is None else state_of(runner).plan
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of the batch has pages of cold heads in no slot; not outside of steps with a plan."""
+        num_reqs = common_attn_metadata.num_reqs
+        plan, runner = self.plan(), running_runner()
+        if runner is None or plan is None or plan.residency is None or not plan.residency.missing:
+            return [False] * num_reqs
+        missing = plan.residency.missing
+        flags = [req_id in missing for req_id in self.req_ids(runner, common_attn_metadata)]
+        return flags + [False] * (num_reqs - len(flags))
+
+    def cold_cache(self) -> Any:
+        """The pages of cold heads of the runner whose KV cache is set up."""
+        runner = running_runner()
+        return None if runner is None else state_of(runner).cold
 
     def model(self) -> Any:
         """The torch module; inside a step or while the KV cache is set up."""
@@ -166,6 +186,7 @@ def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, its step's plan, and the options of the requests that it holds."""
     wrap_once(runner_cls, "execute_model", following_steps)
     wrap_once(runner_cls, "initialize_kv_cache", following_setup)
+    wrap_once(runner_cls, "get_kv_cache_spec", shrinking_pages)
 
 
 def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,14 +199,17 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if self.device.type == "cuda" and not state.warms_up:
             from farspan.vllm_compat.warmup import register_warm_up
 
             register_warm_up(self)
             state.warms_up = True
+        # Those of the profile run go before others come.
+        state.cold = None
+        state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
-            return stock(self, *args, **kwargs)
+            return stock(self, kv_cache_config, *args, **kwargs)
 
     return initialize_kv_cache

@@ -27,6 +27,12 @@ class Source:
     def prefills(self, common_attn_metadata: Any) -> list[Prefill]:
         return self.rows
 
+    def missing(self, common_attn_metadata: Any) -> list[bool]:
+        return [False] * common_attn_metadata.num_reqs
+
+    def cold_cache(self) -> None:
+        return None
+
     def plan(self) -> None:
         """No test looks at it."""
 

@@ -1,7 +1,6 @@
 """What runs at start compiles every kernel that requests can reach, by Triton's rule of when to compile anew."""
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,12 +133,18 @@ def test_requests_reach_no_other_kernels(
     turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
-    vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_CHUNK_LEN),
+    view = KVView(pages)
+    warm_up = WarmUp(
+        PREFILLS[name],
+        maker,
+        layer,
+        view,
+        view,
+        NUM_Q_HEADS // NUM_KV_HEADS,
+        torch.bfloat16,
+        MAX_MODEL_LEN,
+        MAX_CHUNK_LEN,
     )
-    builder: Any = SimpleNamespace(maker=maker, config=SimpleNamespace(prefill=PREFILLS[name]), vllm_config=vllm_config)
-    warm_up = WarmUp(builder, pages, layer, NUM_Q_HEADS, torch.bfloat16)
     for case in warm_up.cases():
         warm_up.run(case)
     warmed = set(compiled)

@@ -61,3 +61,16 @@ class WorkerProbe:
         worker: Any = self
         plan = state_of(worker.model_runner).plan
         return None if plan is None else plan.step
+
+    def offload_state(self) -> dict[str, Any]:
+        """Check the pools of cold heads, and tell what was done with them so far."""
+        worker: Any = self
+        cold = state_of(worker.model_runner).cold
+        cold.check_integrity()
+        return {
+            "num_slots": cold.sizes.num_slots,
+            "num_blocks": cold.sizes.num_blocks,
+            "spilled": cold.num_spilled,
+            "loaded": cold.num_loaded,
+            "staged": cold.num_staged,
+        }
