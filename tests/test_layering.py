@@ -1,19 +1,14 @@
 """Who may import whom: kernels nothing of ours, engine_ext kernels, scheduler three modules, integration everything."""
 
-import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {
-    "kernels": "farspan.kernels",
-    "engine_ext": "farspan.engine_ext",
-    "scheduler": "farspan.scheduler",
-    "integration": "farspan",
-}
+from tools.import_diagram import ROOMS, ROOT, imported_modules, innermost, packages
+
 MAY_IMPORT = {
     "kernels": ("farspan.kernels",),
     "engine_ext": ("farspan.engine_ext", "farspan.kernels"),
@@ -39,15 +34,7 @@ def sources(room: str) -> list[Path]:
 
 def imports_of(path: Path, room: str) -> Iterator[str]:
     """Every module that a file imports, anywhere in it, by its full name; relative ones resolved."""
-    package = [ROOMS[room], *path.relative_to(ROOT / room).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            # `from farspan import x` imports a room or module of that name, if there is one.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+    return imported_modules(path, ".".join([ROOMS[room], *path.relative_to(ROOT / room).parent.parts]))
 
 
 def is_within(module: str, allowed: tuple[str, ...]) -> bool:
@@ -60,6 +47,19 @@ def test_room_imports_only_what_it_may(room: str) -> None:
         for module in imports_of(path, room):
             if is_within(module, ("farspan",)):
                 assert is_within(module, MAY_IMPORT[room]), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle of modules, imports for type checking and in functions included."""
+    modules = {}
+    for package, folder in packages().items():
+        for path in (ROOT / folder).glob("*.py"):
+            modules[package if path.stem == "__init__" else f"{package}.{path.stem}"] = (path, package)
+    graph = {
+        name: {innermost(module, modules) for module in imported_modules(path, package)} - {name, None}
+        for name, (path, package) in modules.items()
+    }
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("room", THIRD_PARTY)

@@ -1,0 +1,62 @@
+"""The documentation names what exists: paths, modules, packages, and the imports between them."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.generated_region import replace_region
+from tools.import_diagram import BEGIN, END, PAGE, ROOMS, ROOT, diagram, packages
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = [".ci", "benchmarks", "docs", "examples", "requirements", "tests", "tools", *ROOMS]
+# A path below one of the folders (`*` stands for any name), or to a Python file or page below any folder.
+BELOW = rf"(?:{'|'.join(map(re.escape, FOLDERS))})/(?:[\w.*-]+/?)*"
+SOURCE = r"[\w-]+/(?:[\w.*-]+/)*[\w.*-]+\.(?:py|md)\b"
+PATH = re.compile(rf"(?<![\w./-])(?:{BELOW}|{SOURCE})")
+MODULE = re.compile(r"python -m ((?:farspan|benchmarks|tools)(?:\.\w+)*)")
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def code_of(page: Path) -> Iterator[str]:
+    """What a page has in backticks and code blocks."""
+    text = page.read_text()
+    yield from re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"`[^`\n]+`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_named_paths_exist(page: Path) -> None:
+    for code in code_of(page):
+        for name in PATH.findall(code):
+            assert list(ROOT.glob(name.rstrip("./"))), f"{page_id(page)} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_named_modules_exist(page: Path) -> None:
+    folders = packages() | {"benchmarks": "benchmarks", "tools": "tools"}
+    for module in MODULE.findall(page.read_text()):
+        package = next(name for name in sorted(folders, key=len, reverse=True) if f"{module}.".startswith(f"{name}."))
+        rest = module[len(package) + 1 :].replace(".", "/")
+        place = ROOT / folders[package] / (rest or "__main__")
+        assert place.with_suffix(".py").exists(), f"{page_id(page)} runs {module}"
+
+
+def test_every_package_has_its_line() -> None:
+    rows = re.findall(r"^\| `([\w/]+)/` \| [^|]+ \|$", PAGE.read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(packages().values())
+
+
+def test_the_diagram_is_that_of_the_imports() -> None:
+    page = PAGE.read_text()
+    assert replace_region(page, BEGIN, END, diagram()) == page, "run: python -m tools.import_diagram --write"
+
+
+@pytest.mark.parametrize("page", ["no markers", BEGIN], ids=["none", "begin-only"])
+def test_a_page_without_markers_is_left_alone(page: str) -> None:
+    with pytest.raises(ValueError, match="put it back"):
+        replace_region(page, BEGIN, END, "")
