@@ -79,15 +79,15 @@ def check_attention(
     num_reqs = len(batch.seq_lens_cpu)
     for request in sorted({0, num_reqs // 3, 2 * num_reqs // 3, num_reqs - 1}):
         rows = sample_rows(batch, request, SAMPLED_ROWS)
-        truth, truth_lse = attend_rows(batch, request, rows, torch.float32, turn)
+        expected, expected_lse = attend_rows(batch, request, rows, torch.float32, turn)
         plain, _ = attend_rows(batch, request, rows, batch.shape.dtype, turn)
-        allowed = 2 * relative_error(plain, truth) + 1e-5
+        allowed = 2 * relative_error(plain, expected) + 1e-5
         index = int(batch.query_start_loc[request]) + rows.to(out.device)
-        error = relative_error(out[index], truth)
+        error = relative_error(out[index], expected)
         if not error <= allowed:
             raise BenchmarkError(f"{name}: request {request}: relative error {error:.2e}, allowed {allowed:.2e}")
         if lse is not None:
-            lse_error = float((lse[:, index] - truth_lse).abs().max())
+            lse_error = float((lse[:, index] - expected_lse).abs().max())
             if not lse_error <= LSE_TOLERANCE:
                 raise BenchmarkError(f"{name}: request {request}: LSE off by {lse_error:.2e}, allowed {LSE_TOLERANCE}")
         worst = max(worst, error)

@@ -214,9 +214,9 @@ def check(inputs: Inputs, out: torch.Tensor, lists: BlockLists | None, name: str
             logits = (q[rows] @ k.T).float() * case.head_dim**-0.5
             weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
             results[dtype] = (weights.to(dtype) @ v).float()
-        truth = results[torch.float32]
-        allowed = 2 * relative_error(results[case.dtype], truth) + 1e-5
-        error = relative_error(out[sequence, rows, head], truth)
+        expected = results[torch.float32]
+        allowed = 2 * relative_error(results[case.dtype], expected) + 1e-5
+        error = relative_error(out[sequence, rows, head], expected)
         if not error <= allowed:
             raise BenchmarkError(f"{case.name} {name}: relative error {error:.2e}, allowed {allowed:.2e}")
         worst = max(worst, error)

@@ -1,9 +1,9 @@
 """Static block masks: which KV blocks each query tile reads, from a named pattern or a boolean mask.
 
-Rows and columns are absolute blocks of a request: a tile has the same list in whatever chunk it is computed. (The
-result can still depend on the chunks, as the engine computes a chunk of one token as a decode, over all keys.)
-Named patterns cost memory in proportion to the blocks that they list; no `num_tiles x num_blocks` array is made. All
-of it is plain tensor arithmetic on the device of the tiles; what waits for that device says so.
+Rows and columns are absolute blocks of a request: a tile's list does not depend on the chunk. (Results can still depend
+on the chunks, since the engine computes a chunk of one token as a decode, over all keys.) Named patterns cost memory in
+proportion to the blocks that they list; no `num_tiles x num_blocks` array is made. All of it is plain tensor arithmetic
+on the device of the tiles; functions that wait for the device say so.
 
 Sources: sink + local: StreamingLLM, arXiv 2309.17453; strided: Sparse Transformers, arXiv 1904.10509, section 4.3;
 butterfly: Pixelated Butterfly, arXiv 2112.00029, section 3.2 (the flat block butterfly, which Block-Sparse
