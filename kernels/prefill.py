@@ -78,7 +78,7 @@ def prefill_attention(
         the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
         the block table, page_size may be any number.
     batch: the requests; its `max_query_len` decides how many tokens a program computes.
-    tiles: the query tiles to compute. Query, `out` and `lse` of tokens outside of them are neither read nor written.
+    tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
     scale: factor on the logits, above 0.
     block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
     head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the other heads
