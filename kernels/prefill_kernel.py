@@ -194,8 +194,8 @@ def _attend_blocks(
     return acc, row_max, row_sum
 
 
-# num_pieces is usually 1, and Triton then makes it a constant: with it, heads of 64 need only 128 registers, so that two
-# programs share a multiprocessor.
+# num_pieces is usually 1, and Triton then makes it a constant: heads of 64 need only 128 registers with it, so that
+# two programs share a multiprocessor.
 @triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def prefill_kernel(
     query_ptr,
