@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import ROOT, Row, read_rows
-from tools.generated_region import replace_region
 
 README = ROOT / "README.md"
 BEGIN = "<!-- numbers: python -m benchmarks.readme_table -->\n"
@@ -143,7 +142,11 @@ def format_numbers(rows: Sequence[Row]) -> str:
 
 
 def replace_numbers(readme: str, numbers: str) -> str:
-    return replace_region(readme, BEGIN, END, numbers)
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, "the README has lost its markers"
+    assert end, "the README has lost its markers"
+    return f"{before}{begin}{numbers}{end}{after}"
 
 
 def main() -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.generated_region import replace_region
-from tools.import_diagram import BEGIN, END, PAGE, ROOMS, ROOT, diagram, packages
+from tools.import_diagram import PAGE, ROOMS, ROOT, diagram, packages, replace_diagram
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = [".ci", "benchmarks", "docs", "examples", "requirements", "tests", "tools", *ROOMS]
@@ -53,10 +52,4 @@ def test_every_package_has_its_line() -> None:
 
 def test_the_diagram_is_that_of_the_imports() -> None:
     page = PAGE.read_text()
-    assert replace_region(page, BEGIN, END, diagram()) == page, "run: python -m tools.import_diagram --write"
-
-
-@pytest.mark.parametrize("page", ["no markers", BEGIN], ids=["none", "begin-only"])
-def test_a_page_without_markers_is_left_alone(page: str) -> None:
-    with pytest.raises(ValueError, match="put it back"):
-        replace_region(page, BEGIN, END, "")
+    assert replace_diagram(page, diagram()) == page, "run: python -m tools.import_diagram --write"

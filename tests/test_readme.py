@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StringOptions
 from farspan.engine_ext.ranges import ranges_of
-from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 
 from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
 from benchmarks.record import Row, read_rows
@@ -54,12 +53,6 @@ def test_ranges_are_those_of_the_code() -> None:
         for name, ranges in ranges_of(struct).items()
     }
     assert {name: text for name, text in documented_ranges().items() if text} == expected
-
-
-def test_crossover_is_that_of_the_code() -> None:
-    rows = {line.split("`")[1]: line for line in README.read_text().splitlines() if line.startswith("| `prefill.min_")}
-    assert f"{FLEX_MIN_SEQ_LEN:,} |" in rows["prefill.min_seq_len"]
-    assert f"{FLEX_MIN_CHUNK_LEN:,} |" in rows["prefill.min_chunk_len"]
 
 
 def test_links_lead_somewhere() -> None:

@@ -9,8 +9,6 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tools.generated_region import replace_region
-
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "evaluation.md"
 BEGIN = "<!-- tables: python -m tools.evaluation_tables -->\n"
@@ -126,7 +124,11 @@ def all_tables() -> str:
 
 
 def replace_tables(page: str, tables: str) -> str:
-    return replace_region(page, BEGIN, END, tables)
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, "docs/evaluation.md has lost its markers"
+    assert end, "docs/evaluation.md has lost its markers"
+    return f"{before}{begin}{tables}{end}{after}"
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ import ast
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from tools.generated_region import replace_region
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "design.md"
 BEGIN = "<!-- diagram: python -m tools.import_diagram -->\n"
@@ -74,11 +72,20 @@ def diagram() -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
+def replace_diagram(page: str, block: str) -> str:
+    """The page with the text between its two markers replaced."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, f"{PAGE.name} has lost its markers"
+    assert end, f"{PAGE.name} has lost its markers"
+    return f"{before}{begin}{block}{end}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.import_diagram", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the diagram into docs/design.md")
     if parser.parse_args().write:
-        PAGE.write_text(replace_region(PAGE.read_text(), BEGIN, END, diagram()))
+        PAGE.write_text(replace_diagram(PAGE.read_text(), diagram()))
     else:
         print(diagram(), end="")
 

@@ -183,7 +183,7 @@ def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
         if self.device.type == "cuda" and not state.warms_up:
             from farspan.vllm_compat.warmup import register_warm_up
 
-            register_warm_up(self)
+            register_warm_up(self, metadata_builders)
             state.warms_up = True
         with running(self):
             return stock(self, *args, **kwargs)
