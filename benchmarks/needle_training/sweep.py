@@ -51,7 +51,7 @@ class Variant:
 
     prefill: Prefill
     chunk: int
-    """Prompt tokens per step; 0 for the whole prompt."""
+    """Prompt tokens a step; 0 for the whole prompt."""
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Question:
 
 @dataclass
 class Answers:
-    """One variant's answers to the questions of one length."""
+    """What one variant made of the questions of one length."""
 
     right: list[bool]
     logprobs: list[torch.Tensor]
@@ -109,7 +109,7 @@ class Tables:
 def ask(
     model: PagedNeedle, variant: Variant, questions: list[Question], rows: int, keep_lists: bool = False
 ) -> Answers:
-    """Answer the questions. rows: query rows per prompt on which coverage is measured, 0 for none."""
+    """Answer the questions. rows: query rows a prompt on which coverage is measured, 0 for none."""
     answers = Answers([], [], [], [])
     selectors = model.selectors(variant.prefill)
     for index, question in enumerate(questions):
@@ -277,9 +277,9 @@ def main() -> None:
     add("--gammas", type=_numbers(float), default="0.95")
     add("--taus", type=_numbers(float), default="0.1")
     add("--min-budgets", type=_numbers(int), default="1024", help="KV tokens")
-    add("--chunks", type=_numbers(int), default="0", help="prompt tokens per step; 0 for the whole prompt")
+    add("--chunks", type=_numbers(int), default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
-    add("--rows", type=int, default=16, help="query rows per prompt on which coverage is measured")
+    add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
     add(
         "--loop-rows",
         type=int,
