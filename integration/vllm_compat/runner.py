@@ -204,7 +204,7 @@ def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
         if self.device.type == "cuda" and not state.warms_up:
             from farspan.vllm_compat.warmup import register_warm_up
 
-            register_warm_up(self)
+            register_warm_up(self, metadata_builders)
             state.warms_up = True
         # Those of the profile run go before others come.
         state.cold = None

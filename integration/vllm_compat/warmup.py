@@ -1,5 +1,6 @@
 """Our warm-up as one kernel of vLLM's own: run before graphs are captured, with vLLM's progress bar and switch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,16 @@ class FarspanAttention(VllmJitKernel[LayerCase]):
 
     CompileKey = LayerCase
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, metadata_builders: Callable[[Any], list[Any]]) -> None:
         super().__init__()
         self.runner = runner
+        self.metadata_builders = metadata_builders
 
     def warm_ups(self) -> dict[tuple[str, int], WarmUp]:
         """By layer and first KV head: per metadata builder one layer of those whose turns compile the same kernels."""
-        from farspan.vllm_compat.runner import metadata_builders
-
         modules = self.runner.vllm_config.compilation_config.static_forward_context
         found = {}
-        for builder in metadata_builders(self.runner):
+        for builder in self.metadata_builders(self.runner):
             kinds = set()
             for name, context in builder.layers.items():
                 turn = context.turn
@@ -57,7 +57,10 @@ class FarspanAttention(VllmJitKernel[LayerCase]):
         self.warm_ups()[compile_key.layer_name, compile_key.first_kv_head].run(compile_key.case)
 
 
-def register_warm_up(runner: Any) -> None:
-    """Have vLLM warm up our kernels where its `enable_jit_warmup` says so; runner: of a GPU, made once."""
+def register_warm_up(runner: Any, metadata_builders: Callable[[Any], list[Any]]) -> None:
+    """Have vLLM warm up our kernels where its `enable_jit_warmup` says so.
+
+    runner: a model runner on a GPU, registered once; metadata_builders: gives the builders of farspan that it has made.
+    """
     with runner.jit_warmup_registry.activate():
-        JitWarmupRegistry.register(FarspanAttention(runner))
+        JitWarmupRegistry.register(FarspanAttention(runner, metadata_builders))
