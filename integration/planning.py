@@ -147,8 +147,9 @@ class Planner:
         if self.weight_bytes >= self.usable_bytes:
             raise ConfigError(
                 f"the weights take {self.weight_bytes / GIB:.1f} GiB of each GPU, of which "
-                f"{self.usable_bytes / GIB:.1f} GiB may be used ({settings.gpu_memory / GIB:.1f} GiB times {settings.gpu_memory_utilization}). Use "
-                "more GPUs (--tensor-parallel-size), larger ones, or quantized weights."
+                f"{self.usable_bytes / GIB:.1f} GiB may be used ({settings.gpu_memory / GIB:.1f} GiB times "
+                f"{settings.gpu_memory_utilization}). Use more GPUs (--tensor-parallel-size), larger ones, or "
+                "quantized weights."
             )
         self.host_bytes = (settings.host_memory or 0) // settings.tensor_parallel_size
         num_kv_heads = kv_heads_of_rank(self.shape.num_kv_heads, settings.tensor_parallel_size)
@@ -319,6 +320,10 @@ def check_settings(settings: PlanSettings, info: ModelInfo) -> None:
             f"--gpu is {settings.gpu!r}; known: {', '.join(GPUS)}. For another one take the nearest, and give "
             "--gpu-memory, --tflops, --hbm-gbs and --pcie-gbs."
         )
+    if settings.host_memory is None:
+        asked = {"--hot-heads": settings.hot_heads or None, "--group-size": settings.group_size}
+        for name in (name for name, value in asked.items() if value is not None):
+            raise ConfigError(f"{name} is about offload, and without --host-memory there is none. Give --host-memory.")
     if settings.context is not None and settings.context > shape.max_positions:
         raise ConfigError(
             f"--context is {settings.context:,} tokens, and the positions of {settings.model} end at "
