@@ -85,7 +85,7 @@ def test_pools_hold_the_load_and_stay_inside_both_memories(seed: int) -> None:
     assert plan.num_slots >= min(fewest, plan.num_blocks)
     assert plan.group_size in group_sizes(layout)
     assert plan.staging_bytes == staging_bytes_of(layout, plan.group_size, load.context_len)
-    # Neither another slot nor another block would have fitted; room for the fewest slots stays even if blocks are fewer.
+    # Neither another slot nor another block fits; room for the fewest slots stays even where blocks are fewer.
     room = hbm_bytes - plan.hbm_bytes - max(fewest - plan.num_blocks, 0) * cold
     assert plan.num_slots == plan.num_blocks or room < cold
     assert host_bytes - plan.host_bytes < cold or room < max(layout.hot_block_bytes, cold)
