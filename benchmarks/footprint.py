@@ -23,7 +23,7 @@ CASES = ((8192, 1), (2048, 256))
 
 
 def engine_bytes(model_dir: str, num_tokens: int, num_seqs: int) -> dict[str, int]:
-    """Start an engine and read what its worker measured; called in a process of its own, which leaves no memory taken."""
+    """Start an engine and read what its worker measured. In a process of its own, it leaves no memory taken."""
     from vllm import LLM
 
     arguments: dict[str, Any] = {"enforce_eager": True, "dtype": "float32"} if not torch.cuda.is_available() else {}

@@ -37,7 +37,13 @@ def add_plan_command(subcommands: Any) -> None:
     add("--tensor-parallel-size", type=int, default=1, metavar="T", help="GPUs of one machine (default 1)")
     add("--block-size", type=int, choices=PAGE_SIZES, default=128, help="tokens of a page (default 128)")
     add("--max-num-batched-tokens", type=_tokens, metavar="N", help="of a step (default: 8192, or fewer if they fit)")
-    add("--hot-heads", type=int, default=0, metavar="n", help="KV heads of a layer that stay in HBM (default 0)")
+    add(
+        "--hot-heads",
+        type=int,
+        default=0,
+        metavar="n",
+        help="KV heads of each layer that stay in HBM (default 0)",
+    )
     add("--group-size", type=_count_or_auto, default=None, metavar="n|auto", help="KV heads gathered at once")
     add("--weights", type=_size, metavar="G", help="of the whole model, where its configuration does not tell")
     add(
@@ -137,7 +143,7 @@ def prediction_rows(side: Side, concurrency: int) -> list[list[str]]:
     """A header and one row a context; slots, groups and staging only where there is offload."""
     has_offload = side.host_bytes_per_token > 0
     step = "ms a token" if concurrency == 1 else f"ms a step of {concurrency}"
-    offload_columns = ["hot heads", "slots", "KV in HBM", "group", "staging"] if has_offload else []
+    offload_columns = ["hot heads", "slots", "KV in HBM", "group", "staging", "host memory"] if has_offload else []
     rows = [["context", "requests", *offload_columns, "first token", *(["waiting"] * has_offload), step]]
     for each in side.predictions:
         if not each.fits:
@@ -155,8 +161,9 @@ def offload_cells(prediction: Prediction) -> list[str]:
         f"{prediction.hot_heads}",
         f"{prediction.num_slots:,}",
         f"{100 * (prediction.share_in_hbm or 0):.0f} %",
-        f"{prediction.group_size}",
+        f"{prediction.group_size or '-'}",
         gib(prediction.staging_bytes or 0),
+        gib(prediction.host_bytes or 0),
     ]
 
 

@@ -46,7 +46,7 @@ class PlanSettings:
     max_num_batched_tokens: int | None = None
     """None for the longest of STEP_TOKENS that fits."""
     hot_heads: int = 0
-    """In each layer of each rank."""
+    """In each layer, over all ranks."""
     group_size: int | None = None
     """None for as many as fit."""
     weights: int | None = None
@@ -63,11 +63,13 @@ class Prediction:
     context: int
     fits: bool
     max_requests: int | None = None
-    """Requests of this length that the blocks hold at once."""
+    """Requests of this length that the blocks hold at once, with all of the host memory."""
     hot_heads: int | None = None
     num_slots: int | None = None
     group_size: int | None = None
     staging_bytes: int | None = None
+    host_bytes: int | None = None
+    """Host memory of a rank that those `concurrency` requests need."""
     share_in_hbm: float | None = None
     """Of the KV of `concurrency` requests of this length."""
     first_token_s: float | None = None
@@ -160,8 +162,9 @@ class Planner:
             page_size=settings.page_size,
             hot_heads=(num_kv_heads,) * self.shape.num_layers,
         )
-        check_heads(settings, self.all_hot)
-        self.offloaded = self.all_hot.with_hot_heads(settings.hot_heads) if settings.host_memory else None
+        hot_heads = hot_heads_of_rank(settings, self.shape.num_kv_heads, num_kv_heads)
+        self.offloaded = self.all_hot.with_hot_heads(hot_heads) if settings.host_memory else None
+        check_group(settings, self.offloaded)
         self.step = settings.max_num_batched_tokens or self.choose_step()
         self.kv_bytes = self.kv_bytes_with(self.step)
 
@@ -215,9 +218,13 @@ class Planner:
     def group_size(self, layout: KVLayout) -> int | None:
         return self.settings.group_size if layout.max_cold_heads else None
 
-    def sizes(self, layout: KVLayout, context: int, step: int) -> KVPlan | None:
-        load, hbm_bytes = self.load(context, step), self.kv_bytes_with(step)
-        return plan_kv(layout, load, hbm_bytes, self.host_bytes, self.group_size(layout))
+    def sizes(self, layout: KVLayout, context: int, step: int, *, is_whole_host: bool = False) -> KVPlan | None:
+        """Pools for a context, with as much host memory as its requests need, or with all of it."""
+        load, hbm_bytes, host_bytes = self.load(context, step), self.kv_bytes_with(step), self.host_bytes
+        if not is_whole_host:
+            blocks = needed_blocks(context, self.settings.page_size, self.settings.concurrency)
+            host_bytes = min(host_bytes, blocks * layout.cold_block_bytes)
+        return plan_kv(layout, load, hbm_bytes, host_bytes, self.group_size(layout))
 
     def longest(self, layout: KVLayout, host_bytes: int | None = None) -> int:
         """Tokens of the longest context; host_bytes: as if there were so many."""
@@ -245,6 +252,7 @@ class Planner:
         if sizes is None:
             return Prediction(context=context, fits=False)
         settings = self.settings
+        most_blocks = (self.sizes(layout, context, self.step, is_whole_host=True) or sizes).num_blocks
         has_offload = layout.max_cold_heads > 0
         resident_len = context
         if has_offload:
@@ -258,11 +266,12 @@ class Planner:
         return Prediction(
             context=context,
             fits=True,
-            max_requests=(sizes.num_blocks - NULL_BLOCKS) // (needed_blocks(context, settings.page_size) - NULL_BLOCKS),
+            max_requests=(most_blocks - NULL_BLOCKS) // (needed_blocks(context, settings.page_size) - NULL_BLOCKS),
             hot_heads=layout.hot_heads[0] if has_offload else None,
             num_slots=sizes.num_slots if has_offload else None,
             group_size=sizes.group_size if has_offload else None,
             staging_bytes=sizes.staging_bytes if has_offload else None,
+            host_bytes=sizes.host_bytes if has_offload else None,
             share_in_hbm=1 - cold_share * (1 - resident_len / context),
             first_token_s=first_token_s,
             waiting_s=waiting_s,
@@ -337,16 +346,25 @@ def check_settings(settings: PlanSettings, info: ModelInfo) -> None:
         )
 
 
-def check_heads(settings: PlanSettings, layout: KVLayout) -> None:
-    """Refuse hot heads and groups that a rank's heads rule out. Raises ConfigError."""
-    hot = settings.hot_heads
-    if not 0 <= hot < layout.num_kv_heads:
+def hot_heads_of_rank(settings: PlanSettings, num_kv_heads: int, num_rank_heads: int) -> int:
+    """Hot KV heads in a layer of one rank. Raises ConfigError where they cannot be shared out.
+
+    num_kv_heads, num_rank_heads: of a layer of the model, and of one rank.
+    """
+    hot, least = settings.hot_heads, num_kv_heads // num_rank_heads
+    if not 0 <= hot < num_kv_heads or hot % least:
+        multiples = "" if least == 1 else f", in multiples of {least}, so that every rank has as many"
         raise ConfigError(
-            f"--hot-heads is {hot}; allowed: 0 to {layout.num_kv_heads - 1} of the {layout.num_kv_heads} KV heads of "
-            "a rank. With all of them hot there is no offload."
+            f"--hot-heads is {hot}; allowed: 0 to {num_kv_heads - least} of the {num_kv_heads} KV heads of a layer"
+            f"{multiples}. With all of them hot there is no offload."
         )
-    if settings.group_size is not None and settings.group_size not in group_sizes(layout.with_hot_heads(hot)):
-        sizes = ", ".join(map(str, group_sizes(layout.with_hot_heads(hot))))
+    return hot // least
+
+
+def check_group(settings: PlanSettings, layout: KVLayout | None) -> None:
+    """Refuse a group that the cold heads of a rank rule out. Raises ConfigError."""
+    if layout is not None and settings.group_size not in (None, *group_sizes(layout)):
+        sizes = ", ".join(map(str, group_sizes(layout)))
         raise ConfigError(f"--group-size is {settings.group_size}; allowed for these heads: {sizes}, or auto.")
 
 

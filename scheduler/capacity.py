@@ -101,7 +101,7 @@ class KVPlan:
     num_slots: int
     """Blocks whose cold pages can lie in HBM at the same time."""
     group_size: int
-    """KV heads whose prefix is gathered at once in prefill; 0 where no head is cold."""
+    """KV heads whose prefix is gathered at once in prefill; 0 where nothing is ever gathered."""
     staging_bytes: int
     hbm_bytes: int
     """vLLM's cache, slots and staging."""
@@ -165,35 +165,45 @@ def plan_kv(
 ) -> KVPlan | None:
     """Size all pools for a load, or None where it does not fit.
 
-    The load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
+    Where HBM has a slot for every block that the host holds, nothing is ever gathered, and there is no staging.
+    Otherwise the load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
     hbm_bytes, host_bytes: for KV, staging included. group_size: None for the largest beside which HBM still holds the
     whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1.
     """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
-    cold_bytes = layout.cold_block_bytes
-    slots = staging = 0
+    hot_bytes, cold_bytes = layout.hot_block_bytes, layout.cold_block_bytes
     if not cold_bytes:
-        group_size = 0
-    else:
+        num_blocks = max_blocks(layout, hbm_bytes, host_bytes)
+        return sized(layout, num_blocks, 0, 0, 0) if num_blocks >= wanted_blocks else None
+
+    host_blocks = max(host_bytes, 0) // cold_bytes
+    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
+    if resident_blocks < host_blocks:
         fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
-        hbm_left = hbm_bytes - wanted_blocks * layout.hot_block_bytes
+        hbm_left = hbm_bytes - wanted_blocks * hot_bytes
         beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
         share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
         for budget in (beside_load, share):
             group_size = group_size or choose_group_size(layout, load.context_len, budget)
         group_size = group_size or 1
-        staging = staging_bytes_of(layout, group_size, load.context_len)
-        slots = max(min((hbm_left - staging) // cold_bytes, wanted_blocks), fewest)
-    num_blocks = max_blocks(layout, hbm_bytes, host_bytes, slots, staging)
-    if num_blocks < wanted_blocks:
-        return None
-    num_slots = max_slots(layout, hbm_bytes, num_blocks, staging)
+        staging_bytes = staging_bytes_of(layout, group_size, load.context_len)
+        least_slots = max(min((hbm_left - staging_bytes) // cold_bytes, wanted_blocks), fewest)
+        num_blocks = max_blocks(layout, hbm_bytes, host_bytes, least_slots, staging_bytes)
+        if num_blocks >= wanted_blocks:
+            num_slots = max_slots(layout, hbm_bytes, num_blocks, staging_bytes)
+            return sized(layout, num_blocks, num_slots, group_size, staging_bytes)
+    # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.
+    return sized(layout, resident_blocks, resident_blocks, 0, 0) if resident_blocks >= wanted_blocks else None
+
+
+def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, staging_bytes: int) -> KVPlan:
+    """The plan with what it takes of both memories."""
     return KVPlan(
         num_blocks=num_blocks,
         num_slots=num_slots,
         group_size=group_size,
-        staging_bytes=staging,
-        hbm_bytes=num_blocks * layout.hot_block_bytes + num_slots * layout.cold_block_bytes + staging,
+        staging_bytes=staging_bytes,
+        hbm_bytes=num_blocks * layout.hot_block_bytes + num_slots * layout.cold_block_bytes + staging_bytes,
         host_bytes=num_blocks * layout.cold_block_bytes,
     )
 

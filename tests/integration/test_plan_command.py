@@ -48,10 +48,12 @@ def test_json_says_what_fits(llama: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_offload_costs_nothing_where_everything_fits(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = plan(capsys, llama, "--host-memory", "200", "--context", "128K")
+    stock = plan(capsys, llama, "--gpu-memory", "24GB")["without_offload"]["longest_context"]
+    answer = plan(capsys, llama, "--gpu-memory", "24GB", "--host-memory", "200", "--context", str(stock))
     (without,), (offloaded,) = (answer[side]["predictions"] for side in ("without_offload", "with_offload"))
-    assert offloaded["share_in_hbm"] == 1
-    assert offloaded["waiting_s"] == 0
+    assert (offloaded["share_in_hbm"], offloaded["staging_bytes"], offloaded["waiting_s"]) == (1, 0, 0)
+    assert offloaded["host_bytes"] == (stock // 128 + 1) * 2**24
+    assert offloaded["max_requests"] > 40 * without["max_requests"]
     for name in ("first_token_s", "token_ms"):
         assert offloaded[name] == pytest.approx(without[name])
 
@@ -99,7 +101,7 @@ def test_options_reach_the_plan(llama: str, capsys: pytest.CaptureFixture[str]) 
     assert answer["with_offload"]["limited_by"] == "the model's positions"
     assert answer["with_offload"]["hbm_bytes_per_token"] == 2**17 // 4
     for each in answer["with_offload"]["predictions"]:
-        assert (each["hot_heads"], each["group_size"]) == (2, 2)
+        assert (each["hot_heads"], each["group_size"]) == (2, 2 if each["share_in_hbm"] < 1 else 0)
 
 
 def test_float32_has_no_measured_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +127,7 @@ def test_the_table_has_both_ways_and_what_to_start(llama: str, capsys: pytest.Ca
     assert main(["plan", llama, "--gpu-memory", "24GB", "--host-memory", "200GiB"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^Longest context, tokens +31,872 +1,638,272$", text, flags=re.MULTILINE)
-    assert re.search(r"^1,638,272 +1 +0 +\d+ +1 % ", text, flags=re.MULTILINE)
+    assert re.search(r"^1,638,272 +1 +0 +\d+ +1 % +1 ", text, flags=re.MULTILINE)
     assert "does not fit" not in text
     assert text.rstrip().endswith(
         "--max-model-len 1638272 --max-num-seqs 1 --max-num-batched-tokens 8192 --block-size 128."
@@ -165,6 +167,10 @@ def test_what_does_not_fit_says_what_to_do(
         (["--pcie-gbs", "nan"], r"--pcie-gbs is nan; it must be above 0"),
         (["--tflops", "inf"], r"--tflops is inf; it must be above 0"),
         (["--host-memory", "9", "--hot-heads", "8"], r"--hot-heads is 8; allowed: 0 to 7"),
+        (
+            ["--host-memory", "9", "--hot-heads", "3", "--tensor-parallel-size", "2"],
+            r"--hot-heads is 3; allowed: 0 to 6 of the 8 KV heads of a layer, in multiples of 2",
+        ),
         (["--host-memory", "9", "--hot-heads", "-1"], r"--hot-heads is -1; allowed: 0 to 7"),
         (["--host-memory", "9", "--group-size", "3"], r"--group-size is 3; allowed for these heads: 1, 2, 4, 8"),
         (["--hot-heads", "2"], r"--hot-heads .* without --host-memory"),

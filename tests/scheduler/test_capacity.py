@@ -68,7 +68,9 @@ def test_pools_hold_the_load_and_stay_inside_both_memories(seed: int) -> None:
     least_hbm = wanted * layout.hot_block_bytes
     if cold:
         least_hbm += fewest * cold + staging_bytes_of(layout, 1, load.context_len)
-    assert (plan is not None) == (least_hbm <= hbm_bytes and wanted * cold <= host_bytes)
+    is_gathered = least_hbm <= hbm_bytes
+    is_resident = bool(cold) and hbm_bytes >= wanted * (layout.hot_block_bytes + cold)
+    assert (plan is not None) == ((is_gathered or is_resident) and wanted * cold <= host_bytes)
     if plan is None:
         return
     assert plan.num_blocks >= wanted
@@ -79,8 +81,9 @@ def test_pools_hold_the_load_and_stay_inside_both_memories(seed: int) -> None:
         <= hbm_bytes
     )
     assert plan.num_slots <= plan.num_blocks
-    if not cold:
-        assert (plan.num_slots, plan.group_size, plan.staging_bytes) == (0, 0, 0)
+    if not cold or plan.group_size == 0:
+        assert plan.num_slots == (plan.num_blocks if cold else 0)
+        assert plan.staging_bytes == 0
         return
     assert plan.num_slots >= min(fewest, plan.num_blocks)
     assert plan.group_size in group_sizes(layout)
@@ -160,6 +163,20 @@ def test_groups_of_known_heads() -> None:
     assert group_sizes(KV_8B) == [1, 2, 4, 8]
     assert group_sizes(KV_8B.with_hot_heads(3)) == [1, 2, 4, 5]
     assert group_sizes(KV_8B.with_hot_heads(8)) == []
+
+
+def test_nothing_is_staged_where_every_block_has_a_slot() -> None:
+    load = Load(context_len=4096, num_requests=1, max_num_batched_tokens=8192, max_num_seqs=1)
+    exact = needed_blocks(4096, 128) * KV_8B.cold_block_bytes
+    plan = plan_kv(KV_8B, load, exact, exact)
+    assert plan is not None
+    assert (plan.num_blocks, plan.num_slots, plan.staging_bytes) == (33, 33, 0)
+    # With more host memory than that there is something to gather, if there is room for it.
+    assert plan_kv(KV_8B, load, exact, 2 * exact) == plan
+    gathering = plan_kv(KV_8B, load, 3 * exact, 4 * exact)
+    assert gathering is not None
+    assert (gathering.num_blocks, gathering.group_size) == (132, 8)
+    assert plan_kv(KV_8B, load, exact - 1, exact) is None
 
 
 def test_bytes_of_an_8b_model() -> None:
