@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from farspan.doctor import add_doctor_command
 from farspan.engine_ext.errors import FarspanError
 from farspan.plan_command import add_plan_command
 
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(subcommands)
     _add_report(subcommands)
     add_plan_command(subcommands)
+    add_doctor_command(subcommands)
     return parser
 
 
