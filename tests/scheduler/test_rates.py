@@ -19,6 +19,7 @@ from farspan.scheduler.rates import (
 )
 
 DATA = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "data"
+RATES_RUN = "20261122-e2c7e0"
 GIB = 2**30
 SHAPE_8B = ModelShape(
     num_layers=32,
@@ -53,10 +54,10 @@ def load(step: int) -> Load:
 
 
 def medians(file: str, variant: str) -> dict[str, float]:
-    """Case -> median time in ms, of the run that was appended last."""
+    """Case -> median time in ms, of the run that the rates come from."""
     with (DATA / file).open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if (row["variant"], row["metric"]) == (variant, "time")]
-    return {row["case"]: float(row["p50"]) for row in rows}
+        rows = [row for row in csv.DictReader(stream) if row["run_id"] == RATES_RUN and row["variant"] == variant]
+    return {row["case"]: float(row["p50"]) for row in rows if row["metric"] == "time"}
 
 
 def prefill(context_len: int, chunk_len: int, layout: KVLayout = HOT, resident_len: int | None = None) -> float:
