@@ -53,8 +53,8 @@ GPUS = {
 MEASURED_GPU = "H100"
 # One H100 80GB HBM3 (SXM), 2026-11: an 8B Llama shape in vLLM 0.32 with FlashAttention 3, 128K tokens in 10.5 s, of
 # which the linear layers take 3.0 and attention 7.5; 6.72 ms a token after 1K tokens and 12.15 after 128K
-# (benchmarks/data/ttft.csv, tpot.csv, run 20261122-e2c7e0); flash-decoding at 2.75 to 3.03 TB/s (decode.csv); one layer of 128K tokens and
-# 8 heads read from pinned host pages in 10.8 ms, where one large copy runs at 53.8 GB/s.
+# (benchmarks/data/ttft.csv, tpot.csv, run 20261122-e2c7e0); flash-decoding at 2.75 to 3.03 TB/s (decode.csv); one layer
+# of 128K tokens and 8 heads read from pinned host pages in 10.8 ms, where one large copy runs at 53.8 GB/s.
 MEASURED = Rates(linear_tflops=610, attention_tflops=600, weight_gbs=2250, kv_gbs=2900, host_gbs=49.8)
 
 
