@@ -72,7 +72,10 @@ def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | None = None) -> Call:
-    """Decode of one query token per request. turn: that of shifted positions, or None; host_pages: those that decode reads in host memory."""
+    """Decode of one query token per request.
+
+    turn: that of shifted positions, or None; host_pages: those that decode reads in host memory.
+    """
     shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
     splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
     workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
