@@ -4,16 +4,15 @@ For each benchmark, the latest run: one line a case, one column a variant, and h
 speed each of ours is. Stages of a call are left to the CSV: only whole calls compare with a peer.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import ROOT, Row, read_rows
+from tools.regions import Region
 
 README = ROOT / "README.md"
-BEGIN = "<!-- numbers: python -m benchmarks.readme_table -->\n"
-END = "<!-- end of numbers -->\n"
+NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
 STAGES = ("-select", "-attention")
 MEDIAN_DENSITY_RUNS = frozenset({"20261122-e2c7e0"})
 """Runs whose densities are those of the median head, from before the mean was recorded: not shown as densities."""
@@ -141,22 +140,8 @@ def format_numbers(rows: Sequence[Row]) -> str:
     return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
 
 
-def replace_numbers(readme: str, numbers: str) -> str:
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, "the README has lost its markers"
-    assert end, "the README has lost its markers"
-    return f"{before}{begin}{numbers}{end}{after}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_table")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
-    numbers = format_numbers(read_rows())
-    if parser.parse_args().write:
-        README.write_text(replace_numbers(README.read_text(), numbers))
-    else:
-        print(numbers)
+    NUMBERS.serve("python -m benchmarks.readme_table", format_numbers(read_rows()))
 
 
 if __name__ == "__main__":

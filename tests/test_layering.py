@@ -106,3 +106,23 @@ def test_every_folder_with_code_is_packaged() -> None:
         for init in (ROOT / room).rglob("__init__.py")
     }
     assert listed == found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_what_the_wheel_leaves_out(room: str) -> None:
+    for path in sources(room):
+        for module in imports_of(path, room):
+            assert not is_within(module, ("benchmarks", "tools", "tests", "examples")), f"{path} imports {module}"
+
+
+def test_only_one_module_writes_csv() -> None:
+    """Readers and writers of tables share their refusals: `farspan.tables`."""
+    folders = [*ROOMS, "benchmarks", "tools", "examples"]
+    importers = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) and any(alias.name == "csv" for alias in node.names)
+    }
+    assert importers == {"integration/tables.py"}

@@ -8,7 +8,6 @@ alone. The haystack's own tokens are nearer to each other than any shift, so the
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from farspan.needle import model_dir
 from farspan.needle.network import NeedleNet, load_network, rotate
 from farspan.needle.tasks import make_sample
 from farspan.needle.tokenizer import build_tokenizer
+from farspan.tables import append_rows, write_rows
 
 COLUMNS = ("task", "length", "gap", "shift", "window", "seed", "count", "accuracy")
 TASKS = ("niah_single", "niah_multivalue")
@@ -119,18 +119,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     arguments = parser.parse_args()
     net = load_network(arguments.model)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for task in TASKS:
-            answers = [
-                right_answers(net, task, arguments.length, arguments.seed + index, index / max(1, arguments.count - 1))
-                for index in range(arguments.count)
-            ]
-            for gap, shift, window in answers[0]:
-                accuracy = sum(each[gap, shift, window] for each in answers) / arguments.count
-                row = (task, arguments.length, gap, shift, window, arguments.seed, arguments.count, round(accuracy, 4))
-                writer.writerow(row)
+    write_rows(arguments.out, COLUMNS, [])
+    for task in TASKS:
+        answers = [
+            right_answers(net, task, arguments.length, arguments.seed + index, index / max(1, arguments.count - 1))
+            for index in range(arguments.count)
+        ]
+        rows = []
+        for gap, shift, window in answers[0]:
+            accuracy = sum(each[gap, shift, window] for each in answers) / arguments.count
+            row = (task, arguments.length, gap, shift, window, arguments.seed, arguments.count, round(accuracy, 4))
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+        append_rows(arguments.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Lengths rise when the loss on values says so (or a stage's share of the time is 
 """
 
 import argparse
-import csv
 import math
 import random
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from farspan.needle.evaluate import evaluate, submit_samples, summarise, write_rows
+from farspan.needle.evaluate import COLUMNS, evaluate, submit_samples, summarise
 from farspan.needle.network import NeedleNet, NeedleShape, export, load_network
+from farspan.tables import append_rows, read_rows, write_rows
 
 from .batches import ANSWER, FILLER, NUM_FILLER_TOKENS, Batch, BatchMaker
 
@@ -95,7 +95,7 @@ class Trainer:
         if (out / "checkpoint.pt").exists():
             self._load()
         else:
-            self.log_path.write_text(",".join(LOG_COLUMNS) + "\n")
+            write_rows(self.log_path, LOG_COLUMNS, [])
 
     def run(self, max_seconds: float, max_steps: int | None = None) -> None:
         """Train until `max_seconds` in all (earlier runs counted), or for `max_steps` more steps."""
@@ -190,11 +190,12 @@ class Trainer:
         for length, steps in sorted(measured.items()):
             means = torch.stack(steps).nanmean(dim=0).tolist()
             rows[length] = dict(zip(MEASURES, means, strict=True))
-        with self.log_path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for length, row in rows.items():
-                head = (self.step, round(self.seconds, 1), self.tokens, self.stage_index, length, f"{rate:.2e}")
-                writer.writerow([*head, *("" if math.isnan(row[name]) else f"{row[name]:.4g}" for name in MEASURES)])
+        lines = []
+        for length, row in rows.items():
+            head = (self.step, round(self.seconds, 1), self.tokens, self.stage_index, length, f"{rate:.2e}")
+            measures = ("" if math.isnan(row[name]) else f"{row[name]:.4g}" for name in MEASURES)
+            lines.append(dict(zip(LOG_COLUMNS, (*head, *measures), strict=True)))
+        append_rows(self.log_path, LOG_COLUMNS, lines)
         return rows
 
 
@@ -235,8 +236,7 @@ def plot_log(log_path: Path, picture_path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with log_path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["loss_value"]]
+    rows = [row for row in read_rows(log_path, LOG_COLUMNS) if row["loss_value"]]
     lengths = sorted({int(row["length"]) for row in rows})
     figure, axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     colors = plt.get_cmap("viridis")
@@ -296,7 +296,7 @@ def main() -> None:
         if samples:
             net = load_network(args.out / "model", device, trainer.net.dtype)
             rows = summarise(evaluate(net, samples))
-            write_rows(args.out / "evaluation.csv", rows)
+            write_rows(args.out / "evaluation.csv", COLUMNS, rows)
             for row in rows:
                 print(*row.values())
 

@@ -11,11 +11,11 @@ its mass, else mixed.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from farspan.tables import write_rows
 
 from .network import LOCAL_WINDOW, NeedleNet, load_network, rotate
 from .tasks import make_sample
@@ -40,15 +40,6 @@ def head_report(net: NeedleNet, length: int, seed: int, num_query_blocks: int = 
             kind = _kind(local, sink, retrieval)
             rows.append(dict(zip(COLUMNS, (length, seed, layer, head, kind, *values), strict=True)))
     return rows
-
-
-def write_report(path: Path, rows: list[dict]) -> None:
-    """Write the rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @torch.no_grad()
@@ -151,7 +142,7 @@ def main() -> None:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net = load_network(args.model, args.device, dtype)
     rows = [row for length in args.lengths.split(",") for row in head_report(net, int(length), args.seed)]
-    write_report(args.out, rows)
+    write_rows(args.out, COLUMNS, rows)
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in COLUMNS))
 
