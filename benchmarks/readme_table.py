@@ -5,6 +5,7 @@ speed each of ours is. Stages of a call are left to the CSV: only whole calls co
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,9 +141,5 @@ def format_numbers(rows: Sequence[Row]) -> str:
     return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
 
 
-def main() -> None:
-    NUMBERS.serve("python -m benchmarks.readme_table", format_numbers(read_rows()))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(NUMBERS.serve("python -m benchmarks.readme_table", lambda: format_numbers(read_rows())))

@@ -1,5 +1,6 @@
 """What a benchmark run leaves behind: rows of `benchmarks/data/*.csv`, one file a benchmark, appended only here."""
 
+import argparse
 import datetime
 import os
 import secrets
@@ -110,6 +111,14 @@ def version_of(*distributions: str) -> str:
 def driver_version() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+def iso_date(text: str) -> str:
+    """YYYY-MM-DD, for argparse."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a date YYYY-MM-DD, not {text!r}") from error
 
 
 @dataclass(frozen=True)

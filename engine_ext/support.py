@@ -221,7 +221,7 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
 
 
 def check_model(model_config: Any, cache_config: Any) -> None:
-    """Refuse a model by its configuration. Raises UnsupportedModelError."""
+    """Refuse a model by its configuration, and its cache. Raises UnsupportedModelError or UnsupportedEngineError."""
     name = model_config.model
     kinds = {
         "use_mla": "multi-head latent attention (MLA)",
@@ -247,6 +247,9 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         sliding_window=model_config.get_sliding_window(),
         logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
+    block_size = block_size_refusal(cache_config.block_size)
+    if block_size is not None:
+        raise UnsupportedEngineError(block_size)
     if reasons:
         raise UnsupportedModelError(f"{name}: " + " ".join(reasons))
 

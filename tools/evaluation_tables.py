@@ -4,6 +4,7 @@ Every folder of docs/evaluation with a sweep.csv (of `python -m benchmarks.needl
 tables.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -124,9 +125,5 @@ def all_tables() -> str:
     )
 
 
-def main() -> None:
-    TABLES.serve("python -m tools.evaluation_tables", all_tables())
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(TABLES.serve("python -m tools.evaluation_tables", all_tables))

@@ -1,8 +1,11 @@
 """The generated parts of our pages: between two marker lines, replaced by the tools that make them."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from farspan.command import run_command
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,12 @@ class Region:
         """Put `text` between the markers."""
         self.page.write_text(self.replace(self.page.read_text(), text))
 
-    def serve(self, program: str, text: str) -> None:
-        """Be the program that generates the region: print it, or with `--write` put it into the page."""
+    def serve(self, program: str, make: Callable[[], str]) -> int:
+        """Be the program that makes the region: print it, or with `--write` put it into the page.
+
+        Returns the exit status.
+        """
         parser = argparse.ArgumentParser(prog=program)
         parser.add_argument("--write", action="store_true", help=f"put it into {self.page.name} instead of printing it")
-        if parser.parse_args().write:
-            self.write(text)
-        else:
-            print(text)
+        write = self.write if parser.parse_args().write else print
+        return run_command(program, lambda: write(make()))

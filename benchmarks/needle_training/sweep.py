@@ -16,14 +16,16 @@ A question is right when greedy decoding would write its completion. It is compu
 import argparse
 import itertools
 import multiprocessing
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
+from farspan.command import device, floats, integers, make_folder, run_command, words
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
+from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.needle_answers import (
     HEAD_COLUMNS,
     SWEEP_COLUMNS,
@@ -39,9 +41,11 @@ from farspan.needle import model_dir
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PagedNeedle
+from farspan.needle.tasks import MIN_LENGTH, TASKS
 from farspan.tables import Tables
 
-TASKS = "niah_single,niah_multikey_2,niah_multiquery,variable_tracking"
+PROGRAM = "python -m benchmarks.needle_training.sweep"
+SWEPT_TASKS = ("niah_single", "niah_multikey_2", "niah_multiquery", "variable_tracking")
 
 
 def accuracy_rows(name: str, length: int, seed: int, questions: list[Question], answers: Answers) -> Iterator[dict]:
@@ -73,7 +77,11 @@ def paper_variants() -> list[Variant]:
 
 
 def _product(
-    gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int], loop_rows: int = 0
+    gammas: Sequence[float],
+    taus: Sequence[float],
+    min_budgets: Sequence[int],
+    chunks: Sequence[int],
+    loop_rows: int = 0,
 ) -> list[Variant]:
     chunks = sorted(chunks, key=lambda chunk: (chunk != 0, -chunk))
     return [
@@ -84,6 +92,8 @@ def _product(
 
 def run(args: argparse.Namespace) -> None:
     """Run the sweep; starts nothing new once `args.seconds` have passed."""
+    check_arguments(args)
+    make_folder(args.out)
     deadline = time.monotonic() + args.seconds
     tables = Tables(args.out)
     plan = [(length, task, args.seed + i) for length in args.lengths for task in args.tasks for i in range(args.count)]
@@ -122,17 +132,31 @@ def run(args: argparse.Namespace) -> None:
         print(f"{length} {variant.name} {time.monotonic() - started:.1f} s {shown}", flush=True)
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what no question or no option can be."""
+    if min(args.lengths, default=0) < MIN_LENGTH:
+        raise ConfigError(f"lengths={list(args.lengths)}; prompts have at least {MIN_LENGTH} tokens")
+    if not args.tasks or not set(args.tasks) <= set(TASKS):
+        raise ConfigError(f"tasks={list(args.tasks)}; known are {', '.join(TASKS)}")
+    if min(args.count, args.workers) < 1 or min(args.rows, *args.chunks, 0) < 0:
+        raise ConfigError("count and workers are at least 1, rows and chunks at least 0")
+    for variant in variants_of(args):
+        variant.prefill.check("sweep")
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", type=Path, default=model_dir())
-    add("--tasks", type=lambda text: text.split(","), default=TASKS)
-    add("--lengths", type=_numbers(int), default="4096,8192", help="prompt tokens")
-    add("--gammas", type=_numbers(float), default="0.95")
-    add("--taus", type=_numbers(float), default="0.1")
-    add("--min-budgets", type=_numbers(int), default="1024", help="KV tokens")
-    add("--chunks", type=_numbers(int), default="0", help="prompt tokens a step; 0 for the whole prompt")
+    add("--tasks", type=words, default=",".join(SWEPT_TASKS))
+    add("--lengths", type=integers, default="4096,8192", help="prompt tokens")
+    add("--gammas", type=floats, default="0.95")
+    add("--taus", type=floats, default="0.1")
+    add("--min-budgets", type=integers, default="1024", help="KV tokens")
+    add("--chunks", type=integers, default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
     add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
     add(
@@ -145,14 +169,11 @@ def main() -> None:
     add("--seed", type=int, default=30000, help="of the first question")
     add("--workers", type=int, default=1, help="processes that write the questions")
     add("--seconds", type=float, default=3600.0, help="start no combination after this time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, required=True)
-    run(parser.parse_args())
-
-
-def _numbers(kind: type) -> Any:
-    return lambda text: [kind(word) for word in text.split(",")]
+    args = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.results import CSV_COLUMNS, read_csv
@@ -68,7 +69,9 @@ def run_report(settings: ReportSettings) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    if not settings.from_csv:
+        check_settings(settings)
+    make_folder(settings.out)
     if settings.from_csv:
         title = "Flex prefill: " + ", ".join(path.name for path in settings.from_csv)
         sections = [section for path in settings.from_csv for section in sections_of_csv(path, settings.out)]
@@ -111,7 +114,6 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     from farspan.needle.network import load_network
     from farspan.needle.paged import PagedNeedle
 
-    check_settings(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load_network(NEEDLE_DIR, device, torch.bfloat16 if device == "cuda" else torch.float32)
     model = PagedNeedle(net, max(settings.length, CURVE_LENGTH, *NIAH_LENGTHS) + 256)
@@ -280,12 +282,22 @@ def sections_of_csv(path: Path, out: Path) -> list[Section]:
     if not path.is_file():
         raise ConfigError(f"from_csv={str(path)!r} is not there; name a table such as eval.csv, sweep.csv or heads.csv")
     rows: list[dict[str, Any]] = list(read_rows(path))
+    try:
+        return sections_of_rows(path, rows, out)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"from_csv={str(path)!r} has a cell that is no number ({error}). Mend its row.") from error
+
+
+def sections_of_rows(path: Path, rows: list[dict[str, Any]], out: Path) -> list[Section]:
+    """As `sections_of_csv`, of the rows of the file. Raises ValueError for a cell that is no number."""
     columns = set(rows[0]) if rows else set()
     if not rows:
         raise ConfigError(f"from_csv={str(path)!r} has no rows")
-    if {"density", "accuracy", "min_budget"} <= columns:
+    if {"density", "accuracy", "min_budget", "length", "dense_accuracy"} <= columns:
         return [accuracy_density_section(rows, out)]
-    if {"density", "layer", "head", "query_aware"} <= columns:
+    if {"density", "layer", "head", "query_aware", "divergence", "coverage"} <= columns:
         panels: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)
