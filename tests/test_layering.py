@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tools import structure
+from tools.structure import sources
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "kernels": "farspan.kernels",
@@ -33,21 +36,9 @@ THIRD_PARTY = {
 WITHOUT_TORCH = ("engine_ext/config.py", "engine_ext/errors.py", "engine_ext/plan.py", "integration/__init__.py")
 
 
-def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
-
-
 def imports_of(path: Path, room: str) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, by its full name; relative ones resolved."""
-    package = [ROOMS[room], *path.relative_to(ROOT / room).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            # `from farspan import x` imports a room or module of that name, if there is one.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+    """Every module that a file imports, anywhere in it, by its full name."""
+    return (each.module for each in structure.imports_of(path, room))
 
 
 def is_within(module: str, allowed: tuple[str, ...]) -> bool:
