@@ -57,8 +57,8 @@ def test_nothing_is_left_behind(tmp_path: Path, stop: signal.Signals, when: str,
         )
     try:
         if when == "starting":
-            # The engine's own process, and its worker, which has loaded the model.
-            wait_until(lambda: b"Starting to load model" in log.read_bytes(), process, log)
+            # The engine has a process of its own, and its worker another.
+            wait_until(lambda: b"Loading safetensors checkpoint shards" in log.read_bytes(), process, log)
             assert len(processes_of(process.pid)) >= 2
         else:
             wait_until((out / "eval.csv").exists, process, log)
@@ -71,6 +71,7 @@ def test_nothing_is_left_behind(tmp_path: Path, stop: signal.Signals, when: str,
     finally:
         for each in processes_of(process.pid):
             each.kill()
+        process.wait()
     word = "terminated" if stop is signal.SIGTERM else "interrupted"
     assert log.read_text().rstrip().endswith(f"farspan eval: {word}")
     if when == "asking":
