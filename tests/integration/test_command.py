@@ -136,6 +136,8 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("benchmarks.compare_revisions", "--base ROOT --base-adapter none.py --dry-run", "none.py is no file", 2),
     ("benchmarks.plot_block_sparse", "--data nowhere", "no rows of prefill_block_sparse", 1),
     ("benchmarks.plot_block_sparse", "--out a-file/x.png", "a-file is no folder", 2),
+    ("tools.lock", "--what", "unrecognized arguments: --what", 2),
+    ("tools.typecheck", "--what", "unrecognized arguments: --what", 2),
     ("examples.demo", "--length 100", "length=100; prompts have 256 to 130944 tokens", 2),
     ("examples.demo", "--length -1", "length=-1; prompts have 256 to 130944 tokens", 2),
     ("examples.demo", "--length x", "invalid int value: 'x'", 2),
