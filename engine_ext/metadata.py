@@ -16,14 +16,16 @@ from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Pass, SampledRows, Sparse, StepMetadata
 from farspan.engine_ext.requests import source_of
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
+from farspan.engine_ext.selection.methods import TILE_ROWS_RULE
 from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
 from farspan.engine_ext.support import config_of
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
 from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace
 from farspan.kernels.flex.coverage import sample_places
+from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
-from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -42,14 +44,23 @@ def count_decodes(query_lens: list[int]) -> int:
     return len(query_lens)
 
 
-def effective_prefill(prefill: Prefill, query_len: int, kv_len: int) -> Prefill:
-    """How a chunk prefills: densely where flex would gain nothing over its prefix or its length."""
-    if isinstance(prefill, FlexPrefill):
-        min_seq_len = FLEX_MIN_SEQ_LEN if prefill.min_seq_len is None else prefill.min_seq_len
-        min_chunk_len = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
-        if kv_len < min_seq_len or query_len < min_chunk_len:
-            return DensePrefill()
-    return prefill
+def effective_prefill(
+    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
+) -> Prefill:
+    """How a chunk prefills: densely where flex would not pay.
+
+    kv_len: keys up to the chunk's end; prompt_len: tokens of the whole prompt, None where nobody knows.
+    size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
+    batch.
+    """
+    if not isinstance(prefill, FlexPrefill):
+        return prefill
+    if prefill.min_seq_len is None and prefill.min_chunk_len is None:
+        is_sparse = sparse_pays(size, query_len, kv_len)
+    else:
+        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
+        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
+    return prefill if is_sparse else DensePrefill()
 
 
 @dataclass(frozen=True)
@@ -104,10 +115,13 @@ class PassMaker:
         else:
             block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
             tiles = make_prefill_tiles(query_start_loc, chunk_ends, block_size, self.device)
-            samples = None
-            if isinstance(prefill, FlexPrefill) and prefill.coverage_rows > 0:
-                samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
-            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples)
+            samples = spans = None
+            if isinstance(prefill, FlexPrefill):
+                if prefill.coverage_rows > 0:
+                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
+                if prefill.selection == "tile_rows":
+                    spans = make_spans(query_start_loc, chunk_ends, tiles, TILE_ROWS_RULE)
+            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples, spans)
         return Pass(
             rows=slice(first_row, first_row + query_start_loc[-1]),
             kv_heads=self.kv_heads,
@@ -241,6 +255,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         num_hot_heads = num_kv_heads
         if self.cold is not None:
             (num_hot_heads,) = {self.cold.layers[name].hot_heads for name in layer_names}
+        num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.size = AttentionSize(num_q_heads, kv_cache_spec.head_size)
         num_sms = num_multiprocessors(device)
         workspace = None
         if device.type != "cpu":
@@ -300,12 +316,14 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
-        prefills = self.requests.prefills(common)
+        prefills, prompt_lens = self.requests.prefills(common), self.requests.prompt_lens(common)
         rows = [request for request in range(num_decodes, common.num_reqs) if query_lens[request] > 0]
         missing = self.requests.missing(common) if self.cold is not None else [False] * common.num_reqs
         kinds = {
             request: ChunkKind(
-                effective_prefill(prefills[request], query_lens[request], kv_lens[request]),
+                effective_prefill(
+                    prefills[request], query_lens[request], kv_lens[request], prompt_lens[request], self.size
+                ),
                 self.turn is not None and self.turn.reaches(kv_lens[request] - 1),
                 bool(missing[request]),
             )

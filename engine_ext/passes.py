@@ -11,6 +11,7 @@ from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from vllm.v1.attention.backend import AttentionMetadata
@@ -56,7 +57,9 @@ class Sparse:
     lists: BlockLists | None
     """Lists that all heads and layers share; None where the layer's selector makes them."""
     samples: SampledRows | None
-    """Where the kept mass is measured; None where nothing is."""
+    """Where the kept mass is measured beside the selection; None where nothing is."""
+    spans: Spans | None = None
+    """Where selection by tile rows looks; None for the other selections."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ class RequestSource(Protocol):
         """How each request of a batch prefills, in batch order; the engine's own for padding and dummy rows."""
         ...
 
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        ...
+
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs; None with a scheduler that makes none, and outside of steps."""
         ...

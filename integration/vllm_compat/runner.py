@@ -24,6 +24,8 @@ class RunnerState:
     config: FarspanConfig
     overrides: dict[str, Prefill] = field(default_factory=dict)
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
+    prompt_lens: dict[str, int] = field(default_factory=dict)
+    """By request id: tokens of the prompts of the requests that the runner holds."""
     plan: StepPlan | None = None
     """Of the step that runs."""
     warms_up: bool = False
@@ -38,8 +40,11 @@ class RunnerState:
             self.cold.follow(self.plan.residency)
         for req_id in scheduler_output.finished_req_ids:
             self.overrides.pop(req_id, None)
+            self.prompt_lens.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
+            if request.prompt_token_ids is not None:
+                self.prompt_lens[request.req_id] = len(request.prompt_token_ids)
             prefill = self.decode(request.req_id, params.extra_args if params is not None else None)
             self.overrides.pop(request.req_id, None)
             if prefill != self.config.prefill:
@@ -79,6 +84,16 @@ class RunnerSource:
         req_ids = self.req_ids(runner, common_attn_metadata)
         prefills = [overrides.get(req_id, self.engine_prefill) for req_id in req_ids]
         return prefills + [self.engine_prefill] * (num_reqs - len(prefills))
+
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None:
+            return [None] * num_reqs
+        known = state_of(runner).prompt_lens
+        lens = [known.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        return lens + [None] * (num_reqs - len(lens))
 
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs."""
