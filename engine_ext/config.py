@@ -120,6 +120,13 @@ class StringOptions(Options, frozen=True):
             )
 
 
+class StarOptions(Options, frozen=True):
+    """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
+
+    timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
+    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+
+
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
 
 PREFILL_METHODS: dict[str, type[Options]] = {
@@ -144,6 +151,7 @@ class FarspanConfig(Options, frozen=True):
     """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     string: StringOptions | None = None
+    star: StarOptions | None = None
 
     @property
     def changes_kv(self) -> bool:
@@ -189,6 +197,15 @@ def parse_config(raw: Any) -> FarspanConfig:
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
             )
+    if config.star is not None:
+        config.star.check(f"{ROOT}.star")
+        if config.string is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without string: both move positions, and a key would need two rotations at once",
+                "Leave out string, or serve the model on one host without star",
+            )
     return config
 
 
@@ -215,6 +232,11 @@ def check_raw(raw: Any) -> None:
         check_mapping(path, raw["string"])
         check_known(path, raw["string"], StringOptions.__struct_fields__)
         check_numbers(path, StringOptions, raw["string"])
+    if raw.get("star") is not None:
+        path = f"{ROOT}.star"
+        check_mapping(path, raw["star"])
+        check_known(path, raw["star"], StarOptions.__struct_fields__)
+        check_numbers(path, StarOptions, raw["star"])
 
 
 def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:

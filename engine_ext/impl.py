@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.launch import Parts, attend, choose_dense_kernel, write_kv
+from farspan.engine_ext.launch import Parts, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
 from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -70,6 +71,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write this step's keys and values, [num_tokens, num_kv_heads, head_dim], into their pages."""
+        if self.config.star is not None:
+            name = str(layer.layer_name)
+            step = step_of(name)
+            if step is not None:
+                key = at_true_positions(key, step.moved, step.layers[name].turns)
         write_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
@@ -96,6 +102,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             return output.fill_(0)
         kv, context, parts = KVView(kv_cache), step.layers[layer.layer_name], Parts()
         group = self.num_heads // self.num_kv_heads
+        query = at_true_positions(query, step.moved, context.turns)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = output[each.rows, heads]
@@ -104,3 +111,9 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             if each.part is not None:
                 parts.add(each, lse, out)
         return output
+
+
+def step_of(layer_name: str) -> StepMetadata | None:
+    """The metadata of the step that runs an attention layer; None while vLLM measures memory."""
+    metadata = get_forward_context().attn_metadata
+    return metadata.get(layer_name) if isinstance(metadata, dict) else None

@@ -4,17 +4,21 @@ The batch is split by one rule: the leading requests with at most one query toke
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
-from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Pass, SampledRows, Sparse, StepMetadata
+from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Part, Pass, SampledRows, Sparse, StepMetadata
 from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
+from farspan.engine_ext.star.exchange import exchange_of
+from farspan.engine_ext.star.pieces import Piece, batch_of, cut_chunk, digest_of, moved_rows
+from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.support import config_of
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
@@ -61,11 +65,11 @@ class PassMaker:
     has_turn: bool
     device: torch.device
 
-    def decode(self, batch: PagedBatch) -> Pass:
-        """The pass of requests [0, batch.num_reqs), which own the first rows of the step."""
+    def decode(self, batch: PagedBatch, first_row: int = 0) -> Pass:
+        """The pass of requests with one row each, the first of them `first_row` of the step."""
         splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
         return Pass(
-            rows=slice(0, batch.num_reqs),
+            rows=slice(first_row, first_row + batch.num_reqs),
             kv_heads=slice(0, self.num_kv_heads),
             batch=batch,
             work=Decode(splits, self.workspace),
@@ -107,6 +111,22 @@ class PassMaker:
             work=work,
             turns=turns,
         )
+
+    def star(self, prefill: Prefill, pieces: list[Piece], batch: PagedBatch) -> Pass:
+        """The pass of pieces with adjacent rows, all in one phase; those of phase 2 leave out the exchange."""
+        first_row = pieces[0].first_row
+        is_causal = pieces[0].segment.is_causal
+        if all(piece.query_len == 1 for piece in pieces):
+            made = self.decode(batch, first_row)
+        else:
+            starts = list(accumulate((piece.query_len for piece in pieces), initial=0))
+            ends = [piece.chunk_end for piece in pieces]
+            # FlashAttention 3 leaves undefined what a query without keys gives.
+            maker = self
+            if self.dense_kernel == "fa3" and any(piece.kv_len == 0 for piece in pieces):
+                maker = replace(self, dense_kernel="triton")
+            made = maker.prefill(prefill, batch, starts, ends, first_row, turns=False)
+        return replace(made, is_causal=is_causal)
 
     def sample(
         self, batch: PagedBatch, query_start_loc: list[int], chunk_ends: list[int], rows_per_request: int
@@ -161,6 +181,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         assert len({(turn.slope, turn.offset) for turn in turns}) <= 1
         self.turn = turns[0] if turns else None
         num_kv_heads = kv_cache_spec.num_kv_heads
+        self.page_size: int = kv_cache_spec.block_size
         num_sms = num_multiprocessors(device)
         workspace = None
         if device.type != "cpu":
@@ -177,12 +198,23 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             device=device,
         )
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """No full graphs for the hosts of Star Attention: the passes of their steps are made on the host."""
+        if config_of(vllm_config).star is not None:
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         """Split the batch; common_prefix_len and fast_build are vLLM's and unused."""
         common = common_attn_metadata
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
+        if self.config.star is not None:
+            shards = self.requests.shards(common)
+            if any(shard is not None for shard in shards):
+                return self.build_star(common, shards)
         num_decodes = common.num_reqs
         passes: list[Pass] = []
         if common.max_query_len > 1:
@@ -190,22 +222,84 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             num_decodes = count_decodes([end - start for start, end in pairwise(query_start_loc)])
             passes = self.prefill_passes(common, num_decodes, query_start_loc)
         if num_decodes > 0:
-            batch = requests_of(
-                common, 0, num_decodes, common.query_start_loc[: num_decodes + 1], 1, common.max_seq_len
-            )
-            passes.insert(0, self.maker.decode(batch))
-        return StepMetadata(tuple(passes), self.layers, self.requests.plan())
+            passes.insert(0, self.decode_pass(common, 0, num_decodes))
+        return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan())
+
+    def decode_pass(self, common: CommonAttentionMetadata, first: int, last: int) -> Pass:
+        """The pass of requests [first, last) with one token each, which own the rows of their numbers."""
+        starts = common.query_start_loc[first : last + 1]
+        starts = starts if first == 0 else starts - first
+        return self.maker.decode(requests_of(common, first, last, starts, 1, common.max_seq_len), first)
+
+    def build_star(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+        """A step with requests of Star Attention, and others beside them."""
+        query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        assert common.seq_lens_cpu_upper_bound is not None
+        kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        query_lens = [end - start for start, end in pairwise(query_start_loc)]
+        num_decodes = count_decodes(query_lens)
+        passes: list[Pass] = []
+        moved: list[tuple[slice, int]] = []
+
+        def kind(request: int) -> tuple[bool, bool]:
+            is_star = shards[request] is not None
+            return is_star, not is_star and request < num_decodes
+
+        for (is_star, is_decode), members in groupby(range(common.num_reqs), key=kind):
+            run = list(members)
+            first, last = run[0], run[-1] + 1
+            if is_decode:
+                passes.append(self.decode_pass(common, first, last))
+                continue
+            if not is_star:
+                passes += self.prefill_passes(common, first, query_start_loc, last)
+                continue
+            pieces: list[Piece] = []
+            for request in run:
+                shard, row = shards[request], query_start_loc[request]
+                assert shard is not None
+                begin, end = kv_lens[request] - query_lens[request], kv_lens[request]
+                pieces += cut_chunk(request, row, shard, begin, end)
+                moved += moved_rows(row, shard, begin, end)
+            passes += self.star_passes(common, pieces)
+        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan())
+
+    def star_passes(self, common: CommonAttentionMetadata, pieces: list[Piece]) -> list[Pass]:
+        """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
+        prefills = self.requests.prefills(common)
+
+        def kind(piece: Piece) -> tuple[Prefill, bool, int, int]:
+            shard = piece.shard
+            if piece.segment.is_query:
+                return DensePrefill(), True, shard.num_hosts, shard.query_host
+            return effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len), False, 0, 0
+
+        passes = []
+        for (prefill, is_query, num_hosts, _), members in groupby(pieces, key=kind):
+            run = list(members)
+            batch = batch_of(run, common.block_table_tensor, self.page_size)
+            made = self.maker.star(prefill, run, batch)
+            exchange = exchange_of(num_hosts, run[0].shard.rank) if is_query else None
+            if exchange is not None:
+                exchange.agree(digest_of(run))
+                made = replace(made, part=Part(0, 1, exchange))
+            passes.append(made)
+        return passes
 
     def prefill_passes(
-        self, common: CommonAttentionMetadata, num_decodes: int, query_start_loc: list[int]
+        self,
+        common: CommonAttentionMetadata,
+        num_decodes: int,
+        query_start_loc: list[int],
+        end: int | None = None,
     ) -> list[Pass]:
-        """Passes of the requests [num_decodes, num_reqs); padding after them has no tokens and is left out."""
+        """Passes of the requests [num_decodes, end or num_reqs); padding after them has no tokens and is left out."""
         # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which is refused).
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
         prefills = self.requests.prefills(common)
-        rows = [request for request in range(num_decodes, common.num_reqs) if query_lens[request] > 0]
+        rows = [request for request in range(num_decodes, end or common.num_reqs) if query_lens[request] > 0]
 
         def kind(request: int) -> tuple[Prefill, bool]:
             prefill = effective_prefill(prefills[request], query_lens[request], kv_lens[request])

@@ -9,6 +9,8 @@ from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
 from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
 from farspan.kernels.rotary_turn import Turn
@@ -66,6 +68,8 @@ class Part:
     index: int
     """In [0, count). The passes of a set follow each other; the last one combines them."""
     count: int
+    exchange: Exchange | None = None
+    """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class LayerContext:
     turn: Turn | None
     selector: Selector | None
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
+    turns: Turns | None = None
+    """Take queries and keys to their true positions; None without the option star."""
 
 
 @dataclass(frozen=True)
@@ -105,5 +111,7 @@ class StepMetadata(AttentionMetadata):
     passes: tuple[Pass, ...]
     layers: Mapping[str, LayerContext]
     """By the name of the layer."""
+    moved: tuple[tuple[slice, int], ...] = ()
+    """Rows of the step that stand elsewhere than where vLLM rotated them, with the distance to add, in tokens."""
     plan: StepPlan | None = None
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""

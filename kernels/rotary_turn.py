@@ -13,6 +13,10 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
+
+ROWS_TURNED = 16
+"""Pairs of a token and a head that one program turns."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,64 @@ def rotate_tile(
     partner = tl.load(query_ptrs + tl.where(is_rotated, to_partner, 0)[None, :], mask=mask, other=0.0)
     rotated = query.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * signed_sin[None, :]
     return rotated.to(query.dtype)
+
+
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
+def _turn_rows_kernel(
+    heads_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    num_rows,
+    num_heads,
+    stride_token,
+    stride_head,
+    stride_out_token,
+    stride_out_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_R pairs of a token and a head."""
+    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    token, head = rows // num_heads, rows % num_heads
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows < num_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    pointers = heads_ptr + (token * stride_token + head * stride_head)[:, None] + offs_d[None, :]
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    turned = rotate_tile(tile, pointers, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    out = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
+    tl.store(out, turned, mask=mask)
+
+
+def turn_rows(heads: torch.Tensor, turn: Turn, *, out: torch.Tensor) -> None:
+    """Write `apply_turn(heads, turn)` into `out`.
+
+    heads, out: [num_tokens, num_heads, head_dim], the last axis contiguous; they share no memory.
+    """
+    num_tokens, num_heads, head_dim = heads.shape
+    assert heads.shape == out.shape
+    assert heads.stride(-1) == out.stride(-1) == 1
+    if num_tokens == 0:
+        return
+    num_rows = num_tokens * num_heads
+    _turn_rows_kernel[(triton.cdiv(num_rows, ROWS_TURNED),)](
+        heads,
+        out,
+        turn.cos,
+        turn.sin,
+        num_rows,
+        num_heads,
+        heads.stride(0),
+        heads.stride(1),
+        out.stride(0),
+        out.stride(1),
+        HEAD_DIM=head_dim,
+        BLOCK_R=ROWS_TURNED,
+        HALF_ROTARY=turn.rotary_dim // 2,
+        IS_NEOX=turn.is_neox,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )

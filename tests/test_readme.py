@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import msgspec
-from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StringOptions
+from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StarOptions, StringOptions
 from farspan.engine_ext.ranges import ranges_of
 
 from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
@@ -33,6 +33,7 @@ def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
 
 def test_options_are_those_of_the_code() -> None:
     expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
+    expected |= fields_of(StarOptions, "star.")
     for struct in PREFILL_METHODS.values():
         expected |= fields_of(struct, "prefill.")
     assert documented_options() == expected
@@ -46,7 +47,11 @@ def documented_ranges() -> dict[str, str]:
 
 
 def test_ranges_are_those_of_the_code() -> None:
-    structs = [("string.", StringOptions), *(("prefill.", struct) for struct in PREFILL_METHODS.values())]
+    structs = [
+        ("string.", StringOptions),
+        ("star.", StarOptions),
+        *(("prefill.", struct) for struct in PREFILL_METHODS.values()),
+    ]
     expected = {
         prefix + name: ", or ".join(each.interval for each in ranges)
         for prefix, struct in structs
