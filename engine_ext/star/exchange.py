@@ -18,6 +18,10 @@ ATTEMPT_S = 1.0
 """How long a question to the store may take once the group has failed."""
 
 
+class StarAborted(StarError):
+    """All hosts end a request together, at the same step."""
+
+
 class Exchange:
     """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
 
@@ -27,6 +31,8 @@ class Exchange:
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
         self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
         self.step = 0
+        self.is_aborted = False
+        """Set from another thread: at the next step all hosts end what they compute together."""
         self.num_bytes = 0
         """Received from the other hosts so far."""
 
@@ -43,16 +49,19 @@ class Exchange:
         """Wait until all hosts are about to compute the same step.
 
         digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
-        come within the time-out, or come with another step.
+        come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
         """
         self.step += 1
-        mine = torch.tensor([self.step, int.from_bytes(digest, "big")], dtype=torch.int64)
-        everyone = torch.empty(self.num_hosts, 2, dtype=torch.int64)
+        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big")], dtype=torch.int64)
+        everyone = torch.empty(self.num_hosts, 3, dtype=torch.int64)
         try:
             self.store.set(f"step {self.rank}", str(self.step))
             self.all_gather(self.cpu_group, everyone, mine)
         except RuntimeError as error:
             raise StarError(self.sentence_of_late(error)) from error
+        if everyone[:, 0].any():
+            self.is_aborted = False
+            raise StarAborted(f"phase 2, step {self.step}: aborted.")
         differing = [rank for rank in range(self.num_hosts) if everyone[rank].tolist() != mine.tolist()]
         if differing:
             raise StarError(
@@ -190,6 +199,11 @@ def set_exchange(exchange: Exchange | None) -> None:
     if _exchange is not None:
         _exchange.close()
     _exchange = exchange
+
+
+def current() -> Exchange | None:
+    """This process's group."""
+    return _exchange
 
 
 def exchange_of(num_hosts: int, rank: int) -> Exchange | None:
