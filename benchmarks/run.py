@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
 
-MODULES = ("prefill_dense", "prefill_flex", "select", "decode", "ttft", "prefill_block_sparse", "string_e2e")
+MODULES = ("prefill_dense", "prefill_flex", "select", "decode", "ttft", "prefill_block_sparse", "string_e2e", "star")
 
 
 def collect(folder: Path) -> int:

@@ -88,22 +88,34 @@ def assign_blocks(lens: Sequence[int], num_hosts: int, anchor_len: int, linear_p
     """
     num_blocks = len(lens)
     used = min(num_hosts, num_blocks)
+    costs = [cost_of(length, anchor_len if at else 0, linear_pairs) for at, length in enumerate(lens)]
+    copy = cost_of(anchor_len, 0, linear_pairs)
 
-    def cost(host: int, first: int, last: int) -> float:
-        total = 0.0 if host == 0 else cost_of(anchor_len, 0, linear_pairs)
-        return total + sum(cost_of(lens[at], anchor_len if at else 0, linear_pairs) for at in range(first, last))
+    def fill(most: float) -> list[int] | None:
+        """Counts with no host above `most`, each host taking what it can; None where there are none."""
+        counts, at = [], 0
+        for host in range(used):
+            total, first = (copy if host else 0.0) + costs[at], at
+            at += 1
+            # Every host behind this one needs a block.
+            while at < num_blocks - (used - host - 1) and total + costs[at] <= most:
+                total += costs[at]
+                at += 1
+            if total > most:
+                return None
+            counts.append(at - first)
+        return counts if at == num_blocks else None
 
-    # best[n]: the least possible cost of the busiest of the hosts so far that have blocks [0, n), and their counts.
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for host in range(used):
-        reached: dict[int, tuple[float, list[int]]] = {}
-        for first, (so_far, counts) in best.items():
-            for last in range(first + 1, num_blocks - (used - host - 1) + 1):
-                worst = max(so_far, cost(host, first, last))
-                if last not in reached or worst < reached[last][0]:
-                    reached[last] = worst, [*counts, last - first]
-        best = reached
-    return best[num_blocks][1] + [0] * (num_hosts - used)
+    low, high = 0.0, sum(costs) + copy
+    counts = fill(high)
+    assert counts is not None
+    while low < (middle := (low + high) / 2) < high:
+        filled = fill(middle)
+        if filled is None:
+            low = middle
+        else:
+            high, counts = middle, filled
+    return counts + [0] * (num_hosts - used)
 
 
 def cost_of(block_len: int, anchor_len: int, linear_pairs: float) -> float:

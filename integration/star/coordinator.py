@@ -62,10 +62,11 @@ class Watch:
 class Hosts:
     """All hosts of one StarLLM."""
 
-    def __init__(self, setup: HostsSetup) -> None:
+    def __init__(self, setup: HostsSetup, host_class: type[StarHost] = StarHost) -> None:
+        """host_class: of the actors; a subclass can prepare its process in `start`."""
         import ray
 
-        self.setup = setup
+        self.setup, self.host_class = setup, host_class
         self.owns_ray = False
         self.actors: list[Any] = []
         self.group: Any = None
@@ -132,7 +133,7 @@ class Hosts:
             engine=setup.engine,
         )
         return (
-            ray.remote(StarHost)
+            ray.remote(self.host_class)
             .options(
                 num_cpus=1,
                 num_gpus=1 if self.device_type == "cuda" else 0,

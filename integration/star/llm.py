@@ -13,6 +13,7 @@ from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.engine_ext.star.shard import StarShard
 from farspan.star.blocks import BlockSizes, plan_shards
 from farspan.star.coordinator import HostLost, Hosts, HostsSetup
+from farspan.star.host import StarHost
 from farspan.star.protocol import Answer, Ask, HostStatus, Phase
 
 MARKER = "<|query|>"
@@ -76,6 +77,9 @@ class StarLLM:
     Requests are done one at a time, in order.
     """
 
+    host_class: type[StarHost] = StarHost
+    """Of the actors; a subclass of both can prepare the hosts' processes."""
+
     def __init__(
         self,
         model: str,
@@ -119,7 +123,8 @@ class StarLLM:
                 address=address,
                 strategy=strategy,
                 env=dict(env or {}),
-            )
+            ),
+            self.host_class,
         )
         self.num_hosts = hosts
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
