@@ -95,7 +95,7 @@ class Exchange:
 
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
-        group._allgather_base(everyone, mine, options).wait()
+        group._allgather_base(everyone, mine[None], options).wait()
 
     def sentence_of_late(self, error: Exception) -> str:
         """Who is missing, by the steps that the hosts have told the store."""
@@ -176,14 +176,18 @@ def form_exchange(
                 listen_socket=sockets[index] if sockets else None,
                 timeout=timedelta(seconds=start_timeout_s),
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise StarError(
                 f"host {rank} did not meet all {num_hosts} hosts at {address}:{ports[index]} within "
                 f"{start_timeout_s:g} s ({error}). See the logs of the hosts, and whether they reach that address."
             ) from error
 
-    cpu_group, store = meet(0, "gloo")
-    device_group = cpu_group if device_type == "cpu" else meet(1, "nccl")[0]
+    try:
+        cpu_group, store = meet(0, "gloo")
+        device_group = cpu_group if device_type == "cpu" else meet(1, "nccl")[0]
+    finally:
+        for unused in sockets:
+            unused.close()
     exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, start_timeout_s)
     exchange.warm_up()
     exchange.timeout_s = timeout_s

@@ -96,7 +96,7 @@ def test_all_hosts_abort_at_the_same_step() -> None:
             try:
                 exchange.agree(b"step")
             except StarAborted:
-                exchange.agree(b"the next request")
+                exchange.agree(b"next")
                 return step
         raise AssertionError("not aborted")
 
@@ -114,6 +114,4 @@ def test_hosts_that_do_not_all_come_are_told() -> None:
     sockets = bind_ports("127.0.0.1")
     ports = [each.getsockname()[1] for each in sockets]
     with pytest.raises(StarError, match=r"host 0 did not meet all 2 hosts at 127\.0\.0\.1"):
-        form_exchange(
-            0, 2, "127.0.0.1", ports, sockets=sockets, device_type="cpu", timeout_s=1, start_timeout_s=1
-        )  # fmt: skip
+        form_exchange(0, 2, "127.0.0.1", ports, sockets=sockets, device_type="cpu", timeout_s=1, start_timeout_s=1)
