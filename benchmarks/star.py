@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from farspan.star import StarLLM, StarOutput
-from farspan.star.blocks import BlockSizes
 from farspan.star.host import StarHost
 from farspan.star.protocol import HostFacts
 
@@ -79,8 +78,7 @@ def ask_star(llm: StarLLM, num_tokens: int, share: int, seed: int, output_len: i
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
     block = -(-num_tokens // (share * llm.page_size)) * llm.page_size
-    llm.sizes = BlockSizes(block, None)
-    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params)
+    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, block_len=block)
 
 
 def distance(output: StarOutput, expected: dict[str, float]) -> float:

@@ -159,18 +159,25 @@ class StarLLM:
         query: Tokens | None = None,
         sampling_params: Any = None,
         *,
+        block_len: int | None = None,
+        anchor_len: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> StarOutput:
         """Answer one query about one context.
 
         context, query: text or token ids. Without a query the context is a prompt with the marker `<|query|>` between
         the two. sampling_params: vLLM's SamplingParams, n = 1; a seed is drawn where none is given, the same on all
-        hosts. on_progress: called while hosts work.
+        hosts. block_len, anchor_len: for this request, instead of the constructor's. on_progress: called while hosts
+        work.
         Raises ConfigError or vLLM's validation errors for a bad request, StarError naming the host and the phase where
         one is lost; the next request then starts the hosts anew.
         """
+        sizes = BlockSizes(
+            self.sizes.block_len if block_len is None else block_len,
+            self.sizes.anchor_len if anchor_len is None else anchor_len,
+        )
         result: list[StarOutput] = []
-        for progress in self.work(context, query, sampling_params, result):
+        for progress in self.work(context, query, sampling_params, sizes, result):
             if on_progress is not None:
                 on_progress(progress)
         return result[0]
@@ -179,14 +186,21 @@ class StarLLM:
         """`generate`, yielding new token ids as they come. Closing the iterator aborts the request on all hosts."""
         result: list[StarOutput] = []
         num_seen = 0
-        for progress in self.work(context, query, sampling_params, result):
+        for progress in self.work(context, query, sampling_params, self.sizes, result):
             if len(progress.token_ids) > num_seen:
                 yield progress.token_ids[num_seen:]
                 num_seen = len(progress.token_ids)
         if len(result[0].token_ids) > num_seen:
             yield result[0].token_ids[num_seen:]
 
-    def work(self, context: Tokens, query: Tokens | None, params: Any, result: list[StarOutput]) -> Iterator[Progress]:
+    def work(
+        self,
+        context: Tokens,
+        query: Tokens | None,
+        params: Any,
+        sizes: BlockSizes,
+        result: list[StarOutput],
+    ) -> Iterator[Progress]:
         """One request from its tokens to its output, which is put into `result`."""
         context_ids, query_ids = self.tokens_of(context, query)
         params = checked_params(params)
@@ -195,6 +209,7 @@ class StarLLM:
         if not self.hosts.actors:
             self.start()
             self.restart_s = time.perf_counter() - started
+        sizes.check(self.page_size)
         facts = self.hosts.facts
         check_tokens(context_ids + query_ids, facts[0].vocab_size)
         num_context = len(context_ids) // self.page_size * self.page_size
@@ -206,7 +221,7 @@ class StarLLM:
         name = uuid.uuid4().hex
         shards = None
         if num_context > 0:
-            shards = plan_shards(name, num_context, self.num_hosts, self.page_size, self.sizes, self.linear_pairs)
+            shards = plan_shards(name, num_context, self.num_hosts, self.page_size, sizes, self.linear_pairs)
         self.check_room(shards, len(context_ids), len(query_ids), params.max_tokens or 0)
         collected: dict[str, dict[int, Answer]] = {}
         if shards is None:
