@@ -117,13 +117,21 @@ def run(recorder: Recorder) -> None:
             recorder.add(NAME, f"{case}-tpot", name, "time", "ms", steps)
             if name == "fa3":
                 firsts[length] = timings[0].top_logprobs
-    measure_star(recorder, model, label, lens, firsts)
+    measure_star(recorder, model, label, lens, firsts, graphs=False)
+    if not dry_run:
+        measure_star(recorder, model, label, lens[:2], firsts, graphs=True)
 
 
 def measure_star(
-    recorder: Recorder, model: dict[str, Any], label: str, lens: list[int], firsts: dict[int, dict[str, float]]
+    recorder: Recorder,
+    model: dict[str, Any],
+    label: str,
+    lens: list[int],
+    firsts: dict[int, dict[str, float]],
+    *,
+    graphs: bool,
 ) -> None:
-    """Two hosts with blocks of each size."""
+    """Two hosts with blocks of each size; graphs: whether they decode in CUDA graphs."""
     engine: dict[str, Any] = {"load_format": "seeded_random", "skip_tokenizer_init": True, "seed": 0}
     engine["max_model_len"] = max(lens) + 1024
     environment = dict(WORKER_ENV)
@@ -135,13 +143,16 @@ def measure_star(
         engine["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(model))
-        with BenchStar(folder, NUM_HOSTS, timeout_s=60, start_timeout_s=300, env=environment, **engine) as llm:
+        with BenchStar(
+            folder, NUM_HOSTS, timeout_s=60, start_timeout_s=300, graphs=graphs, env=environment, **engine
+        ) as llm:
             for length in lens:
                 ask_star(llm, length, 4, seed=1, output_len=2)  # fills what is allocated at first use
                 for share in SHARES:
                     # The first request has the prompt of the other engines' first, with another cache beside it.
                     outputs = [ask_star(llm, length, share, seed=length + repeat) for repeat in range(2)]
-                    record(recorder, outputs, f"n{length}-b1-{label}", f"farspan-star-n{share}")
+                    variant = f"farspan-star-n{share}{'-graphs' if graphs else ''}"
+                    record(recorder, outputs, f"n{length}-b1-{label}", variant)
                     far = distance(outputs[0], firsts[length])
                     recorder.note(f"n{length} in {share} blocks: first-token log probabilities differ by {far:.3f}")
                     if share == NUM_HOSTS and not far <= LOGPROB_TOLERANCE:

@@ -125,6 +125,8 @@ class StarOptions(Options, frozen=True):
 
     timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
     """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+    graphs: bool = False
+    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts."""
 
 
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill

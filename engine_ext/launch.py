@@ -303,21 +303,24 @@ def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
     return None if is_fa_version_supported(3) else "FlashAttention 3 needs an NVIDIA Hopper GPU and vLLM's build of it"
 
 
-def at_true_positions(heads: torch.Tensor, moved: Sequence[tuple[slice, int]], turns: Turns | None) -> torch.Tensor:
+def at_true_positions(
+    heads: torch.Tensor, moved: Sequence[tuple[slice, int | None]], turns: Turns | None
+) -> torch.Tensor:
     """Rotate the rows that do not stand at their true positions; the input stays as it is.
 
-    heads: [num_tokens, num_heads, head_dim], queries or keys of a step. moved: (rows, distance in tokens), ascending.
-    Returns `heads` itself where nothing moves.
+    heads: [num_tokens, num_heads, head_dim], queries or keys of a step. moved: (rows, distance in tokens), ascending;
+    None: each row by its own angle in `turns.rows`. Returns `heads` itself where nothing moves.
     """
     if not moved:
         return heads
     assert turns is not None, "a layer of an engine with star has its turns"
     out = heads.clone()
     for rows, distance in moved:
+        turn = turns.of(distance) if distance is not None else turns.of_rows(rows)
         if is_on_host(heads):
-            out[rows] = apply_turn(heads[rows], turns.of(distance))
+            out[rows] = apply_turn(heads[rows], turn)
         else:
-            turn_rows(heads[rows], turns.of(distance), out=out[rows])
+            turn_rows(heads[rows], turn, out=out[rows])
     return out
 
 

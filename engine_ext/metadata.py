@@ -10,13 +10,16 @@ from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Part, Pass, SampledRows, Sparse, StepMetadata
 from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
-from farspan.engine_ext.star.exchange import exchange_of
+from farspan.engine_ext.star.exchange import Exchange, exchange_of
+from farspan.engine_ext.star.exchange import current as current_exchange
+from farspan.engine_ext.star.lockstep import LockstepBuffers
 from farspan.engine_ext.star.pieces import Piece, batch_of, cut_chunk, digest_of, moved_rows
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.support import config_of
@@ -182,6 +185,17 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.turn = turns[0] if turns else None
         num_kv_heads = kv_cache_spec.num_kv_heads
         self.page_size: int = kv_cache_spec.block_size
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.bytes_per_row = 0
+        self.lockstep: LockstepBuffers | None = None
+        if self.config.star is not None:
+            num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            self.bytes_per_row = num_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
+            if decodes_in_graphs(self.config):
+                distinct = {id(layer.turns): layer.turns for layer in self.layers.values() if layer.turns is not None}
+                max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+                max_pages = -(-self.max_model_len // self.page_size)
+                self.lockstep = LockstepBuffers(max_num_reqs, max_pages, list(distinct.values()), device)
         num_sms = num_multiprocessors(device)
         workspace = None
         if device.type != "cpu":
@@ -200,8 +214,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """No full graphs for the hosts of Star Attention: the passes of their steps are made on the host."""
-        if config_of(vllm_config).star is not None:
+        """Full graphs on a host of Star Attention only where all of its decode steps are steps of all hosts."""
+        config = config_of(vllm_config)
+        if config.star is not None and not decodes_in_graphs(config):
             return AttentionCGSupport.NEVER
         return cls._cudagraph_support
 
@@ -213,6 +228,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
         if self.config.star is not None:
             shards = self.requests.shards(common)
+            if self.lockstep is not None and common.max_query_len <= 1:
+                return self.build_lockstep(common, shards)
             if any(shard is not None for shard in shards):
                 return self.build_star(common, shards)
         num_decodes = common.num_reqs
@@ -264,6 +281,47 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             passes += self.star_passes(common, pieces)
         return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan())
 
+    def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+        """A step of one token a request on all hosts, from buffers that captured graphs read.
+
+        Without any request it is one that vLLM warms up or captures. Raises StarError for one that other hosts would
+        not take part in.
+        """
+        assert self.lockstep is not None
+        exchange = current_exchange()
+        assert exchange is not None
+        num_rows = common.num_reqs
+        pieces: list[Piece] = []
+        if any(shard is not None for shard in shards):
+            assert common.seq_lens_cpu_upper_bound is not None
+            kv_lens = common.seq_lens_cpu_upper_bound[:num_rows].tolist()
+            # Padding comes last.
+            for request, shard in enumerate(shards):
+                if shard is None:
+                    break
+                pieces += cut_chunk(request, request, shard, kv_lens[request] - 1, kv_lens[request])
+            alone = next((piece for piece in pieces if not piece.segment.is_query), None)
+            if alone is not None or any(shard is not None for shard in shards[len(pieces) :]):
+                raise StarError(
+                    "a step of one token that other hosts do not take part in, on a host that decodes in graphs. Set "
+                    "max_num_batched_tokens to a multiple of the page size."
+                )
+            exchange_of(pieces[0].shard.num_hosts, pieces[0].shard.rank)
+            exchange.agree(digest_of(pieces))
+            self.count_bytes(exchange, len(pieces))
+        self.lockstep.fill(pieces, num_rows, common.block_table_tensor, self.page_size)
+        made = self.maker.decode(self.lockstep.batch(num_rows, self.max_model_len))
+        return StepMetadata(
+            (replace(made, part=Part(0, 1, exchange)),),
+            self.layers,
+            ((slice(0, num_rows), None),),
+            self.requests.plan(),
+        )
+
+    def count_bytes(self, exchange: Exchange, num_rows: int) -> None:
+        """Note what a step's exchanges of all layers bring from the other hosts."""
+        exchange.num_bytes += num_rows * self.bytes_per_row * len(self.layers) * (exchange.num_hosts - 1)
+
     def star_passes(self, common: CommonAttentionMetadata, pieces: list[Piece]) -> list[Pass]:
         """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
         prefills = self.requests.prefills(common)
@@ -282,6 +340,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             exchange = exchange_of(num_hosts, run[0].shard.rank) if is_query else None
             if exchange is not None:
                 exchange.agree(digest_of(run))
+                self.count_bytes(exchange, sum(piece.query_len for piece in run))
                 made = replace(made, part=Part(0, 1, exchange))
             passes.append(made)
         return passes
@@ -315,6 +374,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             host_starts = [start - first_row for start in query_start_loc[first : last + 1]]
             passes.append(self.maker.prefill(prefill, batch, host_starts, kv_lens[first:last], first_row, turns=turns))
         return passes
+
+
+def decodes_in_graphs(config: FarspanConfig) -> bool:
+    """Whether every step with one token a request is one of all hosts, so that graphs can hold their exchange."""
+    return config.star is not None and config.star.graphs and current_exchange() is not None
 
 
 def requests_of(

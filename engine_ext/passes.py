@@ -111,7 +111,8 @@ class StepMetadata(AttentionMetadata):
     passes: tuple[Pass, ...]
     layers: Mapping[str, LayerContext]
     """By the name of the layer."""
-    moved: tuple[tuple[slice, int], ...] = ()
-    """Rows of the step that stand elsewhere than where vLLM rotated them, with the distance to add, in tokens."""
+    moved: tuple[tuple[slice, int | None], ...] = ()
+    """Rows of the step that stand elsewhere than where vLLM rotated them, with the distance to add, in tokens; None
+    where each row has its own in the layers' turns."""
     plan: StepPlan | None = None
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
-ROWS_TURNED = 16
-"""Pairs of a token and a head that one program turns."""
+HEADS_TURNED = 16
+"""Heads of a token that one program of `turn_rows` turns."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Turn:
     """Keys at positions below `slope * query_pos + offset` meet the query rotated by the angle of `cos` and `sin`."""
 
     cos: torch.Tensor
-    """[rotary_dim / 2] float32: cosine of the extra angle of each pair of components."""
+    """[rotary_dim / 2] float32: cosine of the extra angle of each pair of components; for `apply_turn` and `turn_rows`
+    also [num_tokens, rotary_dim / 2], an angle for each token."""
     sin: torch.Tensor
-    """[rotary_dim / 2] float32: sine of the same angle."""
+    """Like `cos`: sine of the same angle."""
     is_neox: bool
     """True: component i pairs with i + rotary_dim / 2. False: component 2i pairs with 2i + 1."""
     slope: Literal[0, 1]
@@ -37,7 +38,7 @@ class Turn:
     @property
     def rotary_dim(self) -> int:
         """Leading components of a head that rotate; the others pass unchanged."""
-        return 2 * self.cos.shape[0]
+        return 2 * self.cos.shape[-1]
 
     def bound(self, query_pos: int) -> int:
         """Keys at positions below this meet the turned query."""
@@ -84,12 +85,15 @@ def make_string_turn(inv_freq: torch.Tensor, shift: int, window: int, is_neox: b
 def apply_turn(query: torch.Tensor, turn: Turn) -> torch.Tensor:
     """Rotate queries by the angle of `turn`.
 
-    query: [..., head_dim], any float dtype; computed in float32 (float64 if given), returned in the query's dtype.
+    query: [..., head_dim], or [num_tokens, num_heads, head_dim] with an angle for each token; any float dtype. Computed
+        in float32 (float64 if given), returned in the query's dtype.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     rotary, rest = query.split([turn.rotary_dim, query.shape[-1] - turn.rotary_dim], dim=-1)
     rotary = rotary.to(dtype)
     cos, sin = turn.cos.to(dtype), turn.sin.to(dtype)
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
     first, second = rotary.chunk(2, dim=-1) if turn.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
     pair = first * cos - second * sin, second * cos + first * sin
     turned = torch.cat(pair, dim=-1) if turn.is_neox else torch.stack(pair, dim=-1).flatten(-2)
@@ -129,27 +133,28 @@ def _turn_rows_kernel(
     out_ptr,
     cos_ptr,
     sin_ptr,
-    num_rows,
     num_heads,
     stride_token,
     stride_head,
     stride_out_token,
     stride_out_head,
+    stride_angle,
     HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_R pairs of a token and a head."""
-    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    token, head = rows // num_heads, rows % num_heads
+    """One program: BLOCK_H heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < num_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    pointers = heads_ptr + (token * stride_token + head * stride_head)[:, None] + offs_d[None, :]
+    mask = (head < num_heads)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    pointers = heads_ptr + token * stride_token + (head * stride_head)[:, None] + offs_d[None, :]
     tile = tl.load(pointers, mask=mask, other=0.0)
-    turned = rotate_tile(tile, pointers, cos_ptr, sin_ptr, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
-    out = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
+    angle = token * stride_angle
+    turned = rotate_tile(tile, pointers, cos_ptr + angle, sin_ptr + angle, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    out = out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + offs_d[None, :]
     tl.store(out, turned, mask=mask)
 
 
@@ -160,23 +165,22 @@ def turn_rows(heads: torch.Tensor, turn: Turn, *, out: torch.Tensor) -> None:
     """
     num_tokens, num_heads, head_dim = heads.shape
     assert heads.shape == out.shape
-    assert heads.stride(-1) == out.stride(-1) == 1
+    assert heads.stride(-1) == out.stride(-1) == turn.cos.stride(-1) == turn.sin.stride(-1) == 1
     if num_tokens == 0:
         return
-    num_rows = num_tokens * num_heads
-    _turn_rows_kernel[(triton.cdiv(num_rows, ROWS_TURNED),)](
+    _turn_rows_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_TURNED))](
         heads,
         out,
         turn.cos,
         turn.sin,
-        num_rows,
         num_heads,
         heads.stride(0),
         heads.stride(1),
         out.stride(0),
         out.stride(1),
+        turn.cos.stride(0) if turn.cos.dim() == 2 else 0,
         HEAD_DIM=head_dim,
-        BLOCK_R=ROWS_TURNED,
+        BLOCK_H=HEADS_TURNED,
         HALF_ROTARY=turn.rotary_dim // 2,
         IS_NEOX=turn.is_neox,
         BLOCK_D=triton.next_power_of_2(head_dim),

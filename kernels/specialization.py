@@ -12,7 +12,6 @@ STEP_NUMBERS = [
     "num_blocks",
     "num_parts",
     "num_reqs",
-    "num_rows",
     "num_splits",
     "num_tiles",
     "stride_head_mask",

@@ -34,7 +34,7 @@ class Exchange:
         self.is_aborted = False
         """Set from another thread: at the next step all hosts end what they compute together."""
         self.num_bytes = 0
-        """Received from the other hosts so far."""
+        """Received from the other hosts so far, as builders count it: a replayed graph passes no line of ours."""
 
     def warm_up(self) -> None:
         """One small collective on each group, by every host. Raises StarError where a host does not take part."""
@@ -85,7 +85,6 @@ class Exchange:
             self.all_gather(self.device_group, everyone, mine)
         except RuntimeError as error:
             raise StarError(self.sentence_of_late(error)) from error
-        self.num_bytes += mine.numel() * (self.num_hosts - 1)
         part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
         part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
         return part_out, part_lse

@@ -34,6 +34,12 @@ class Piece:
         return sum(stop - start for start, stop in self.segment.keys)
 
     @property
+    def distance(self) -> int:
+        """From the first row's position in the request to its true one."""
+        moved = list(self.shard.distances(self.segment.begin, self.segment.begin + 1))
+        return moved[0][2] if moved else 0
+
+    @property
     def chunk_end(self) -> int:
         """Position after the last query, where keys count from 0; what sees all keys counts for itself."""
         return self.kv_len if self.segment.is_causal else self.query_len
@@ -51,7 +57,7 @@ def moved_rows(first_row: int, shard: StarShard, begin: int, end: int) -> list[t
 
 
 def batch_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int) -> PagedBatch:
-    """Pieces with adjacent rows as a batch; all of them causal, or none.
+    """Pieces with adjacent rows as a batch; all of them causal, or none, or of one row each.
 
     block_table: [num_reqs, max_pages] int32 of vLLM's batch, on the device.
     """

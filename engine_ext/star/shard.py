@@ -87,7 +87,7 @@ class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         prompt_len: tokens of the prompt, where it is known: the host's context, alone or followed by a query.
         """
         for name in ("context_len", "block_len", "anchor_len"):
-            least = 0 if name == "anchor_len" else page_size
+            least = page_size if name == "block_len" else 0
             value = getattr(self, name)
             if value < least or value % page_size:
                 self.refuse(name, f"a multiple of the page size, {page_size}, of at least {least}")
@@ -103,7 +103,8 @@ class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         for name in ("rank", "query_host"):
             if not 0 <= getattr(self, name) < self.num_hosts:
                 self.refuse(name, f"a rank below num_hosts, which is {self.num_hosts}")
-        if self.has_query != (self.num_blocks > 0 and self.first_block + self.num_blocks == num_blocks):
+        has_last = self.num_blocks > 0 and self.first_block + self.num_blocks == num_blocks
+        if self.context_len > 0 and self.has_query != has_last:
             self.refuse("query_host", "the rank of the host that has the last block")
         if prompt_len is not None and prompt_len < self.local_len:
             raise ConfigError(

@@ -66,6 +66,24 @@ def plan_shards(
     return shards
 
 
+def shards_of_one(name: str, num_tokens: int, num_hosts: int, page_size: int) -> list[StarShard]:
+    """All of a context on host 0, where other hosts have to take part all the same: they bring no keys."""
+    return [
+        StarShard(
+            name=name,
+            context_len=num_tokens,
+            block_len=max(num_tokens, page_size),
+            anchor_len=0,
+            first_block=0,
+            num_blocks=int(rank == 0 and num_tokens > 0),
+            num_hosts=num_hosts,
+            query_host=0,
+            rank=rank,
+        )
+        for rank in range(num_hosts)
+    ]
+
+
 def default_block_len(num_tokens: int, num_hosts: int, page_size: int) -> int:
     """A quarter of the context or a host's even share, whichever is smaller, so that every host has a block."""
     num_pages = num_tokens // page_size

@@ -31,6 +31,7 @@ class HostsSetup:
     model: str
     timeout_s: float
     start_timeout_s: float
+    graphs: bool
     options: dict[str, Any]
     engine: dict[str, Any]
     address: str | None
@@ -129,6 +130,7 @@ class Hosts:
             device_type=self.device_type,
             timeout_s=setup.timeout_s,
             start_timeout_s=setup.start_timeout_s,
+            graphs=setup.graphs,
             options=setup.options,
             engine=setup.engine,
         )

@@ -45,7 +45,8 @@ class StarHost:
 
         setup = self.setup
         arguments = {**ENGINE_DEFAULTS, **setup.engine, **ENGINE_FIXED}
-        arguments["additional_config"] = {"farspan": {**setup.options, "star": {"timeout_s": setup.timeout_s}}}
+        star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
+        arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
         self.llm = LLM(setup.model, **arguments)
         return self.facts(time.monotonic() - started)
 

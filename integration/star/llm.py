@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.engine_ext.star.shard import StarShard
-from farspan.star.blocks import BlockSizes, plan_shards
+from farspan.star.blocks import BlockSizes, plan_shards, shards_of_one
 from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
 from farspan.star.protocol import Answer, Ask, HostStatus, Phase
@@ -89,6 +89,7 @@ class StarLLM:
         anchor_len: int | None = None,
         timeout_s: float = 60.0,
         start_timeout_s: float = 900.0,
+        graphs: bool = False,
         address: str | None = None,
         strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK",
         env: dict[str, str] | None = None,
@@ -101,6 +102,8 @@ class StarLLM:
             share, whichever is smaller, and a whole block.
         timeout_s: how long a host may make no progress, and the others wait for it, before an error names it.
         start_timeout_s: for placing the hosts, loading the model and the first request.
+        graphs: decode in CUDA graphs that hold the exchange. Short prompts then go through all hosts too, and a lost
+            host restarts all of them.
         address: of a Ray cluster; by default the one of RAY_ADDRESS, or a new one on this machine.
         strategy: how Ray places hosts over machines. env: environment variables of the hosts.
         options: farspan's, as under `additional_config["farspan"]`; `string` is refused.
@@ -118,6 +121,7 @@ class StarLLM:
                 model=model,
                 timeout_s=timeout_s,
                 start_timeout_s=start_timeout_s,
+                graphs=graphs and hosts > 1,
                 options=dict(options or {}),
                 engine=engine,
                 address=address,
@@ -222,6 +226,8 @@ class StarLLM:
         shards = None
         if num_context > 0:
             shards = plan_shards(name, num_context, self.num_hosts, self.page_size, sizes, self.linear_pairs)
+        if shards is None and self.hosts.setup.graphs:
+            shards = shards_of_one(name, num_context, self.num_hosts, self.page_size)
         self.check_room(shards, len(context_ids), len(query_ids), params.max_tokens or 0)
         collected: dict[str, dict[int, Answer]] = {}
         if shards is None:
@@ -261,7 +267,8 @@ class StarLLM:
             return Ask(f"{shard.name}-{phase[-1]}", phase, prompt, first_params if is_first else params, shard)
 
         answers: dict[int, Answer] = {}
-        todo = {shard.rank: ask(shard, "phase 1") for shard in shards if shard.num_blocks > 0}
+        first = {shard.rank: ask(shard, "phase 1") for shard in shards if shard.num_blocks > 0}
+        todo = first
         started = time.perf_counter()
         for attempt in range(2):
             try:
@@ -273,14 +280,20 @@ class StarLLM:
             except HostLost as lost:
                 restarted = time.perf_counter()
                 try:
-                    self.hosts.replace(lost.rank)
+                    if self.hosts.setup.graphs:
+                        # A new host captures graphs with the others, which must do so at the same time.
+                        self.hosts.stop()
+                        self.start()
+                        answers.clear()
+                    else:
+                        self.hosts.replace(lost.rank)
                 except Exception as error:
                     self.hosts.stop()
                     raise StarError(f"{lost} A replacement did not start either: {error}") from error
                 self.restart_s += time.perf_counter() - restarted
-                # Only what is not answered is asked again; the replacement starts with an empty cache.
+                # Only what is not answered is asked again; a new host starts with an empty cache.
                 answers.pop(lost.rank, None)
-                todo = {rank: each for rank, each in todo.items() if rank not in answers}
+                todo = {rank: each for rank, each in first.items() if rank not in answers}
         collected["phase 1"] = answers
         yield Progress("phase 1", num_blocks, num_blocks, [])
         self.phase_1_s = time.perf_counter() - started

@@ -18,6 +18,8 @@ class HostSetup:
     device_type: Literal["cpu", "cuda"]
     timeout_s: float
     start_timeout_s: float
+    graphs: bool
+    """Whether decode runs in CUDA graphs that hold the exchange."""
     options: dict[str, Any]
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)

@@ -123,7 +123,7 @@ class Meeting:
             outs, lses = zip(*self.meet(rank, (out, lse)), strict=True)
             return torch.stack(outs), torch.stack(lses)
 
-        return SimpleNamespace(agree=agree, gather=gather)
+        return SimpleNamespace(agree=agree, gather=gather, num_bytes=0, num_hosts=len(self.given))
 
 
 class Source:
