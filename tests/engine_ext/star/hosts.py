@@ -149,8 +149,10 @@ class Source:
 class Host:
     """One host: vLLM's part (positions, pages, batches) played by hand around our builder and launches."""
 
-    def __init__(self, page_size: int, num_pages: int, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        options = {"star": {}, **(options or {})}
+    def __init__(
+        self, page_size: int, num_pages: int, options: Any, monkeypatch: pytest.MonkeyPatch, *, graphs: bool = False
+    ) -> None:
+        options = {"star": {"graphs": graphs}, **(options or {})}
         self.source = Source(parse_config(options).prefill)
         monkeypatch.setattr(requests, "_make_source", lambda vllm_config: self.source)
         rotary = SimpleNamespace(rotation_of_layer=lambda *arguments: Rotation(INV_FREQ, True))
@@ -158,6 +160,7 @@ class Host:
         vllm_config = SimpleNamespace(
             additional_config={"farspan": options},
             parallel_config=SimpleNamespace(worker_extension_cls=""),
+            scheduler_config=SimpleNamespace(max_num_seqs=4),
             model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: NUM_HEADS),
         )
         spec = SimpleNamespace(num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32, block_size=page_size)
@@ -240,13 +243,22 @@ def first_of(tokens: Tokens, count: int) -> Tokens:
     return Tokens(tokens.query[:count], tokens.key[:count], tokens.value[:count])
 
 
+_host = threading.local()
+
+
 def run_hosts(num_hosts: int, work: Callable[[int], Any]) -> list[Any]:
     """`work(rank)` of all hosts at the same time."""
+
+    def work_as(rank: int) -> Any:
+        _host.rank = rank
+        return work(rank)
+
     with ThreadPoolExecutor(num_hosts) as pool:
-        return list(pool.map(work, range(num_hosts)))
+        return list(pool.map(work_as, range(num_hosts)))
 
 
 def meet_in_threads(num_hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let builders find the threads' exchange instead of a process group."""
     meeting = Meeting(num_hosts)
     monkeypatch.setattr(metadata, "exchange_of", lambda hosts, rank: meeting.exchange(rank) if hosts > 1 else None)
+    monkeypatch.setattr(metadata, "current_exchange", lambda: meeting.exchange(getattr(_host, "rank", 0)))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.passes import Sparse
 
 from tests.engine_ext.star.hosts import (
@@ -128,3 +129,62 @@ def test_flex_inside_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     outs = host.step([(0, shard, first_of(own, 256), 0)]) + host.step([(0, shard, own, 256)])
     assert all(isinstance(each.work, Sparse) for step in made for each in step.passes)
     torch.testing.assert_close(torch.cat(outs)[256:], expected[512:], atol=2e-5, rtol=1e-4)
+
+
+def test_decode_from_buffers_that_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured graph reads: two requests and padding, over a page's end, on hosts with and without keys."""
+    layout = LAYOUTS["a-host-without-blocks"]
+    first, other = layout.shards("a"), Layout(3, 96, 32, 16, (1, 1, 1)).shards("b")
+    tokens = [make_tokens(layout.context_len + 30, 1), make_tokens(96 + 30, 2), make_tokens(3, 3)]
+    expected = [
+        oracle(tokens[0], star_mask(layout, len(tokens[0].query))).float()[64:],
+        oracle(tokens[1], star_mask(Layout(3, 96, 32, 16, ()), len(tokens[1].query))).float()[96:],
+    ]
+    meet_in_threads(3, monkeypatch)
+    hosts = [Host(PAGE, 64, None, monkeypatch, graphs=True) for _ in first]
+    for host in hosts:
+        # What vLLM warms up with: no request of ours.
+        assert host.builder.lockstep is not None
+
+    def work(rank: int) -> tuple[list[torch.Tensor], set[int]]:
+        host, shards = hosts[rank], (first[rank], other[rank])
+        owned = [shard_tokens(each, shard) for each, shard in zip(tokens, shards, strict=False)]
+        for request, (own, shard) in enumerate(zip(owned, shards, strict=True)):
+            context = shard.local_len
+            if context:
+                host.step([(request, shard, first_of(own, context), 0)])
+            host.step([(request, shard, first_of(own, context + 2), context)])
+        outs, places = [], set()
+        stock = host.builder.build
+
+        def build(*arguments: Any) -> Any:
+            made = stock(*arguments)
+            (each,) = made.passes
+            batch = each.batch
+            places.add((batch.block_table.data_ptr(), batch.kv_lens.data_ptr(), batch.max_kv_len))
+            return made
+
+        host.builder.build = build
+        for step in range(2, 20):
+            chunks: list[Any] = [
+                (request, shard, first_of(own, shard.local_len + step + 1), shard.local_len + step)
+                for request, (own, shard) in enumerate(zip(owned, shards, strict=True))
+            ]
+            outs.append(torch.cat(host.step([*chunks, (2, None, first_of(tokens[2], 1), 0)])))
+        return outs, places
+
+    for outs, places in run_hosts(3, work):
+        assert len(places) == 1
+        for step, out in enumerate(outs, start=2):
+            torch.testing.assert_close(out[0], expected[0][step], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(out[1], expected[1][step], atol=2e-5, rtol=1e-4)
+            assert not out[2].any()
+
+
+def test_a_host_that_decodes_in_graphs_refuses_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["two-hosts"]
+    meet_in_threads(2, monkeypatch)
+    host = Host(PAGE, 64, None, monkeypatch, graphs=True)
+    own = shard_tokens(make_tokens(layout.context_len + 5), layout.shards()[0])
+    with pytest.raises(StarError, match="a step of one token that other hosts do not take part in"):
+        host.step([(0, layout.shards()[0], first_of(own, 1), 0)])
