@@ -295,13 +295,14 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if any(shard is not None for shard in shards):
             assert common.seq_lens_cpu_upper_bound is not None
             kv_lens = common.seq_lens_cpu_upper_bound[:num_rows].tolist()
-            # Padding comes last.
+            query_start_loc = common.query_start_loc_cpu[: num_rows + 1].tolist()
             for request, shard in enumerate(shards):
-                if shard is None:
+                # Padding comes last, without a token, and may name any request.
+                if shard is None or query_start_loc[request] == query_start_loc[request + 1]:
                     break
                 pieces += cut_chunk(request, request, shard, kv_lens[request] - 1, kv_lens[request])
             alone = next((piece for piece in pieces if not piece.segment.is_query), None)
-            if alone is not None or any(shard is not None for shard in shards[len(pieces) :]):
+            if alone is not None or query_start_loc[len(pieces)] < query_start_loc[-1]:
                 raise StarError(
                     "a step of one token that other hosts do not take part in, on a host that decodes in graphs. Set "
                     "max_num_batched_tokens to a multiple of the page size."

@@ -238,12 +238,11 @@ class Hosts:
         """End a request on all hosts that work on it; a host that does not end is killed."""
         import ray
 
-        for rank in pending:
-            with contextlib.suppress(ray.exceptions.RayError):
-                self.actors[rank].abort.remote()
-        _, left = ray.wait(list(pending.values()), num_returns=len(pending), timeout=self.setup.timeout_s + GRACE_S)
+        told = {rank: self.actors[rank].abort.remote() for rank in pending}
+        waited = [*told.values(), *pending.values()]
+        _, left = ray.wait(waited, num_returns=len(waited), timeout=self.setup.timeout_s + GRACE_S)
         for rank, ref in pending.items():
-            if ref in left:
+            if ref in left or told[rank] in left:
                 ray.kill(self.actors[rank], no_restart=True)
 
     def replace(self, rank: int) -> None:

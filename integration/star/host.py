@@ -90,9 +90,12 @@ class StarHost:
 
     def run(self, ask: Ask) -> Answer:
         """Do one phase of a request to its end. After an error the engine holds nothing of it any more."""
-        from farspan.engine_ext.star.exchange import StarAborted
+        from farspan.engine_ext.star.exchange import StarAborted, current
 
         self.is_aborted, self.token_ids = False, []
+        exchange = current()
+        if exchange is not None:
+            exchange.is_aborted = False
         received = self.num_bytes()
         engine = self.llm.llm_engine
         started = time.perf_counter()

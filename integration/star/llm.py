@@ -154,7 +154,8 @@ class StarLLM:
         sizes = BlockSizes(self.page_size, None)
         shards = plan_shards(uuid.uuid4().hex, num_tokens, self.num_hosts, self.page_size, sizes, self.linear_pairs)
         assert shards is not None
-        for _ in self.ask_all(context, [1, 2], sampling_params(max_tokens=2, ignore_eos=True), shards, {}):
+        params = sampling_params(max_tokens=2, temperature=0.0, ignore_eos=True)
+        for _ in self.ask_all(context, [1, 2], params, shards, {}, may_replace=False):
             pass
 
     def generate(
@@ -228,7 +229,10 @@ class StarLLM:
             shards = plan_shards(name, num_context, self.num_hosts, self.page_size, sizes, self.linear_pairs)
         if shards is None and self.hosts.setup.graphs:
             shards = shards_of_one(name, num_context, self.num_hosts, self.page_size)
-        self.check_room(shards, len(context_ids), len(query_ids), params.max_tokens or 0)
+        if params.max_tokens is None:
+            # Hosts have room for different numbers of tokens, and must end together.
+            params.max_tokens = max(self.room(shards, len(context_ids), len(query_ids)), 1)
+        self.check_room(shards, len(context_ids), len(query_ids), params.max_tokens)
         collected: dict[str, dict[int, Answer]] = {}
         if shards is None:
             yield from self.ask_one(name, context_ids + query_ids, params, collected)
@@ -254,8 +258,9 @@ class StarLLM:
         params: Any,
         shards: list[StarShard],
         collected: dict[str, dict[int, Answer]],
+        may_replace: bool = True,
     ) -> Iterator[Progress]:
-        """Both phases on all hosts. A host that is lost in phase 1 is replaced once."""
+        """Both phases on all hosts. A host that is lost in phase 1 is replaced once, where it may be."""
         parts = [host_context(context, shard) for shard in shards]
         num_blocks = -(-len(context) // shards[0].block_len)
         first_params = sampling_params(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -272,7 +277,7 @@ class StarLLM:
         started = time.perf_counter()
         for attempt in range(2):
             try:
-                for statuses in self.guarded(todo, answers, may_replace=attempt == 0):
+                for statuses in self.guarded(todo, answers, may_replace and attempt == 0):
                     done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())
                     done += sum(shards[rank].num_blocks for rank in answers)
                     yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
@@ -331,6 +336,12 @@ class StarLLM:
                 f"host {query_host} chose different tokens, so their memory or their software differs. Check that all "
                 "machines have the same GPUs and the same versions."
             )
+
+    def room(self, shards: list[StarShard] | None, context_len: int, query_len: int) -> int:
+        """New tokens for which the fullest host has room."""
+        needs = [context_len] if shards is None else [shard.local_len for shard in shards]
+        rooms = (min(facts.max_model_len, facts.cache_len) for facts in self.hosts.facts)
+        return min(room - need - query_len for need, room in zip(needs, rooms, strict=False))
 
     def check_room(self, shards: list[StarShard] | None, context_len: int, query_len: int, max_tokens: int) -> None:
         """Raise ConfigError unless every host's share, the query and the answer fit into its engine."""

@@ -170,8 +170,10 @@ class Host:
         self.free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)).tolist()
         self.tables: dict[int, list[int]] = {}
 
-    def step(self, chunks: list[tuple[int, StarShard | None, Tokens, int]]) -> list[torch.Tensor]:
+    def step(self, chunks: list[tuple[int, StarShard | None, Tokens, int]], padding: int = 0) -> list[torch.Tensor]:
         """Compute chunks [(request, shard, the request's tokens, computed tokens before the chunk)].
+
+        padding: requests behind them without a token, as vLLM fills up a graph's batch.
 
         The tokens of a chunk end where the request's tokens given here end. Returns the outputs of each.
         """
@@ -197,6 +199,14 @@ class Host:
             block_table_tensor=table,
         )
         self.source.step = [shard for _, shard, _, _ in chunks]
+        if padding:
+            starts_padded = torch.cat([starts, starts[-1:].expand(padding)])
+            lens_padded = torch.tensor([*lens, *[0] * padding], dtype=torch.int32)
+            common.num_reqs += padding
+            common.query_start_loc = common.query_start_loc_cpu = starts_padded
+            common.seq_lens = common.seq_lens_cpu_upper_bound = lens_padded
+            common.block_table_tensor = torch.cat([table, table[:1].expand(padding, -1)])
+            self.source.step += [chunks[0][1]] * padding
         step = self.builder.build(0, common)
         query = torch.cat([local(tokens.query, first) for _, _, tokens, first in chunks])
         key = torch.cat([local(tokens.key, first) for _, _, tokens, first in chunks])
@@ -204,8 +214,10 @@ class Host:
         slots = []
         for row, length, (*_, first) in zip(rows, lens, chunks, strict=True):
             slots += [row[at // self.page_size] * self.page_size + at % self.page_size for at in range(first, length)]
+        if padding:
+            query = torch.cat([query, query[:1].expand(padding, -1, -1)])
         out = attend_step(step, query, key, value, self.pages, torch.tensor(slots))
-        return list(out.split(starts.diff().tolist()))
+        return list(out[: int(starts[-1])].split(starts.diff().tolist()))
 
 
 def local(heads: torch.Tensor, first: int) -> torch.Tensor:
