@@ -215,7 +215,8 @@ class Host:
         for row, length, (*_, first) in zip(rows, lens, chunks, strict=True):
             slots += [row[at // self.page_size] * self.page_size + at % self.page_size for at in range(first, length)]
         if padding:
-            query = torch.cat([query, query[:1].expand(padding, -1, -1)])
+            query, key, value = (torch.cat([each, each[:1].expand(padding, -1, -1)]) for each in (query, key, value))
+            slots += [-1] * padding
         out = attend_step(step, query, key, value, self.pages, torch.tensor(slots))
         return list(out[: int(starts[-1])].split(starts.diff().tolist()))
 
