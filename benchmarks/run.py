@@ -16,7 +16,17 @@ import torch
 
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
 
-MODULES = ("prefill_dense", "prefill_flex", "select", "decode", "ttft", "prefill_block_sparse", "string_e2e", "star")
+MODULES = (
+    "prefill_dense",
+    "prefill_flex",
+    "select",
+    "decode",
+    "ttft",
+    "prefill_block_sparse",
+    "string_e2e",
+    "star",
+    "star_accuracy",
+)
 
 
 def collect(folder: Path) -> int:
