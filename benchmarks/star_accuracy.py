@@ -1,7 +1,7 @@
 """What blocks cost in answers: retrieval of the bundled needle model under Star Attention's masks, against dense.
 
-One engine holds all blocks of a context, which computes the masks of any number of hosts. Blocks of N/2, N/4 and N/8 with
-the anchor as long as a block; at N/4 also the anchor of a quarter of a block and none (the paper's table 3).
+One engine holds all blocks of a context, which computes the masks of any number of hosts. Blocks of N/2, N/4 and N/8
+with the anchor as long as a block; at N/4 also the anchor of a quarter of a block and none (the paper's table 3).
 """
 
 import uuid

@@ -20,6 +20,7 @@ MARKER = "<|query|>"
 """Splits a prompt given in one piece into context and query; it is not part of either."""
 WARM_UP_PAGES = 2
 """Of context for each host, in the request that every start ends with."""
+SMALLEST_PAGE = 16
 
 Tokens = str | Sequence[int]
 
@@ -115,6 +116,8 @@ class StarLLM:
         check_engine_arguments(engine)
         parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
         self.sizes = BlockSizes(block_len, anchor_len)
+        # Again with the engine's own page size once it is known.
+        self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.hosts = Hosts(
             HostsSetup(
                 num_hosts=hosts,
