@@ -187,6 +187,15 @@ class OffloadOptions(Options, frozen=True):
         return tuple(count * per_rank // num_kv_heads for count in counts)
 
 
+class StarOptions(Options, frozen=True):
+    """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
+
+    timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
+    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+    graphs: bool = False
+    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts."""
+
+
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
 
 PREFILL_METHODS: dict[str, type[Options]] = {
@@ -213,6 +222,7 @@ class FarspanConfig(Options, frozen=True):
     string: StringOptions | None = None
     offload: OffloadOptions | None = None
     """None: all KV in GPU memory."""
+    star: StarOptions | None = None
 
     @property
     def changes_kv(self) -> bool:
@@ -260,6 +270,22 @@ def parse_config(raw: Any) -> FarspanConfig:
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
             )
+    if config.star is not None:
+        config.star.check(f"{ROOT}.star")
+        if config.string is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without string: both move positions, and a key would need two rotations at once",
+                "Leave out string, or serve the model on one host without star",
+            )
+        if config.offload is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without offload: the keys of a block are found in GPU memory alone",
+                "Leave out offload and spread the context over more hosts, or serve the model on one host without star",
+            )
     return config
 
 
@@ -288,6 +314,11 @@ def check_raw(raw: Any) -> None:
         check_mapping(path, raw["string"])
         check_known(path, raw["string"], StringOptions.__struct_fields__)
         check_numbers(path, StringOptions, raw["string"])
+    if raw.get("star") is not None:
+        path = f"{ROOT}.star"
+        check_mapping(path, raw["star"])
+        check_known(path, raw["star"], StarOptions.__struct_fields__)
+        check_numbers(path, StarOptions, raw["star"])
     if raw.get("offload") is not None:
         check_raw_offload(f"{ROOT}.offload", raw["offload"])
 

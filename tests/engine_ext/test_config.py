@@ -31,6 +31,10 @@ def block_sparse(**options: Any) -> dict[str, Any]:
 
 
 MISTAKES = {
+    "star-with-offload": ({"star": {}, "offload": {}}, ".star={}; allowed: without offload"),
+    "star-with-string": ({"star": {}, "string": {}}, ".star={}; allowed: without string: both move positions"),
+    "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
+    "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),
     "not-a-mapping": ("flex", "='flex'; allowed: a mapping"),
     "unknown-option": ({"prefil": {}}, ".prefil={}; allowed: no option of that name; known here: kernel, prefill"),
     "unknown-nested-option": (flex(gama=0.9), ".prefill.gama=0.9; allowed: no option of that name"),

@@ -37,6 +37,9 @@ class Source:
     def prompt_lens(self, common_attn_metadata: Any) -> list[int | None]:
         return [2500 if seq_len == 2000 else None for seq_len in common_attn_metadata.seq_lens.tolist()]
 
+    def shards(self, common_attn_metadata: Any) -> list[None]:
+        return [None] * len(self.rows)
+
     def plan(self) -> None:
         """No test looks at it."""
 
@@ -59,7 +62,7 @@ def build(
         parallel_config=SimpleNamespace(worker_extension_cls=""),
         model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
     )
-    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32, block_size=128)
     builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     common = SimpleNamespace(
