@@ -1,12 +1,12 @@
 """The option tree under `additional_config["farspan"]`: decoded once per process, validated, then frozen."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.ranges import OneOf, Real, Whole, ranges_of
+from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
 
@@ -22,6 +22,9 @@ CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for
 FractionOfTrainedLen = Annotated[
     float, Real(0, 1, least_included=False, most_included=False, hint="0.33", noun="a fraction of the trained length")
 ]
+
+MAX_HEADS = 1024
+"""Upper bound of every option in KV heads of a layer."""
 
 Kernel = Literal["auto", "triton", "fa3"]
 Selection = Literal["tile_rows", "flexprefill"]
@@ -133,6 +136,66 @@ class StringOptions(Options, frozen=True):
             )
 
 
+class OffloadOptions(Options, frozen=True):
+    """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
+
+    host_memory: Literal["auto"] | Annotated[float, Real(0, 65536, least_included=False, hint='"auto"')] = "auto"
+    """GiB of host memory per machine for cold KV heads, shared by its ranks; "auto" takes 60 % of what is free at
+    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use."""
+    hot_heads: (
+        Literal["auto"]
+        | Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')]
+        | tuple[Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')], ...]
+    ) = "auto"
+    """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
+    The GPU memory that they leave holds pages of the cold ones."""
+    group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
+    """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as two
+    buffers in a quarter of the memory for KV have room for."""
+
+    def check(self, path: str) -> None:
+        """See `Options.check`; also each number of a list."""
+        super().check(path)
+        if isinstance(self.hot_heads, tuple):
+            check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
+
+    def hot_heads_per_layer(self, num_layers: int, num_kv_heads: int, num_ranks: int) -> tuple[int, ...]:
+        """Hot KV heads of every layer on each rank of a tensor-parallel group.
+
+        num_kv_heads: of a layer of the whole model. Raises ConfigError where the option fits neither layers nor ranks.
+        """
+        path, hot = f"{ROOT}.offload.hot_heads", self.hot_heads
+        if isinstance(hot, tuple) and len(hot) != num_layers:
+            refuse(
+                path,
+                list(hot),
+                f"one number for each of the model's {num_layers} layers, not {len(hot)}",
+                "Give one number for all layers, or one for each",
+            )
+        # A rank has at least one KV head: fewer heads than ranks are repeated on them.
+        per_rank = max(num_kv_heads // num_ranks, 1)
+        counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        for count in counts:
+            if count > num_kv_heads or count * per_rank % num_kv_heads:
+                refuse(
+                    path,
+                    count,
+                    f"multiples of {num_kv_heads // per_rank} up to {num_kv_heads}, the KV heads of a layer, so that "
+                    f"each of {num_ranks} ranks has as many",
+                    "Use 'auto'",
+                )
+        return tuple(count * per_rank // num_kv_heads for count in counts)
+
+
+class StarOptions(Options, frozen=True):
+    """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
+
+    timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
+    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+    graphs: bool = False
+    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts."""
+
+
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
 
 PREFILL_METHODS: dict[str, type[Options]] = {
@@ -157,6 +220,9 @@ class FarspanConfig(Options, frozen=True):
     """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     string: StringOptions | None = None
+    offload: OffloadOptions | None = None
+    """None: all KV in GPU memory."""
+    star: StarOptions | None = None
 
     @property
     def changes_kv(self) -> bool:
@@ -193,6 +259,8 @@ def parse_config(raw: Any) -> FarspanConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(describe_type_error(raw, str(error))) from error
     config.prefill.check(f"{ROOT}.prefill")
+    if config.offload is not None:
+        config.offload.check(f"{ROOT}.offload")
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":
@@ -201,6 +269,22 @@ def parse_config(raw: Any) -> FarspanConfig:
                 config.kernel,
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
+            )
+    if config.star is not None:
+        config.star.check(f"{ROOT}.star")
+        if config.string is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without string: both move positions, and a key would need two rotations at once",
+                "Leave out string, or serve the model on one host without star",
+            )
+        if config.offload is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without offload: the keys of a block are found in GPU memory alone",
+                "Leave out offload and spread the context over more hosts, or serve the model on one host without star",
             )
     return config
 
@@ -230,6 +314,34 @@ def check_raw(raw: Any) -> None:
         check_mapping(path, raw["string"])
         check_known(path, raw["string"], StringOptions.__struct_fields__)
         check_numbers(path, StringOptions, raw["string"])
+    if raw.get("star") is not None:
+        path = f"{ROOT}.star"
+        check_mapping(path, raw["star"])
+        check_known(path, raw["star"], StarOptions.__struct_fields__)
+        check_numbers(path, StarOptions, raw["star"])
+    if raw.get("offload") is not None:
+        check_raw_offload(f"{ROOT}.offload", raw["offload"])
+
+
+def check_raw_offload(path: str, offload: Any) -> None:
+    """Refuse what `offload` cannot be, each number of a list included."""
+    check_mapping(path, offload)
+    check_known(path, offload, OffloadOptions.__struct_fields__)
+    check_numbers(path, OffloadOptions, offload)
+    for name, value in offload.items():
+        allowed = ranges_of(OffloadOptions)[name][0]
+        if isinstance(value, list | tuple) and name == "hot_heads":
+            check_list(f"{path}.{name}", value, allowed)
+        elif value != "auto" and not isinstance(value, int | float):
+            also = f'{allowed.allowed}, or "auto"' + (", or a list of numbers" if name == "hot_heads" else "")
+            refuse(f"{path}.{name}", value, also, 'Use "auto"')
+
+
+def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:
+    """Refuse a list with a member that is out of range."""
+    for place, value in enumerate(values):
+        if value not in allowed:
+            refuse(f"{path}[{place}]", value, allowed.allowed, f"Use {allowed.hint}")
 
 
 def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
@@ -278,7 +390,8 @@ def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) 
     for name, ranges in ranges_of(options).items():
         value = values.get(name)
         if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
-            refuse(f"{path}.{name}", value, ", or ".join(each.allowed for each in ranges), f"Use {ranges[0].hint}")
+            allowed = ", or ".join(dict.fromkeys(each.allowed for each in ranges))
+            refuse(f"{path}.{name}", value, allowed, f"Use {ranges[0].hint}")
 
 
 def refuse(path: str, value: Any, allowed: str, remedy: str) -> NoReturn:

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
 from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
-from farspan.kernels.batch import PagedBatch
+from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.positions import Turns
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
 from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import Turn
@@ -69,6 +71,21 @@ class Part:
     index: int
     """In [0, count). The passes of a set follow each other; the last one combines them."""
     count: int
+    exchange: Exchange | None = None
+    """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
+
+
+@dataclass(frozen=True)
+class StagedPages:
+    """The pages of cold heads that a pass reads, some of them in host memory, in the order in which they are staged."""
+
+    entries: torch.Tensor
+    """[num_pages] int32 on the device: a slot, or -1 - block for a page in host memory."""
+
+
+Keys = Literal["cache", "slots", "both"] | StagedPages
+"""Where a pass finds its keys: vLLM's own cache (hot heads), slots alone, slots and host memory, or pages that are
+brought to the device for the pass (cold heads)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ class Pass:
     turns: bool = False
     """Whether the layer's turn reaches any query of the pass; the others are computed as if there were none."""
     is_causal: bool = True
+    keys: Keys = "cache"
     part: Part | None = None
     """None where the pass sees all keys of its rows, so that its result is the output."""
 
@@ -99,6 +117,23 @@ class LayerContext:
     turn: Turn | None
     selector: Selector | None
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
+    turns: Turns | None = None
+    """Take queries and keys to their true positions; None without the option star."""
+
+
+class ColdStep(Protocol):
+    """The cold heads of one step's layers."""
+
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the step's keys and values of a layer's cold heads into their slots.
+
+        key, value: [at least num_tokens, num_kv_heads, head_dim], all heads of the layer.
+        """
+        ...
+
+    def view(self, layer_name: str, each: Pass) -> KVView:
+        """The keys and values of a pass, which does not read vLLM's cache; valid until the next call."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -108,5 +143,10 @@ class StepMetadata(AttentionMetadata):
     passes: tuple[Pass, ...]
     layers: Mapping[str, LayerContext]
     """By the name of the layer."""
+    moved: tuple[tuple[slice, int | None], ...] = ()
+    """Rows of the step that stand elsewhere than where vLLM rotated them, with the distance to add, in tokens; None
+    where each row has its own in the layers' turns."""
     plan: StepPlan | None = None
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""
+    cold: ColdStep | None = None
+    """None where no KV head is cold."""

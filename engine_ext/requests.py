@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from farspan.engine_ext.config import (
@@ -17,6 +17,11 @@ from farspan.engine_ext.config import (
 )
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.star.shard import NAME as STAR
+from farspan.engine_ext.star.shard import StarShard, decode_shard
+
+if TYPE_CHECKING:
+    from farspan.engine_ext.offload.cache import ColdCache
 
 NAME = "farspan"
 OVERRIDES = ("farspan.method", "farspan.gamma")
@@ -33,8 +38,20 @@ class RequestSource(Protocol):
         """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
         ...
 
+    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+        """What each request of a batch is to Star Attention, in batch order; None for ordinary requests and padding."""
+        ...
+
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs; None with a scheduler that makes none, and outside of steps."""
+        ...
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of a batch, in batch order, has pages of cold heads in no slot, as the plan says."""
+        ...
+
+    def cold_cache(self) -> "ColdCache | None":
+        """The runner's pages of cold heads; asked while the KV cache is set up."""
         ...
 
     def model(self) -> Any:
@@ -73,7 +90,7 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
     Raises ConfigError naming the override, the value given, what is allowed and what to do.
     """
     extra_args = extra_args or {}
-    overrides = {name: extra_args[name] for name in names_like_ours(extra_args)}
+    overrides = {name: extra_args[name] for name in names_like_ours(extra_args) if name != STAR}
     if not overrides:
         return config.prefill
     for name, value in overrides.items():
@@ -87,6 +104,26 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
     if "farspan.gamma" in overrides:
         prefill = prefill_by_gamma(prefill, overrides["farspan.gamma"])
     return prefill
+
+
+def shard_of_request(
+    config: FarspanConfig, extra_args: Mapping[str, Any] | None, page_size: int, prompt_len: int | None = None
+) -> StarShard | None:
+    """A host's share of a request's context; None for an ordinary request.
+
+    page_size: tokens of a page of the engine's KV cache; prompt_len: of the request, where it is known.
+    Raises ConfigError.
+    """
+    if not extra_args or STAR not in extra_args:
+        return None
+    if config.star is None:
+        raise ConfigError(
+            f"{STAR}; allowed: only in an engine that was started with the option star. Use farspan.star.StarLLM, "
+            "which starts such engines."
+        )
+    shard = decode_shard(extra_args[STAR])
+    shard.check(page_size, prompt_len)
+    return shard
 
 
 def prefill_by_method(prefill: Prefill, method: Any) -> Prefill:
@@ -117,7 +154,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto")
+    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None, star=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

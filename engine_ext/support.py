@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
-from farspan.engine_ext.string import check_string
+from farspan.engine_ext.string import check_string, rotary_source
 
 OPTIONS_KEY = "farspan"
 HEAD_SIZES = (64, 96, 128, 256)
@@ -30,9 +30,22 @@ def config_of(vllm_config: Any) -> FarspanConfig:
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return FarspanConfig()
-    if OPTIONS_KEY not in additional:
+    if OPTIONS_KEY in additional:
+        check_keys_besides(additional)
+    else:
         check_no_options_elsewhere(additional)
     return decode_once(additional.get(OPTIONS_KEY))
+
+
+def check_keys_besides(additional: Mapping[str, Any]) -> None:
+    """Refuse keys besides `farspan` in an additional_config that can only be meant for us. Raises ConfigError."""
+    for key in map(str, additional):
+        is_option = key in ("prefill", "string") and isinstance(additional[key], Mapping)
+        if key != OPTIONS_KEY and (is_option or key.lower().startswith(OPTIONS_KEY)):
+            raise ConfigError(
+                f"additional_config has {key!r} besides {OPTIONS_KEY!r}; the options of this backend go under "
+                f"{OPTIONS_KEY!r} alone. Move it there, or remove it."
+            )
 
 
 def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
@@ -170,6 +183,7 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         check_model(vllm_config.model_config, vllm_config.cache_config)
         check_options(config, vllm_config.model_config, current_platform.device_type)
     check_features(config, vllm_config)
+    check_offload(vllm_config)
     return config
 
 
@@ -180,6 +194,8 @@ def check_options(config: FarspanConfig, model_config: Any, device_type: str) ->
     choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)
     if config.string is not None:
         check_string(model_config, config.string)
+    if config.star is not None:
+        rotary_source().check_rotary(model_config, "star")
     if isinstance(config.prefill, BlockSparsePrefill) and config.prefill.mask_file is not None:
         check_mask_file(config.prefill.mask_file, config.prefill.block_size, model_config)
 
@@ -208,6 +224,17 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
             raise UnsupportedEngineError(
                 f"{name}={size}; farspan supports 1. Use --tensor-parallel-size to spread a model over GPUs."
             )
+    if config.star is not None:
+        size = parallel.world_size
+        if size > 1:
+            raise UnsupportedEngineError(
+                f"star in an engine of {size} GPUs; farspan supports one GPU for each host. Give StarLLM more hosts."
+            )
+        if vllm_config.kv_transfer_config is not None:
+            raise UnsupportedEngineError(
+                "star together with a KV connector, which cannot tell a block's KV from exact KV. Leave out "
+                "--kv-transfer-config."
+            )
     if vllm_config.speculative_config is not None:
         method = vllm_config.speculative_config.method
         raise UnsupportedEngineError(
@@ -220,8 +247,47 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
         )
 
 
+def hot_heads(vllm_config: Any) -> tuple[int, ...]:
+    """Hot KV heads of every layer on each rank, for an engine with the option `offload`. Raises ConfigError."""
+    options, model_config = config_of(vllm_config).offload, vllm_config.model_config
+    assert options is not None
+    return options.hot_heads_per_layer(
+        model_config.get_total_num_hidden_layers(),
+        model_config.get_total_num_kv_heads(),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def has_cold_heads(vllm_config: Any) -> bool:
+    """Whether any KV head of any layer is cold. Raises ConfigError."""
+    if config_of(vllm_config).offload is None or vllm_config.model_config is None:
+        return False
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    per_rank = max(vllm_config.model_config.get_total_num_kv_heads() // num_ranks, 1)
+    return min(hot_heads(vllm_config)) < per_rank
+
+
+def check_offload(vllm_config: Any) -> None:
+    """Refuse what sees the pages of hot heads alone. Raises UnsupportedEngineError or ConfigError."""
+    if not has_cold_heads(vllm_config):
+        return
+    parallel, block_size = vllm_config.parallel_config, vllm_config.cache_config.block_size
+    reasons = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1 and "Use --tensor-parallel-size.",
+        "a KV connector": vllm_config.kv_transfer_config is not None and "Leave out --kv-transfer-config.",
+        "sleep mode": vllm_config.model_config.enable_sleep_mode and "Leave out --enable-sleep-mode.",
+        "microbatches": parallel.use_ubatching and "Leave out --enable-dbo.",
+        f"block_size={block_size}": block_size not in (None, *PAGE_SIZES) and f"Use one of {listed(PAGE_SIZES)}.",
+    }
+    for feature, remedy in reasons.items():
+        if remedy:
+            raise UnsupportedEngineError(
+                f"{feature} together with offload; cold KV heads are in no page that it sees. {remedy}"
+            )
+
+
 def check_model(model_config: Any, cache_config: Any) -> None:
-    """Refuse a model by its configuration. Raises UnsupportedModelError."""
+    """Refuse a model by its configuration, and its cache. Raises UnsupportedModelError or UnsupportedEngineError."""
     name = model_config.model
     kinds = {
         "use_mla": "multi-head latent attention (MLA)",
@@ -247,6 +313,9 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         sliding_window=model_config.get_sliding_window(),
         logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
+    block_size = block_size_refusal(cache_config.block_size)
+    if block_size is not None:
+        raise UnsupportedEngineError(block_size)
     if reasons:
         raise UnsupportedModelError(f"{name}: " + " ".join(reasons))
 

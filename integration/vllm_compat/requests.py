@@ -1,5 +1,6 @@
 """Requests on their way in: validated in the front end and again in the core, where their blocks are marked."""
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,12 +8,18 @@ from typing import Any, NamedTuple
 import msgspec
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.star.shard import NAME as STAR
+from farspan.engine_ext.star.shard import decode_shard
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
 WITHOUT_US = (
     "this engine runs another attention backend, which reads no such option. Remove it, or start the engine with "
     "--attention-backend CUSTOM."
+)
+IN_THE_BODY = (
+    "this is a field of the request itself, which nobody reads. Options of a request are under vllm_xargs, as in "
+    '{"vllm_xargs": {"farspan.gamma": 0.9}}.'
 )
 BEAM_SEARCH = "beam search passes no options of single requests on. Remove it, or leave out use_beam_search."
 
@@ -24,8 +31,9 @@ def follow_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     wrap_once(InputProcessor, "process_inputs", validating)
-    wrap_once(InputProcessor, "__init__", watching_beam_search)
+    wrap_once(InputProcessor, "__init__", watching_http_requests)
     wrap_once(EngineCore, "preprocess_add_request", marking)
+    mark_star_pages()
 
 
 class Mark(NamedTuple):
@@ -41,7 +49,7 @@ def options_of(vllm_config: Any, request: Any) -> tuple[FarspanConfig, Prefill] 
 
     request: vLLM's EngineCoreRequest.
     """
-    from farspan.engine_ext.requests import prefill_of_request, refuse_overrides
+    from farspan.engine_ext.requests import prefill_of_request, refuse_overrides, shard_of_request
     from farspan.engine_ext.support import config_of
 
     extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -49,6 +57,9 @@ def options_of(vllm_config: Any, request: Any) -> tuple[FarspanConfig, Prefill] 
         refuse_overrides(extra_args, WITHOUT_US)
         return None
     config = config_of(vllm_config)
+    if extra_args and STAR in extra_args:
+        prompt = request.prompt_token_ids
+        shard_of_request(config, extra_args, vllm_config.cache_config.block_size, prompt and len(prompt))
     return config, prefill_of_request(config, extra_args)
 
 
@@ -93,6 +104,33 @@ def marking(stock: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_add_request
 
 
+# A salt enters at the first page only. Drop when requests can name extra hash keys by position (not in 0.33).
+def mark_star_pages() -> None:
+    """Let the hash of a page of Star Attention hold what its KV depends on beside its tokens; exact pages stay shared.
+
+    Other users of vLLM's function ask what to publish of a page, not how to hash it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    if hasattr(kv_cache_utils, "_farspan_marks_star_pages"):
+        return
+    stock = kv_cache_utils.generate_block_hash_extra_keys
+
+    @functools.wraps(stock)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
+        params = request.sampling_params
+        if params is None or not params.extra_args or STAR not in params.extra_args:
+            return keys, next_mm_idx
+        ours = decode_shard(params.extra_args[STAR]).page_keys(start_token_idx)
+        return ((*(keys or ()), *ours) or None), next_mm_idx
+
+    kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+    kv_cache_utils._farspan_marks_star_pages = True
+
+
 def check_continuation(core: Any, session: Any, mark: Mark) -> None:
     """Raise ConfigError, and end the session, if the next chunk of a streaming session has other options.
 
@@ -118,9 +156,10 @@ def end_session(core: Any, request_id: str) -> None:
         core.input_queue.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
 
-# Beam search makes fresh SamplingParams without extra_args. Drop when it keeps them (not in 0.33).
-def watching_beam_search(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse overrides with beam search over HTTP, where a request can name both; BeamSearchParams has no extra_args.
+# The server drops fields that it does not know, and beam search makes fresh SamplingParams without extra_args. Drop
+# when neither is so (not in 0.33).
+def watching_http_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what would have no effect in requests over HTTP; LLM takes neither unknown fields nor, for beams, options.
 
     From a front end's start on: the server's modules are not to be loaded in cores and workers.
     """
@@ -128,24 +167,40 @@ def watching_beam_search(stock: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
         stock(self, *args, **kwargs)
         for request_cls in (ChatCompletionRequest, CompletionRequest):
             wrap_once(request_cls, "to_beam_search_params", refusing_overrides)
+        for request_cls in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+            wrap_once(request_cls, "to_sampling_params", refusing_fields)
 
     return __init__
 
 
 def refusing_overrides(stock: Callable[..., Any]) -> Callable[..., Any]:
-    from farspan.engine_ext.requests import refuse_overrides
-    from vllm.exceptions import VLLMValidationError
-
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args: Mapping[str, Any] | None = self.vllm_xargs
-        try:
-            refuse_overrides(extra_args, BEAM_SEARCH)
-        except ConfigError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        refuse("vllm_xargs", self.vllm_xargs, BEAM_SEARCH)
+        refuse("body", self.model_extra, BEAM_SEARCH)
         return stock(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def refusing_fields(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse("body", self.model_extra, IN_THE_BODY)
+        return stock(self, *args, **kwargs)
+
+    return to_sampling_params
+
+
+def refuse(parameter: str, extra_args: Mapping[str, Any] | None, reason: str) -> None:
+    """Raise vLLM's own validation error, which the server answers with 400, for names like ours."""
+    from farspan.engine_ext.requests import refuse_overrides
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        refuse_overrides(extra_args, reason)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error

@@ -10,6 +10,8 @@ from typing import Any
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.star.shard import StarShard
+from farspan.vllm_compat.offload import make_cold_cache, shrinking_pages
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -25,20 +27,37 @@ class RunnerState:
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
     prompt_lens: dict[str, int] = field(default_factory=dict)
     """By request id: tokens of the prompts of the requests that the runner holds."""
+    shards: dict[str, StarShard] = field(default_factory=dict)
+    """By request id, of the requests of Star Attention that the runner holds."""
+    page_size: int = 0
+    """Tokens of a page of the KV cache."""
     plan: StepPlan | None = None
     """Of the step that runs."""
+    warms_up: bool = False
+    """Whether our kernels are registered with vLLM's warm-up."""
+    cold: Any = None
+    """`engine_ext.offload.cache.ColdCache`; None where no KV head is cold."""
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
+        from farspan.engine_ext.requests import shard_of_request
+
         self.plan = getattr(scheduler_output, "farspan_plan", None)
+        if self.cold is not None and self.plan is not None and self.plan.residency is not None:
+            self.cold.follow(self.plan.residency)
         for req_id in scheduler_output.finished_req_ids:
             self.overrides.pop(req_id, None)
             self.prompt_lens.pop(req_id, None)
+            self.shards.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if request.prompt_token_ids is not None:
                 self.prompt_lens[request.req_id] = len(request.prompt_token_ids)
-            prefill = self.decode(request.req_id, params.extra_args if params is not None else None)
+            extra_args = params.extra_args if params is not None else None
+            prefill = self.decode(request.req_id, extra_args)
+            shard = shard_of_request(self.config, extra_args, self.page_size)
+            if shard is not None:
+                self.shards[request.req_id] = shard
             self.overrides.pop(request.req_id, None)
             if prefill != self.config.prefill:
                 self.overrides[request.req_id] = prefill
@@ -88,10 +107,34 @@ class RunnerSource:
         lens = [known.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
         return lens + [None] * (num_reqs - len(lens))
 
+    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+        """What each request of the batch is to Star Attention, in batch order; None for the others and padding."""
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None or not state_of(runner).shards:
+            return [None] * num_reqs
+        shards = [state_of(runner).shards.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        return shards + [None] * (num_reqs - len(shards))
+
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs."""
         runner = running_runner()
         return None if runner is None else state_of(runner).plan
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of the batch has pages of cold heads in no slot; not outside of steps with a plan."""
+        num_reqs = common_attn_metadata.num_reqs
+        plan, runner = self.plan(), running_runner()
+        if runner is None or plan is None or plan.residency is None or not plan.residency.missing:
+            return [False] * num_reqs
+        missing = plan.residency.missing
+        flags = [req_id in missing for req_id in self.req_ids(runner, common_attn_metadata)]
+        return flags + [False] * (num_reqs - len(flags))
+
+    def cold_cache(self) -> Any:
+        """The pages of cold heads of the runner whose KV cache is set up."""
+        runner = running_runner()
+        return None if runner is None else state_of(runner).cold
 
     def model(self) -> Any:
         """The torch module; inside a step or while the KV cache is set up."""
@@ -134,7 +177,8 @@ def state_of(runner: Any) -> RunnerState:
     if "farspan_state" not in runner.__dict__:
         from farspan.engine_ext.support import config_of
 
-        runner.farspan_state = RunnerState(config_of(runner.vllm_config))
+        page_size = runner.vllm_config.cache_config.block_size
+        runner.farspan_state = RunnerState(config_of(runner.vllm_config), page_size=page_size)
     state: RunnerState = runner.farspan_state
     return state
 
@@ -179,6 +223,7 @@ def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, its step's plan, and the options of the requests that it holds."""
     wrap_once(runner_cls, "execute_model", following_steps)
     wrap_once(runner_cls, "initialize_kv_cache", following_setup)
+    wrap_once(runner_cls, "get_kv_cache_spec", shrinking_pages)
 
 
 def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,8 +236,17 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if self.device.type == "cuda" and not state.warms_up:
+            from farspan.vllm_compat.warmup import register_warm_up
+
+            register_warm_up(self, metadata_builders)
+            state.warms_up = True
+        # Those of the profile run go before others come.
+        state.cold = None
+        state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
-            return stock(self, *args, **kwargs)
+            return stock(self, kv_cache_config, *args, **kwargs)
 
     return initialize_kv_cache

@@ -14,7 +14,7 @@ from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
-# Two layers of a pipeline's second stage.
+# Two layers of the second stage of a pipeline.
 NAMES = {"model.layers.7.self_attn.attn": (7, None), "model.layers.6.self_attn.attn": (6, 7)}
 
 
@@ -28,8 +28,17 @@ class Source:
     def prefills(self, common_attn_metadata: Any) -> list[Prefill]:
         return self.rows
 
+    def missing(self, common_attn_metadata: Any) -> list[bool]:
+        return [False] * common_attn_metadata.num_reqs
+
+    def cold_cache(self) -> None:
+        return None
+
     def prompt_lens(self, common_attn_metadata: Any) -> list[int | None]:
         return [2500 if seq_len == 2000 else None for seq_len in common_attn_metadata.seq_lens.tolist()]
+
+    def shards(self, common_attn_metadata: Any) -> list[None]:
+        return [None] * len(self.rows)
 
     def plan(self) -> None:
         """No test looks at it."""
@@ -53,7 +62,7 @@ def build(
         parallel_config=SimpleNamespace(worker_extension_cls=""),
         model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
     )
-    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32, block_size=128)
     builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     common = SimpleNamespace(
@@ -91,7 +100,7 @@ def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_know_their_place_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their names: a stage of a pipeline begins in the middle, and modules of other kinds do not count."""
+    """Layers are numbered by their names, since a pipeline stage begins in the middle and has other modules too."""
     step = build([1], [5], monkeypatch=monkeypatch)
     assert {name: (layer.index, layer.next_index) for name, layer in step.layers.items()} == NAMES
 
@@ -128,7 +137,7 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
         extra_args=extra_args,
         monkeypatch=monkeypatch,
     )
-    _, first, dense, sparse, brief = step.passes
+    _, first, dense, sparse, small_chunk = step.passes
     options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150, coverage_rows=4)
     assert isinstance(first.work, Sparse)
     assert isinstance(sparse.work, Sparse)
@@ -136,7 +145,7 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
     assert sparse.work.prefill == options
     assert [each.rows.start for each in step.passes] == [0, 1, 201, 701, 1001]
     assert isinstance(dense.work, Dense)
-    assert isinstance(brief.work, Dense)
+    assert isinstance(small_chunk.work, Dense)
     assert dense.batch.num_reqs == 2
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]

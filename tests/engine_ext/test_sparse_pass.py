@@ -20,13 +20,13 @@ NUM_PAGES = 16
 
 
 def codes(num_tokens: int) -> torch.Tensor:
-    """[num_tokens, HEAD_DIM] nearly orthogonal unit vectors, one a position."""
+    """[num_tokens, HEAD_DIM] nearly orthogonal unit vectors, one per position."""
     generator = torch.Generator().manual_seed(0)
     return torch.nn.functional.normalize(torch.randn(num_tokens, HEAD_DIM, generator=generator), dim=-1)
 
 
 class Layer:
-    """Requests whose keys are the codes of their positions. A head asks for the code a distance back, or for noise."""
+    """Requests whose keys are the codes of their positions. Each head looks for the key at its own distance."""
 
     def __init__(
         self, chunks: list[tuple[int, int]], distances: list[int], num_kv_heads: int, shift: int | None = None
@@ -43,7 +43,7 @@ class Layer:
             self.cache[page : page + pages_of[request], :, :, :HEAD_DIM] = rows[:, None]
             page += pages_of[request]
             position = torch.arange(seq_len - query_len, seq_len)
-            # Before a key at its distance exists, a head looks at nothing in particular.
+            # Where no key is at its distance yet, a head's query is zero.
             wanted = [
                 torch.where((position >= distance)[:, None], key[position - distance] * 120, 0.0)
                 for distance in distances
@@ -68,7 +68,7 @@ class Layer:
         self.maker = PassMaker(num_kv_heads, "cpu", 1, None, shift is not None, CPU)
 
     def attend(self, prefill: Prefill, selector: FlexSelector | None) -> torch.Tensor:
-        """[num_tokens, num_q_heads, HEAD_DIM], as the engine computes it."""
+        """Output of the engine's pass, [num_tokens, num_q_heads, HEAD_DIM]."""
         each = self.maker.prefill(prefill, self.batch, self.starts, self.seq_lens, 0, turns=self.turn is not None)
         out = torch.full_like(self.query, float("nan"))
         attend(each, self.query, KVView(self.cache), LayerContext(0, None, self.turn, selector), self.scale, out)
@@ -142,7 +142,7 @@ def test_tiles_of_no_whole_span_are_exact(query_len: int) -> None:
 
 
 def test_the_same_prompt_has_the_same_result() -> None:
-    """What a head lost in one prompt changes nothing in the next."""
+    """Attention mass that a head lost in one prompt changes nothing in the next prompt."""
     layer, other = Layer([(900, 1500)], [90, 1100], 1), Layer([(900, 1500)], [1100, 90], 1)
     prefill, selector = FlexPrefill(gamma=GAMMA, min_budget=0), FlexSelector()
     first = layer.attend(prefill, selector)

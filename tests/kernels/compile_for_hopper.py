@@ -1,6 +1,6 @@
 """Compile kernels for Hopper without a GPU; prints their registers and stack bytes as JSON. Run by `test_compiled`.
 
-A process of its own: the tests around it run kernels in Triton's interpreter, which compiles nothing.
+It needs a separate process: the other tests run kernels in Triton's interpreter, which compiles nothing.
 """
 
 import json
@@ -30,7 +30,7 @@ HOPPER = 90
 
 
 class AbsentHopper(DriverBase):
-    """What Triton asks of a driver before it launches anything."""
+    """A driver with what Triton asks for before it launches anything."""
 
     def __init__(self) -> None:
         pass
@@ -59,7 +59,7 @@ class AbsentHopper(DriverBase):
 
 
 def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str, int]:
-    """Registers a thread and bytes of stack of the kernel that `call` would launch, among others."""
+    """Registers and bytes of stack, per thread, of the kernel that `call` would launch, among others."""
     runs, results = {each: each.run for each in (kernel, *others)}, []
     kernel.run = lambda *args, **kwargs: results.append(runs[kernel](*args, **(kwargs | {"warmup": True})))
     for other in others:
@@ -79,7 +79,7 @@ def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str,
 
 
 def prefill_over_lists() -> None:
-    """Launch prefill of 1,024 tokens of heads of 128 on pages of 128, with a list for every query head."""
+    """Launch prefill of 1,024 tokens with heads of 128 on pages of 128 tokens, with one list per query head."""
     query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     paged_prefill.paged_prefill(
@@ -125,6 +125,8 @@ def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
     for module in (paged_prefill, short_lists, tile_rows):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
+    # It wants the tensors on a GPU, where they would be computed.
+    contiguous._check = lambda *arguments: None
     kernel = paged_prefill.prefill_kernel
     log_sums, choice = tile_rows._log_sums_kernel, tile_rows._choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
