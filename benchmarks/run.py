@@ -24,6 +24,7 @@ MODULES = (
     "select",
     "decode",
     "ttft",
+    "flex_ttft",
     "prefill_block_sparse",
     "string_e2e",
     "offload",
