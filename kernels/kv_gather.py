@@ -147,16 +147,21 @@ def _map_tokens_kernel(
     tl.store(mapped_ptr + offs, mapped, mask=used)
 
 
-def move_pages(pools: PagePools, blocks: torch.Tensor, slots: torch.Tensor, *, to_host: bool) -> None:
+def move_pages(
+    pools: PagePools, blocks: torch.Tensor, slots: torch.Tensor, *, to_host: bool, is_alone: bool = True
+) -> None:
     """Copy pages of all rows between their slots and their places in host memory.
 
-    blocks, slots: [num_moves] int32 on the device: each page's block, and its slot.
+    blocks, slots: [num_moves] int32 on the device: each page's block, and its slot. is_alone: whether nothing else runs
+    on the device meanwhile; otherwise few programs copy.
     """
     num_moves = len(blocks)
     if num_moves == 0:
         return
     words = pools.slots.view(torch.int32)
-    _move_pages_kernel[(num_copy_programs(pools.slots, num_moves * pools.num_rows),)](
+    num_pages = num_moves * pools.num_rows
+    num_programs = num_copy_programs(pools.slots, num_pages) if is_alone else min(STAGING_PROGRAMS, num_pages)
+    _move_pages_kernel[(num_programs,)](
         words,
         pools.host_offsets,
         blocks,

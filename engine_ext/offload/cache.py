@@ -7,7 +7,7 @@ import torch
 from farspan.engine_ext.launch import is_on_host, write_kv
 from farspan.engine_ext.offload.pool import HostPool
 from farspan.engine_ext.offload.slots import SlotTable
-from farspan.engine_ext.offload.transfer import Job, StagedTurn, Staging, move
+from farspan.engine_ext.offload.transfer import Copier, Job, StagedTurn, Staging, move
 from farspan.engine_ext.passes import Pass, StagedPages
 from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
 from farspan.kernels.batch import KVView
@@ -93,6 +93,7 @@ class ColdCache:
         device = slots.device
         self.pools = PagePools(slots, host.layers, host_offsets(slots, host.layers))
         self.table = SlotTable(sizes.num_blocks, device)
+        self.copier = Copier(self.pools)
         self.staging = None
         if sizes.staging_pages:
             self.staging = Staging(self.pools, sizes.group_size, sizes.staging_pages)
@@ -115,6 +116,8 @@ class ColdCache:
         self.pools.slots[:, 0].zero_()
         for to_host in (True, False):
             move(self.pools, zero, zero, to_host=to_host)
+        self.copier.copy(zero, zero)
+        self.copier.wait()
         if self.staging is not None:
             name = next(iter(self.layers))
             for entries in (zero, -1 - zero):
@@ -125,17 +128,21 @@ class ColdCache:
 
     def follow(self, plan: ResidencyPlan) -> None:
         """Carry out a step's moves, in the order of the current stream."""
+        self.copier.wait()
         blocks, slots = self.table.follow(plan)
-        num_spills, num_loads = len(plan.spills), len(plan.loads)
-        self.num_spilled += num_spills
-        self.num_loaded += num_loads
-        if num_spills:
+        num_spills, num_moved = len(plan.spills), len(plan.spills) + len(plan.loads)
+        if plan.spills:
             move(self.pools, blocks[:num_spills], slots[:num_spills], to_host=True)
-        if num_loads:
-            loads = slice(num_spills, num_spills + num_loads)
-            move(self.pools, blocks[loads], slots[loads], to_host=False)
+        if plan.loads:
+            move(self.pools, blocks[num_spills:num_moved], slots[num_spills:num_moved], to_host=False)
+        if plan.copies:
+            copies = slice(num_moved, num_moved + len(plan.copies))
+            self.copier.copy(blocks[copies], slots[copies])
+        self.num_spilled += len(plan.spills) + len(plan.copies)
+        self.num_loaded += len(plan.loads)
         if self.checksums is not None:
-            self.note_checksums([each.block for each in plan.spills])
+            self.copier.wait()
+            self.note_checksums([each.block for each in (*plan.spills, *plan.copies)])
 
     def map_step(
         self, block_table: torch.Tensor, kv_lens: torch.Tensor, slot_mapping: torch.Tensor, max_kv_len: int
