@@ -1,8 +1,8 @@
-"""Our kernels' calls on a benchmark's batch, one function each.
+"""Calls of our kernels on a benchmark's batch, one function per kernel.
 
-Buffers and tiles are made beforehand, as the engine does. `prefill_fa3`, `prefill_flex` and `write_kv` go the way of
-the engine's own layers. `benchmarks.compare_revisions` loads this module, or one like it for another revision. The
-stages of flex prefill, called one by one, are in `prefill_flex` and `select`.
+Buffers and tiles are made beforehand, as in the engine. `prefill_fa3`, `prefill_flex` and `write_kv` are called as the
+engine's layers call them. `benchmarks.compare_revisions` loads this module, or a similar one for another revision. The
+benchmarks `prefill_flex` and `select` call the stages of flex prefill separately.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from benchmarks.inputs import PagedBatch
 Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Computes one layer; returns out [num_tokens, num_q_heads, head_dim] and lse [num_q_heads, num_tokens] float32."""
 OutCall = Callable[[], torch.Tensor]
-"""The same without the LSE."""
+"""Computes one layer; returns out as above, or for `write_kv` the cache."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,16 @@ def tiles_of(batch: PagedBatch) -> PrefillTiles:
 
 
 def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out and LSE of a batch, not filled."""
+    """Uninitialised out and LSE of a batch."""
     shape = (batch.shape.num_q_heads, len(batch.query))
     return torch.empty_like(batch.query), torch.empty(shape, dtype=torch.float32, device=batch.query.device)
 
 
 def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | None = None) -> Call:
-    """Decode of one query token per request. turn: of shifted positions; host_pages: those that lie on the host."""
+    """Decode of one query token per request.
+
+    turn: that of shifted positions, or None; host_pages: those that decode reads in host memory.
+    """
     shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
     splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
     workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
@@ -89,7 +92,7 @@ def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | 
 
 
 def prefill(batch: PagedBatch, turn: Turn | None = None) -> Call:
-    """Dense causal prefill by our Triton kernel. turn: of shifted positions."""
+    """Dense causal prefill by our Triton kernel. turn: that of shifted positions, or None."""
     tiles, (out, lse) = tiles_of(batch), empty_results(batch)
     return lambda: paged_prefill(
         batch.query, kv_of(batch), paged_of(batch), tiles, batch.shape.scale, turn=turn, out=out, lse=lse
@@ -116,7 +119,7 @@ def through_the_engine(batch: PagedBatch, how: Prefill, dense_kernel: DenseKerne
 
 
 def prefill_fa3(batch: PagedBatch) -> OutCall | None:
-    """Dense causal prefill by FlashAttention 3 as the engine calls it; None where it is not to be had."""
+    """Dense causal prefill by FlashAttention 3 as the engine calls it; None where it is not available."""
     if batch.query.device.type != "cuda" or launch.fa3_refusal(batch.shape.head_dim, batch.shape.dtype):
         return None
     return through_the_engine(batch, DensePrefill(), "fa3")
@@ -128,7 +131,7 @@ def prefill_flex(batch: PagedBatch, gamma: float) -> OutCall:
 
 
 def write_kv(batch: PagedBatch) -> OutCall:
-    """Write the keys and values of the batch's query tokens into their pages; returns what they hold then."""
+    """Write random keys and values of the batch's query tokens into its cache, and return the cache."""
     shape, device = batch.shape, batch.query.device
     generator = torch.Generator(device).manual_seed(0)
     new = torch.randn(

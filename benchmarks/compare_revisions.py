@@ -1,13 +1,13 @@
-"""Evidence that a change does no harm: two revisions on one machine in one run, taking turns.
+"""Whether a change makes anything slower: two revisions on one machine in one run, in turns.
 
-    python -m benchmarks.compare_revisions --base DIR --base-adapter FILE [--out CSVDIR] [--kernels] [--engine]
+    python -m benchmarks.compare_revisions --base DIR [--base-adapter FILE] --out CSVDIR [--kernels] [--engine]
 
-DIR is another checkout of this repository, FILE a module like `benchmarks/calls.py` that calls that checkout's kernels;
-without one, its kernels are called by `benchmarks/calls.py` too. Where DIR is no git checkout, FARSPAN_BASE_COMMIT
-names its commit. Each revision computes in processes of its own, which prepare a case and then time it once whenever
-they are asked; the turns are in random order. Rows are of the benchmark `no_harm`, variants `before` and `after`.
-Printed per case: time after over time before, turn by turn. Whichever of --kernels and --engine is left out is not run,
-unless both are.
+DIR is another checkout of this repository. FILE is a module like `benchmarks/calls.py` that calls that checkout's
+kernels; by default `benchmarks/calls.py` calls them too. Where DIR is no git checkout, the environment variable
+FARSPAN_BASE_COMMIT names its commit. Each revision runs in separate processes, which prepare a case and then time one
+call per message; the order within a turn is random. Rows have the benchmark `no_harm` and the variants `before` and
+`after`. Printed per case: the ratio of the times after and before, over the turns. --kernels runs only the kernels,
+--engine only the engines; neither or both runs everything.
 """
 
 import argparse
@@ -36,16 +36,16 @@ NAME = "no_harm"
 BEFORE, AFTER = "before", "after"
 KERNEL_REPEATS = 15
 TIMEOUT_S = 540
-# Two engines on one GPU.
+# Two engines share one GPU.
 ENGINE_ROOM = {"kv_cache_memory_bytes": 10 * 2**30, "gpu_memory_utilization": 0.4}
-# The largest error of a row relative to its norm, between two exact kernels in bfloat16.
+# Largest error of a row, relative to its norm, between two exact kernels in bfloat16.
 SAME_RESULT = 0.02
 # As in benchmarks/ttft.py, for two exact kernels in bfloat16.
 LOGPROB_TOLERANCE = 0.25
 
 
 class Comparison:
-    """Records both sides of a case, and prints their ratio."""
+    """Records the times of both revisions, and prints their ratio."""
 
     def __init__(self, before: Recorder, after: Recorder) -> None:
         self.recorders = {BEFORE: before, AFTER: after}
@@ -53,7 +53,7 @@ class Comparison:
         """Median per case."""
 
     def add(self, case: str, samples: Mapping[str, list[float]]) -> None:
-        """Take in milliseconds of each side; sample i of both sides is of the same turn."""
+        """Record milliseconds of each side; sample i of both sides is from the same turn."""
         for side, recorder in self.recorders.items():
             recorder.add(NAME, case, side, "time", "ms", samples[side])
         ratios = [after / before for before, after in zip(samples[BEFORE], samples[AFTER], strict=True)]
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def take_turns(repeats: int, measure: Callable[[str, int], T], seed: int) -> dict[str, list[T]]:
-    """Call `measure(side, repeat)` for both sides, `repeats` times, which side first being drawn by `seed`."""
+    """Call `measure(side, repeat)` for both sides, `repeats` times; `seed` draws which side is first in each turn."""
     order = random.Random(seed)
     samples: dict[str, list[T]] = {BEFORE: [], AFTER: []}
     for repeat in range(repeats):
@@ -161,9 +161,9 @@ def compare_requests(comparison: Comparison, engines: dict[str, Engine], request
 
 
 def environment_of(checkout: Path, folder: Path) -> dict[str, str]:
-    """Variables under which a process of this repository imports the checkout's `farspan`; links go to `folder`.
+    """Environment variables with which a process imports the checkout's `farspan`; `folder` gets the link tree.
 
-    Raises BenchmarkError where it would import another one.
+    Raises BenchmarkError where the process would import another `farspan`.
     """
     command = "import sys; from pathlib import Path; from tools.link_tree import make_link_tree; "
     command += "make_link_tree(Path(sys.argv[1]))"

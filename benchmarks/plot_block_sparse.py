@@ -1,6 +1,6 @@
-"""Draw the block-sparse tables beside the paper's, from the CSV: `python -m benchmarks.plot_block_sparse`.
+"""Draw our block-sparse times and the paper's, from the CSV: `python -m benchmarks.plot_block_sparse`.
 
-Prints the ratios at every length too. Of several runs in the CSV the last one is taken.
+Also prints the ratios at every length. The last run in the CSV is used.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def last_run(rows: list[Row]) -> list[Row]:
 
 
 def times_of(rows: list[Row], padded: bool) -> Times:
-    """What tables 18 or 12 hold, as measured."""
+    """Our times for the cases of table 12 (padded) or 18."""
     found: Times = {}
     for length in LENGTHS:
         name = Case(length, padded=padded).name
@@ -56,12 +56,12 @@ def times_of(rows: list[Row], padded: bool) -> Times:
 
 
 def ratios(times: Times, base: str, variant: str = "farspan-sparse") -> dict[int, float]:
-    """How many times faster `variant` is than `base`, by length."""
+    """By length, how many times faster `variant` is than `base`."""
     return {n: times[base][n] / ms for n, ms in times.get(variant, {}).items() if n in times.get(base, {})}
 
 
 def print_ratios(times: Times, padded: bool) -> None:
-    """One line a length: times faster than dense, ours and the paper's, and than FlashAttention 3."""
+    """One line per length: how many times faster than our dense kernel, FlashAttention 3, and dense in the paper."""
     print(f"block-sparse against …, {'with padding (table 12)' if padded else 'no masking (table 18)'}")
     print(f"{'length':>8}{'our dense':>12}{'FA3':>10}{'paper dense':>13}")
     paper = PAPER_MS[padded]
@@ -72,7 +72,7 @@ def print_ratios(times: Times, padded: bool) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Left and middle: times of tables 18 and 12, log-log. Right: times faster than dense, with the paper's."""
+    """Draw three panels: the times of tables 18 and 12, and how many times faster than dense, ours and the paper's."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Dynamic sparse prefill on calibrated inputs: one attention call, selection included, against dense peers.
+"""Dynamic sparse prefill on calibrated inputs: one attention call, selection included, and dense peers.
 
-Every time stands beside the density of the lists and the attention mass that they kept on sampled rows.
+Every time is recorded with the density of the lists and the attention mass that they kept on sampled rows.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ SLOW_REPEATS = 2
 
 
 def cases(dry_run: bool) -> list[PrefillCase]:
-    """List whole prompts, and the last 8K chunk of a long one."""
+    """List whole prompts, and the last 8K chunk of a long prompt."""
     if dry_run:
         return [PrefillCase(70, 200, TINY)]
     return [*(PrefillCase(n, n) for n in (8192, 16384, 32768, 65536, 131072, 262144)), PrefillCase(8192, 131072)]
 
 
 class FlexCall:
-    """Our selection and attention on one batch, the buffers and tiles made beforehand as the backend does."""
+    """Our selection and attention on one batch; buffers and tiles are made beforehand, as in the engine."""
 
     def __init__(self, batch: PagedBatch, gamma: float, block_size: int, *, shared: bool = False) -> None:
         device = batch.query.device
@@ -83,29 +83,30 @@ class FlexCall:
         key, value = contiguous_kv(batch, 0)
         group = batch.shape.num_q_heads // batch.shape.num_kv_heads
         list_group = batch.shape.num_q_heads // self.selection.block_lists.block_ids.shape[0]
-        shift = batch.seq_lens_cpu[0] - batch.query_lens_cpu[0]
+        chunk_start = batch.seq_lens_cpu[0] - batch.query_lens_cpu[0]
         worst = 0.0
         for index in range(GATE_TILES):
             tile = (self.tiles.num_tiles - 1) * index // (GATE_TILES - 1)
             head = (7 * index) % batch.shape.num_q_heads
             first = int(self.tiles.tile_block[tile]) * block
-            low, high = max(first, shift), min(first + block, batch.seq_lens_cpu[0])
+            low, high = max(first, chunk_start), min(first + block, batch.seq_lens_cpu[0])
             count = int(self.selection.block_lists.block_counts[head // list_group, tile])
             ids = self.selection.block_lists.block_ids[head // list_group, tile, :count].long()
             pos = (ids[:, None] * block + torch.arange(block, device=ids.device)).flatten()
             pos = pos[pos < high]
             rows = torch.arange(low, high, device=ids.device)
-            logits = batch.query[low - shift : high - shift, head].float() @ key[pos, head // group].float().T
+            tile_rows = slice(low - chunk_start, high - chunk_start)
+            logits = batch.query[tile_rows, head].float() @ key[pos, head // group].float().T
             logits = (logits * batch.shape.scale).masked_fill(pos > rows[:, None], float("-inf"))
             expected = logits.softmax(-1) @ value[pos, head // group].float()
-            worst = max(worst, relative_error(self.out[low - shift : high - shift, head], expected))
+            worst = max(worst, relative_error(self.out[tile_rows, head], expected))
         if not worst < 0.02:
             raise BenchmarkError(f"sparse attention differs from float32 over the same lists by {worst:.1e}")
         return worst
 
 
 def public_flexprefill(batch: PagedBatch, gamma: float) -> peers.Peer | None:
-    """Build the public FlexPrefill call on contiguous keys and values where its module is on the path."""
+    """Build the public FlexPrefill's call on contiguous keys and values; None where its module cannot be imported."""
     if not peers.has_module("flex_prefill_attention"):
         return None
     from flex_prefill_attention import flex_prefill_attention
@@ -117,7 +118,7 @@ def public_flexprefill(batch: PagedBatch, gamma: float) -> peers.Peer | None:
 
 
 def works_of(batch: PagedBatch, calls: dict[str, FlexCall], recorder: Recorder) -> dict[str, Callable[[], object]]:
-    """Our calls and their stages, and the peers that exist here."""
+    """Our calls, their stages, and the peers that exist on this machine, by name."""
     works: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
         works |= {name: call, f"{name}-select": call.select, f"{name}-attention": call.attend}

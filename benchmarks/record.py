@@ -1,4 +1,4 @@
-"""What a benchmark run leaves behind: rows of `benchmarks/data/*.csv`, one file a benchmark, appended only here."""
+"""The rows that benchmark runs append to `benchmarks/data/*.csv`, one file per benchmark."""
 
 import csv
 import datetime
@@ -47,7 +47,7 @@ UNITS = {
 
 
 class BenchmarkError(Exception):
-    """A benchmark must not report: its result is wrong, or its row breaks the contract."""
+    """A benchmark cannot report: its result is wrong, a row breaks the contract, or a process that it needs failed."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Row:
     vllm: str
     benchmark: str
     case: str
-    """Shape, like `n131072-b1-hq32-hkv8-d128-bf16`."""
+    """The shape, such as `n131072-b1-hq32-hkv8-d128-bf16`."""
     variant: str
     """`farspan`, `farspan-…`, or the peer's name: `fa3`, `triton_attn`, `sdpa`, …"""
     metric: str
     unit: str
     p20: str
     p50: str
-    """The median of the samples. Of a density the mean, over heads and chunks, since time follows the mean."""
+    """The median of the samples; for densities the mean over heads and chunks, since time follows the mean."""
     p80: str
-    """p20 and p80 are quantiles of the samples; those of a density are heads."""
+    """p20 and p80 are quantiles of the samples; for densities quantiles over heads."""
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -85,7 +85,10 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
 
 
 def commit_of(checkout: Path = ROOT, variable: str = "FARSPAN_COMMIT") -> str:
-    """Name the commit of a checkout; `+` marks uncommitted changes. `variable`: names it where there is no git."""
+    """The commit of a checkout; `+` marks uncommitted changes. variable: an environment variable that overrides it.
+
+    Raises BenchmarkError where there is neither.
+    """
     if given := os.environ.get(variable):
         return given
     try:
@@ -176,9 +179,9 @@ def read_rows(folder: Path = DATA) -> list[Row]:
 
 
 class Recorder:
-    """Takes the samples of a run, prints them, and writes them as rows: as soon as they come, so a cut run keeps them.
+    """Prints the samples of a run and writes each row at once, so that an interrupted run keeps its rows.
 
-    out: folder of the CSV files; None (a dry run) prints and writes nothing.
+    out: folder of the CSV files; None (a dry run) only prints.
     """
 
     def __init__(self, out: Path | None, environment: Environment) -> None:
@@ -188,14 +191,13 @@ class Recorder:
 
     @property
     def dry_run(self) -> bool:
-        """Tiny shapes, no files: the run only shows that the benchmark works."""
+        """Whether the run only shows that the benchmark works: tiny shapes, no files."""
         return self.out is None
 
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
-        """Record repeated samples of one quantity; of a density one per head, each over all chunks.
+        """Record samples of one quantity: repeated measurements, or for a density one sample per head over all chunks.
 
-        Raises BenchmarkError where the names break the contract or a sample is not a positive finite number (densities,
-        coverages and accuracies may be zero).
+        Raises BenchmarkError for unknown names and for samples that are not above 0 (fractions may be 0), NaN included.
         """
         if benchmark not in BENCHMARKS:
             raise BenchmarkError(f"benchmark {benchmark!r}; known are {', '.join(sorted(BENCHMARKS))}")
@@ -215,5 +217,5 @@ class Recorder:
             append_rows([row], self.out)
 
     def note(self, text: str) -> None:
-        """Say something beside the rows: a peer that is not there, an accuracy, a choice made."""
+        """Print something that is no row: a missing peer, an error, a choice."""
         print(f"  # {text}", flush=True)

@@ -1,7 +1,7 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it claims. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MODULES = ("prefill_dense", "prefill_flex", "select", "decode", "ttft", "prefill
 
 
 def collect(folder: Path) -> int:
-    """Append the rows under a folder to benchmarks/data; runs that are there already are left out."""
+    """Append the rows in a folder to benchmarks/data, except of runs that are there already; returns how many."""
     known = {row.run_id for row in read_rows(DATA)}
     rows = [row for row in read_rows(folder) if row.run_id not in known]
     append_rows(rows, DATA)
@@ -61,7 +61,7 @@ def main() -> None:
         started = time.monotonic()
         try:
             importlib.import_module(f"benchmarks.{name}").run(recorder)
-        except Exception:  # the benchmarks behind it can still report
+        except Exception:  # the next benchmarks can still report
             traceback.print_exc()
             failed.append(name)
         print(f"  ({time.monotonic() - started:.0f} s)", flush=True)

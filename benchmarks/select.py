@@ -1,7 +1,4 @@
-"""Block selection of dynamic sparse prefill on calibrated inputs, stage by stage, 8K to 1M tokens.
-
-The reference is the public FlexPrefill's selection where its module is importable, and the design's 6 ms at 128K.
-"""
+"""Block selection of dynamic sparse prefill on calibrated inputs, whole and by stages, 8K to 1M tokens."""
 
 from collections.abc import Callable
 
@@ -23,7 +20,7 @@ MIN_BLOCKS = 8
 
 
 def cases(dry_run: bool) -> list[PrefillCase]:
-    """List whole prompts, and the last 8K chunk of long ones as chunked prefill computes it."""
+    """List whole prompts, and the last 8K chunk of long prompts."""
     if dry_run:
         return [PrefillCase(70, 200, TINY)]
     whole = [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072, 262144)]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from farspan.doctor import add_doctor_command
 from farspan.engine_ext.errors import FarspanError
+from farspan.plan_command import add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
     _add_report(subcommands)
+    add_plan_command(subcommands)
+    add_doctor_command(subcommands)
     return parser
 
 

@@ -18,7 +18,7 @@ class PagedBatch:
     kv_lens: torch.Tensor
     """[num_reqs] int32: keys of each request, this step's included; 0 for padding."""
     block_table: torch.Tensor
-    """[num_reqs, max_pages] int32, rows contiguous; anything past a request's last page."""
+    """[num_reqs, max_pages] int32, rows contiguous; entries past a request's last page may be anything."""
     max_query_len: int
     """Upper bound of the chunk lengths, known on the host."""
     max_kv_len: int
@@ -32,7 +32,7 @@ class PagedBatch:
         return self.kv_lens.shape[0]
 
     def of_request(self, request: int) -> "PagedBatch":
-        """One request as a batch; its chunk begins at row 0 of its own part of the query."""
+        """One request as a batch, for the rows of the query that it owns: its chunk begins at row 0 of them."""
         starts = self.query_start_loc[request : request + 2]
         return PagedBatch(
             query_start_loc=starts - starts[:1],
@@ -50,7 +50,7 @@ class PagedBatch:
 
 @dataclass(frozen=True)
 class KVView:
-    """Keys and values of some of a layer's KV heads: vLLM's cache, a staging area, or pages in host memory."""
+    """Keys and values of some of a layer's KV heads, in pages: vLLM's cache, or any tensor of that form."""
 
     pages: torch.Tensor
     """[num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides with a
@@ -75,7 +75,7 @@ class KVView:
         return self.pages.shape[3] // 2
 
     def of_heads(self, kv_heads: slice) -> "KVView":
-        """The view of the layer's KV heads [start, stop) alone; all of them must be here."""
+        """The view of the layer's KV heads [start, stop), all of which must be in `pages`."""
         first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
         assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
         host_pages = None if self.host_pages is None else self.host_pages[:, first:last]

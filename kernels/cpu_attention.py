@@ -1,8 +1,8 @@
 """Exact and block-sparse attention on paged KV in vectorised PyTorch: the path of the CPU platform.
 
-Keys and values are gathered from their pages once per request, in float32; prefill then runs PyTorch's own flash
-attention for the CPU over the pieces of the causal triangle that need no mask of their own, and merges the pieces by
-their LSE. Decode rows run as padded batches of requests of similar length.
+Keys and values are gathered from their pages once per request, in float32. Prefill then runs PyTorch's flash attention
+for the CPU over the pieces of the causal triangle that need no further mask, and merges the pieces by their LSE. Decode
+rows run as padded batches of requests of similar length.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-# Query rows of a tile, and keys of a block, where dense attention has to be cut into tiles.
+# Query rows per tile and keys per block where dense attention has to be cut into tiles.
 DENSE_TILE = 256
 
-# Float32 elements of keys and values that a batch of several decode rows gathers: 16 MiB, which the C library's heap
-# keeps for the next batch; larger pieces go back to the system and fault in anew.
+# Most float32 elements of keys and values that a batch of several decode rows gathers: 16 MiB. The C library's heap
+# keeps pieces of that size for the next batch; larger ones go back to the system and fault in again.
 MAX_BATCH_ELEMENTS = 4 * 1024 * 1024
 
 # The only public entry to PyTorch's flash attention drops the LSE.
@@ -28,7 +28,7 @@ def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
     """Write new keys and values into their slots.
 
     key, value: [num_tokens or more, num_kv_heads, head_dim]; rows past `slot_mapping` are ignored.
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; written in its own dtype.
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; values are cast to its dtype.
     slot_mapping: [num_tokens] int; slot = page * page_size + offset, -1 for padding (not written).
     """
     slots = slot_mapping.long()
@@ -70,13 +70,13 @@ def cpu_attention(
     out: [num_tokens or more, num_q_heads, head_dim], written for the tokens of the batch.
     lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token without keys has the
         output 0 and the LSE -inf.
-    tiles, block_lists: requests that have tiles read only the blocks listed for each of them; the others are dense.
+    tiles, block_lists: a request with tiles reads only the blocks listed for each of them; a request without is dense.
     head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute, densely; `out` and `lse` of the
-        others stay as they are. All when None.
+        other heads stay as they are. None means all. Not together with block lists.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
 
-    All arithmetic is in float32 whatever the dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
+    All arithmetic is in float32, for every dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
     """
     lens: list[int] = batch.kv_lens.tolist()
     starts: list[int] = batch.query_start_loc.tolist()
@@ -244,7 +244,7 @@ class _Prompt:
             return
         first_own = block * block_size
         if self.causal and rest.tolist() == [block] and num_visible == end and first_own >= near:
-            # The rows' own block, all of it plain: the last row sees all of its keys.
+            # The rows' own block, without turned keys; its last row sees all of its keys.
             tile.add(*_causal(query, key[:, first_own:end], value[:, first_own:end], self.scale))
         else:
             keys = _key_positions(rest, block_size, num_visible)
@@ -259,7 +259,7 @@ class _Prompt:
         begin: int,
         keys: slice | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention where each pair decides whether it is seen and turned; row i has position `begin + i`."""
+        """Attention with one mask for visible and one for turned (query, key) pairs; row i has position `begin + i`."""
         key_pos = torch.arange(keys.start, keys.stop) if isinstance(keys, slice) else keys
         position = torch.arange(begin, begin + query.shape[2])[:, None]
         logits = query @ key[:, None].mT
@@ -305,7 +305,7 @@ def _key_positions(ids: torch.Tensor, block_size: int, end: int) -> slice | torc
 def _flash_piece(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All keys for all rows, or (causal, as many keys as rows) key j for the rows from j on."""
+    """Every row sees every key; if causal, with as many keys as rows, row i sees keys [0, i]."""
     expand = (-1, query.shape[1], -1, -1)
     return _flash(query, key[:, None].expand(expand), value[:, None].expand(expand), 0.0, causal, scale=scale)
 
@@ -313,7 +313,7 @@ def _flash_piece(
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last row sees all keys, the row before it all but the last, and so on; at least as many keys as rows.
+    """Row i sees keys [0, i + keys - rows]; at least as many keys as rows.
 
     query: [kv heads, group, rows, head_dim]; key, value: [kv heads, keys, head_dim].
     Returns out, shaped as query, and lse [kv heads, group, rows].

@@ -1,8 +1,8 @@
 """Split-KV flash-decoding on paged KV: one query token per request, out and LSE.
 
-A request's keys are cut into splits that run side by side; a second kernel combines them by their LSE. The query heads
-of a KV head form one tile for the tensor cores, so every key and value is read once. Nothing depends on lengths known
-to the host: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
+A request's keys are cut into splits that run in parallel; a second kernel combines them by their LSE. The query heads
+of a KV head form one tile for the tensor cores, so every key and value is read once. Lengths are read on the device
+only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
 2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
 """
 
@@ -51,7 +51,7 @@ def _attend_keys(
     mask_d = offs_d[None, :] < HEAD_DIM
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     first = key_begin // BLOCK_N * BLOCK_N
-    # Page ids are loaded one step ahead, so that the loads of keys and values wait for no other load.
+    # Page ids are loaded one step ahead, so that loads of keys and values do not wait for them.
     if ONE_PAGE:
         next_page = tl.load(table_row_ptr + first // PAGE_SIZE, mask=key_begin < key_end, other=0)
     else:
@@ -133,8 +133,8 @@ def _decode_kernel(
 ):
     """One program: one split of one request's keys, for the query heads of one KV head.
 
-    The splits of a head are neighbours in `out_ptr` and `lse_ptr`: element [request, head, split]. A split without
-    keys writes its LSE (-inf) alone, unless it is the only one.
+    The splits of a head are adjacent in `out_ptr` and `lse_ptr`: element [request, head, split]. A split without keys
+    writes only its LSE (-inf), unless it is the only split.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -196,7 +196,7 @@ def _decode_kernel(
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Where the splits of a step wait to be combined; kept from step to step, so that captured graphs stay valid."""
+    """Memory for the splits of a step until they are combined; the same in every step, as captured graphs need."""
 
     out: torch.Tensor
     """[capacity * head_dim] float32."""
@@ -208,7 +208,7 @@ class DecodeWorkspace:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [num_splits, num_reqs, num_q_heads, head_dim] and [num_splits, num_q_heads, num_reqs] of the start.
 
-        The splits of a head are neighbours in memory, as one program of the combination reads them.
+        The splits of a head are adjacent in memory, since one program of the combination reads them.
         """
         num_rows = num_reqs * num_q_heads * num_splits
         assert self.lse.numel() >= num_rows, (self.lse.numel(), num_rows)
@@ -219,7 +219,7 @@ class DecodeWorkspace:
 
 
 def make_decode_workspace(capacity: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
-    """Room for `capacity` partial outputs: requests times query heads times splits."""
+    """A workspace for `capacity` partial outputs: requests times query heads times splits."""
     out = torch.empty(capacity * head_dim, dtype=torch.float32, device=device)
     return DecodeWorkspace(out, torch.empty(capacity, dtype=torch.float32, device=device))
 
@@ -239,17 +239,19 @@ def paged_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query token per request over all its keys.
 
-    query: [num_reqs, num_q_heads, head_dim], float16, bfloat16 or float32, last dimension contiguous.
-    batch: row r of the query is request r, whatever `query_start_loc` says. Lengths and positions are read on the
-        device alone; kv_len 0 (padding) gives out 0 and lse -inf. Without `first_pos` the query stands at position
-        `kv_len - 1`, so that any row of a prompt can be asked for its full LSE.
+    query: [num_reqs, num_q_heads, head_dim], float16, bfloat16 or float32, last axis contiguous.
+    kv: pages of the query's dtype, for all KV heads that the query heads share.
+    batch: row r of the query is request r; `query_start_loc` is not read. Lengths and positions are read on the device
+        only; kv_len 0 (padding) gives out 0 and lse -inf. Without `first_pos` a query is at position `kv_len - 1`, so
+        that any row of a prompt can be a request, to learn its LSE over all its keys.
     scale: factor on the logits.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
-    min_split_keys: fewest keys of a part; parts that get none end at once.
+    min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
     turn: keys below its bound meet the turned query.
-    out: [num_reqs, num_q_heads, head_dim] or None; lse: [num_q_heads, num_reqs] float32 or None; natural log.
-    workspace: room for num_reqs * num_q_heads * num_splits partial outputs; allocated when None and needed.
-    Returns out and lse.
+    out: [num_reqs, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_reqs] float32, natural log,
+        or None to allocate it.
+    workspace: for num_reqs * num_q_heads * num_splits partial outputs; allocated when None and num_splits > 1.
+    Returns out and lse. Sources: module docstring.
     """
     num_reqs, num_q_heads, head_dim = query.shape
     num_kv_heads, page_size = kv.num_kv_heads, kv.page_size

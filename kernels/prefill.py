@@ -33,7 +33,10 @@ def paged_prefill(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention of a varlen batch on paged KV; arguments as in `prefill_attention`."""
+    """Prefill attention of a varlen batch on paged KV.
+
+    kv: pages of the query's dtype. The other arguments, the result and the sources are those of `prefill_attention`.
+    """
     key_pages, value_pages = kv.split()
     return prefill_attention(
         query,
@@ -71,19 +74,21 @@ def prefill_attention(
 
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
         keys are in their pages already.
-    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, the same strides, the
-        last axis contiguous. Contiguous tensors are pages of a whole sequence each: any page_size will do when the
-        block table has one column.
-    batch: the requests; its `max_query_len` decides the size of the programs.
-    tiles: the query tiles to compute. Tokens outside of them are neither read nor written, in `out` and in `lse`.
+    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, with equal strides,
+        the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
+        the block table, page_size may be any number.
+    batch: the requests; its `max_query_len` decides how many tokens a program computes.
+    tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
     scale: factor on the logits, above 0.
-    block_lists: the KV blocks that each tile reads, none past the keys that there are; all that it may see when None.
-    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the others stay as
-        they are. All when None. Read on the device, where programs without a wanted head end at once. Not together
-        with block lists.
+    block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
+    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the other heads
+        stay as they are. None means all. Read on the device, where programs without a wanted head end at once. Not
+        together with block lists.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
-    out: [num_tokens, num_q_heads, head_dim] to write into; lse: [num_q_heads, num_tokens] float32, rows contiguous.
+    out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
+        contiguous; either is allocated when None.
+    config: tile shapes; those of `tuning.prefill_config` when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
@@ -189,7 +194,7 @@ def prefill_attention(
         stride_page,
         stride_head,
         stride_token,
-        # None, so that it is no argument at all of the kernels that have no mask.
+        # None, so that kernels without a mask have no such argument.
         head_mask.stride(0) if head_mask is not None else None,
         BLOCK_SIZE=tiles.block_size,
         HEAD_DIM=head_dim,
@@ -220,7 +225,7 @@ def prefill_attention(
 def has_row_view(*caches: torch.Tensor) -> bool:
     """Whether the tensor copy engine can read caches [num_pages, num_kv_heads, page_size, head_dim] as rows of tokens.
 
-    It needs pages and heads a whole number of rows apart, 16-byte alignment, and 32-bit row numbers.
+    It needs strides of pages and heads that are multiples of a row's, 16-byte alignment, and row numbers in 32 bits.
     """
     for cache in caches:
         stride_page, stride_head, stride_token, _ = cache.stride()
@@ -240,7 +245,7 @@ def num_rows(cache: torch.Tensor) -> int:
 
 
 def row_descriptor(cache: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """The copy engine's view of a cache as [num_rows, head_dim]; what lies past either end reads as zero."""
+    """The copy engine's view of a cache as [num_rows, head_dim]; reads outside of it give zero."""
     return TensorDescriptor(
         cache, shape=[num_rows(cache), cache.shape[3]], strides=[cache.stride(2), 1], block_shape=[block_n, block_d]
     )

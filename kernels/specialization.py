@@ -1,8 +1,8 @@
-"""What Triton must not compile kernels anew for: numbers and places that change from step to step.
+"""Kernel arguments whose values must not select another compiled kernel, because they change from step to step.
 
-Triton has a kernel of its own for integers that are 1, multiples of 16 or neither, and for pointers that are aligned to
-16 bytes or not, in every combination; a request would wait seconds for each. Both lists are for `triton.jit`, which
-takes from them what a kernel has.
+Triton compiles separate kernels for integers that are 1, multiples of 16 or neither, and for pointers that are aligned
+to 16 bytes or not, in every combination; a request would wait seconds for each. `triton.jit` takes both lists and uses
+the names that a kernel has.
 """
 
 STEP_NUMBERS = [

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,26 @@ def test_room_imports_only_what_it_may(room: str) -> None:
         for module in imports_of(path, room):
             if is_within(module, ("farspan",)):
                 assert is_within(module, MAY_IMPORT[room]), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle of modules, imports for type checking and in functions included."""
+    modules = {}
+    for room, name in ROOMS.items():
+        for path in sources(room):
+            parts = [name, *path.relative_to(ROOT / room).with_suffix("").parts]
+            modules[".".join(parts).removesuffix(".__init__")] = (path, room)
+
+    def innermost(name: str) -> str | None:
+        """The module that an imported name is, or is in; None for those of others."""
+        parts = name.split(".")
+        return next((n for n in (".".join(parts[:k]) for k in range(len(parts), 0, -1)) if n in modules), None)
+
+    graph = {
+        module: {innermost(name) for name in imports_of(path, room)} - {module, None}
+        for module, (path, room) in modules.items()
+    }
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("room", THIRD_PARTY)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.needle_training.distance --out string_needle_distance.csv
 
-The question stands `gap` positions behind the haystack, so that a short prompt has the distances of a prompt of `gap`
-more tokens, at the cost of a short one. What it lacks of the long prompt are its distractors: this measures positions
-alone. The haystack's own tokens are nearer to each other than any shift, so their keys and values serve every gap.
+The question starts `gap` positions after the haystack's end, so that the prompt has the distances of a prompt with
+`gap` more tokens, but needs no more computation. It does not have that prompt's distractors: this measures only
+positions. No two tokens of the haystack are as far apart as any shift, so its keys and values serve every gap.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GAPS = tuple(length * 1024 for length in (0, 64, 126, 160, 192, 256, 384, 512, 1
 
 @dataclass(frozen=True)
 class Haystack:
-    """The first tokens of a prompt, and what its layers keep of them."""
+    """The keys and values of a prompt's first tokens."""
 
     keys: list[torch.Tensor]
     """Of each layer, [kv_heads, tokens, head_dim], rotated to positions 0, 1, …"""
@@ -46,7 +46,7 @@ class Haystack:
 def run_layers(
     net: NeedleNet, tokens: torch.Tensor, positions: torch.Tensor, past: Haystack | None, shift: int, window: int
 ) -> tuple[torch.Tensor, Haystack]:
-    """Final hidden states [num_tokens, hidden] of tokens behind a haystack, and all keys and values.
+    """Final hidden states [num_tokens, hidden] of tokens after a haystack, and all keys and values.
 
     tokens, positions: [num_tokens] int64. shift: distances of so many positions and more are shortened to
     `distance - shift + window`; 0 for none.

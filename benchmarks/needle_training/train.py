@@ -28,8 +28,8 @@ LOG_COLUMNS = (
 )  # fmt: skip
 MEASURES = LOG_COLUMNS[-6:]
 FILLER_WEIGHT = 0.2
-# Idle heads of large models rest on the first token and nearby; without this small cost those of a small model spread
-# over the whole prompt, which changes no answer but is like nothing that a sparse method meets in practice.
+# Idle heads of large models attend to the first token and to tokens nearby. Without this small cost, those of a small
+# model attend to the whole prompt, which changes no answer but does not occur in models that sparse methods serve.
 STRAY_WEIGHT = 0.1
 STRAY_MIN_LENGTH = 512
 NUM_STRAY_QUERIES = 32

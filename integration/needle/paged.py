@@ -1,7 +1,8 @@
 """The needle model over a paged KV cache, chunk by chunk, through the engine's own selection and kernels.
 
-What a vLLM engine computes for one request, without vLLM's runner: prefill by the method of the options, the answer
-with exact attention over the whole cache, as decode does. Made for sweeps over many options, and to look inside.
+This computes what a vLLM engine computes for one request, without vLLM's runner: prefill by the method of the options,
+and the answer with exact attention over the whole cache, as in decode. It serves sweeps over many options, and tells
+what selection chose.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ OnLists = Callable[[int, PrefillTiles, BlockLists], None]
 
 
 class ListeningSelector(FlexSelector):
-    """Flex's selector, which also tells what it chose."""
+    """Flex's selector, which also calls `on_lists` with the lists that it chose."""
 
     def __init__(self, layer: int, stats: SelectionStats) -> None:
         super().__init__(stats)
@@ -90,11 +91,11 @@ class PagedNeedle:
 
         prompt, completion: 1-d int64 token ids on the device; greedy decoding writes the completion exactly where all
             of its tokens are the most likely ones.
-        chunk: prompt tokens a step; None for the whole prompt.
+        chunk: prompt tokens per step; None for the whole prompt.
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
-        on_lists: told the layer, the step and the block lists of every sparse launch.
-        measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
-            themselves; nothing is computed again then.
+        on_lists: called with the layer, the tiles and the block lists of every selection.
+        measured_rows: query rows of the prompt on which coverage is measured where the option coverage_rows is 0; no
+            head is computed again then.
         """
         step = chunk or len(prompt)
         self.rows_per_step = -(-measured_rows * step // len(prompt))

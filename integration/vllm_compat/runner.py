@@ -26,6 +26,8 @@ class RunnerState:
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
     plan: StepPlan | None = None
     """Of the step that runs."""
+    warms_up: bool = False
+    """Whether our kernels are registered with vLLM's warm-up."""
     cold: Any = None
     """`engine_ext.offload.cache.ColdCache`; None where no KV head is cold."""
 
@@ -199,6 +201,11 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
+        if self.device.type == "cuda" and not state.warms_up:
+            from farspan.vllm_compat.warmup import register_warm_up
+
+            register_warm_up(self, metadata_builders)
+            state.warms_up = True
         # Those of the profile run go before others come.
         state.cold = None
         state.cold = make_cold_cache(self, kv_cache_config)

@@ -1,4 +1,4 @@
-"""Two revisions are compared in turns, each with its own `farspan`, and their results with each other."""
+"""Two revisions are timed in turns, each with its own `farspan`, and their results are compared."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_both_sides_take_each_turn_in_no_fixed_order() -> None:
 
 def test_a_ratio_is_of_one_turn_and_both_sides_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = Comparison(Recorder(tmp_path, ENVIRONMENT), Recorder(tmp_path, ENVIRONMENT))
-    # The machine gets twice as slow half-way: medians alone would say 1.0, 2.0 or 4.0.
+    # The machine becomes twice as slow half-way: ratios of the medians would be 1.0, 2.0 or 4.0.
     comparison.add("decode-n1", {BEFORE: [1.0, 2.0, 2.0, 4.0], AFTER: [1.1, 2.2, 2.2, 4.4]})
     assert "after / before 1.100 [1.100, 1.100]" in capsys.readouterr().out
     assert [(row.benchmark, row.case, row.variant) for row in read_rows(tmp_path)] == [

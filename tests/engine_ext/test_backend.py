@@ -1,4 +1,4 @@
-"""What the backend announces, and the sentences with which it refuses."""
+"""What the backend supports, and the sentences with which it refuses."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +146,7 @@ def test_platforms(machine: Any, sentence: str | None, monkeypatch: pytest.Monke
 
 
 def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """An engine's configuration, as far as it is looked at."""
+    """An engine's configuration, with the attributes that the checks read."""
     defaults: dict[str, Any] = {
         **dict.fromkeys(("is_hybrid", "use_mla", "is_attention_free", "is_encoder_decoder", "uses_mrope"), False),
         **{"model": "m", "runner_type": "generate", "dtype": torch.bfloat16, "hf_text_config": SimpleNamespace()},

@@ -190,7 +190,7 @@ def test_options_are_decoded_once_per_tree(monkeypatch: pytest.MonkeyPatch) -> N
     changed = decode_once(tree).prefill
     assert isinstance(changed, FlexPrefill)
     assert changed.gamma == 0.8
-    # Equal as Python compares, and yet another option.
+    # 1 == 1.0 == True in Python, but they are different options.
     decode_once({"string": {"shift": 1, "window": 1}})
     with pytest.raises(ConfigError, match=r"shift=1\.0; allowed"):
         decode_once({"string": {"shift": 1.0, "window": 1}})

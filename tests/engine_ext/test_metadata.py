@@ -13,7 +13,7 @@ from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
 from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
-# Two layers of a pipeline's second stage.
+# Two layers of the second stage of a pipeline.
 NAMES = {"model.layers.7.self_attn.attn": (7, None), "model.layers.6.self_attn.attn": (6, 7)}
 
 
@@ -93,7 +93,7 @@ def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_know_their_place_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their names: a stage of a pipeline begins in the middle, and modules of other kinds do not count."""
+    """Layers are numbered by their names, since a pipeline stage begins in the middle and has other modules too."""
     step = build([1], [5], monkeypatch=monkeypatch)
     assert {name: (layer.index, layer.next_index) for name, layer in step.layers.items()} == NAMES
 
@@ -130,7 +130,7 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
         extra_args=extra_args,
         monkeypatch=monkeypatch,
     )
-    _, first, dense, sparse, brief = step.passes
+    _, first, dense, sparse, small_chunk = step.passes
     options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150)
     assert isinstance(first.work, Sparse)
     assert isinstance(sparse.work, Sparse)
@@ -138,7 +138,7 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
     assert sparse.work.prefill == options
     assert [each.rows.start for each in step.passes] == [0, 1, 201, 701, 1001]
     assert isinstance(dense.work, Dense)
-    assert isinstance(brief.work, Dense)
+    assert isinstance(small_chunk.work, Dense)
     assert dense.batch.num_reqs == 2
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
@@ -187,7 +187,7 @@ def test_requests_that_a_turn_does_not_reach_are_passes_without_it(
 def test_crossover() -> None:
     assert effective_prefill(FlexPrefill(), 100, 100) == DensePrefill()
     assert effective_prefill(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
-    # A turn of a chat on a long prefix.
+    # A chat message after a long prefix.
     assert effective_prefill(FlexPrefill(), 200, 100_000) == DensePrefill()
     always = FlexPrefill(min_seq_len=0, min_chunk_len=0)
     assert effective_prefill(always, 1, 1) == always

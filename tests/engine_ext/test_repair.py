@@ -1,4 +1,4 @@
-"""A chunk as an impl computes it: sparse, measured, and the heads below gamma computed again."""
+"""A flex chunk as the engine computes it: sparse, measured, and the heads below gamma computed again."""
 
 from typing import Any
 
@@ -22,13 +22,13 @@ NUM_PAGES = 16
 
 
 def codes(num_tokens: int) -> torch.Tensor:
-    """[num_tokens, HEAD_DIM] nearly orthogonal unit vectors, one a position."""
+    """[num_tokens, HEAD_DIM] nearly orthogonal unit vectors, one per position."""
     generator = torch.Generator().manual_seed(0)
     return torch.nn.functional.normalize(torch.randn(num_tokens, HEAD_DIM, generator=generator), dim=-1)
 
 
 class Layer:
-    """Requests whose keys are the codes of their positions. A head asks for the code a distance back, or for noise."""
+    """Requests whose keys are the codes of their positions. Each head looks for the key at its own distance."""
 
     def __init__(
         self, chunks: list[tuple[int, int]], distances: list[int], num_kv_heads: int, shift: int | None = None
@@ -45,7 +45,7 @@ class Layer:
             self.cache[page : page + pages_of[request], :, :, :HEAD_DIM] = rows[:, None]
             page += pages_of[request]
             position = torch.arange(seq_len - query_len, seq_len)
-            # Before a key at its distance exists, a head looks at nothing in particular.
+            # Where no key is at its distance yet, a head's query is zero.
             wanted = [
                 torch.where((position >= distance)[:, None], key[position - distance] * 120, 0.0)
                 for distance in distances
@@ -70,7 +70,7 @@ class Layer:
         self.maker = PassMaker(num_kv_heads, "cpu", 1, None, shift is not None, CPU)
 
     def attend(self, prefill: Prefill, selector: FlexSelector | None) -> torch.Tensor:
-        """[num_tokens, num_q_heads, HEAD_DIM], as the engine computes it."""
+        """Output of the engine's pass, [num_tokens, num_q_heads, HEAD_DIM]."""
         each = self.maker.prefill(prefill, self.batch, self.starts, self.seq_lens, 0, turns=self.turn is not None)
         out = torch.full_like(self.query, float("nan"))
         attend(each, self.query, KVView(self.cache), LayerContext(0, None, self.turn, selector), self.scale, out)
@@ -81,7 +81,7 @@ class Layer:
         return self.attend(DensePrefill(), None)
 
     def run(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
-        """Out of the sparse launch alone, out in the end, and the statistics by head."""
+        """Output of the sparse launch, output after repair, and the statistics by head."""
         prefill = FlexPrefill(gamma=GAMMA, min_budget=0, **options)
         selector = FlexSelector(SelectionStats(self.query.shape[1], CPU))
         out = self.attend(prefill, selector)
@@ -93,7 +93,7 @@ class Layer:
 @pytest.mark.parametrize("options", [{}, {"share_kv_group": True}], ids=["per-head", "shared"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["gqa1", "gqa2", "gqa4"])
 def test_the_head_and_request_that_fail_are_repaired(num_kv_heads: int, options: dict[str, bool]) -> None:
-    # Of request 0's queries, [600, 1500), those before 1100 have no key 1100 back yet. Request 1 is too short for one.
+    # Of request 0's queries, [600, 1500), those before 1100 have no key at distance 1100; in request 1 no query has.
     layer = Layer([(900, 1500), (65, 420)], [90, 1100, 90, 90], num_kv_heads)
     sparse, out, rows = layer.run(**options)
     dense = layer.dense()
@@ -133,14 +133,14 @@ def test_chunks_of_a_few_queries(query_len: int) -> None:
 
 
 def test_heads_below_gamma_are_those_of_one_request() -> None:
-    """A head may keep its promise to one request and break it to another."""
+    """A head can keep gamma in one request and not in another."""
     coverage = torch.tensor([[[1.0, 0.6], [0.9, 0.9]], [[0.92, 0.9], [0.1, 0.7]]])
     assert heads_below_gamma(coverage, 0.9).tolist() == [[True, False], [False, True]]
     assert not heads_below_gamma(torch.full((1, 1, 4), 0.9 - COVERAGE_SLACK + 1e-4), 0.9).any()
 
 
 def test_the_same_prompt_has_the_same_result() -> None:
-    """What a head lost in one prompt changes nothing in the next."""
+    """Attention mass that a head lost in one prompt changes nothing in the next prompt."""
     layer, other = Layer([(900, 1500)], [90, 1100], 1), Layer([(900, 1500)], [1100, 90], 1)
     prefill, selector = FlexPrefill(gamma=GAMMA, min_budget=0), FlexSelector()
     first = layer.attend(prefill, selector)

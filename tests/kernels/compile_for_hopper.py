@@ -1,6 +1,6 @@
 """Compile kernels for Hopper without a GPU; prints their registers and stack bytes as JSON. Run by `test_compiled`.
 
-A process of its own: the tests around it run kernels in Triton's interpreter, which compiles nothing.
+It needs a separate process: the other tests run kernels in Triton's interpreter, which compiles nothing.
 """
 
 import json
@@ -27,7 +27,7 @@ HOPPER = 90
 
 
 class AbsentHopper(DriverBase):
-    """What Triton asks of a driver before it launches anything."""
+    """A driver with what Triton asks for before it launches anything."""
 
     def __init__(self) -> None:
         pass
@@ -56,7 +56,7 @@ class AbsentHopper(DriverBase):
 
 
 def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
-    """Registers a thread and bytes of stack of the kernel that `call` would launch."""
+    """Registers and bytes of stack, per thread, of the kernel that `call` would launch."""
     run, results = kernel.run, []
     kernel.run = lambda *args, **kwargs: results.append(run(*args, **(kwargs | {"warmup": True})))
     try:
@@ -73,7 +73,7 @@ def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
 
 
 def prefill_over_lists() -> None:
-    """Launch prefill of 1,024 tokens of heads of 128 on pages of 128, with a list for every query head."""
+    """Launch prefill of 1,024 tokens with heads of 128 on pages of 128 tokens, with one list per query head."""
     query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     paged_prefill.paged_prefill(

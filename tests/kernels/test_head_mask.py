@@ -1,4 +1,4 @@
-"""Prefill of some heads of some requests, over what is there already: the launch that repairs sparse prefill."""
+"""Prefill of some heads of some requests over earlier results in the outputs: the launch that repairs flex prefill."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Case:
 
 CASES = [
     Case((130, 63), (200, 63), (4, 4)),
-    # Few tokens, so that the heads of a group lie in one program.
+    # Few tokens, so that one program computes all heads of a group.
     Case((5, 1, 3), (133, 70, 3), (8, 2)),
     Case((17, 40), (81, 127), (7, 1), head_dim=96, page_size=32, block_size=128, dtype=F16),
     Case((129, 0, 65), (129, 9, 150), (8, 2), head_dim=128, page_size=128, block_size=128, dtype=F16),
@@ -91,7 +91,7 @@ def of_tokens(mask: torch.Tensor, batch: Inputs) -> torch.Tensor:
 
 
 def drawn_mask(case: Case, device: torch.device) -> torch.Tensor:
-    """About half of the heads of every request: some groups whole, some in part, some not at all."""
+    """About half of the heads of every request, among them one of two heads of a group."""
     mask = torch.rand(case.heads[0], len(case.query_lens)) < 0.5
     mask[0, 0], mask[1, 0] = True, False
     return mask.to(device)
@@ -105,7 +105,7 @@ def test_wanted_heads_are_exact_and_the_others_untouched(device: torch.device, c
     batch = case.draw(device)
     mask = drawn_mask(case, device)
     out, lse = poisoned_outputs(batch)
-    # A sparse launch's results, which must survive to the last bit.
+    # Results of a sparse launch, which must stay the same bit for bit where no head is wanted.
     tiles = batch.tiles(case.block_size)
     lists = random_block_lists(tiles, case.heads[0], 0.3)
     arguments = (batch.query, batch.kv, batch.paged)
@@ -167,7 +167,7 @@ def test_samples_are_rows_of_the_chunk(query_len: int) -> None:
 
 
 def test_the_first_sampled_row_is_early() -> None:
-    """The queries unlike those that chose the blocks are a chunk's first."""
+    """Selection looks at a chunk's last queries, so its first ones are the most likely to lose attention mass."""
     places = sample_places(16384, 4)
     assert 0 < places[0] < 0.1 * 16384
     assert [place // 4096 for place in places] == [0, 1, 2, 3]
@@ -176,5 +176,5 @@ def test_the_first_sampled_row_is_early() -> None:
 
 @pytest.mark.parametrize("chunk", [1024, 2048, 4096, 8192, 16384, 32768, 131072], ids=str)
 def test_sampled_rows_do_not_begin_query_blocks(chunk: int) -> None:
-    """Heads that look a few tokens back may lose everything there, and nothing elsewhere."""
+    """On the first row of a query block, heads that look a few tokens back may lose everything; elsewhere nothing."""
     assert min(place % 128 for place in sample_places(chunk, 4)) >= 16

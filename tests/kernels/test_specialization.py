@@ -1,4 +1,4 @@
-"""Numbers that change from step to step must not compile a kernel anew: a request would wait seconds for it."""
+"""Numbers that change from step to step must not make Triton compile another kernel: a request would wait seconds."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "pag
 def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
     """Selection, sparse and dense prefill and decode of one batch."""
     batch = make_batch(query_lens, seq_lens, device=torch.device("cuda"), **SHAPE)
-    # One size of programs, whatever the chunks: another is another kernel.
+    # The same size of programs for all chunks: other sizes are other kernels.
     paged = (batch.query, batch.kv, replace(batch.paged, max_query_len=64))
     tiles = batch.tiles(64)
     selection = flex_block_lists(*paged, tiles, batch.scale, Budget(0.9, 0.1, min_blocks=1, max_blocks=NO_LIMIT))
@@ -33,7 +33,7 @@ def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 def test_another_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 9 to 16 blocks, for which selection has one set of kernels. Triton singles out 1 and multiples of 16.
+    # 9 to 16 blocks, for which selection has one set of kernels. Triton specializes on 1 and on multiples of 16.
     run_step((130, 70), (1000, 600))
     compiled: list[str] = []
 

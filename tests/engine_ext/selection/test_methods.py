@@ -63,7 +63,7 @@ def test_one_mask_serves_all_heads() -> None:
 
 
 def test_the_same_chunks_get_the_same_lists() -> None:
-    """Nothing that one prompt leaves behind reaches another, statistics or not."""
+    """One prompt leaves nothing that changes another, with statistics and without."""
     batch, other = inputs(), inputs()
     selector = FlexSelector(SelectionStats(8, torch.device("cpu")))
     chunks = chunks_of(batch, slice(0, 4))

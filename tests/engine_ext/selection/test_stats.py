@@ -48,7 +48,7 @@ def test_chunks_add_up_per_head() -> None:
 
 def test_repaired_heads_read_their_lists_and_all_blocks() -> None:
     stats = SelectionStats(2, torch.device("cpu"))
-    # Two prompts, of 2 and 3 blocks; the second head fails in the second one alone.
+    # Two prompts, of 2 and 3 blocks; the second head is repaired only in the second prompt.
     tiles = make_prefill_tiles([0, 256, 640], [256, 384], 128, torch.device("cpu"))
     stats.add_selection(selection([[1, 1, 1, 1, 1], [1, 2, 1, 1, 2]], [[False, False]] * 2), tiles, HEADS)
     stats.add_repair(torch.tensor([[False, False], [False, True]]), tiles, HEADS)
