@@ -240,6 +240,17 @@ def test_first_decode_after_a_spill(make_llm: Callable[..., Any], stock_tokens: 
     assert min(state["spilled"], state["loaded"]) > 0
 
 
+def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Each has one of the two heads, and both follow the same plan."""
+    arguments = offloading(20, heads=1)
+    arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
+    llm = make_llm(**arguments, tensor_parallel_size=2)
+    assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    one, other = llm.collective_rpc("offload_state")
+    assert one == other
+    assert min(one["spilled"], one["staged"]) > 0
+
+
 FLEX = {"prefill": {"method": "flex", "gamma": 0.9, "min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}}
 MASK = {"prefill": {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 2}}
 STRING = {"string": {"shift": 100, "window": 16}}
