@@ -119,8 +119,6 @@ def engine_specs(dry_run: bool) -> dict[str, EngineSpec]:
             options,
             arguments | memory,
             warmup_lens=[300 if dry_run else WARMUP_LEN],
-            # On the CPU platform the variable would go before the argument.
-            environment={"VLLM_CPU_KVCACHE_SPACE": ""} if dry_run else {},
         )
 
     return {OFF: spec({}, fits), FITS: spec(offload, fits), COLD: spec(offload, cold)}

@@ -90,6 +90,10 @@ class Residency:
         self._told = Counters()
         self._version = 0
         """Counts the pages that went to the host alone or came back from there."""
+        self._num_ended = 0
+        """Requests that were let go of."""
+        self._without_gain: tuple[int, int, tuple[str, ...]] | None = None
+        """When `_promote` last found nothing to do: the version, the requests ended, and those that decoded."""
         self._missing_of: dict[str, tuple[int, int]] = {}
         """Per request: `_num_missing` when the version was that."""
         self._put(0, RESERVED_SLOT)
@@ -105,6 +109,7 @@ class Residency:
         for req_id in ended:
             self.blocks_of.pop(req_id, None)
             self._missing_of.pop(req_id, None)
+            self._num_ended += 1
         for each in scheduled:
             blocks = self.blocks_of.setdefault(each.req_id, [])
             if each.replaces:
@@ -228,17 +233,21 @@ class Residency:
         room: "Room",
     ) -> list[Move]:
         """Bring pages of decoding requests back into slots that no request needs, shortest requests first."""
-        if self.num_host_only == 0:
+        names = tuple(each.req_id for each in scheduled if each.count == 1)
+        situation = (self._version, self._num_ended, names)
+        if self.num_host_only == 0 or situation == self._without_gain:
             return []
         decoding = sorted((self._pages(each) for each in scheduled if each.count == 1), key=len)
         pages = (block for blocks in decoding for block in reversed(blocks))
         wanted = list(dict.fromkeys(block for block in pages if self.slot_of[block] < 0))
-        if not wanted:
-            return []
         limit = min(max(len(wanted) // PROMOTED_SHARE, MIN_PROMOTED), len(wanted))
         reserve = self.sizes.num_slots // RESERVE_SHARE
-        room.make(limit + reserve, self._unowned({**written, **dict.fromkeys(wanted)}, is_live))
-        return [self._load(block) for block in wanted[: max(min(limit, len(self.free_slots) - reserve), 0)]]
+        if limit > 0:
+            room.make(limit + reserve, self._unowned({**written, **dict.fromkeys(wanted)}, is_live))
+        loads = [self._load(block) for block in wanted[: max(min(limit, len(self.free_slots) - reserve), 0)]]
+        if not loads:
+            self._without_gain = situation
+        return loads
 
     def _copy_ahead(self, num_wanted: int, written: Mapping[int, None], is_live: Callable[[int], bool]) -> list[Move]:
         """Pages that go to the host beside this step, as the next one will push them out if it needs as many slots."""
