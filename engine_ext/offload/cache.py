@@ -11,8 +11,8 @@ from farspan.engine_ext.offload.transfer import Copier, Job, StagedTurn, Staging
 from farspan.engine_ext.passes import Pass, StagedPages
 from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
 from farspan.kernels.batch import KVView
-from farspan.kernels.kv_gather import PagePools, host_offsets, map_block_table, map_slot_mapping
-from farspan.kernels.kv_gather_cpu import map_block_table_cpu, map_slot_mapping_cpu
+from farspan.kernels.kv_gather import PagePools, host_offsets, map_step
+from farspan.kernels.kv_gather_cpu import map_step_cpu
 from farspan.kernels.tiles import to_device
 
 
@@ -148,13 +148,17 @@ class ColdCache:
         self, block_table: torch.Tensor, kv_lens: torch.Tensor, slot_mapping: torch.Tensor, max_kv_len: int
     ) -> None:
         """Write a step's tables: `entries` for [num_reqs, max_pages] blocks, `slot_mapping` for [num_tokens] places."""
-        on_host = is_on_host(self.entries)
-        map_table = map_block_table_cpu if on_host else map_block_table
-        map_tokens = map_slot_mapping_cpu if on_host else map_slot_mapping
-        page_size = self.sizes.page_size
         width = min(block_table.shape[1], self.entries.shape[1])
-        map_table(block_table[: len(kv_lens), :width], kv_lens, self.table.slot_of, page_size, self.entries, max_kv_len)
-        map_tokens(slot_mapping, self.table.slot_of, page_size, self.slot_mapping)
+        (map_step_cpu if is_on_host(self.entries) else map_step)(
+            block_table[: len(kv_lens), :width],
+            kv_lens,
+            slot_mapping,
+            self.table.slot_of,
+            self.sizes.page_size,
+            max_kv_len,
+            self.entries,
+            self.slot_mapping,
+        )
 
     def slots_of(self, layer: ColdLayer) -> torch.Tensor:
         """[num_slots, num_cold_heads, page_size, 2 * head_dim]: the layer's pages on the device."""
