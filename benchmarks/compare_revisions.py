@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from farspan.command import make_folder, run_command
 
 from benchmarks.compare_cases import ENGINE_MODEL, TIME_ONCE, engine_cases, kernel_cases
 from benchmarks.engine import TINY_LLAMA, Answer, Engine, EngineSpec, Request, logprob_distance
-from benchmarks.record import ROOT, BenchmarkError, Environment, Recorder, commit_of, quantile
+from benchmarks.record import ROOT, BenchmarkError, Environment, Recorder, commit_of, iso_date, quantile
 from benchmarks.worker_process import WorkerProcess
 
 T = TypeVar("T")
 
+PROGRAM = "python -m benchmarks.compare_revisions"
 NAME = "no_harm"
 BEFORE, AFTER = "before", "after"
 KERNEL_REPEATS = 15
@@ -188,7 +190,7 @@ def environment_of(checkout: Path, folder: Path) -> dict[str, str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare_revisions", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="checkout of the revision before")
     parser.add_argument(
         "--base-adapter", type=Path, default=ROOT / "benchmarks" / "calls.py", metavar="FILE",
@@ -198,39 +200,45 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="single calls only")
     parser.add_argument("--engine", action="store_true", help="requests in vLLM only")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
-    parser.add_argument("--date", help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
     arguments = parser.parse_args()
     if not (arguments.base / "pyproject.toml").is_file():
         parser.error(f"--base {arguments.base} is no checkout of this repository")
+    if not arguments.base_adapter.is_file():
+        parser.error(f"--base-adapter {arguments.base_adapter} is no file")
     if arguments.out is None and not arguments.dry_run:
         parser.error("--out DIR says where the rows go; --dry-run writes none")
     return arguments
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
+    return run_command(PROGRAM, lambda: run(arguments), (BenchmarkError,))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare what was asked for. Raises BenchmarkError or ConfigError."""
     dry_run: bool = arguments.dry_run
     if not (dry_run or torch.cuda.is_available()):
-        sys.exit("Revisions are compared on a CUDA GPU; try it out without one by --dry-run.")
+        raise BenchmarkError("revisions are compared on a CUDA GPU; try it out without one by --dry-run.")
     both = arguments.kernels == arguments.engine
-    try:
-        environment = Environment.detect(arguments.date)
-        base_commit = commit_of(arguments.base, "FARSPAN_BASE_COMMIT") if environment.commit else ""
-        out = None if dry_run else arguments.out
-        comparison = Comparison(Recorder(out, replace(environment, commit=base_commit)), Recorder(out, environment))
-        print(f"{environment}; before: {base_commit}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="farspan-revisions-") as folder:
-            checkouts = {BEFORE: arguments.base.resolve(), AFTER: ROOT}
-            environments = {side: environment_of(checkout, Path(folder, side)) for side, checkout in checkouts.items()}
-            if arguments.kernels or both:
-                adapters = {BEFORE: arguments.base_adapter.resolve(), AFTER: ROOT / "benchmarks" / "calls.py"}
-                compare_kernels(comparison, environments, adapters, dry_run)
-            if arguments.engine or both:
-                compare_engines(comparison, environments, dry_run)
-    except BenchmarkError as error:
-        sys.exit(str(error))
+    environment = Environment.detect(arguments.date)
+    base_commit = commit_of(arguments.base, "FARSPAN_BASE_COMMIT") if environment.commit else ""
+    out = None if dry_run else arguments.out
+    if out is not None:
+        make_folder(out)
+    comparison = Comparison(Recorder(out, replace(environment, commit=base_commit)), Recorder(out, environment))
+    print(f"{environment}; before: {base_commit}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="farspan-revisions-") as folder:
+        checkouts = {BEFORE: arguments.base.resolve(), AFTER: ROOT}
+        environments = {side: environment_of(checkout, Path(folder, side)) for side, checkout in checkouts.items()}
+        if arguments.kernels or both:
+            adapters = {BEFORE: arguments.base_adapter.resolve(), AFTER: ROOT / "benchmarks" / "calls.py"}
+            compare_kernels(comparison, environments, adapters, dry_run)
+        if arguments.engine or both:
+            compare_engines(comparison, environments, dry_run)
     comparison.summarise()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,11 +4,15 @@ Also prints the ratios at every length. The last run in the CSV is used.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks.prefill_block_sparse import LENGTHS, NAME, Case
-from benchmarks.record import DATA, ROOT, Row, read_rows
+from farspan.command import make_folder, need_matplotlib, run_command
 
+from benchmarks.prefill_block_sparse import LENGTHS, NAME, Case
+from benchmarks.record import DATA, ROOT, BenchmarkError, Row, read_rows
+
+PROGRAM = "python -m benchmarks.plot_block_sparse"
 # FlashAttention, arXiv 2205.14135, appendix E, A100 40GB, forward, in ms, by length from 128 to 65536.
 PAPER_MS = {
     # Table 18: no masking.
@@ -40,7 +44,7 @@ def last_run(rows: list[Row]) -> list[Row]:
     """The rows of this benchmark's last run."""
     rows = [row for row in rows if row.benchmark == NAME]
     if not rows:
-        raise SystemExit(f"no rows of {NAME}; run it first: python -m benchmarks.run {NAME}")
+        raise BenchmarkError(f"no rows of {NAME}; run it first: python -m benchmarks.run {NAME}")
     return [row for row in rows if row.run_id == rows[-1].run_id]
 
 
@@ -117,11 +121,18 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_block_sparse", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the CSV files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / f"{NAME}.png")
     arguments = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(arguments), (BenchmarkError,))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print and draw. Raises BenchmarkError or ConfigError."""
+    need_matplotlib("leave the picture out")
+    make_folder(arguments.out.parent)
     rows = last_run(read_rows(arguments.data))
     for padded in (False, True):
         print_ratios(times_of(rows, padded), padded)
@@ -130,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

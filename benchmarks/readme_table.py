@@ -4,16 +4,16 @@ One table per benchmark, of its latest run: one line per case, one column per va
 speed in multiples of the baseline's. Stages of a call are only in the CSV, since peers are compared with whole calls.
 """
 
-import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import ROOT, Row, read_rows
+from tools.regions import Region
 
 README = ROOT / "README.md"
-BEGIN = "<!-- numbers: python -m benchmarks.readme_table -->\n"
-END = "<!-- end of numbers -->\n"
+NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
 STAGES = ("-select", "-attention")
 MEDIAN_DENSITY_RUNS = frozenset({"20261122-e2c7e0"})
 """Runs whose density rows hold the median head's density instead of the mean; the tables leave these densities out."""
@@ -141,23 +141,5 @@ def format_numbers(rows: Sequence[Row]) -> str:
     return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
 
 
-def replace_numbers(readme: str, numbers: str) -> str:
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, "the README has lost its markers"
-    assert end, "the README has lost its markers"
-    return f"{before}{begin}{numbers}{end}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_table")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
-    numbers = format_numbers(read_rows())
-    if parser.parse_args().write:
-        README.write_text(replace_numbers(README.read_text(), numbers))
-    else:
-        print(numbers)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(NUMBERS.serve("python -m benchmarks.readme_table", lambda: format_numbers(read_rows())))

@@ -1,12 +1,13 @@
 """The rows that benchmark runs append to `benchmarks/data/*.csv`, one file per benchmark."""
 
-import csv
+import argparse
 import datetime
 import os
 import secrets
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def driver_version() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
 
 
+def iso_date(text: str) -> str:
+    """YYYY-MM-DD, for argparse."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a date YYYY-MM-DD, not {text!r}") from error
+
+
 @dataclass(frozen=True)
 class Environment:
     """The part of a row that is the same for a whole run."""
@@ -150,32 +159,38 @@ def append_rows(rows: Sequence[Row], folder: Path) -> None:
 
     Raises BenchmarkError where a file has other columns; nothing is written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from farspan import tables
+
     names = sorted({row.benchmark for row in rows})
-    for name in names:
-        path = folder / f"{name}.csv"
-        if path.exists() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
-            raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
-    for name in names:
-        path = folder / f"{name}.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            if is_new:
-                writer.writerow(COLUMNS)
-            writer.writerows(astuple(row) for row in rows if row.benchmark == name)
+    with reading_our_tables():
+        for name in names:
+            path = folder / f"{name}.csv"
+            if path.exists():
+                tables.check_columns(path, COLUMNS)
+        for name in names:
+            mine = [asdict(row) for row in rows if row.benchmark == name]
+            tables.append_rows(folder / f"{name}.csv", COLUMNS, mine)
 
 
 def read_rows(folder: Path = DATA) -> list[Row]:
     """Read every row of the CSV files in a folder, file by file, in the order they were appended."""
-    rows: list[Row] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as stream:
-            reader = csv.DictReader(stream)
-            if reader.fieldnames != COLUMNS:
-                raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
-            rows.extend(Row(**row) for row in reader)
-    return rows
+    from farspan import tables
+
+    with reading_our_tables():
+        return [Row(**row) for path in sorted(folder.glob("*.csv")) for row in tables.read_rows(path, COLUMNS)]
+
+
+# The processes that time two revisions import this module, and must not import the `farspan` of either by it: only what
+# reads or writes files does.
+@contextmanager
+def reading_our_tables() -> Iterator[None]:
+    """Turn the ConfigError of a damaged table into a BenchmarkError."""
+    from farspan.engine_ext.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 class Recorder:

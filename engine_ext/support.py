@@ -30,9 +30,22 @@ def config_of(vllm_config: Any) -> FarspanConfig:
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return FarspanConfig()
-    if OPTIONS_KEY not in additional:
+    if OPTIONS_KEY in additional:
+        check_keys_besides(additional)
+    else:
         check_no_options_elsewhere(additional)
     return decode_once(additional.get(OPTIONS_KEY))
+
+
+def check_keys_besides(additional: Mapping[str, Any]) -> None:
+    """Refuse keys besides `farspan` in an additional_config that can only be meant for us. Raises ConfigError."""
+    for key in map(str, additional):
+        is_option = key in ("prefill", "string") and isinstance(additional[key], Mapping)
+        if key != OPTIONS_KEY and (is_option or key.lower().startswith(OPTIONS_KEY)):
+            raise ConfigError(
+                f"additional_config has {key!r} besides {OPTIONS_KEY!r}; the options of this backend go under "
+                f"{OPTIONS_KEY!r} alone. Move it there, or remove it."
+            )
 
 
 def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
@@ -261,7 +274,7 @@ def check_offload(vllm_config: Any) -> None:
 
 
 def check_model(model_config: Any, cache_config: Any) -> None:
-    """Refuse a model by its configuration. Raises UnsupportedModelError."""
+    """Refuse a model by its configuration, and its cache. Raises UnsupportedModelError or UnsupportedEngineError."""
     name = model_config.model
     kinds = {
         "use_mla": "multi-head latent attention (MLA)",
@@ -287,6 +300,9 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         sliding_window=model_config.get_sliding_window(),
         logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
+    block_size = block_size_refusal(cache_config.block_size)
+    if block_size is not None:
+        raise UnsupportedEngineError(block_size)
     if reasons:
         raise UnsupportedModelError(f"{name}: " + " ".join(reasons))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from farspan.command import mapping
 from farspan.planning import GIB, GPU_MEMORY, CapacityPlan, PlanSettings, Prediction, Side, make_plan
 from farspan.scheduler.rates import GPUS, MEASURED_GPU
 
@@ -46,9 +47,7 @@ def add_plan_command(subcommands: Any) -> None:
     )
     add("--group-size", type=_count_or_auto, default=None, metavar="n|auto", help="KV heads gathered at once")
     add("--weights", type=_size, metavar="G", help="of the whole model, where its configuration does not tell")
-    add(
-        "--hf-overrides", type=_mapping, default={}, metavar="JSON", help="values in config.json to change, as for vLLM"
-    )
+    add("--hf-overrides", type=mapping, default={}, metavar="JSON", help="values in config.json to change, as for vLLM")
     add("--tflops", type=float, metavar="X", help="prefill reaches, in linear layers and attention")
     add("--hbm-gbs", type=float, metavar="X", help="GB/s at which decode reads KV from HBM")
     add("--pcie-gbs", type=float, metavar="X", help="GB/s at which kernels read host memory")
@@ -241,13 +240,3 @@ def _count_or_auto(text: str) -> int | None:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number or auto, not {text!r}")
     return int(text)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{}}, not {text}")
-    return value

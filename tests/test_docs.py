@@ -1,4 +1,4 @@
-"""The documentation names what exists: paths, modules and packages."""
+"""The documentation names what exists: paths and modules."""
 
 import re
 from collections.abc import Iterator
@@ -55,9 +55,3 @@ def test_named_modules_exist(page: Path) -> None:
         rest = module[len(package) + 1 :].replace(".", "/")
         place = ROOT / folders[package] / (rest or "__main__")
         assert place.with_suffix(".py").exists(), f"{page_id(page)} runs {module}"
-
-
-def test_every_package_has_its_line() -> None:
-    page = (ROOT / "docs" / "design.md").read_text()
-    rows = re.findall(r"^\| `([\w/]+)/` \| [^|]+ \|$", page, flags=re.MULTILINE)
-    assert sorted(rows) == sorted(PACKAGES.values())

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tools import structure
+from tools.structure import sources
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "kernels": "farspan.kernels",
@@ -34,21 +37,9 @@ THIRD_PARTY = {
 WITHOUT_TORCH = ("engine_ext/config.py", "engine_ext/errors.py", "engine_ext/plan.py", "integration/__init__.py")
 
 
-def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
-
-
 def imports_of(path: Path, room: str) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, by its full name; relative ones resolved."""
-    package = [ROOMS[room], *path.relative_to(ROOT / room).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            # `from farspan import x` imports a room or module of that name, if there is one.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+    """Every module that a file imports, anywhere in it, by its full name."""
+    return (each.module for each in structure.imports_of(path, room))
 
 
 def is_within(module: str, allowed: tuple[str, ...]) -> bool:
@@ -127,3 +118,23 @@ def test_every_folder_with_code_is_packaged() -> None:
         for init in (ROOT / room).rglob("__init__.py")
     }
     assert listed == found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_what_the_wheel_leaves_out(room: str) -> None:
+    for path in sources(room):
+        for module in imports_of(path, room):
+            assert not is_within(module, ("benchmarks", "tools", "tests", "examples")), f"{path} imports {module}"
+
+
+def test_only_one_module_writes_csv() -> None:
+    """Readers and writers of tables share their refusals: `farspan.tables`."""
+    folders = [*ROOMS, "benchmarks", "tools", "examples"]
+    importers = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) and any(alias.name == "csv" for alias in node.names)
+    }
+    assert importers == {"integration/tables.py"}

@@ -7,16 +7,16 @@ from pathlib import Path
 import msgspec
 from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StringOptions
 from farspan.engine_ext.ranges import ranges_of
+from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 
-from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
+from benchmarks.readme_table import NUMBERS, README, TABLES, format_numbers, format_table
 from benchmarks.record import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_numbers_are_those_of_the_rows() -> None:
-    text = README.read_text()
-    assert replace_numbers(text, format_numbers(read_rows())) == text, "run: python -m benchmarks.readme_table --write"
+    assert NUMBERS.is_current(format_numbers(read_rows())), "run: python -m benchmarks.readme_table --write"
 
 
 def documented_options() -> dict[str, object]:
@@ -71,3 +71,21 @@ def test_table_names_ratio_to_the_baseline() -> None:
     table = next(table for table in TABLES if table.benchmark == "decode")
     last = format_table([row("fa3", "3"), row("farspan", "1.5"), row("sdpa", "9")], table).splitlines()[-1]
     assert last == "| `n8192` | 1.5 | 3 | 9 | 2.00× |"
+
+
+def test_the_crossover_is_that_of_the_code() -> None:
+    """Pages name it, and the examples ask prompts that are long enough for flex to be sparse."""
+    from examples import client
+
+    named = f"{FLEX_MIN_SEQ_LEN:,}"
+    for page in (
+        README,
+        ROOT / "docs" / "evaluation.md",
+        ROOT / "docs" / "evaluation" / "needle-engine-cpu" / "README.md",
+    ):
+        assert named in page.read_text(), f"{page} does not name the crossover, {named} tokens"
+    longest = max(map(int, re.findall(r"--lengths [0-9,]*?([0-9]+) --methods", README.read_text())))
+    offline = re.search(r"^PROMPT_LEN = (\d+)$", (ROOT / "examples" / "offline.py").read_text(), flags=re.MULTILINE)
+    assert offline is not None
+    for length in (longest, int(offline[1]), client.PROMPT_LEN):
+        assert length >= FLEX_MIN_SEQ_LEN + FLEX_MIN_CHUNK_LEN

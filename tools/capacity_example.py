@@ -1,16 +1,20 @@
 """The example in docs/capacity.md: `python -m tools.capacity_example` prints it, `--write` puts it there."""
 
-import argparse
 import contextlib
 import io
 import json
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "capacity.md"
-BEGIN = "<!-- example: python -m tools.capacity_example -->\n"
-END = "<!-- end of example -->\n"
+from tools.regions import Region
+
+EXAMPLE = Region(
+    Path(__file__).resolve().parent.parent / "docs" / "capacity.md",
+    "<!-- example: python -m tools.capacity_example -->\n",
+    "<!-- end of example -->\n",
+)
 MODEL = "llama-8b"
 ARGUMENTS = (
     f"plan {MODEL} --gpu-memory 24GB --host-memory 200 --hf-overrides '{{\"max_position_embeddings\": 1048576}}'"
@@ -44,22 +48,9 @@ def example_output() -> str:
     return f"```\n$ farspan {ARGUMENTS}\n{output.getvalue()}```\n"
 
 
-def replace_example(page: str, example: str) -> str:
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, "docs/capacity.md has lost its markers"
-    assert end, "docs/capacity.md has lost its markers"
-    return f"{before}{begin}{example}{end}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.capacity_example")
-    parser.add_argument("--write", action="store_true", help="put the example into docs/capacity.md")
-    if parser.parse_args().write:
-        PAGE.write_text(replace_example(PAGE.read_text(), example_output()))
-    else:
-        print(example_output())
+def main() -> int:
+    return EXAMPLE.serve("python -m tools.capacity_example", example_output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

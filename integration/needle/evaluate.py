@@ -3,10 +3,8 @@
 A completion is right when every one of its tokens is the most likely one, so that greedy decoding writes it.
 """
 
-import csv
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
-from pathlib import Path
 
 from .tasks import make_sample
 from .tokenizer import build_tokenizer
@@ -64,14 +62,6 @@ def evaluate(net, samples: list[tuple[str, int, int, Future]], max_batch_tokens:
                 predicted = net.logits(hidden[row, end - num_answer_tokens - 1 : end - 1]).argmax(dim=-1)
                 right = bool((predicted == tokens[row, end - num_answer_tokens : end]).all())
                 yield task, length, seed, right
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write evaluation rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def summarise(results: Iterable[tuple]) -> list[dict]:

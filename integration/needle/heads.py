@@ -10,16 +10,20 @@ A head's kind is the first of retrieval, local and sink whose mass is above one 
 """
 
 import argparse
-import csv
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from farspan.command import device, integers, make_folder, run_command
+from farspan.engine_ext.errors import ConfigError
+from farspan.tables import write_rows
 
 from .network import LOCAL_WINDOW, NeedleNet, load_network, rotate
-from .tasks import make_sample
+from .tasks import MIN_LENGTH, make_sample
 from .tokenizer import BOS, build_tokenizer
 
+PROGRAM = "python -m farspan.needle.heads"
 BLOCK = 128
 COLUMNS = (
     "length", "seed", "layer", "head", "kind", "local_mass", "sink_mass", "retrieval_mass", "density_95",
@@ -39,15 +43,6 @@ def head_report(net: NeedleNet, length: int, seed: int, num_query_blocks: int = 
             kind = _kind(local, sink, retrieval)
             rows.append(dict(zip(COLUMNS, (length, seed, layer, head, kind, *values), strict=True)))
     return rows
-
-
-def write_report(path: Path, rows: list[dict]) -> None:
-    """Write the rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @torch.no_grad()
@@ -137,23 +132,31 @@ def _kind(local: float, sink: float, retrieval: float) -> str:
     return "mixed"
 
 
-def main() -> None:
-    """Report on a needle model folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    """Report on a needle model folder; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--lengths", default="8192")
+    parser.add_argument("--lengths", type=integers, default="8192", help="prompt tokens, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report and print it. Raises ConfigError for a prompt that is too short."""
+    if min(args.lengths, default=0) < MIN_LENGTH:
+        raise ConfigError(f"lengths={list(args.lengths)}; prompts have at least {MIN_LENGTH} tokens")
+    make_folder(args.out.parent)
     # In bf16 on a GPU the layers' own attention needs no matrix of all scores, which beyond 32K tokens would not fit.
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net = load_network(args.model, args.device, dtype)
-    rows = [row for length in args.lengths.split(",") for row in head_report(net, int(length), args.seed)]
-    write_report(args.out, rows)
+    rows = [row for length in args.lengths for row in head_report(net, length, args.seed)]
+    write_rows(args.out, COLUMNS, rows)
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in COLUMNS))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -274,6 +274,12 @@ def _check(
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be one of float16, bfloat16 and float32")
     if not q.device == k.device == v.device:
         raise ValueError(f"devices {q.device}, {k.device}, {v.device}; they must be the same")
+    # Where Triton interprets, its kernels are no JITFunctions, and compute on the CPU too.
+    if q.device.type != "cuda" and isinstance(_clear_padding_kernel, triton.JITFunction):
+        raise ValueError(
+            f"device {q.device}; these kernels run on CUDA devices. Move q, k and v to one; for small shapes on a CPU, "
+            "set TRITON_INTERPRET=1 before triton is imported."
+        )
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         raise ValueError("the head_dim axis of q, k and v must be contiguous")
     if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.dtype not in (torch.int32, torch.int64)):

@@ -85,3 +85,11 @@ def test_a_base_with_other_results_is_refused(tmp_path: Path) -> None:
     run = run_cli("--base", str(ROOT), "--base-adapter", str(adapter), "--dry-run", "--kernels")
     assert run.returncode == 1
     assert "results differ by" in run.stderr
+
+
+@pytest.mark.parametrize("module", ["benchmarks.compare_worker", "benchmarks.engine_worker"])
+def test_what_runs_under_both_revisions_imports_neither(module: str) -> None:
+    """The `farspan` of a worker is that of the revision which it times, chosen by its PYTHONPATH."""
+    code = f"import sys, importlib; importlib.import_module({module!r}); print('farspan' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

@@ -161,7 +161,7 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
     return SimpleNamespace(
         additional_config={} if options is None else {"farspan": options},
         model_config=model_config,
-        cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
+        cache_config=SimpleNamespace(block_size=None, cache_dtype=changes.pop("cache_dtype", "auto")),
         parallel_config=parallel,
         speculative_config=changes.pop("speculative", None),
         kv_transfer_config=changes.pop("connector", None),
@@ -271,6 +271,14 @@ def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> Non
 )
 def test_keys_of_others_are_theirs(additional: dict[str, Any]) -> None:
     assert config_of(SimpleNamespace(additional_config=additional)) == parse_config(None)
+
+
+@pytest.mark.parametrize(
+    "other", [{"Farspan": {}}, {"farspan.gamma": 1}, {"prefill": {"method": "flex"}}, {"string": {}}]
+)
+def test_options_besides_ours_are_noticed(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"besides 'farspan'; .* Move it there, or remove it\."):
+        config_of(SimpleNamespace(additional_config={"farspan": {"prefill": {"method": "dense"}}, **other}))
 
 
 @pytest.mark.parametrize("kernel", ["triton", "fa3"])

@@ -1,5 +1,9 @@
 """`farspan.kernels.attention` against float32 attention with a mask."""
 
+import os
+import subprocess
+import sys
+
 import farspan.kernels
 import pytest
 import torch
@@ -221,3 +225,13 @@ def test_public_names():
         assert getattr(farspan.kernels, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = farspan.kernels.nothing
+
+
+def test_a_cpu_without_the_interpreter_is_refused_with_a_sentence() -> None:
+    code = (
+        "import torch\nfrom farspan.kernels import attention\nq = torch.zeros(1, 4, 2, 64)\n"
+        "try:\n    attention(q, q, q)\nexcept ValueError as error:\n    print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("device cpu; these kernels run on CUDA devices.")

@@ -4,20 +4,12 @@ import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
 from farspan.evaluation.evaluate import NEEDLE_DIR
+from farspan.evaluation.needle_answers import BlockGrids, Question, Variant, ask, overlap, sweep_row, to_question
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PagedNeedle
 
-from benchmarks.needle_training.sweep import (
-    BlockGrids,
-    Question,
-    Variant,
-    ask,
-    overlap,
-    paper_variants,
-    sweep_row,
-    to_question,
-)
+from benchmarks.needle_training.sweep import paper_variants
 
 
 @pytest.fixture(scope="module")
