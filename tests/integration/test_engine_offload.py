@@ -240,6 +240,19 @@ def test_first_decode_after_a_spill(make_llm: Callable[..., Any], stock_tokens: 
     assert min(state["spilled"], state["loaded"]) > 0
 
 
+def test_metrics(make_llm: Callable[..., Any]) -> None:
+    llm = make_llm(**offloading(20, disable_log_stats=False))
+    generate(llm, PROMPTS)
+    found = {each.name: each.value for each in llm.get_metrics() if each.name.startswith("vllm:farspan_offload_")}
+    told = {name.removeprefix("vllm:farspan_offload_"): value for name, value in found.items()}
+    page_bytes = LAYERS * 2 * HEAD_PAGE
+    assert told["slots"] == 20
+    assert told["host_pages"] == BLOCKS
+    assert told["bytes_to_host"] == offload_state(llm)["spilled"] * page_bytes > 0
+    assert told["bytes_from_host"] > 0
+    assert told["steps"] > told["steps_that_read"] > 0
+
+
 def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     """Each has one of the two heads, and both follow the same plan."""
     arguments = offloading(20, heads=1)
