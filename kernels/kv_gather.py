@@ -142,13 +142,13 @@ def _map_step_kernel(
         slot = tl.load(slot_of_ptr + block, mask=used, other=0)
         tl.store(entries_ptr + request * stride_entries + offs, tl.where(slot >= 0, slot, -1 - block), mask=used)
     else:
-        offs = (program - num_table_programs) * BLOCK + tl.arange(0, BLOCK)
-        used = offs < num_tokens
-        place = tl.load(slot_mapping_ptr + offs, mask=used, other=-1).to(tl.int64)
+        token = (program - num_table_programs) * BLOCK + tl.arange(0, BLOCK)
+        is_in_step = token < num_tokens
+        place = tl.load(slot_mapping_ptr + token, mask=is_in_step, other=-1).to(tl.int64)
         is_token = place >= 0
-        slot = tl.load(slot_of_ptr + place // PAGE_SIZE, mask=is_token, other=-1).to(tl.int64)
-        mapped = tl.where(slot >= 0, slot * PAGE_SIZE + place % PAGE_SIZE, -1)
-        tl.store(mapped_ptr + offs, mapped, mask=used)
+        slot_of_token = tl.load(slot_of_ptr + place // PAGE_SIZE, mask=is_token, other=-1).to(tl.int64)
+        mapped = tl.where(slot_of_token >= 0, slot_of_token * PAGE_SIZE + place % PAGE_SIZE, -1)
+        tl.store(mapped_ptr + token, mapped, mask=is_in_step)
 
 
 def move_pages(

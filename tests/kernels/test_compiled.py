@@ -24,3 +24,5 @@ def test_kernels_keep_their_registers() -> None:
     assert kernels["dense-d64"]["stack"] == 0
     # All registers are in use here, and one spilled number can cost more than 10 %.
     assert kernels["lists-d128"]["stack"] == 0
+    assert kernels["decode-both-pools"]["stack"] == 0
+    assert all(kernels[name]["stack"] == 0 for name in kernels if name.startswith(("map-", "move-", "stage-")))
