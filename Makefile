@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo demo-star test check format bench lock clean
 
 help:
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU), Ray and the development tools"
 	@echo "make demo    a question over a long prompt, vLLM's own attention next to ours"
+	@echo "make demo-star  one question over a long context on two hosts, exact and in blocks"
 	@echo "make test    the tests that this machine can run; ARGS='-k merge' goes to pytest"
 	@echo "make check   ruff and mypy; 'make format' mends what ruff can"
 	@echo "make bench   benchmarks on a GPU; ARGS='decode --out DIR', ARGS='--dry-run' without one"
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml requirements/cpu.lock requirements/dev.in tools/setup_e
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-star: $(STAMP)
+	$(BIN)/python examples/star_demo.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)

@@ -126,7 +126,7 @@ def prefill_fa3(batch: PagedBatch) -> OutCall | None:
 
 
 def prefill_flex(batch: PagedBatch, gamma: float) -> OutCall:
-    """Dynamic sparse prefill of one layer with the default options: select, attend, measure, repair."""
+    """Dynamic sparse prefill of one layer with the default options: select, attend."""
     return through_the_engine(batch, FlexPrefill(gamma=gamma), "triton")
 
 

@@ -18,7 +18,19 @@ from farspan.command import make_folder, run_command
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
 
 PROGRAM = "python -m benchmarks.run"
-MODULES = ("prefill_dense", "prefill_flex", "select", "decode", "ttft", "prefill_block_sparse", "string_e2e", "offload")
+MODULES = (
+    "prefill_dense",
+    "prefill_flex",
+    "select",
+    "decode",
+    "ttft",
+    "prefill_block_sparse",
+    "string_e2e",
+    "offload_decode",
+    "offload",
+    "star",
+    "star_accuracy",
+)
 
 
 def collect(folder: Path) -> int:

@@ -40,23 +40,19 @@ def record(recorder: Recorder, name: str, result: EngineResult, prompt_len: int,
 
 
 def record_selection(recorder: Recorder, name: str, result: EngineResult, prompt_len: int, label: str) -> None:
-    """Add density and kept mass per layer and head, after repair; nothing for prompts below the crossover."""
+    """Add density and kept mass per layer and head; nothing where a short prompt was dense."""
     rows = result.selection[str(prompt_len)]
     case = f"n{prompt_len}-b1-{label}"
     densities = [row["density"] for row in rows if row["chunks"]]
-    coverages = [row["coverage"] for row in rows if row["measured_rows"]]
+    coverages = [row["coverage"] for row in rows if row["coverage"] is not None]
     if densities:
         recorder.add("ttft", case, name, "density", "fraction", densities)
     if coverages:
         recorder.add("ttft", case, name, "coverage", "fraction", coverages)
-        chunks = sum(row["chunks"] for row in rows)
-        repaired = sum(row["repaired"] * row["chunks"] for row in rows) / chunks
         worst = [
-            f"layer {row['layer']} head {row['head']}: coverage {row['coverage']:.3f}, density {row['density']:.3f}, "
-            f"repaired {row['repaired']:.3f}"
+            f"layer {row['layer']} head {row['head']}: coverage {row['coverage']:.3f}, density {row['density']:.3f}"
             for row in sorted(rows, key=lambda row: row["coverage"])[:WORST_HEADS]
         ]
-        recorder.note(f"{name} n{prompt_len}: {repaired:.4f} of the heads' {chunks} chunks repaired")
         recorder.note(f"{name} n{prompt_len}: worst heads: {'; '.join(worst)}")
 
 

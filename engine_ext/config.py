@@ -15,6 +15,8 @@ MAX_TOKENS = 2**24
 MAX_BLOCKS = MAX_TOKENS // 128
 MAX_COVERAGE_ROWS = 64
 """Each row costs a decode step over its whole prefix."""
+MIN_TILE_ROWS_BUDGET = 512
+"""Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""
 
 CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
 FractionOfTrainedLen = Annotated[
@@ -25,6 +27,7 @@ MAX_HEADS = 1024
 """Upper bound of every option in KV heads of a layer."""
 
 Kernel = Literal["auto", "triton", "fa3"]
+Selection = Literal["tile_rows", "flexprefill"]
 Pattern = Literal["sink_local", "strided", "butterfly", "dilated", "file"]
 
 
@@ -41,28 +44,31 @@ class DensePrefill(Options, frozen=True, tag_field="method", tag="dense"):
 
 
 class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
-    """Dynamic sparse prefill: a pattern and a budget per head and per prompt. Source: FlexPrefill, arXiv 2502.20766."""
+    """Dynamic sparse prefill: a choice of blocks per head and per prompt."""
 
+    selection: Selection = "tile_rows"
+    """tile_rows: by the exact attention of sampled rows of every query tile; flexprefill: by patterns of a chunk's last
+    queries, as in FlexPrefill, arXiv 2502.20766."""
     gamma: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 0.9 for more speed")] = 0.95
     """Attention mass that the selected blocks must keep."""
     tau: Annotated[float, Real(0, 1, hint="0.1, or 0 to never choose by query")] = 0.1
-    """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
+    """flexprefill: query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
     min_budget: Annotated[int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024", besides=0)] = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them), rounded up to blocks of 128. The
     first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused."""
     max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
-    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma: no
-    head is computed again."""
+    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one per query head."""
     min_seq_len: CrossoverLen | None = None
-    """A chunk prefills densely while the prompt up to its end is shorter than this; None for the measured crossover.
-    With chunks of 2K tokens and 8192 here, the first three chunks of a 128K prompt are dense."""
+    """Prompts of fewer tokens than this prefill densely; None leaves it to what was measured, chunk by chunk: dense
+    where a chunk's selection and sparse attention would take longer than dense attention."""
     min_chunk_len: CrossoverLen | None = None
-    """Chunks with fewer query tokens than this prefill densely; None for the measured crossover."""
-    coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 4
-    """Query rows per chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
-    again over all keys, in the same chunk. 0 switches both off."""
+    """Chunks with fewer query tokens than this prefill densely; None as for `min_seq_len`. With a number for either
+    option, what was measured decides nothing."""
+    coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 0
+    """Query rows per chunk, other than those that chose the blocks, on which the kept mass is measured, for the
+    statistics of engines whose worker extension reads them; other engines measure nothing."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also where the two budgets contradict each other."""
@@ -73,6 +79,13 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
                 self.max_budget,
                 f"at least min_budget, which is {self.min_budget}",
                 "Raise max_budget or lower min_budget",
+            )
+        if self.selection == "tile_rows" and self.max_budget is not None and self.max_budget < MIN_TILE_ROWS_BUDGET:
+            refuse(
+                f"{path}.max_budget",
+                self.max_budget,
+                f"at least {MIN_TILE_ROWS_BUDGET} with selection 'tile_rows', which always reads a tile's neighbours",
+                f"Raise it to {MIN_TILE_ROWS_BUDGET}, or take selection 'flexprefill'",
             )
 
 
@@ -174,6 +187,15 @@ class OffloadOptions(Options, frozen=True):
         return tuple(count * per_rank // num_kv_heads for count in counts)
 
 
+class StarOptions(Options, frozen=True):
+    """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
+
+    timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
+    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+    graphs: bool = False
+    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts."""
+
+
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
 
 PREFILL_METHODS: dict[str, type[Options]] = {
@@ -200,6 +222,7 @@ class FarspanConfig(Options, frozen=True):
     string: StringOptions | None = None
     offload: OffloadOptions | None = None
     """None: all KV in GPU memory."""
+    star: StarOptions | None = None
 
     @property
     def changes_kv(self) -> bool:
@@ -247,6 +270,22 @@ def parse_config(raw: Any) -> FarspanConfig:
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
             )
+    if config.star is not None:
+        config.star.check(f"{ROOT}.star")
+        if config.string is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without string: both move positions, and a key would need two rotations at once",
+                "Leave out string, or serve the model on one host without star",
+            )
+        if config.offload is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without offload: the keys of a block are found in GPU memory alone",
+                "Leave out offload and spread the context over more hosts, or serve the model on one host without star",
+            )
     return config
 
 
@@ -268,11 +307,18 @@ def check_raw(raw: Any) -> None:
         check_numbers(path, PREFILL_METHODS[method], prefill)
         if method == "block_sparse":
             check_pattern_options(path, prefill)
+        if method == "flex":
+            check_selection_options(path, prefill)
     if raw.get("string") is not None:
         path = f"{ROOT}.string"
         check_mapping(path, raw["string"])
         check_known(path, raw["string"], StringOptions.__struct_fields__)
         check_numbers(path, StringOptions, raw["string"])
+    if raw.get("star") is not None:
+        path = f"{ROOT}.star"
+        check_mapping(path, raw["star"])
+        check_known(path, raw["star"], StarOptions.__struct_fields__)
+        check_numbers(path, StarOptions, raw["star"])
     if raw.get("offload") is not None:
         check_raw_offload(f"{ROOT}.offload", raw["offload"])
 
@@ -312,6 +358,15 @@ def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
                 f"only with pattern {' or '.join(readers)}; pattern is {pattern!r}",
                 f"Remove {name} or change the pattern",
             )
+
+
+def check_selection_options(path: str, prefill: Mapping[str, Any]) -> None:
+    """Refuse unknown ways to select, and options of flex that the chosen one does not read."""
+    selection = prefill.get("selection", "tile_rows")
+    if selection not in get_args(Selection):
+        refuse(f"{path}.selection", selection, one_of(get_args(Selection)), suggestion(selection, get_args(Selection)))
+    if selection == "tile_rows" and "tau" in prefill:
+        refuse(f"{path}.tau", prefill["tau"], "only with selection 'flexprefill'", "Remove tau or change the selection")
 
 
 def check_mapping(path: str, raw: Any) -> None:

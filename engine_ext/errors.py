@@ -3,7 +3,8 @@
 FarspanError
 ├── ConfigError               an option is unknown, malformed, out of range, or contradicts another
 ├── UnsupportedModelError     the model needs something the backend does not do (head size, sliding window, MLA, …)
-└── UnsupportedEngineError    an engine feature or version cannot work together with farspan
+├── UnsupportedEngineError    an engine feature or version cannot work together with farspan
+└── StarError                 a host of Star Attention is gone, late, or computes something else than the others
 
 Messages say what was wrong, what was given, what is allowed, and what to do.
 """
@@ -23,3 +24,7 @@ class UnsupportedModelError(FarspanError, ValueError):
 
 class UnsupportedEngineError(FarspanError, RuntimeError):
     """An engine feature, platform or version cannot work together with farspan."""
+
+
+class StarError(FarspanError, RuntimeError):
+    """A host of Star Attention is gone, late, or computes something else than the others; the message names it."""

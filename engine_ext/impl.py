@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.launch import Parts, attend, choose_dense_kernel, write_kv
+from farspan.engine_ext.launch import Parts, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
 from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -73,6 +74,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
 
         Where KV heads are cold, vLLM's pages hold the others, and `forward` writes the cold ones.
         """
+        if self.config.star is not None:
+            name = str(layer.layer_name)
+            step = step_of(name)
+            if step is not None:
+                key = at_true_positions(key, step.moved, step.layers[name].turns)
         if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
             num_hot_heads = kv_cache.shape[1]
             write_kv(key[:, :num_hot_heads], value[:, :num_hot_heads], kv_cache, slot_mapping)
@@ -105,6 +111,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         group = self.num_heads // self.num_kv_heads
         if step.cold is not None:
             step.cold.write(name, key, value)
+        query = at_true_positions(query, step.moved, context.turns)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = output[each.rows, heads]
@@ -118,3 +125,9 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             if each.part is not None:
                 parts.add(each, lse, out)
         return output
+
+
+def step_of(layer_name: str) -> StepMetadata | None:
+    """The metadata of the step that runs an attention layer; None while vLLM measures memory."""
+    metadata = get_forward_context().attn_metadata
+    return metadata.get(layer_name) if isinstance(metadata, dict) else None

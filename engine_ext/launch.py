@@ -3,26 +3,29 @@
 Every call writes its result in place and can give the log-sum-exp of its logits.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
-from farspan.engine_ext.config import FarspanConfig, FlexPrefill
+from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, LayerContext, Pass, SampledRows, Sparse
-from farspan.engine_ext.selection.methods import Chunks, SelectBlocks
-from farspan.engine_ext.selection.repair import heads_below_gamma
+from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
 from farspan.kernels.decode import DecodeWorkspace, paged_decode
 from farspan.kernels.flex import reference as flex_on_host
 from farspan.kernels.flex import select as flex_on_gpu
+from farspan.kernels.flex import tile_rows as tile_rows_on_gpu
+from farspan.kernels.flex import tile_rows_reference as tile_rows_on_host
 from farspan.kernels.flex.coverage import kept_share
 from farspan.kernels.kv_write import write_kv as write_kv_triton
 from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.reference import combine_partials as combine_partials_on_host
-from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.rotary_turn import Turn, apply_turn, turn_rows
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 FA3_MAX_HEAD_SIZE = 256
@@ -48,6 +51,9 @@ def attend(
     Returns the LSE, [num_q_heads, num_tokens] float32, natural log, -inf where a query sees no key.
     """
     turn, work = layer.turn if each.turns else None, each.work
+    if each.batch.max_kv_len == 0:
+        out.zero_()
+        return torch.full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32, device=query.device)
     if isinstance(work, Dense) and work.kernel == "fa3":
         assert turn is None
         return prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
@@ -72,29 +78,18 @@ def attend_sparse(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Select blocks, attend to them, measure what they kept, and compute again the heads that kept too little."""
+    """Select blocks and attend to them; where statistics ask for it, also measure what the blocks kept."""
     assert each.is_causal
-    chunks = Chunks(query, kv, each.batch, work.tiles, scale, turn)
+    chunks = Chunks(query, kv, each.batch, work.tiles, scale, turn, work.spans)
     lists = work.lists
     if lists is None:
         assert layer.selector is not None
-        lists = layer.selector.block_lists(work.prefill, chunks, flex_selection(query))
+        lists = layer.selector.block_lists(work.prefill, chunks, selections_of(query))
     prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, block_lists=lists)
-    if work.samples is None:
-        return
-    assert isinstance(work.prefill, FlexPrefill)
-    coverage = measure_coverage(query, kv, work.samples, scale, turn, lse).unflatten(1, (each.batch.num_reqs, -1))
-    below = None
-    if work.prefill.max_budget is None:
-        below = heads_below_gamma(coverage, work.prefill.gamma)
-        # Always launched: to check on the host whether any head is below would wait for the device.
-        prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, head_mask=below)
     stats = layer.selector.stats if layer.selector is not None else None
-    if stats is not None:
-        if below is not None:
-            stats.add_repair(below, work.tiles, chunks.q_heads)
-            coverage = coverage.masked_fill(below[..., None], 1.0)
-        stats.add_coverage(coverage, chunks.q_heads)
+    if stats is not None and work.samples is not None:
+        coverage = measure_coverage(query, kv, work.samples, scale, turn, lse)
+        stats.add_coverage(coverage.unflatten(1, (each.batch.num_reqs, -1)), chunks.q_heads)
 
 
 def measure_coverage(
@@ -217,9 +212,13 @@ def prefill_fa3(
     return lse
 
 
-def flex_selection(query: torch.Tensor) -> SelectBlocks:
-    """The dynamic selection of a tensor's device."""
-    return flex_on_host.flex_block_lists if is_on_host(query) else flex_on_gpu.flex_block_lists
+ON_HOST = DeviceSelections(flex_on_host.flex_block_lists, tile_rows_on_host.tile_row_lists)
+ON_GPU = DeviceSelections(flex_on_gpu.flex_block_lists, tile_rows_on_gpu.tile_row_lists)
+
+
+def selections_of(query: torch.Tensor) -> DeviceSelections:
+    """The dynamic selections of a tensor's device."""
+    return ON_HOST if is_on_host(query) else ON_GPU
 
 
 class Parts:
@@ -241,12 +240,25 @@ class Parts:
         assert each.part.index == len(self.lses) - 1, "the passes of a set follow each other"
         if len(self.lses) < each.part.count:
             return
-        part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
-        if is_on_host(out):
-            out.copy_(combine_partials_on_host(part_out.float(), part_lse)[0])
-        else:
-            combine_partials(part_out, part_lse, out=out, lse=torch.empty_like(lse))
+        part_out, part_lse = self.outs[0][None], self.lses[0][None]
+        if each.part.count > 1:
+            part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
+        if each.part.exchange is not None:
+            if each.part.count > 1:
+                combine(part_out, part_lse, self.outs[0], self.lses[0])
+            part_out, part_lse = each.part.exchange.gather(self.outs[0], self.lses[0])
+        combine(part_out, part_lse, out, torch.empty_like(lse))
         self.outs, self.lses = [], []
+
+
+def combine(part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Combine partial attention of the same queries into `out` and `lse`; arguments as in `combine_partials`."""
+    if is_on_host(out):
+        combined_out, combined_lse = combine_partials_on_host(part_out.float(), part_lse)
+        out.copy_(combined_out)
+        lse.copy_(combined_lse)
+    else:
+        combine_partials(part_out, part_lse, out=out, lse=lse)
 
 
 def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> DenseKernel:
@@ -283,6 +295,27 @@ def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
     except ImportError as error:
         return f"this vLLM has no FlashAttention ({error})"
     return None if is_fa_version_supported(3) else "FlashAttention 3 needs an NVIDIA Hopper GPU and vLLM's build of it"
+
+
+def at_true_positions(
+    heads: torch.Tensor, moved: Sequence[tuple[slice, int | None]], turns: Turns | None
+) -> torch.Tensor:
+    """Rotate the rows that do not stand at their true positions; the input stays as it is.
+
+    heads: [num_tokens, num_heads, head_dim], queries or keys of a step. moved: (rows, distance in tokens), ascending;
+    None: each row by its own angle in `turns.rows`. Returns `heads` itself where nothing moves.
+    """
+    if not moved:
+        return heads
+    assert turns is not None, "a layer of an engine with star has its turns"
+    out = heads.clone()
+    for rows, distance in moved:
+        turn = turns.of(distance) if distance is not None else turns.of_rows(rows)
+        if is_on_host(heads):
+            out[rows] = apply_turn(heads[rows], turn)
+        else:
+            turn_rows(heads[rows], turn, out=out[rows])
+    return out
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,8 @@ from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.masks import load_mask, mask_of_layer
 from farspan.engine_ext.selection.methods import FlexSelector, MaskSelector, Selector
 from farspan.engine_ext.selection.stats import SelectionStats
-from farspan.engine_ext.string import string_turn_for_layer
+from farspan.engine_ext.star.positions import Turns, share_turns
+from farspan.engine_ext.string import rotary_source, string_turn_for_layer
 from farspan.kernels.block_patterns import mask_rows
 from farspan.kernels.tiles import BlockLists
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -32,13 +33,17 @@ def make_layer_contexts(
     indices = {name: extract_layer_index(name) for name in layer_names}
     order = sorted(indices.values())
     following: dict[int, int | None] = dict(pairwise(order))
+    turns: Mapping[str, Turns] = {}
+    if config.star is not None:
+        source, model = rotary_source(), model_of()
+        turns = share_turns({name: source.rotation_of_layer(model, name, "star") for name in layer_names}, device)
     contexts = {}
     for name, index in indices.items():
         turn = None
         if config.string is not None:
             turn = string_turn_for_layer(model_of(), vllm_config, name, config.string)
         selector = make_selector(vllm_config, config, index, device)
-        contexts[name] = LayerContext(index, following.get(index), turn, selector)
+        contexts[name] = LayerContext(index, following.get(index), turn, selector, turns.get(name))
     return contexts
 
 

@@ -4,26 +4,34 @@ The batch is split by one rule: the leading requests with at most one query toke
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
-from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Pass, SampledRows, Sparse, StepMetadata
+from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Part, Pass, SampledRows, Sparse, StepMetadata
 from farspan.engine_ext.requests import source_of
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
+from farspan.engine_ext.selection.methods import TILE_ROWS_RULE
 from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
+from farspan.engine_ext.star.exchange import Exchange, exchange_of
+from farspan.engine_ext.star.exchange import current as current_exchange
+from farspan.engine_ext.star.lockstep import LockstepBuffers
+from farspan.engine_ext.star.pieces import Piece, batch_of, cut_chunk, digest_of, moved_rows
+from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.support import config_of
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
 from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace
 from farspan.kernels.flex.coverage import sample_places
+from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
-from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -42,14 +50,23 @@ def count_decodes(query_lens: list[int]) -> int:
     return len(query_lens)
 
 
-def effective_prefill(prefill: Prefill, query_len: int, kv_len: int) -> Prefill:
-    """How a chunk prefills: densely where flex would gain nothing over its prefix or its length."""
-    if isinstance(prefill, FlexPrefill):
-        min_seq_len = FLEX_MIN_SEQ_LEN if prefill.min_seq_len is None else prefill.min_seq_len
-        min_chunk_len = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
-        if kv_len < min_seq_len or query_len < min_chunk_len:
-            return DensePrefill()
-    return prefill
+def effective_prefill(
+    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
+) -> Prefill:
+    """How a chunk prefills: densely where flex would not pay.
+
+    kv_len: keys up to the chunk's end; prompt_len: tokens of the whole prompt, None where nobody knows.
+    size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
+    batch.
+    """
+    if not isinstance(prefill, FlexPrefill):
+        return prefill
+    if prefill.min_seq_len is None and prefill.min_chunk_len is None:
+        is_sparse = sparse_pays(size, query_len, kv_len)
+    else:
+        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
+        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
+    return prefill if is_sparse else DensePrefill()
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,11 @@ class PassMaker:
     def kv_heads(self) -> slice:
         return slice(self.first_kv_head, self.first_kv_head + self.num_kv_heads)
 
-    def decode(self, batch: PagedBatch) -> Pass:
-        """The pass of requests [0, batch.num_reqs), which own the first rows of the step."""
+    def decode(self, batch: PagedBatch, first_row: int = 0) -> Pass:
+        """The pass of requests with one row each, the first of them `first_row` of the step."""
         splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
         return Pass(
-            rows=slice(0, batch.num_reqs),
+            rows=slice(first_row, first_row + batch.num_reqs),
             kv_heads=self.kv_heads,
             batch=batch,
             work=Decode(splits, self.workspace),
@@ -104,10 +121,13 @@ class PassMaker:
         else:
             block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
             tiles = make_prefill_tiles(query_start_loc, chunk_ends, block_size, self.device)
-            samples = None
-            if isinstance(prefill, FlexPrefill) and prefill.coverage_rows > 0:
-                samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
-            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples)
+            samples = spans = None
+            if isinstance(prefill, FlexPrefill):
+                if prefill.coverage_rows > 0:
+                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
+                if prefill.selection == "tile_rows":
+                    spans = make_spans(query_start_loc, chunk_ends, tiles, TILE_ROWS_RULE)
+            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples, spans)
         return Pass(
             rows=slice(first_row, first_row + query_start_loc[-1]),
             kv_heads=self.kv_heads,
@@ -115,6 +135,22 @@ class PassMaker:
             work=work,
             turns=turns,
         )
+
+    def star(self, prefill: Prefill, pieces: list[Piece], batch: PagedBatch) -> Pass:
+        """The pass of pieces with adjacent rows, all in one phase; those of phase 2 leave out the exchange."""
+        first_row = pieces[0].first_row
+        is_causal = pieces[0].segment.is_causal
+        if all(piece.query_len == 1 for piece in pieces):
+            made = self.decode(batch, first_row)
+        else:
+            starts = list(accumulate((piece.query_len for piece in pieces), initial=0))
+            ends = [piece.chunk_end for piece in pieces]
+            # FlashAttention 3 leaves undefined what a query without keys gives.
+            maker = self
+            if self.dense_kernel == "fa3" and any(piece.kv_len == 0 for piece in pieces):
+                maker = replace(self, dense_kernel="triton")
+            made = maker.prefill(prefill, batch, starts, ends, first_row, turns=False)
+        return replace(made, is_causal=is_causal)
 
     def sample(
         self, batch: PagedBatch, query_start_loc: list[int], chunk_ends: list[int], rows_per_request: int
@@ -241,6 +277,19 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         num_hot_heads = num_kv_heads
         if self.cold is not None:
             (num_hot_heads,) = {self.cold.layers[name].hot_heads for name in layer_names}
+        num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.size = AttentionSize(num_q_heads, kv_cache_spec.head_size)
+        self.page_size: int = kv_cache_spec.block_size
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.bytes_per_row = 0
+        self.lockstep: LockstepBuffers | None = None
+        if self.config.star is not None:
+            self.bytes_per_row = num_q_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
+            if decodes_in_graphs(self.config):
+                distinct = {id(layer.turns): layer.turns for layer in self.layers.values() if layer.turns is not None}
+                max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+                max_pages = -(-self.max_model_len // self.page_size)
+                self.lockstep = LockstepBuffers(max_num_reqs, max_pages, list(distinct.values()), device)
         num_sms = num_multiprocessors(device)
         workspace = None
         if device.type != "cpu":
@@ -265,6 +314,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             has_turn=self.turn is not None,
             device=device,
         )
+        self.maker = maker
+        """Of the hot heads, which are all where none is cold."""
         self.hot_maker = maker if num_hot_heads > 0 else None
         self.cold_maker = None
         if self.cold is not None:
@@ -272,12 +323,26 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         # In the order in which they run, for what is staged ahead.
         self.names = sorted(layer_names, key=lambda name: self.layers[name].index)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs on a host of Star Attention only where all of its decode steps are steps of all hosts."""
+        config = config_of(vllm_config)
+        if config.star is not None and not decodes_in_graphs(config):
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         """Split the batch; common_prefix_len and fast_build are vLLM's and unused."""
         common = common_attn_metadata
         assert common.causal is True, "the backend refuses non-causal attention at start-up"
+        if self.config.star is not None:
+            shards = self.requests.shards(common)
+            if self.lockstep is not None and common.max_query_len <= 1:
+                return self.build_lockstep(common, shards)
+            if any(shard is not None for shard in shards):
+                return self.build_star(common, shards)
         num_decodes, chunks = common.num_reqs, None
         if common.max_query_len > 1:
             query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
@@ -292,20 +357,131 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             self.cold.map_step(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
             of_cold, cold = self.cold_passes(self.cold, self.cold_maker, common, num_decodes, chunks)
             passes += of_cold
-        return StepMetadata(tuple(passes), self.layers, self.requests.plan(), cold)
+        return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan(), cold=cold)
 
-    def chunks_of(self, common: CommonAttentionMetadata, num_decodes: int, query_start_loc: list[int]) -> "HostChunks":
-        """What the host knows of the requests that prefill."""
+    def decode_pass(self, common: CommonAttentionMetadata, first: int, last: int) -> Pass:
+        """The pass of requests [first, last) with one token each, which own the rows of their numbers."""
+        starts = common.query_start_loc[first : last + 1]
+        starts = starts if first == 0 else starts - first
+        batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
+        return self.maker.decode(batch, first)
+
+    def build_star(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+        """A step with requests of Star Attention, and others beside them."""
+        query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        assert common.seq_lens_cpu_upper_bound is not None
+        kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        query_lens = [end - start for start, end in pairwise(query_start_loc)]
+        num_decodes = count_decodes(query_lens)
+        passes: list[Pass] = []
+        moved: list[tuple[slice, int]] = []
+
+        def kind(request: int) -> tuple[bool, bool]:
+            is_star = shards[request] is not None
+            return is_star, not is_star and request < num_decodes
+
+        for (is_star, is_decode), members in groupby(range(common.num_reqs), key=kind):
+            run = list(members)
+            first, last = run[0], run[-1] + 1
+            if is_decode:
+                passes.append(self.decode_pass(common, first, last))
+                continue
+            if not is_star:
+                chunks = self.chunks_of(common, first, query_start_loc, last)
+                passes += self.passes_of(self.maker, common, common.block_table_tensor, 0, chunks)
+                continue
+            pieces: list[Piece] = []
+            for request in run:
+                shard, row = shards[request], query_start_loc[request]
+                assert shard is not None
+                begin, end = kv_lens[request] - query_lens[request], kv_lens[request]
+                pieces += cut_chunk(request, row, shard, begin, end)
+                moved += moved_rows(row, shard, begin, end)
+            passes += self.star_passes(common, pieces)
+        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan())
+
+    def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+        """A step of one token a request on all hosts, from buffers that captured graphs read.
+
+        Without any request it is one that vLLM warms up or captures. Raises StarError for one that other hosts would
+        not take part in.
+        """
+        assert self.lockstep is not None
+        exchange = current_exchange()
+        assert exchange is not None
+        num_rows = common.num_reqs
+        pieces: list[Piece] = []
+        if any(shard is not None for shard in shards):
+            assert common.seq_lens_cpu_upper_bound is not None
+            kv_lens = common.seq_lens_cpu_upper_bound[:num_rows].tolist()
+            query_start_loc = common.query_start_loc_cpu[: num_rows + 1].tolist()
+            for request, shard in enumerate(shards):
+                # Padding comes last, without a token, and may name any request.
+                if shard is None or query_start_loc[request] == query_start_loc[request + 1]:
+                    break
+                pieces += cut_chunk(request, request, shard, kv_lens[request] - 1, kv_lens[request])
+            alone = next((piece for piece in pieces if not piece.segment.is_query), None)
+            if alone is not None or query_start_loc[len(pieces)] < query_start_loc[-1]:
+                raise StarError(
+                    "a step of one token that other hosts do not take part in, on a host that decodes in graphs. Set "
+                    "max_num_batched_tokens to a multiple of the page size."
+                )
+            exchange_of(pieces[0].shard.num_hosts, pieces[0].shard.rank)
+            exchange.agree(digest_of(pieces))
+            self.count_bytes(exchange, len(pieces))
+        self.lockstep.fill(pieces, num_rows, common.block_table_tensor, self.page_size)
+        made = self.maker.decode(self.lockstep.batch(num_rows, self.max_model_len))
+        return StepMetadata(
+            (replace(made, part=Part(0, 1, exchange)),),
+            self.layers,
+            ((slice(0, num_rows), None),),
+            self.requests.plan(),
+        )
+
+    def count_bytes(self, exchange: Exchange, num_rows: int) -> None:
+        """Note what a step's exchanges of all layers bring from the other hosts."""
+        exchange.num_bytes += num_rows * self.bytes_per_row * len(self.layers) * (exchange.num_hosts - 1)
+
+    def star_passes(self, common: CommonAttentionMetadata, pieces: list[Piece]) -> list[Pass]:
+        """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
+        prefills = self.requests.prefills(common)
+
+        def kind(piece: Piece) -> tuple[Prefill, bool, int, int]:
+            shard = piece.shard
+            if piece.segment.is_query:
+                return DensePrefill(), True, shard.num_hosts, shard.query_host
+            prefill = effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len, None, self.size)
+            return prefill, False, 0, 0
+
+        passes = []
+        for (prefill, is_query, num_hosts, _), members in groupby(pieces, key=kind):
+            run = list(members)
+            batch = batch_of(run, common.block_table_tensor, self.page_size)
+            made = self.maker.star(prefill, run, batch)
+            exchange = exchange_of(num_hosts, run[0].shard.rank) if is_query else None
+            if exchange is not None:
+                exchange.agree(digest_of(run))
+                self.count_bytes(exchange, sum(piece.query_len for piece in run))
+                made = replace(made, part=Part(0, 1, exchange))
+            passes.append(made)
+        return passes
+
+    def chunks_of(
+        self, common: CommonAttentionMetadata, first: int, query_start_loc: list[int], last: int | None = None
+    ) -> "HostChunks":
+        """What the host knows of the requests [first, last or num_reqs), which prefill."""
         # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which is refused).
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
-        prefills = self.requests.prefills(common)
-        rows = [request for request in range(num_decodes, common.num_reqs) if query_lens[request] > 0]
+        prefills, prompt_lens = self.requests.prefills(common), self.requests.prompt_lens(common)
+        rows = [request for request in range(first, last or common.num_reqs) if query_lens[request] > 0]
         missing = self.requests.missing(common) if self.cold is not None else [False] * common.num_reqs
         kinds = {
             request: ChunkKind(
-                effective_prefill(prefills[request], query_lens[request], kv_lens[request]),
+                effective_prefill(
+                    prefills[request], query_lens[request], kv_lens[request], prompt_lens[request], self.size
+                ),
                 self.turn is not None and self.turn.reaches(kv_lens[request] - 1),
                 bool(missing[request]),
             )
@@ -377,6 +553,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if staged:
             turn = cache.staged_turn(self.names, staged, is_alone=len(self.names) == len(cache.layers))
         return passes, CacheStep(cache, len(common.slot_mapping), turn)
+
+
+def decodes_in_graphs(config: FarspanConfig) -> bool:
+    """Whether every step with one token a request is one of all hosts, so that graphs can hold their exchange."""
+    return config.star is not None and config.star.graphs and current_exchange() is not None
 
 
 def requests_of(

@@ -9,8 +9,11 @@ from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
 from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from vllm.v1.attention.backend import AttentionMetadata
@@ -56,7 +59,9 @@ class Sparse:
     lists: BlockLists | None
     """Lists that all heads and layers share; None where the layer's selector makes them."""
     samples: SampledRows | None
-    """Where the kept mass is measured; None where nothing is."""
+    """Where the kept mass is measured beside the selection; None where nothing is."""
+    spans: Spans | None = None
+    """Where selection by tile rows looks; None for the other selections."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Part:
     index: int
     """In [0, count). The passes of a set follow each other; the last one combines them."""
     count: int
+    exchange: Exchange | None = None
+    """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class LayerContext:
     turn: Turn | None
     selector: Selector | None
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
+    turns: Turns | None = None
+    """Take queries and keys to their true positions; None without the option star."""
 
 
 class ColdStep(Protocol):
@@ -134,6 +143,9 @@ class StepMetadata(AttentionMetadata):
     passes: tuple[Pass, ...]
     layers: Mapping[str, LayerContext]
     """By the name of the layer."""
+    moved: tuple[tuple[slice, int | None], ...] = ()
+    """Rows of the step that stand elsewhere than where vLLM rotated them, with the distance to add, in tokens; None
+    where each row has its own in the layers' turns."""
     plan: StepPlan | None = None
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""
     cold: ColdStep | None = None

@@ -17,6 +17,8 @@ from farspan.engine_ext.config import (
 )
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.star.shard import NAME as STAR
+from farspan.engine_ext.star.shard import StarShard, decode_shard
 
 if TYPE_CHECKING:
     from farspan.engine_ext.offload.cache import ColdCache
@@ -30,6 +32,14 @@ class RequestSource(Protocol):
 
     def prefills(self, common_attn_metadata: Any) -> Sequence[Prefill]:
         """How each request of a batch prefills, in batch order; the engine's own for padding and dummy rows."""
+        ...
+
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        ...
+
+    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+        """What each request of a batch is to Star Attention, in batch order; None for ordinary requests and padding."""
         ...
 
     def plan(self) -> StepPlan | None:
@@ -80,7 +90,7 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
     Raises ConfigError naming the override, the value given, what is allowed and what to do.
     """
     extra_args = extra_args or {}
-    overrides = {name: extra_args[name] for name in names_like_ours(extra_args)}
+    overrides = {name: extra_args[name] for name in names_like_ours(extra_args) if name != STAR}
     if not overrides:
         return config.prefill
     for name, value in overrides.items():
@@ -94,6 +104,26 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
     if "farspan.gamma" in overrides:
         prefill = prefill_by_gamma(prefill, overrides["farspan.gamma"])
     return prefill
+
+
+def shard_of_request(
+    config: FarspanConfig, extra_args: Mapping[str, Any] | None, page_size: int, prompt_len: int | None = None
+) -> StarShard | None:
+    """A host's share of a request's context; None for an ordinary request.
+
+    page_size: tokens of a page of the engine's KV cache; prompt_len: of the request, where it is known.
+    Raises ConfigError.
+    """
+    if not extra_args or STAR not in extra_args:
+        return None
+    if config.star is None:
+        raise ConfigError(
+            f"{STAR}; allowed: only in an engine that was started with the option star. Use farspan.star.StarLLM, "
+            "which starts such engines."
+        )
+    shard = decode_shard(extra_args[STAR])
+    shard.check(page_size, prompt_len)
+    return shard
 
 
 def prefill_by_method(prefill: Prefill, method: Any) -> Prefill:
@@ -124,7 +154,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None)
+    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None, star=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

@@ -8,7 +8,10 @@ from farspan.engine_ext.config import StringOptions
 from farspan.engine_ext.errors import ConfigError
 from farspan.kernels.rotary_turn import Turn, make_string_turn
 
-INSTEAD = "Leave out the option string."
+
+def instead(option: str) -> str:
+    """What to do where a model's positions cannot be shifted."""
+    return f"Leave out the option {option}."
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Rotation:
 class RotarySource(Protocol):
     """What is to be known of a model's rotary positions; told by whoever knows the engine's models."""
 
-    def check_rotary(self, model_config: Any) -> None:
+    def check_rotary(self, model_config: Any, option: str = "string") -> None:
         """Raise UnsupportedModelError where the model's configuration shows that they cannot be shifted exactly."""
         ...
 
@@ -32,7 +35,7 @@ class RotarySource(Protocol):
         """Tokens that the model was trained at; None where its checkpoint does not say."""
         ...
 
-    def rotation_of_layer(self, model: torch.nn.Module, layer_name: str) -> Rotation:
+    def rotation_of_layer(self, model: torch.nn.Module, layer_name: str, option: str = "string") -> Rotation:
         """Of one attention layer of a loaded model. Raises UnsupportedModelError where they cannot be shifted."""
         ...
 

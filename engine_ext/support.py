@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
-from farspan.engine_ext.string import check_string
+from farspan.engine_ext.string import check_string, rotary_source
 
 OPTIONS_KEY = "farspan"
 HEAD_SIZES = (64, 96, 128, 256)
@@ -194,6 +194,8 @@ def check_options(config: FarspanConfig, model_config: Any, device_type: str) ->
     choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)
     if config.string is not None:
         check_string(model_config, config.string)
+    if config.star is not None:
+        rotary_source().check_rotary(model_config, "star")
     if isinstance(config.prefill, BlockSparsePrefill) and config.prefill.mask_file is not None:
         check_mask_file(config.prefill.mask_file, config.prefill.block_size, model_config)
 
@@ -221,6 +223,17 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
         if size > 1:
             raise UnsupportedEngineError(
                 f"{name}={size}; farspan supports 1. Use --tensor-parallel-size to spread a model over GPUs."
+            )
+    if config.star is not None:
+        size = parallel.world_size
+        if size > 1:
+            raise UnsupportedEngineError(
+                f"star in an engine of {size} GPUs; farspan supports one GPU for each host. Give StarLLM more hosts."
+            )
+        if vllm_config.kv_transfer_config is not None:
+            raise UnsupportedEngineError(
+                "star together with a KV connector, which cannot tell a block's KV from exact KV. Leave out "
+                "--kv-transfer-config."
             )
     if vllm_config.speculative_config is not None:
         method = vllm_config.speculative_config.method

@@ -15,10 +15,11 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPref
 from farspan.engine_ext.launch import attend, write_kv
 from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, Pass
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import SplitPlan
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.tiles import to_device
-from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS, FLEX_MIN_CHUNK_LEN
+from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS
 
 BLOCK_TABLE_TOKENS = 128
 """vLLM's block tables have room for a multiple of so many tokens."""
@@ -39,12 +40,14 @@ class WarmUpCase:
     """Keys up to the end of the chunk."""
 
 
-def warm_up_cases(prefill: Prefill, maker: PassMaker, *, max_model_len: int, max_chunk_len: int) -> list[WarmUpCase]:
+def warm_up_cases(
+    prefill: Prefill, size: AttentionSize, maker: PassMaker, *, max_model_len: int, max_chunk_len: int
+) -> list[WarmUpCase]:
     """The cases of an engine, each once.
 
-    prefill: the engine's; a request may choose dense prefill instead. max_chunk_len: most query tokens of a request in
-    one step. Kernels differ by whether a turn reaches the queries, by the power of two of the tokens of a tile, of the
-    splits of a decode and, where blocks are selected, of the blocks of the prompt.
+    prefill: the engine's; a request may choose dense prefill instead. size: of the layers. max_chunk_len: most query
+    tokens of a request in one step. Kernels differ by whether a turn reaches the queries, by the power of two of the
+    tokens of a tile, of the splits of a decode and, where blocks are selected, of the blocks of the prompt.
     """
     max_chunk_len = min(max_chunk_len, max_model_len)
     turning = (False, True) if maker.has_turn else (False,)
@@ -58,27 +61,27 @@ def warm_up_cases(prefill: Prefill, maker: PassMaker, *, max_model_len: int, max
             continue
         cases += [
             WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)
-            for query_len, kv_len in chunk_shapes(each, max_model_len, max_chunk_len)
+            for query_len, kv_len in chunk_shapes(each, size, max_model_len, max_chunk_len)
         ]
     return cases
 
 
-def chunk_shapes(prefill: Prefill, max_model_len: int, max_chunk_len: int) -> Iterator[tuple[int, int]]:
+def chunk_shapes(
+    prefill: Prefill, size: AttentionSize, max_model_len: int, max_chunk_len: int
+) -> Iterator[tuple[int, int]]:
     """Query tokens and keys of chunks that prefill this way, and that compile different kernels."""
     block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
     query_lens = [min(query_len, max_chunk_len) for query_len in powers_of_two(min(block_size, max_chunk_len))]
     if not isinstance(prefill, FlexPrefill):
         yield from ((query_len, query_len) for query_len in query_lens)
         return
-    fewest = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
-    query_lens = [query_len for query_len in query_lens if query_len >= fewest] or [min(fewest, max_chunk_len)]
+    # Tile shapes depend on the chunk alone, the widths of selection on the prompt alone.
+    shapes = [(query_len, max_model_len) for query_len in query_lens]
     num_blocks = powers_of_two(-(-max_model_len // block_size))
     kv_lens = [min(blocks * block_size, max_model_len) for blocks in num_blocks]
-    # Tile shapes depend on the chunk alone, the widths of selection on the prompt alone.
-    shapes = [(query_len, max(max_model_len, query_len)) for query_len in query_lens]
-    shapes += [(query_lens[-1], kv_len) for kv_len in kv_lens]
+    shapes += [(min(max_chunk_len, kv_len), kv_len) for kv_len in kv_lens]
     for query_len, kv_len in dict.fromkeys(shapes):
-        if query_len <= kv_len and effective_prefill(prefill, query_len, kv_len) == prefill:
+        if effective_prefill(prefill, query_len, kv_len, max_model_len, size) == prefill:
             yield query_len, kv_len
 
 
@@ -92,6 +95,7 @@ class WarmUp:
     """Runs the cases of the layers of one builder that compile the same kernels, on the pages of one of them."""
 
     prefill: Prefill
+    size: AttentionSize
     maker: PassMaker
     layer: LayerContext
     view: KVView
@@ -108,7 +112,7 @@ class WarmUp:
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
         return warm_up_cases(
-            self.prefill, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
+            self.prefill, self.size, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
         )
 
     def run(self, case: WarmUpCase) -> None:
@@ -162,6 +166,7 @@ def warm_ups_of(
     return [
         WarmUp(
             prefill=builder.config.prefill,
+            size=builder.size,
             maker=maker,
             layer=builder.layers[layer_name],
             view=view,

@@ -6,7 +6,13 @@ vLLM loads the plugin by its entry point; what is exported here checks options a
 from importlib import metadata
 
 from farspan.engine_ext.config import FarspanConfig, parse_config
-from farspan.engine_ext.errors import ConfigError, FarspanError, UnsupportedEngineError, UnsupportedModelError
+from farspan.engine_ext.errors import (
+    ConfigError,
+    FarspanError,
+    StarError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+)
 
 __version__ = metadata.version("farspan")
 
@@ -14,6 +20,7 @@ __all__ = [
     "ConfigError",
     "FarspanConfig",
     "FarspanError",
+    "StarError",
     "UnsupportedEngineError",
     "UnsupportedModelError",
     "__version__",

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(subcommands)
     add_plan_command(subcommands)
     add_doctor_command(subcommands)
+    _add_star(subcommands)
     return parser
 
 
@@ -138,6 +139,61 @@ def _run_report(arguments: argparse.Namespace) -> int:
     )
     print("written:", run_report(settings))
     return 0
+
+
+def _add_star(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "star",
+        help="one question about a long context, spread over several hosts (Star Attention)",
+        description="Read a context on several hosts at once, each with a GPU (or a share of this CPU), and answer a "
+        "query about it. Starts Ray on this machine, or joins the cluster of --address or RAY_ADDRESS. With the "
+        "bundled model and no --context, a generated question is asked.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
+    add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
+    add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
+    add("--query", help="what is asked about it")
+    add("--length", type=int, default=2048, help="tokens of the generated question")
+    add("--max-tokens", type=int, default=64, help="most new tokens")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--block-len", type=int, help="tokens of a block; a quarter of the context or less if left out")
+    add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
+    add("--address", help="of a Ray cluster")
+    add(
+        "--strategy",
+        choices=["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"],
+        default="PACK",
+        help="how Ray places hosts over machines",
+    )
+    add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    parser.set_defaults(run=_run_star)
+
+
+def _run_star(arguments: argparse.Namespace) -> int:
+    from farspan.star.command import StarCommand, run_star
+
+    return run_star(
+        StarCommand(
+            model=arguments.model,
+            hosts=arguments.hosts,
+            context=arguments.context,
+            query=arguments.query,
+            length=arguments.length,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            block_len=arguments.block_len,
+            anchor_len=arguments.anchor_len,
+            timeout_s=arguments.timeout,
+            address=arguments.address,
+            strategy=arguments.strategy,
+            options=arguments.options,
+            engine=arguments.engine_args,
+        )
+    )
 
 
 def _paths(text: str) -> tuple[Path, ...]:

@@ -83,5 +83,8 @@ class KVView:
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""
-        key, value = self.pages.split(self.head_dim, dim=-1)
-        return key, value
+        return self.keys(), self.pages.narrow(3, self.head_dim, self.head_dim)
+
+    def keys(self) -> torch.Tensor:
+        """[num_pages, num_kv_heads, page_size, head_dim], a view."""
+        return self.pages.narrow(3, 0, self.head_dim)

@@ -6,6 +6,7 @@ turned query.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -227,25 +228,40 @@ def has_row_view(*caches: torch.Tensor) -> bool:
 
     It needs strides of pages and heads that are multiples of a row's, 16-byte alignment, and row numbers in 32 bits.
     """
-    for cache in caches:
-        stride_page, stride_head, stride_token, _ = cache.stride()
-        if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
-            return False
-        if cache.data_ptr() % 16 or stride_token * cache.element_size() % 16:
-            return False
-        if num_rows(cache) >= 2**31:
-            return False
-    return True
+    return all(
+        cache.data_ptr() % 16 == 0 and 0 < num_rows(cache.shape, cache.stride(), cache.element_size()) < 2**31
+        for cache in caches
+    )
 
 
-def num_rows(cache: torch.Tensor) -> int:
-    """Rows of `cache.stride(2)` elements from the first token of a cache to its last."""
-    last = sum((size - 1) * stride for size, stride in zip(cache.shape[:3], cache.stride()[:3], strict=True))
-    return last // cache.stride(2) + 1
+@lru_cache
+def num_rows(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> int:
+    """Rows of a token's stride from the first token of a cache to its last; 0 where it does not lie in such rows."""
+    stride_page, stride_head, stride_token, _ = strides
+    if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
+        return 0
+    if stride_token * element_size % 16:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(shape[:3], strides[:3], strict=True))
+    return last // stride_token + 1
 
 
 def row_descriptor(cache: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """The copy engine's view of a cache as [num_rows, head_dim]; reads outside of it give zero."""
-    return TensorDescriptor(
-        cache, shape=[num_rows(cache), cache.shape[3]], strides=[cache.stride(2), 1], block_shape=[block_n, block_d]
-    )
+    """The copy engine's view of a cache as [num_rows, head_dim]; reads outside of it give zero.
+
+    cache: with a row view.
+    """
+    descriptor = object.__new__(TensorDescriptor)
+    fields = _descriptor_fields(cache.shape, cache.stride(), cache.element_size(), block_n, block_d)
+    descriptor.__dict__.update(fields, base=cache)
+    return descriptor
+
+
+@lru_cache
+def _descriptor_fields(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, block_n: int, block_d: int
+) -> dict[str, object]:
+    """All of a descriptor but its tensor, checked by Triton once: its checks cost as much host time as a launch."""
+    rows = num_rows(shape, strides, element_size)
+    like = torch.empty(1, dtype={2: torch.float16, 4: torch.float32}[element_size])
+    return dict(vars(TensorDescriptor(like, [rows, shape[3]], [strides[2], 1], [block_n, block_d])))

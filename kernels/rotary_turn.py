@@ -13,6 +13,10 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
+
+HEADS_TURNED = 16
+"""Heads of a token that one program of `turn_rows` turns."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,10 @@ class Turn:
     """Keys at positions below `slope * query_pos + offset` meet the query rotated by the angle of `cos` and `sin`."""
 
     cos: torch.Tensor
-    """[rotary_dim / 2] float32: cosine of the extra angle of each pair of components."""
+    """[rotary_dim / 2] float32: cosine of the extra angle of each pair of components; for `apply_turn` and `turn_rows`
+    also [num_tokens, rotary_dim / 2], an angle for each token."""
     sin: torch.Tensor
-    """[rotary_dim / 2] float32: sine of the same angle."""
+    """Like `cos`: sine of the same angle."""
     is_neox: bool
     """True: component i pairs with i + rotary_dim / 2. False: component 2i pairs with 2i + 1."""
     slope: Literal[0, 1]
@@ -33,7 +38,7 @@ class Turn:
     @property
     def rotary_dim(self) -> int:
         """Leading components of a head that rotate; the others pass unchanged."""
-        return 2 * self.cos.shape[0]
+        return 2 * self.cos.shape[-1]
 
     def bound(self, query_pos: int) -> int:
         """Keys at positions below this meet the turned query."""
@@ -81,12 +86,15 @@ def make_string_turn(inv_freq: torch.Tensor, shift: int, window: int, is_neox: b
 def apply_turn(query: torch.Tensor, turn: Turn) -> torch.Tensor:
     """Rotate queries by the angle of `turn`.
 
-    query: [..., head_dim], any float dtype; computed in float32 (float64 for float64), returned in the query's dtype.
+    query: [..., head_dim], or [num_tokens, num_heads, head_dim] with an angle for each token; any float dtype. Computed
+        in float32 (float64 for float64), returned in the query's dtype.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     rotary, rest = query.split([turn.rotary_dim, query.shape[-1] - turn.rotary_dim], dim=-1)
     rotary = rotary.to(dtype)
     cos, sin = turn.cos.to(dtype), turn.sin.to(dtype)
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
     first, second = rotary.chunk(2, dim=-1) if turn.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
     pair = first * cos - second * sin, second * cos + first * sin
     turned = torch.cat(pair, dim=-1) if turn.is_neox else torch.stack(pair, dim=-1).flatten(-2)
@@ -118,3 +126,64 @@ def rotate_tile(
     partner = tl.load(query_ptrs + tl.where(is_rotated, to_partner, 0)[None, :], mask=mask, other=0.0)
     rotated = query.to(tl.float32) * cos[None, :] + partner.to(tl.float32) * signed_sin[None, :]
     return rotated.to(query.dtype)
+
+
+@triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
+def _turn_rows_kernel(
+    heads_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    num_heads,
+    stride_token,
+    stride_head,
+    stride_out_token,
+    stride_out_head,
+    stride_angle,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_H heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (head < num_heads)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    pointers = heads_ptr + token * stride_token + (head * stride_head)[:, None] + offs_d[None, :]
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    angle = token * stride_angle
+    turned = rotate_tile(tile, pointers, cos_ptr + angle, sin_ptr + angle, mask, HALF_ROTARY, IS_NEOX, BLOCK_D)
+    out = out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + offs_d[None, :]
+    tl.store(out, turned, mask=mask)
+
+
+def turn_rows(heads: torch.Tensor, turn: Turn, *, out: torch.Tensor) -> None:
+    """Write `apply_turn(heads, turn)` into `out`.
+
+    heads, out: [num_tokens, num_heads, head_dim], the last axis contiguous; they share no memory.
+    """
+    num_tokens, num_heads, head_dim = heads.shape
+    assert heads.shape == out.shape
+    assert heads.stride(-1) == out.stride(-1) == turn.cos.stride(-1) == turn.sin.stride(-1) == 1
+    if num_tokens == 0:
+        return
+    _turn_rows_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_TURNED))](
+        heads,
+        out,
+        turn.cos,
+        turn.sin,
+        num_heads,
+        heads.stride(0),
+        heads.stride(1),
+        out.stride(0),
+        out.stride(1),
+        turn.cos.stride(0) if turn.cos.dim() == 2 else 0,
+        HEAD_DIM=head_dim,
+        BLOCK_H=HEADS_TURNED,
+        HALF_ROTARY=turn.rotary_dim // 2,
+        IS_NEOX=turn.is_neox,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )

@@ -12,6 +12,7 @@ STEP_NUMBERS = [
     "num_blocks",
     "num_parts",
     "num_reqs",
+    "num_spans",
     "num_splits",
     "num_tiles",
     "stride_head_mask",
@@ -26,11 +27,16 @@ STEP_NUMBERS = [
 
 INDEX_POINTERS = [
     "block_table_ptr",
+    "cut_tile_ptr",
     "first_pos_ptr",
     "kv_lens_ptr",
     "lse_ptr",
     "query_start_loc_ptr",
     "slot_mapping_ptr",
+    "span_index_ptr",
+    "span_request_ptr",
+    "span_row_ptr",
+    "span_tile_ptr",
     "tile_block_ptr",
     "tile_request_ptr",
 ]

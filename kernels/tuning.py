@@ -194,6 +194,57 @@ DECODE_STAGES = 3
 # Programs per pass of flex's estimate, to fill the device at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 ESTIMATE_PROGRAMS = 528
 
+
+@dataclass(frozen=True)
+class TileRowsConfig:
+    """How the selection by sampled rows cuts its work into programs."""
+
+    block_m: int
+    """Sampled rows of a program, of all query heads of a KV head."""
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+    """Load keys through the tensor copy engine."""
+
+
+@lru_cache
+def tile_rows_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, block_size: int, keys_in_a_row: int
+) -> TileRowsConfig:
+    """Choose the programs of the selection by sampled rows.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: keys of a step. keys_in_a_row: keys that the copy
+    engine finds in one row of memory after another; 0 where it cannot read the cache.
+    """
+    use_tma = capability[0] == 9 and dtype != torch.float32 and head_dim >= 64
+    use_tma = use_tma and keys_in_a_row > 0 and keys_in_a_row % block_size == 0
+    # Keys in flight: three tiles where two programs still share a multiprocessor, fewer where one would not fit. H100
+    # 80GB, 2026-11-28, a chunk of 16K at 128K, 32 rows of every 512 queries, ms a layer. 32 query heads on 8 of 128:
+    # 2.80 with 64 rows and 3 stages (3.27 with pointers, 4.10 with 2 stages, 3.40 to 3.64 with 128 rows). 14 on 2 of
+    # 64: 0.99 with 3 stages, 0.83 with 2 (but 0.130 where 3 take 0.113, 8K at 32K), 0.98 to 1.28 with 128 rows.
+    query_bytes = 64 * max(next_power_of_2(head_dim), 16) * (4 if dtype == torch.float32 else 2)
+    key_bytes = query_bytes * block_size // 64
+    room = SHARED_MEMORY_KIB.get(capability, SMALLEST_SHARED_MEMORY_KIB) * 1024
+    for programs, num_stages in ((2, 3), (1, 3), (1, 2)):
+        if programs * (query_bytes + num_stages * key_bytes) <= room:
+            return TileRowsConfig(block_m=64, num_warps=4, num_stages=num_stages, use_tma=use_tma)
+    return TileRowsConfig(block_m=64, num_warps=4, num_stages=1, use_tma=use_tma)
+
+
+# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
+# share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
+TILE_ROWS_SPAN_LEN = 256
+TILE_ROWS = 16
+TILE_ROWS_LOST_SHARE = 0.5
+
+# Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
+TILE_ROWS_PROGRAMS = 264
+TILE_ROWS_MIN_SPLIT_BLOCKS = 8
+
+# Most bytes of a chunk's log-sums; KV heads beyond are done one after the other. A chunk of 16K tokens at 128K, 32
+# query heads, takes 134 MB at 32 rows per 512 tokens.
+TILE_ROWS_MAX_BYTES = 256 * 2**20
+
 # Most shared memory per program, by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 SMALLEST_SHARED_MEMORY_KIB = 99
@@ -205,13 +256,18 @@ SAMPLE_SPREAD = 512
 SAMPLE_EARLINESS = 0.25
 SAMPLE_FIRST_PLACE = 0.37
 
-# The crossover: under flex a chunk prefills densely where it ends before FLEX_MIN_SEQ_LEN or has fewer query tokens
-# than FLEX_MIN_CHUNK_LEN, unless the options min_seq_len and min_chunk_len say otherwise. FLEX_MIN_SEQ_LEN follows from
-# times on the device: at 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3 0.75.
-# The whole call, whose time the host decides there, takes 0.98. H100 80GB, 32 query heads on 8 KV heads, 2026-11-22;
-# benchmarks/data/prefill_flex.csv. FLEX_MIN_CHUNK_LEN was not measured in a recorded run.
-FLEX_MIN_SEQ_LEN = 8192
-FLEX_MIN_CHUNK_LEN = 1024
+# Where flex pays, see `crossover.sparse_pays`. H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K in shapes of
+# 0.1B to 8B models. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64 430 to 535. Sparse
+# attention of density 0.2, 0.4 and 0.7 takes 0.31, 0.62 and 1.02 of its time in heads of 128, 0.35 to 0.45, 0.70 to
+# 0.81 and 1.18 to 1.38 in heads of 64; selection takes 0.06 to 0.07 and, of a few keys, no less than 0.03 ms. The host
+# needs 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer.
+DENSE_TFLOPS = {64: 500, 128: 710}
+FLEX_SPEED = {64: 0.5, 128: 0.66}
+FLEX_SELECTION_SHARE = 0.08
+FLEX_SELECTION_MS = 0.04
+FLEX_HOST_MS = 0.5
+# Densities that heads hardly exceed at gamma 0.95, by the fewest keys; 0.38 to 0.44 on average was measured at 8K.
+FLEX_EXPECTED_DENSITY = ((65536, 0.3), (32768, 0.35), (16384, 0.4), (8192, 0.45), (4096, 0.6), (0, 1.0))
 
 # Pages between host memory and the device: 32 KB a step and 16 warps reach 50 GB/s from 4 programs on (H100 PCIe 5,
 # pinned memory, 2026-11-22). Each program beside attention keeps a multiprocessor from it: 16 cost decode 9 %, 4 cost

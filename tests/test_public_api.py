@@ -7,6 +7,7 @@ from pathlib import Path
 
 import farspan
 import farspan.kernels
+import farspan.star
 import pytest
 
 API = Path(__file__).resolve().parent.parent / "docs" / "api.md"
@@ -18,7 +19,7 @@ def documented(section: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", [farspan, farspan.kernels], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [farspan, farspan.kernels, farspan.star], ids=lambda module: module.__name__)
 def test_exports_are_the_documented_names(module) -> None:
     assert sorted(module.__all__) == sorted(documented(f"`{module.__name__}`"))
     for name in module.__all__:

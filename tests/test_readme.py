@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import msgspec
-from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StringOptions
+from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StarOptions, StringOptions
 from farspan.engine_ext.ranges import ranges_of
 from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 
@@ -34,6 +34,7 @@ def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
 def test_options_are_those_of_the_code() -> None:
     expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
     expected |= fields_of(OffloadOptions, "offload.")
+    expected |= fields_of(StarOptions, "star.")
     for struct in PREFILL_METHODS.values():
         expected |= fields_of(struct, "prefill.")
     assert documented_options() == expected
@@ -48,7 +49,7 @@ def documented_ranges() -> dict[str, str]:
 
 def test_ranges_are_those_of_the_code() -> None:
     prefills = [("prefill.", struct) for struct in PREFILL_METHODS.values()]
-    structs = [("string.", StringOptions), ("offload.", OffloadOptions), *prefills]
+    structs = [("string.", StringOptions), ("offload.", OffloadOptions), ("star.", StarOptions), *prefills]
     expected = {
         prefix + name: ", or ".join(dict.fromkeys(each.interval for each in ranges))
         for prefix, struct in structs

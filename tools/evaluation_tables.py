@@ -60,12 +60,13 @@ def format_cell(row: Row, column: str) -> str:
 
 def format_tables(title: str, rows: Sequence[Row]) -> str:
     """All tables of one sweep."""
-    open_loop = [row for row in rows if row["loop"] == "0"]
+    # Tables of earlier versions have runs with repair too.
+    open_loop = [row for row in rows if row.get("loop", "0") == "0"]
     plain = [row for row in open_loop if (row["min_budget"], float(row["tau"])) == ("1024", 0.1)]
     budgets = [row for row in open_loop if row["chunk"] == "0" and float(row["tau"]) == 0.1]
     budgets = [row for row in budgets if row["gamma"] in ("0.95", "0.9")]
     taus = [row for row in open_loop if (row["chunk"], row["min_budget"], row["gamma"]) == ("0", "1024", "0.95")]
-    loops = [row for row in rows if row["loop"] == "1"]
+    loops = [row for row in rows if row.get("loop") == "1"]
     chunked = [row for row in plain if row["chunk"] != "0"]
 
     def by_gamma(row: Row) -> tuple[str, str]:

@@ -1,11 +1,12 @@
 """Flex prefill of the needle model over many options: `python -m benchmarks.needle_training.sweep --out DIR`.
 
+The selection is the paper's, "flexprefill", which has more options than the default.
+
 Every combination of the lists given (gamma, tau, min budget, chunk, length) answers the same questions, and so does
 dense prefill. Three tables are written into DIR, row by row as they come:
 
 - `accuracy.csv`, in the columns of `farspan eval`: exact match per task. A method is called after its options, as
-  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk. With a final `-loop` heads are repaired and their
-  budgets raised.
+  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk.
 - `heads.csv`: density, pattern and coverage per layer and head, over the questions of a length.
 - `sweep.csv`: one row a combination: what the others sum up to, and how far the answers and the lists moved.
 
@@ -18,7 +19,7 @@ import itertools
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     """
     if args.paper:
         return paper_variants()
-    return _product(args.gammas, args.taus, args.min_budgets, args.chunks, args.loop_rows)
+    return _product(args.gammas, args.taus, args.min_budgets, args.chunks)
 
 
 def paper_variants() -> list[Variant]:
@@ -72,20 +73,13 @@ def paper_variants() -> list[Variant]:
     variants += _product([0.9, 0.8, 0.97], [0.1], [1024], chunks)
     variants += _product([0.95, 0.9], [0.1], [0, 512, 2048], [0])
     variants += _product([0.95], [0.0, 0.2, 0.3], [1024], [0])
-    variants += _product([0.95], [0.1], [0, 1024], [2048], loop_rows=8)
     return variants
 
 
-def _product(
-    gammas: Sequence[float],
-    taus: Sequence[float],
-    min_budgets: Sequence[int],
-    chunks: Sequence[int],
-    loop_rows: int = 0,
-) -> list[Variant]:
+def _product(gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int]) -> list[Variant]:
     chunks = sorted(chunks, key=lambda chunk: (chunk != 0, -chunk))
     return [
-        Variant(FlexPrefill(gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0, coverage_rows=loop_rows), chunk)
+        Variant(FlexPrefill(selection="flexprefill", gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0), chunk)
         for gamma, tau, budget, chunk in itertools.product(gammas, taus, min_budgets, chunks)
     ]
 
@@ -159,12 +153,6 @@ def main() -> int:
     add("--chunks", type=integers, default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
     add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
-    add(
-        "--loop-rows",
-        type=int,
-        default=0,
-        help="the option coverage_rows: above 0 repairs heads and raises their budgets",
-    )
     add("--count", type=int, default=2, help="questions per task and length")
     add("--seed", type=int, default=30000, help="of the first question")
     add("--workers", type=int, default=1, help="processes that write the questions")

@@ -13,11 +13,11 @@ from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.needle.paged import PagedNeedle
 
 HEAD_COLUMNS = (
-    "method", "length", "seed", "layer", "head", "density", "query_aware", "divergence", "coverage", "repaired",
-    "chunks", "measured_rows",
+    "method", "length", "seed", "layer", "head", "density", "density_min", "query_aware", "divergence", "coverage",
+    "coverage_min", "chunks", "measured_rows",
 )  # fmt: skip
 SWEEP_COLUMNS = (
-    "method", "gamma", "tau", "min_budget", "chunk", "loop", "length", "seed", "count", "accuracy", "dense_accuracy",
+    "method", "gamma", "tau", "min_budget", "chunk", "length", "seed", "count", "accuracy", "dense_accuracy",
     "density", "query_aware", "coverage", "coverage_worst_head", "logprob_change", "overlap",
 )  # fmt: skip
 
@@ -28,7 +28,7 @@ class Variant:
 
     prefill: Prefill
     chunk: int
-    """Prompt tokens a step; 0 for the whole prompt."""
+    """Prompt tokens per step; 0 for the whole prompt."""
 
     @property
     def name(self) -> str:
@@ -36,8 +36,7 @@ class Variant:
         p = self.prefill
         if not isinstance(p, FlexPrefill):
             return "dense"
-        loop = "-loop" if p.coverage_rows else ""
-        return f"flex-g{p.gamma:g}-t{p.tau:g}-m{p.min_budget}-c{self.chunk}{loop}"
+        return f"flex-g{p.gamma:g}-t{p.tau:g}-m{p.min_budget}-c{self.chunk}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Answers:
 def ask(
     model: PagedNeedle, variant: Variant, questions: list[Question], rows: int, keep_lists: bool = False
 ) -> Answers:
-    """Answer the questions. rows: query rows a prompt on which coverage is measured, 0 for none."""
+    """Answer the questions. rows: query rows per prompt on which coverage is measured, 0 for none."""
     answers = Answers([], [], [], [])
     selectors = model.selectors(variant.prefill)
     for index, question in enumerate(questions):
@@ -123,7 +122,6 @@ def sweep_row(
         "tau": prefill.tau,
         "min_budget": prefill.min_budget,
         "chunk": variant.chunk,
-        "loop": int(prefill.coverage_rows > 0),
         "length": length,
         "seed": seed,
         "count": len(answers.right),

@@ -120,14 +120,13 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     tables = Tables(settings.out, fresh=True)
 
     def variant(min_budget: int) -> Variant:
-        # What selection alone keeps: the page measures it without repairing.
         prefill = FlexPrefill(
+            selection="flexprefill",
             gamma=settings.gamma,
             tau=settings.tau,
             min_budget=min_budget,
             min_seq_len=0,
             min_chunk_len=0,
-            coverage_rows=0,
         )
         return Variant(prefill, settings.chunk)
 
@@ -161,7 +160,9 @@ def check_settings(settings: ReportSettings) -> None:
     """Raise ConfigError for a number out of range."""
     if not MIN_TOKENS <= settings.length <= 131072:
         raise ConfigError(f"length={settings.length}; the needle model takes {MIN_TOKENS} to 131072 tokens")
-    FlexPrefill(gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check("report")
+    FlexPrefill(selection="flexprefill", gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check(
+        "report"
+    )
     if settings.chunk < 0 or settings.seed < 0:
         raise ConfigError(f"chunk={settings.chunk}, seed={settings.seed}; neither can be negative")
 
@@ -202,8 +203,8 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
     sections = [
         Section(
             "Density per layer and head",
-            "Share of the causal blocks that each query head read; dense attention reads all of them (1), a head that "
-            "was computed again its list and all of them. Rows where all heads agree sit at the min budget.",
+            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows "
+            "where all heads agree sit at the min budget.",
             (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
         ),
         Section(
@@ -222,11 +223,6 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
         text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
         picture = draw_heads(measured, "coverage", "coverage (fraction)", "cividis", out / "coverage.png")
         sections.append(Section("Coverage per layer and head", text, (picture,)))
-    repaired = {title: rows for title, rows in panels.items() if any(float(row.get("repaired") or 0) for row in rows)}
-    if repaired:
-        text = "Share of the chunks in which the head kept too little and was computed again over all keys."
-        picture = draw_heads(repaired, "repaired", "repaired (share of chunks)", "magma_r", out / "repaired.png")
-        sections.append(Section("Repaired per layer and head", text, (picture,)))
     return sections
 
 
@@ -242,7 +238,7 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     rows = []
     for gamma, min_budget in CURVE:
         variant = Variant(
-            FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0, coverage_rows=0), 0
+            FlexPrefill(selection="flexprefill", gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0), 0
         )
         rows.append(sweep_row(variant, CURVE_LENGTH, seed, ask(model, variant, questions, 0), dense, None))
         tables.add("sweep.csv", SWEEP_COLUMNS, rows[-1:])

@@ -13,7 +13,7 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanC
 from farspan.engine_ext.launch import attend, choose_dense_kernel, measure_coverage, write_kv
 from farspan.engine_ext.metadata import PassMaker
 from farspan.engine_ext.passes import LayerContext, Pass, SampledRows, Sparse
-from farspan.engine_ext.selection.methods import Chunks, FlexSelector, SelectBlocks
+from farspan.engine_ext.selection.methods import Chunks, DeviceSelections, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.engine_ext.splits import num_multiprocessors
 from farspan.kernels.batch import KVView, PagedBatch
@@ -35,7 +35,7 @@ class ListeningSelector(FlexSelector):
         self.on_lists: OnLists | None = None
 
     def block_lists(
-        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: DeviceSelections
     ) -> BlockLists:
         """See `FlexSelector`."""
         lists = super().block_lists(prefill, chunks, select)
@@ -93,9 +93,9 @@ class PagedNeedle:
             of its tokens are the most likely ones.
         chunk: prompt tokens per step; None for the whole prompt.
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
-        on_lists: called with the layer, the tiles and the block lists of every selection.
-        measured_rows: query rows of the prompt on which coverage is measured where the option coverage_rows is 0; no
-            head is computed again then.
+        on_lists: told the layer, the step and the block lists of every sparse launch.
+        measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
+            themselves.
         """
         step = chunk or len(prompt)
         self.rows_per_step = -(-measured_rows * step // len(prompt))

@@ -1,5 +1,6 @@
 """Requests on their way in: validated in the front end and again in the core, where their blocks are marked."""
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.star.shard import NAME as STAR
+from farspan.engine_ext.star.shard import decode_shard
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -30,6 +33,7 @@ def follow_requests() -> None:
     wrap_once(InputProcessor, "process_inputs", validating)
     wrap_once(InputProcessor, "__init__", watching_http_requests)
     wrap_once(EngineCore, "preprocess_add_request", marking)
+    mark_star_pages()
 
 
 class Mark(NamedTuple):
@@ -45,7 +49,7 @@ def options_of(vllm_config: Any, request: Any) -> tuple[FarspanConfig, Prefill] 
 
     request: vLLM's EngineCoreRequest.
     """
-    from farspan.engine_ext.requests import prefill_of_request, refuse_overrides
+    from farspan.engine_ext.requests import prefill_of_request, refuse_overrides, shard_of_request
     from farspan.engine_ext.support import config_of
 
     extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -53,6 +57,9 @@ def options_of(vllm_config: Any, request: Any) -> tuple[FarspanConfig, Prefill] 
         refuse_overrides(extra_args, WITHOUT_US)
         return None
     config = config_of(vllm_config)
+    if extra_args and STAR in extra_args:
+        prompt = request.prompt_token_ids
+        shard_of_request(config, extra_args, vllm_config.cache_config.block_size, prompt and len(prompt))
     return config, prefill_of_request(config, extra_args)
 
 
@@ -95,6 +102,33 @@ def marking(stock: Callable[..., Any]) -> Callable[..., Any]:
         return added, wave
 
     return preprocess_add_request
+
+
+# A salt enters at the first page only. Drop when requests can name extra hash keys by position (not in 0.33).
+def mark_star_pages() -> None:
+    """Let the hash of a page of Star Attention hold what its KV depends on beside its tokens; exact pages stay shared.
+
+    Other users of vLLM's function ask what to publish of a page, not how to hash it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    if hasattr(kv_cache_utils, "_farspan_marks_star_pages"):
+        return
+    stock = kv_cache_utils.generate_block_hash_extra_keys
+
+    @functools.wraps(stock)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
+        params = request.sampling_params
+        if params is None or not params.extra_args or STAR not in params.extra_args:
+            return keys, next_mm_idx
+        ours = decode_shard(params.extra_args[STAR]).page_keys(start_token_idx)
+        return ((*(keys or ()), *ours) or None), next_mm_idx
+
+    kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+    kv_cache_utils._farspan_marks_star_pages = True
 
 
 def check_continuation(core: Any, session: Any, mark: Mark) -> None:

@@ -14,36 +14,36 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.string import INSTEAD, Rotation
+from farspan.engine_ext.string import Rotation, instead
 
 ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "llama3", "yarn", "longrope", "proportional")
 """vLLM's names of the scalings that rotate by one constant frequency per pair of dimensions."""
 
 
-def check_rotary(model_config: Any) -> None:
+def check_rotary(model_config: Any, option: str = "string") -> None:
     """Refuse what a model's configuration shows of positions that cannot be shifted; its layers may show more.
 
-    model_config: vLLM's. Raises UnsupportedModelError.
+    model_config: vLLM's; option: which one shifts them, for the message. Raises UnsupportedModelError.
     """
-    reason = rotary_refusal(model_config)
+    reason = rotary_refusal(model_config, option)
     if reason is not None:
-        raise UnsupportedModelError(f"string: {model_config.model} {reason}. {INSTEAD}")
+        raise UnsupportedModelError(f"{option}: {model_config.model} {reason}. {instead(option)}")
 
 
-def rotary_refusal(model_config: Any) -> str | None:
+def rotary_refusal(model_config: Any, option: str = "string") -> str | None:
     config = model_config.hf_text_config
     if model_config.uses_mrope:
-        return "has multimodal rotary positions (mrope), several for each token; string shifts one position"
+        return f"has multimodal rotary positions (mrope), several for each token; {option} shifts one position"
     for parameters in rope_parameters(config):
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
-            return f"has rotary embeddings of type {rope_type!r}; string supports {', '.join(ROPE_TYPES)}"
+            return f"has rotary embeddings of type {rope_type!r}; {option} supports {', '.join(ROPE_TYPES)}"
         if parameters.get("use_fope"):
             return "has Fourier position embeddings, which turn a pair of dimensions by several frequencies"
     if getattr(config, "dual_chunk_attention_config", None) is not None:
         return "has dual-chunk attention, which changes positions itself"
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
-        return "has layers without rotary positions (no_rope_layers); string needs them in every layer"
+        return f"has layers without rotary positions (no_rope_layers); {option} needs them in every layer"
     if not has_rotary_positions(config):
         return "has no rotary positions to shift"
     if model_config.using_transformers_backend():
@@ -130,15 +130,15 @@ def read_config(
     return get_hf_text_config(config)
 
 
-def rotation_of_layer(model: torch.nn.Module, layer_name: str) -> Rotation:
+def rotation_of_layer(model: torch.nn.Module, layer_name: str, option: str = "string") -> Rotation:
     """How attention layer `layer_name` of a loaded model is rotated. Raises UnsupportedModelError."""
-    rotary_emb = find_rotary_emb(model, layer_name)
+    rotary_emb = find_rotary_emb(model, layer_name, option)
     # Phi3's LongRoPE has no other style and no such attribute.
     is_neox = getattr(rotary_emb, "is_neox_style", True)
-    return Rotation(inverse_frequencies(rotary_emb, layer_name), is_neox)
+    return Rotation(inverse_frequencies(rotary_emb, layer_name, option), is_neox)
 
 
-def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:
+def find_rotary_emb(model: torch.nn.Module, layer_name: str, option: str = "string") -> torch.nn.Module:
     """The rotary module that turns the queries of attention layer `layer_name`.
 
     Raises UnsupportedModelError where there is none next to the layer, or more than one.
@@ -159,16 +159,16 @@ def find_rotary_emb(model: torch.nn.Module, layer_name: str) -> torch.nn.Module:
             return found[0]
         count = len(found) if len(found) > 1 else "no"
         raise UnsupportedModelError(
-            f"string needs one rotary embedding for each attention layer; {layer_name} ({type(parent).__name__}) uses "
-            f"{count} rotary embedding{'s' if len(found) > 1 else ''}. {INSTEAD}"
+            f"{option} needs one rotary embedding for each attention layer; {layer_name} ({type(parent).__name__}) "
+            f"uses {count} rotary embedding{'s' if len(found) > 1 else ''}. {instead(option)}"
         )
     raise UnsupportedModelError(
-        f"string needs the module that holds attention layer {layer_name}; {type(model).__name__} has no module with "
-        f"such a layer. {INSTEAD}"
+        f"{option} needs the module that holds attention layer {layer_name}; {type(model).__name__} has no module with "
+        f"such a layer. {instead(option)}"
     )
 
 
-def inverse_frequencies(rotary_emb: Any, layer_name: str = "the layer") -> torch.Tensor:
+def inverse_frequencies(rotary_emb: Any, layer_name: str = "the layer", option: str = "string") -> torch.Tensor:
     """[rotary_dim / 2] float32, radians per token, on the CPU: what the module rotates by, its magnitude left out.
 
     layer_name: for the message. Raises UnsupportedModelError for a module whose rotation is not a constant frequency
@@ -195,9 +195,9 @@ def inverse_frequencies(rotary_emb: Any, layer_name: str = "the layer") -> torch
                 frequencies = rotary_emb._compute_inv_freq(factors)
     if frequencies is None or not agrees_with_cache(rotary_emb, frequencies):
         raise UnsupportedModelError(
-            f"string needs rotary positions of one constant frequency per pair of dimensions; {layer_name} uses "
+            f"{option} needs rotary positions of one constant frequency per pair of dimensions; {layer_name} uses "
             f"{type(rotary_emb).__name__}; supported are vLLM's default, linear, NTK, dynamic NTK, llama3, YaRN, "
-            f"LongRoPE and Gemma4 rotary embeddings, not multimodal ones (mrope). {INSTEAD}"
+            f"LongRoPE and Gemma4 rotary embeddings, not multimodal ones (mrope). {instead(option)}"
         )
     return frequencies
 

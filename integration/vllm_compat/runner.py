@@ -10,6 +10,7 @@ from typing import Any
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.star.shard import StarShard
 from farspan.vllm_compat.offload import make_cold_cache, shrinking_pages
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
@@ -24,6 +25,12 @@ class RunnerState:
     config: FarspanConfig
     overrides: dict[str, Prefill] = field(default_factory=dict)
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
+    prompt_lens: dict[str, int] = field(default_factory=dict)
+    """By request id: tokens of the prompts of the requests that the runner holds."""
+    shards: dict[str, StarShard] = field(default_factory=dict)
+    """By request id, of the requests of Star Attention that the runner holds."""
+    page_size: int = 0
+    """Tokens of a page of the KV cache."""
     plan: StepPlan | None = None
     """Of the step that runs."""
     warms_up: bool = False
@@ -33,14 +40,24 @@ class RunnerState:
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
+        from farspan.engine_ext.requests import shard_of_request
+
         self.plan = getattr(scheduler_output, "farspan_plan", None)
         if self.cold is not None and self.plan is not None and self.plan.residency is not None:
             self.cold.follow(self.plan.residency)
         for req_id in scheduler_output.finished_req_ids:
             self.overrides.pop(req_id, None)
+            self.prompt_lens.pop(req_id, None)
+            self.shards.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            prefill = self.decode(request.req_id, params.extra_args if params is not None else None)
+            if request.prompt_token_ids is not None:
+                self.prompt_lens[request.req_id] = len(request.prompt_token_ids)
+            extra_args = params.extra_args if params is not None else None
+            prefill = self.decode(request.req_id, extra_args)
+            shard = shard_of_request(self.config, extra_args, self.page_size)
+            if shard is not None:
+                self.shards[request.req_id] = shard
             self.overrides.pop(request.req_id, None)
             if prefill != self.config.prefill:
                 self.overrides[request.req_id] = prefill
@@ -79,6 +96,25 @@ class RunnerSource:
         req_ids = self.req_ids(runner, common_attn_metadata)
         prefills = [overrides.get(req_id, self.engine_prefill) for req_id in req_ids]
         return prefills + [self.engine_prefill] * (num_reqs - len(prefills))
+
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None:
+            return [None] * num_reqs
+        known = state_of(runner).prompt_lens
+        lens = [known.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        return lens + [None] * (num_reqs - len(lens))
+
+    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+        """What each request of the batch is to Star Attention, in batch order; None for the others and padding."""
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None or not state_of(runner).shards:
+            return [None] * num_reqs
+        shards = [state_of(runner).shards.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        return shards + [None] * (num_reqs - len(shards))
 
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs."""
@@ -141,7 +177,8 @@ def state_of(runner: Any) -> RunnerState:
     if "farspan_state" not in runner.__dict__:
         from farspan.engine_ext.support import config_of
 
-        runner.farspan_state = RunnerState(config_of(runner.vllm_config))
+        page_size = runner.vllm_config.cache_config.block_size
+        runner.farspan_state = RunnerState(config_of(runner.vllm_config), page_size=page_size)
     state: RunnerState = runner.farspan_state
     return state
 

@@ -31,6 +31,10 @@ def block_sparse(**options: Any) -> dict[str, Any]:
 
 
 MISTAKES = {
+    "star-with-offload": ({"star": {}, "offload": {}}, ".star={}; allowed: without offload"),
+    "star-with-string": ({"star": {}, "string": {}}, ".star={}; allowed: without string: both move positions"),
+    "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
+    "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),
     "not-a-mapping": ("flex", "='flex'; allowed: a mapping"),
     "unknown-option": ({"prefil": {}}, ".prefil={}; allowed: no option of that name; known here: kernel, prefill"),
     "unknown-nested-option": (flex(gama=0.9), ".prefill.gama=0.9; allowed: no option of that name"),
@@ -54,6 +58,12 @@ MISTAKES = {
         ".prefill.max_budget=255; allowed: a whole number of tokens: 256 to 16,777,216. Use null for no limit.",
     ),
     "fraction-of-a-token": (flex(min_budget=512.5), ".prefill.min_budget=512.5; allowed: a whole number of tokens"),
+    "selection": (
+        flex(selection="tile_row"),
+        ".prefill.selection='tile_row'; allowed: one of 'tile_rows', 'flexprefill'",
+    ),
+    "tau-of-the-other": (flex(tau=0.2), ".prefill.tau=0.2; allowed: only with selection 'flexprefill'. Remove tau"),
+    "low-max-budget": (flex(min_budget=0, max_budget=384), ".prefill.max_budget=384; allowed: at least 512 with"),
     "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 64."),
     "chunk-length": (flex(min_chunk_len=-1), ".prefill.min_chunk_len=-1; allowed: a whole number of tokens: 0 to 16,"),
     "beyond-a-float": (flex(gamma=10**400), ".prefill.gamma=1000"),

@@ -10,6 +10,7 @@ from farspan.engine_ext import layers, metadata, requests
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill, parse_config
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, count_decodes, effective_prefill
 from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
@@ -33,6 +34,12 @@ class Source:
     def cold_cache(self) -> None:
         return None
 
+    def prompt_lens(self, common_attn_metadata: Any) -> list[int | None]:
+        return [2500 if seq_len == 2000 else None for seq_len in common_attn_metadata.seq_lens.tolist()]
+
+    def shards(self, common_attn_metadata: Any) -> list[None]:
+        return [None] * len(self.rows)
+
     def plan(self) -> None:
         """No test looks at it."""
 
@@ -55,7 +62,7 @@ def build(
         parallel_config=SimpleNamespace(worker_extension_cls=""),
         model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
     )
-    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32, block_size=128)
     builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     common = SimpleNamespace(
@@ -121,7 +128,7 @@ def test_padding_after_a_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 150}
+    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 150, "coverage_rows": 4}
     extra_args = [None, {"farspan.gamma": 0.8}, None, {"farspan.method": "dense"}, None, None]
     step = build(
         [1, 200, 200, 300, 300, 149],
@@ -131,7 +138,7 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
         monkeypatch=monkeypatch,
     )
     _, first, dense, sparse, small_chunk = step.passes
-    options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150)
+    options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150, coverage_rows=4)
     assert isinstance(first.work, Sparse)
     assert isinstance(sparse.work, Sparse)
     assert first.work.prefill == msgspec.structs.replace(options, gamma=0.8)
@@ -143,6 +150,10 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
     assert sparse.work.tiles.tile_request.tolist() == [0, 0, 0, 0]
+    # Positions 1024 to 1279 are a whole span; the tiles around it read everything.
+    assert sparse.work.spans is not None
+    assert sparse.work.spans.span_tile.tolist() == [1, 0, 0, 0]
+    assert sparse.work.spans.cut_tile.tolist() == [0, 3]
     samples = sparse.work.samples
     assert samples is not None
     assert samples.batch.kv_lens.tolist() == [1000 + row + 1 for row in samples.rows.tolist()]
@@ -184,10 +195,44 @@ def test_requests_that_a_turn_does_not_reach_are_passes_without_it(
     assert [each.work.tiles is not None for each in step.passes] == [name == "triton" for name in kernels]
 
 
+def test_min_seq_len_is_held_against_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not against where its chunk ends."""
+    flex = {"method": "flex", "min_seq_len": 2300, "min_chunk_len": 0}
+    step = build([600, 600], [2000, 2001], options={"prefill": flex}, monkeypatch=monkeypatch)
+    sparse, dense = step.passes
+    assert isinstance(sparse.work, Sparse)
+    assert isinstance(dense.work, Dense)
+    assert sparse.batch.kv_lens.tolist() == [2000]
+
+
+def test_the_selection_decides_whether_there_are_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    always = {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0}
+    (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
+    assert isinstance(each.work, Sparse)
+    assert each.work.samples is None
+    assert each.work.spans is not None
+    # Positions 256 to 1279 lie in the chunk in whole spans.
+    assert each.work.spans.span_request.tolist() == [0, 0, 0, 0]
+    assert each.work.spans.span_index.tolist() == [1, 2, 3, 4]
+    assert each.work.spans.span_row.tolist() == [156, 412, 668, 924]
+    assert each.work.spans.cut_tile.tolist() == [0, 1, 10, 11]
+    always |= {"selection": "flexprefill"}
+    (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
+    assert isinstance(each.work, Sparse)
+    assert each.work.spans is None
+
+
 def test_crossover() -> None:
-    assert effective_prefill(FlexPrefill(), 100, 100) == DensePrefill()
-    assert effective_prefill(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
-    # A chat message after a long prefix.
-    assert effective_prefill(FlexPrefill(), 200, 100_000) == DensePrefill()
+    def effective(prefill: FlexPrefill, query_len: int, kv_len: int, prompt_len: int | None = None) -> Prefill:
+        return effective_prefill(prefill, query_len, kv_len, prompt_len, AttentionSize(32, 128))
+
+    assert effective(FlexPrefill(), 100, 100) == DensePrefill()
+    assert effective(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
+    # A turn of a chat on a long prefix.
+    assert effective(FlexPrefill(), 200, 100_000) == DensePrefill()
     always = FlexPrefill(min_seq_len=0, min_chunk_len=0)
-    assert effective_prefill(always, 1, 1) == always
+    assert effective(always, 1, 1) == always
+    prompts = FlexPrefill(min_seq_len=5000)
+    assert effective(prompts, 600, 1000, 5000) == prompts
+    assert effective(prompts, 600, 1000, 4999) == DensePrefill()
+    assert effective(FlexPrefill(min_chunk_len=600), 599, 100_000) == DensePrefill()

@@ -11,6 +11,7 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPref
 from farspan.engine_ext.launch import attend, write_kv
 from farspan.engine_ext.metadata import PassMaker, effective_prefill
 from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import most_parts
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 40
+SIZE = AttentionSize(NUM_Q_HEADS, HEAD_DIM)
 Kernel = tuple[Any, ...]
 
 
@@ -99,11 +101,11 @@ def run_requests(
     most = random.choice([3, 20, 130, MAX_CHUNK_LEN])
     query_lens = [random.randint(1, most) for _ in range(random.randint(1, 3))]
     kv_lens = [random.randint(query_len, MAX_MODEL_LEN) for query_len in query_lens]
-    alike = effective_prefill(prefill, query_lens[0], kv_lens[0])
+    alike = effective_prefill(prefill, query_lens[0], kv_lens[0], None, SIZE)
     kept = [
         place
         for place, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True))
-        if effective_prefill(prefill, query_len, kv_len) == alike
+        if effective_prefill(prefill, query_len, kv_len, None, SIZE) == alike
     ]
     query_lens, kv_lens = [query_lens[place] for place in kept], [kv_lens[place] for place in kept]
     turns = turn is not None and any(turn.reaches(kv_len - 1) for kv_len in kv_lens)
@@ -117,7 +119,8 @@ PREFILLS: dict[str, Prefill] = {
     "dense": DensePrefill(),
     "flex": FlexPrefill(),
     "flex-always": FlexPrefill(min_seq_len=0, min_chunk_len=0),
-    "flex-unmeasured": FlexPrefill(coverage_rows=0, share_kv_group=True),
+    "flex-measured": FlexPrefill(coverage_rows=4, share_kv_group=True),
+    "flexprefill": FlexPrefill(selection="flexprefill", min_seq_len=0, min_chunk_len=100),
     "block-sparse": BlockSparsePrefill(),
     "block-sparse-64": BlockSparsePrefill(block_size=64),
 }
@@ -136,6 +139,7 @@ def test_requests_reach_no_other_kernels(
     view = KVView(pages)
     warm_up = WarmUp(
         PREFILLS[name],
+        SIZE,
         maker,
         layer,
         view,
@@ -160,7 +164,7 @@ def test_requests_reach_no_other_kernels(
 @pytest.mark.parametrize("name", PREFILLS)
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     maker = make_maker("triton", has_turn=True)
-    cases = warm_up_cases(PREFILLS[name], maker, max_model_len=max_model_len, max_chunk_len=8192)
+    cases = warm_up_cases(PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192)
     assert len(cases) == len(set(cases))
     for case in cases:
         assert 1 <= case.query_len <= case.kv_len <= max(max_model_len, 1)

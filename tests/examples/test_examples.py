@@ -54,6 +54,18 @@ def test_engines_under_ray_answer_a_file(tmp_path: Path) -> None:
     assert all(answer["text"] for answer in found)
 
 
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_star_demo_answers_in_blocks() -> None:
+    demo = run("examples/star_demo.py", "--length", "1024")
+    assert demo.returncode == 0, demo.stdout + demo.stderr[-3000:]
+    assert re.search(r"^exact: 4 of 4 right", demo.stdout, flags=re.MULTILINE), demo.stdout
+    # Two blocks on two hosts see all of the context.
+    assert re.search(r"^blocks of N/2: 4 of 4 right", demo.stdout, flags=re.MULTILINE), demo.stdout
+    for share in (4, 8):
+        assert f"blocks of N/{share}: " in demo.stdout
+
+
 def test_demo_refuses_an_unknown_option() -> None:
     demo = run("examples/demo.py", "--lenght", "10")
     assert demo.returncode == 2

@@ -73,7 +73,9 @@ def test_nothing_is_left_behind(tmp_path: Path, stop: signal.Signals, when: str,
             each.kill()
         process.wait()
     word = "terminated" if stop is signal.SIGTERM else "interrupted"
-    assert log.read_text().rstrip().endswith(f"farspan eval: {word}")
+    # Python's resource tracker, which outlives us by a moment, may say what vLLM has not released.
+    assert f"\nfarspan eval: {word}\n" in log.read_text()
+    assert "Traceback" not in log.read_text()
     if when == "asking":
         (cell,) = read_csv(out / "eval.csv")
         assert cell.length == 256

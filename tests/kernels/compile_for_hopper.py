@@ -19,6 +19,9 @@ from farspan.kernels import prefill as paged_prefill
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.contiguous import attention as contiguous
 from farspan.kernels.contiguous import short_lists
+from farspan.kernels.flex import tile_rows
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -56,14 +59,17 @@ class AbsentHopper(DriverBase):
         return None
 
 
-def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
-    """Registers and bytes of stack, per thread, of the kernel that `call` would launch."""
-    run, results = kernel.run, []
-    kernel.run = lambda *args, **kwargs: results.append(run(*args, **(kwargs | {"warmup": True})))
+def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str, int]:
+    """Registers and bytes of stack, per thread, of the kernel that `call` would launch, among others."""
+    runs, results = {each: each.run for each in (kernel, *others)}, []
+    kernel.run = lambda *args, **kwargs: results.append(runs[kernel](*args, **(kwargs | {"warmup": True})))
+    for other in others:
+        other.run = lambda *args, **kwargs: None
     try:
         call()
     finally:
-        kernel.run = run
+        for each, run in runs.items():
+            each.run = run
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(results[0].asm["cubin"])
         file.flush()
@@ -134,11 +140,35 @@ def page_copies() -> dict[str, tuple[Any, Callable[[], object]]]:
     return calls
 
 
+def select_by_tile_rows(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Launch selection for a chunk of 1,024 tokens behind as many, on pages of 128."""
+    query = torch.empty(1024, num_q_heads, head_dim, dtype=torch.bfloat16)
+    tiles = make_prefill_tiles([0, 1024], [2048], 128, query.device)
+    tile_rows.tile_row_lists(
+        query,
+        KVView(torch.empty(16, num_kv_heads, 128, 2 * head_dim, dtype=torch.bfloat16)),
+        PagedBatch(
+            torch.tensor([0, 1024], dtype=torch.int32),
+            torch.tensor([2048], dtype=torch.int32),
+            torch.zeros(1, 17, dtype=torch.int32),
+            max_query_len=1024,
+            max_kv_len=2048,
+        ),
+        tiles,
+        make_spans([0, 1024], [2048], tiles, SpanRule(256, 16)),
+        0.1,
+        Budget(0.95, 0.0, 8, NO_LIMIT),
+    )
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
-    for module in (paged_prefill, short_lists):
+    for module in (paged_prefill, short_lists, tile_rows):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
+    # It asks for a GPU, as users must have one.
+    contiguous._check = lambda *args: None
     kernel = paged_prefill.prefill_kernel
+    log_sums, choice = tile_rows._log_sums_kernel, tile_rows._choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
         contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3
@@ -153,6 +183,9 @@ def main() -> None:
                 ),
                 "decode-both-pools": compiled(decode._decode_kernel, decode_from_both_pools),
                 **{name: compiled(*copy) for name, copy in page_copies().items()},
+                "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128), choice),
+                "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
+                "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
             }
         )
     )

@@ -1,0 +1,222 @@
+"""What the hosts of Star Attention send each other in phase 2: partial results of a layer, and agreement on a step.
+
+One group per process, formed before the engine captures graphs. A host that is late or gone is named within the
+time-out, as long as the others wait on the CPU; a device that waits is the coordinator's to notice.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from farspan.engine_ext.errors import StarError
+
+ATTEMPT_S = 1.0
+"""How long a question to the store may take once the group has failed."""
+
+
+class StarAborted(StarError):
+    """All hosts end a request together, at the same step."""
+
+
+class Exchange:
+    """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
+
+    def __init__(
+        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, timeout_s: float
+    ) -> None:
+        self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
+        self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
+        self.step = 0
+        self.is_aborted = False
+        """Set from another thread: at the next step all hosts end what they compute together."""
+        self.num_bytes = 0
+        """Received from the other hosts so far, as builders count it: a replayed graph passes no line of ours."""
+
+    def warm_up(self) -> None:
+        """One small collective on each group, by every host. Raises StarError where a host does not take part."""
+        self.agree(b"warm-up")
+        is_cuda = self.device_group is not self.cpu_group
+        ones = torch.ones(1, 1, 2, device="cuda" if is_cuda else "cpu")
+        out, _ = self.gather(ones * self.rank, torch.zeros(1, 1, device=ones.device))
+        if out[:, 0, 0, 0].tolist() != list(range(self.num_hosts)):
+            raise StarError(f"host {self.rank}: the warm-up exchange gave other hosts' numbers in the wrong places.")
+
+    def agree(self, digest: bytes) -> None:
+        """Wait until all hosts are about to compute the same step.
+
+        digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
+        come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
+        """
+        self.step += 1
+        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big")], dtype=torch.int64)
+        everyone = torch.empty(self.num_hosts, 3, dtype=torch.int64)
+        try:
+            self.store.set(f"step {self.rank}", str(self.step))
+            self.all_gather(self.cpu_group, everyone, mine)
+        except RuntimeError as error:
+            raise StarError(self.sentence_of_late(error)) from error
+        if everyone[:, 0].any():
+            self.is_aborted = False
+            raise StarAborted(f"phase 2, step {self.step}: aborted.")
+        differing = [rank for rank in range(self.num_hosts) if everyone[rank].tolist() != mine.tolist()]
+        if differing:
+            raise StarError(
+                f"phase 2, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute different "
+                "steps (other requests, or tokens of other requests). Answers would be wrong, so the request ends."
+            )
+
+    def gather(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial results of all hosts for the same queries, in the order of their ranks.
+
+        out: [num_tokens, num_q_heads, head_dim], model dtype; lse: [num_q_heads, num_tokens] float32, natural log.
+        Returns [num_hosts, num_tokens, num_q_heads, head_dim] and [num_hosts, num_q_heads, num_tokens], views of one
+        buffer. Raises StarError where the CPU notices that a host is gone.
+        """
+        out_bytes = out.numel() * out.element_size()
+        mine = torch.empty(out_bytes + 4 * lse.numel(), dtype=torch.uint8, device=out.device)
+        mine[:out_bytes].view(out.dtype).view(out.shape).copy_(out)
+        mine[out_bytes:].view(torch.float32).view(lse.shape).copy_(lse)
+        everyone = torch.empty(self.num_hosts, mine.numel(), dtype=torch.uint8, device=out.device)
+        try:
+            self.all_gather(self.device_group, everyone, mine)
+        except RuntimeError as error:
+            raise StarError(self.sentence_of_late(error)) from error
+        part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
+        part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
+        return part_out, part_lse
+
+    def all_gather(self, group: Any, everyone: torch.Tensor, mine: torch.Tensor) -> None:
+        from torch.distributed.distributed_c10d import AllgatherOptions
+
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=self.timeout_s)
+        group._allgather_base(everyone, mine[None], options).wait()
+
+    def sentence_of_late(self, error: Exception) -> str:
+        """Who is missing, by the steps that the hosts have told the store."""
+        late = self.late_hosts()
+        if late:
+            return (
+                f"phase 2, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.rank} waited). The host is gone, or too slow; see its log."
+            )
+        return f"phase 2, step {self.step}: host {self.rank} lost the connection to another host ({error})."
+
+    def late_hosts(self) -> list[int]:
+        """Hosts that are behind this one, as far as can be told.
+
+        Host 0 keeps the store: where it does not answer, host 0 is gone.
+        """
+        late: list[int] = []
+        with contextlib.suppress(RuntimeError):
+            self.store.set_timeout(timedelta(seconds=ATTEMPT_S))
+        for rank in range(self.num_hosts):
+            if rank == self.rank:
+                continue
+            try:
+                step = int(self.store.get(f"step {rank}"))
+            except RuntimeError:
+                return [0] if self.rank != 0 and not self.store_answers() else [*late, rank]
+            if step < self.step:
+                late.append(rank)
+        return late
+
+    def store_answers(self) -> bool:
+        try:
+            self.store.set("asked", str(time.monotonic()))
+        except RuntimeError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Leave the group; what waits on the device for another host is aborted."""
+        if self.device_group is not None and self.device_group is not self.cpu_group:
+            with contextlib.suppress(RuntimeError):
+                self.device_group._get_backend(torch.device("cuda")).abort()
+        self.cpu_group = self.device_group = self.store = None
+
+
+def hosts(ranks: Sequence[int]) -> str:
+    return f"host{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def form_exchange(
+    rank: int,
+    num_hosts: int,
+    address: str,
+    ports: Sequence[int],
+    *,
+    sockets: Sequence[socket.socket] = (),
+    device_type: str,
+    timeout_s: float,
+    start_timeout_s: float,
+) -> Exchange:
+    """Meet the other hosts and warm up; returns when all of them have.
+
+    address, ports: where rank 0 listens: a port for the CPU group and one for the device group. sockets: rank 0 gives
+    them, already bound to the ports. timeout_s: for each exchange; start_timeout_s: until all hosts are there. Raises
+    StarError where a host does not come.
+    """
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+
+    def meet(index: int, backend: str) -> tuple[Any, Any]:
+        try:
+            return stateless_init_torch_distributed_process_group(
+                address,
+                ports[index],
+                rank,
+                num_hosts,
+                backend,
+                return_store=True,
+                listen_socket=sockets[index] if sockets else None,
+                timeout=timedelta(seconds=start_timeout_s),
+            )
+        except (RuntimeError, OSError) as error:
+            raise StarError(
+                f"host {rank} did not meet all {num_hosts} hosts at {address}:{ports[index]} within "
+                f"{start_timeout_s:g} s ({error}). See the logs of the hosts, and whether they reach that address."
+            ) from error
+
+    try:
+        cpu_group, store = meet(0, "gloo")
+        device_group = cpu_group if device_type == "cpu" else meet(1, "nccl")[0]
+    finally:
+        for unused in sockets:
+            unused.close()
+    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, start_timeout_s)
+    exchange.warm_up()
+    exchange.timeout_s = timeout_s
+    return exchange
+
+
+_exchange: Exchange | None = None
+
+
+def set_exchange(exchange: Exchange | None) -> None:
+    """Make a group this process's, or leave it without one; the one before is closed."""
+    global _exchange
+    if _exchange is not None:
+        _exchange.close()
+    _exchange = exchange
+
+
+def current() -> Exchange | None:
+    """This process's group."""
+    return _exchange
+
+
+def exchange_of(num_hosts: int, rank: int) -> Exchange | None:
+    """The group that a request of `num_hosts` hosts uses; None for a single one. Raises StarError where it is none."""
+    if num_hosts == 1:
+        return None
+    if _exchange is None or (_exchange.num_hosts, _exchange.rank) != (num_hosts, rank):
+        formed = "none" if _exchange is None else f"host {_exchange.rank} of {_exchange.num_hosts}"
+        raise StarError(
+            f"a request for host {rank} of {num_hosts}; this process is {formed}. Send such requests through "
+            "farspan.star.StarLLM, which forms the group."
+        )
+    return _exchange

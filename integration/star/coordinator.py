@@ -1,0 +1,310 @@
+"""The hosts as Ray actors: where they run, when they are late, and what replaces them.
+
+Only the coordinator decides that a host is lost. It asks every working host how far it is, on a thread that the work
+does not hold up, so that it can name the one that does not move.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from farspan.engine_ext.errors import StarError, UnsupportedEngineError
+from farspan.star.host import StarHost
+from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup, HostStatus
+
+POLL_S = 0.05
+"""Between two looks at working hosts."""
+GRACE_S = 5.0
+"""How much longer than the hosts' own time-out the coordinator waits, so that their errors arrive."""
+ACTOR_THREADS = 4
+ACTOR_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class HostsSetup:
+    """What all hosts have in common."""
+
+    num_hosts: int
+    model: str
+    timeout_s: float
+    start_timeout_s: float
+    graphs: bool
+    options: dict[str, Any]
+    engine: dict[str, Any]
+    address: str | None
+    """Of a Ray cluster; None for the one that this process is in, or else a new one on this machine."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places the hosts over machines."""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class HostLost(StarError):
+    """A host is dead or makes no progress."""
+
+    def __init__(self, rank: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.rank = rank
+
+
+@dataclass
+class Watch:
+    """When a host was last seen to move."""
+
+    num_steps: int = -1
+    moved: float = field(default_factory=time.monotonic)
+    asked: Any = None
+    """The status that it has been asked for."""
+    status: HostStatus | None = None
+
+
+class Hosts:
+    """All hosts of one StarLLM."""
+
+    def __init__(self, setup: HostsSetup, host_class: type[StarHost] = StarHost) -> None:
+        """host_class: of the actors; a subclass can prepare its process in `start`."""
+        import ray
+
+        self.setup, self.host_class = setup, host_class
+        self.owns_ray = False
+        self.actors: list[Any] = []
+        self.group: Any = None
+        self.facts: list[HostFacts] = []
+        if not ray.is_initialized():
+            # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
+            address = setup.address or os.environ.get("RAY_ADDRESS")
+            size = {} if address else {"num_cpus": max(os.cpu_count() or 1, setup.num_hosts)}
+            ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **size)
+            self.owns_ray = True
+        self.device_type = choose_device(setup.num_hosts, ray.cluster_resources())
+
+    def start(self) -> None:
+        """Place and start all hosts. Raises StarError, and leaves nothing behind, where one does not start."""
+        import ray
+
+        try:
+            self.group = self.place()
+            self.actors = [self.make_actor(rank) for rank in range(self.setup.num_hosts)]
+            address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "start", self.setup.start_timeout_s)[0]
+            refs = {rank: actor.start.remote(address, ports) for rank, actor in enumerate(self.actors)}
+            self.facts = [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
+        except BaseException:
+            self.stop()
+            raise
+        page_sizes = {facts.page_size for facts in self.facts}
+        if len(page_sizes) > 1:
+            self.stop()
+            raise UnsupportedEngineError(
+                f"hosts with pages of {sorted(page_sizes)} tokens; farspan needs the same on all. Set block_size."
+            )
+        assert ray.is_initialized()
+
+    def place(self) -> Any:
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        bundle = {"CPU": 1.0, **({"GPU": 1.0} if self.device_type == "cuda" else {})}
+        group = placement_group([bundle] * self.setup.num_hosts, strategy=self.setup.strategy)
+        try:
+            ray.get(group.ready(), timeout=self.setup.start_timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            remove_placement_group(group)
+            raise StarError(
+                f"hosts={self.setup.num_hosts}; each needs {bundle} (placement {self.setup.strategy}), and "
+                f"within {self.setup.start_timeout_s:g} s the cluster had no room. It has {ray.available_resources()} "
+                "free. Use fewer hosts, or free or add machines."
+            ) from error
+        return group
+
+    def make_actor(self, rank: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        setup = self.setup
+        host = HostSetup(
+            rank=rank,
+            num_hosts=setup.num_hosts,
+            model=setup.model,
+            device_type=self.device_type,
+            timeout_s=setup.timeout_s,
+            start_timeout_s=setup.start_timeout_s,
+            graphs=setup.graphs,
+            options=setup.options,
+            engine=setup.engine,
+        )
+        return (
+            ray.remote(self.host_class)
+            .options(
+                num_cpus=1,
+                num_gpus=1 if self.device_type == "cuda" else 0,
+                max_concurrency=ACTOR_THREADS,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
+                runtime_env={"env_vars": {**ACTOR_ENV, **setup.env}},
+            )
+            .remote(host)
+        )
+
+    def wait_for(self, refs: dict[int, Any], doing: str, timeout_s: float) -> dict[int, Any]:
+        """Results by rank. Raises HostLost naming a dead or late host, or what a host raised."""
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        results: dict[int, Any] = {}
+        pending = dict(refs)
+        while pending:
+            done, _ = ray.wait(list(pending.values()), timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            for rank in [rank for rank, ref in pending.items() if ref in done]:
+                results[rank] = self.result_of(rank, pending.pop(rank), doing)
+            if pending and time.monotonic() >= deadline:
+                rank = min(pending)
+                raise HostLost(rank, f"{doing}: host {rank} did not finish within {timeout_s:g} s; see its log.")
+        return results
+
+    def result_of(self, rank: int, ref: Any, doing: str) -> Any:
+        import ray
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayActorError as error:
+            first = str(error).strip().splitlines()[0]
+            raise HostLost(rank, f"{doing}: host {rank} is dead ({first}); see its log.") from error
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, StarError | ValueError | VLLMValidationError):
+                raise cause from None
+            raise StarError(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
+
+    def run(self, asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[dict[int, HostStatus]]:
+        """Let hosts work, and yield how far they are until all have put their answers into `answers`.
+
+        Where several fail, a lost host is named before those that only waited for it: raises HostLost, StarError, or
+        what the engines say of a bad request. No host is left at work, but for one that is lost.
+        """
+        import ray
+
+        doing = next(iter(asks.values())).phase
+        pending = {rank: self.actors[rank].run.remote(ask) for rank, ask in asks.items()}
+        watches = {rank: Watch() for rank in asks}
+        errors: dict[int, BaseException] = {}
+        try:
+            while pending:
+                done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=POLL_S)
+                for rank in [rank for rank, ref in pending.items() if ref in done]:
+                    try:
+                        answers[rank] = self.result_of(rank, pending.pop(rank), doing)
+                    except Exception as error:
+                        errors[rank] = error
+                for rank in list(pending):
+                    if self.is_stuck(rank, watches[rank], waits=bool(errors)):
+                        errors[rank] = HostLost(
+                            rank,
+                            f"{doing}: host {rank} made no progress for {self.setup.timeout_s:g} s; see its log.",
+                        )
+                        ray.kill(self.actors[rank], no_restart=True)
+                        del pending[rank]
+                if pending:
+                    yield {rank: watch.status for rank, watch in watches.items() if watch.status is not None}
+        except GeneratorExit:
+            self.abort(pending)
+            raise
+        if errors:
+            raise worst(errors)
+
+    def is_stuck(self, rank: int, watch: Watch, waits: bool) -> bool:
+        """Whether a working host has not moved for too long; asks it again how far it is.
+
+        waits: other hosts have failed, so that this one may wait for them until its own time-out.
+        """
+        import ray
+
+        if watch.asked is None:
+            watch.asked = self.actors[rank].status.remote()
+        ready, _ = ray.wait([watch.asked], timeout=0)
+        if ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                watch.status = ray.get(watch.asked)
+                if watch.status.num_steps != watch.num_steps:
+                    watch.num_steps, watch.moved = watch.status.num_steps, time.monotonic()
+            watch.asked = None
+        still_s = time.monotonic() - watch.moved
+        # In phase 2 all stand still with one: those that wait know whom they wait for, and say so first.
+        is_waiting = watch.status is not None and watch.status.phase == "phase 2" and watch.asked is None
+        return still_s > self.setup.timeout_s + (GRACE_S if is_waiting or waits else 0)
+
+    def abort(self, pending: dict[int, Any]) -> None:
+        """End a request on all hosts that work on it; a host that does not end is killed."""
+        import ray
+
+        told = {rank: self.actors[rank].abort.remote() for rank in pending}
+        waited = [*told.values(), *pending.values()]
+        _, left = ray.wait(waited, num_returns=len(waited), timeout=self.setup.timeout_s + GRACE_S)
+        for rank, ref in pending.items():
+            if ref in left or told[rank] in left:
+                ray.kill(self.actors[rank], no_restart=True)
+
+    def replace(self, rank: int) -> None:
+        """A new host for a dead one, in its place; the others keep their engines and meet it."""
+        import ray
+
+        ray.kill(self.actors[rank], no_restart=True)
+        timeout_s = self.setup.start_timeout_s
+        self.actors[rank] = self.make_actor(rank)
+        address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
+        refs = {
+            each: actor.start.remote(address, ports) if each == rank else actor.rejoin.remote(address, ports)
+            for each, actor in enumerate(self.actors)
+        }
+        self.facts[rank] = self.wait_for(refs, "restart", timeout_s)[rank]
+
+    def stop(self) -> None:
+        """End all hosts and give their places back; Ray itself goes on."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        if not ray.is_initialized():
+            return
+        with contextlib.suppress(ray.exceptions.RayError):
+            # Killing alone frees a GPU's memory; leaving first lets what waits for this host go on.
+            stopping = [actor.stop.remote() for actor in self.actors]
+            ray.wait(stopping, num_returns=len(stopping), timeout=GRACE_S) if stopping else None
+        for actor in self.actors:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor, no_restart=True)
+        if self.group is not None:
+            remove_placement_group(self.group)
+        self.actors, self.group, self.facts = [], None, []
+
+    def close(self) -> None:
+        """`stop`, and Ray too if it was started here."""
+        import ray
+
+        self.stop()
+        if self.owns_ray:
+            ray.shutdown()
+            self.owns_ray = False
+
+
+def choose_device(num_hosts: int, resources: dict[str, float]) -> Literal["cpu", "cuda"]:
+    """A GPU a host where the cluster has GPUs. Raises StarError where it has some, but too few."""
+    num_gpus = int(resources.get("GPU", 0))
+    if num_gpus == 0:
+        return "cpu"
+    if num_gpus < num_hosts:
+        raise StarError(
+            f"hosts={num_hosts}; the Ray cluster has {num_gpus} GPU{'s' if num_gpus > 1 else ''}, and every host needs "
+            "one of its own. Use fewer hosts, or add machines to the cluster."
+        )
+    return "cuda"
+
+
+def worst(errors: dict[int, BaseException]) -> BaseException:
+    """The error that tells most: a lost host, then any other of farspan's, then the first."""
+    ranked: Sequence[type[BaseException]] = (HostLost, StarError, BaseException)
+    for kind in ranked:
+        for _, error in sorted(errors.items()):
+            if isinstance(error, kind):
+                return error
+    raise AssertionError("no errors")

@@ -1,0 +1,178 @@
+"""One host of Star Attention: an engine in this process, its group with the other hosts, and what it is asked to do.
+
+A Ray actor with several threads: one works, the others answer how far it is.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup, HostStatus, Phase
+from farspan.star.rendezvous import bind_ports
+
+# One request at a time; graphs of larger batches would only lengthen the start.
+ENGINE_DEFAULTS: dict[str, Any] = {"max_num_seqs": 4, "enable_prefix_caching": True}
+ENGINE_FIXED: dict[str, Any] = {"attention_backend": "CUSTOM", "distributed_executor_backend": "uni"}
+
+
+class StarHost:
+    """A host; its methods are called from several threads, `start`, `rejoin` and `run` one at a time."""
+
+    def __init__(self, setup: HostSetup) -> None:
+        self.setup = setup
+        self.sockets: list[socket.socket] = []
+        self.llm: Any = None
+        self.phase: Phase | None = None
+        self.num_steps = 0
+        self.request_id: str | None = None
+        self.token_ids: list[int] = []
+        self.is_aborted = False
+
+    def listen(self) -> tuple[str, list[int]]:
+        """Bind the ports where all hosts meet; asked of host 0. Returns its address and the ports."""
+        import ray
+
+        self.sockets = bind_ports(ray.util.get_node_ip_address())
+        return self.sockets[0].getsockname()[0], [each.getsockname()[1] for each in self.sockets]
+
+    def start(self, address: str, ports: Sequence[int]) -> HostFacts:
+        """Meet the other hosts, then make the engine, so that the group exists before graphs are captured."""
+        started = time.monotonic()
+        self.rejoin(address, ports)
+        from vllm import LLM
+
+        setup = self.setup
+        arguments = {**ENGINE_DEFAULTS, **setup.engine, **ENGINE_FIXED}
+        star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
+        arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
+        self.llm = LLM(setup.model, **arguments)
+        return self.facts(time.monotonic() - started)
+
+    def rejoin(self, address: str, ports: Sequence[int]) -> None:
+        """Leave the group and meet the other hosts anew. Raises StarError where one does not come."""
+        from farspan.engine_ext.star.exchange import form_exchange, set_exchange
+
+        setup = self.setup
+        set_exchange(None)
+        if setup.num_hosts == 1:
+            return
+        exchange = form_exchange(
+            setup.rank,
+            setup.num_hosts,
+            address,
+            ports,
+            sockets=self.sockets,
+            device_type=setup.device_type,
+            timeout_s=setup.timeout_s,
+            start_timeout_s=setup.start_timeout_s,
+        )
+        self.sockets = []
+        set_exchange(exchange)
+
+    def facts(self, start_s: float) -> HostFacts:
+        from farspan.vllm_compat.engine import num_linear_weights
+
+        config = self.llm.llm_engine.vllm_config
+        model, cache = config.model_config, config.cache_config
+        heads = model.get_num_attention_heads(config.parallel_config)
+        layers = model.get_num_layers(config.parallel_config)
+        return HostFacts(
+            page_size=cache.block_size,
+            max_model_len=model.max_model_len,
+            cache_len=cache.num_gpu_blocks * cache.block_size,
+            vocab_size=model.get_vocab_size(),
+            # Two operations a weight and token; four a pair, head and component.
+            linear_pairs=num_linear_weights(self.llm) / (2 * layers * heads * model.get_head_size()),
+            start_s=start_s,
+        )
+
+    def run(self, ask: Ask) -> Answer:
+        """Do one phase of a request to its end. After an error the engine holds nothing of it any more."""
+        from farspan.engine_ext.star.exchange import StarAborted, current
+
+        self.is_aborted, self.token_ids = False, []
+        exchange = current()
+        if exchange is not None:
+            exchange.is_aborted = False
+        received = self.num_bytes()
+        engine = self.llm.llm_engine
+        started = time.perf_counter()
+        self.phase = ask.phase
+        try:
+            self.request_id = engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, self.sampling_of(ask))
+            output, token_s = self.step_to_end(ask, started)
+        except StarAborted:
+            engine.abort_request([ask.name])
+            output, token_s = None, []
+        except Exception:
+            with contextlib.suppress(Exception):
+                engine.abort_request([ask.name])
+                # Pages count as cached from when they are scheduled; this step's were not computed.
+                engine.reset_prefix_cache()
+            raise
+        finally:
+            self.phase = self.request_id = None
+        cached = output.num_cached_tokens or 0 if output is not None else 0
+        return Answer(output, time.perf_counter() - started, token_s, cached, self.num_bytes() - received)
+
+    def sampling_of(self, ask: Ask) -> Any:
+        """The request's parameters with our option in them."""
+        import msgspec
+        from farspan.engine_ext.star.shard import NAME
+
+        sampling = ask.sampling.clone()
+        if ask.shard is not None:
+            sampling.extra_args = {**(sampling.extra_args or {}), NAME: msgspec.to_builtins(ask.shard)}
+        return sampling
+
+    def step_to_end(self, ask: Ask, started: float) -> tuple[Any, list[float]]:
+        """Step the engine until the request is done, or aborted (None). Hosts of phase 2 end only together."""
+        engine = self.llm.llm_engine
+        token_s: list[float] = []
+        last = None
+        while engine.has_unfinished_requests():
+            if self.is_aborted and ask.phase != "phase 2":
+                engine.abort_request([ask.name])
+                return None, []
+            for last in engine.step():
+                tokens = last.outputs[0].token_ids
+                token_s += [time.perf_counter() - started] * (len(tokens) - len(token_s))
+                self.token_ids = list(tokens)
+            self.num_steps += 1
+        return last, token_s
+
+    def status(self) -> HostStatus:
+        from farspan.vllm_compat.engine import num_computed_tokens
+
+        phase, request_id = self.phase, self.request_id
+        computed = num_computed_tokens(self.llm, request_id) if self.llm is not None and request_id is not None else 0
+        return HostStatus(phase, self.num_steps, computed, list(self.token_ids))
+
+    def abort(self) -> None:
+        """End the running request: at its next step, in phase 2 together with the other hosts."""
+        from farspan.engine_ext.star.exchange import current
+
+        self.is_aborted = True
+        exchange = current()
+        if self.phase == "phase 2" and exchange is not None:
+            exchange.is_aborted = True
+
+    def num_bytes(self) -> int:
+        from farspan.engine_ext.star.exchange import current
+
+        exchange = current()
+        return 0 if exchange is None else exchange.num_bytes
+
+    def stop(self) -> None:
+        """Leave the group and let go of the engine and its memory."""
+        import gc
+
+        from farspan.engine_ext.star.exchange import set_exchange
+
+        set_exchange(None)
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+        gc.collect()

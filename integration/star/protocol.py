@@ -1,0 +1,82 @@
+"""What the coordinator and the hosts tell each other."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from farspan.engine_ext.star.shard import StarShard
+
+Phase = Literal["phase 1", "phase 2", "exact attention"]
+
+
+@dataclass(frozen=True)
+class HostSetup:
+    """How a host's engine is made."""
+
+    rank: int
+    num_hosts: int
+    model: str
+    device_type: Literal["cpu", "cuda"]
+    timeout_s: float
+    start_timeout_s: float
+    graphs: bool
+    """Whether decode runs in CUDA graphs that hold the exchange."""
+    options: dict[str, Any]
+    """additional_config["farspan"]."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `LLM`."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What a started host knows that the others plan by."""
+
+    page_size: int
+    """Tokens."""
+    max_model_len: int
+    """Tokens of one request on the host."""
+    cache_len: int
+    """Tokens that the host's KV cache holds."""
+    vocab_size: int
+    linear_pairs: float
+    """Pairs of a query and a key whose attention costs as much as the linear layers of one token."""
+    start_s: float
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, or one phase of it, for one host."""
+
+    name: str
+    phase: Phase
+    prompt: list[int]
+    sampling: Any
+    """vLLM's SamplingParams, without our options."""
+    shard: StarShard | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a host made of an Ask."""
+
+    output: Any
+    """vLLM's RequestOutput; None where the request was aborted."""
+    seconds: float
+    token_s: list[float]
+    """Seconds from the start to each new token."""
+    num_cached_tokens: int
+    num_bytes: int
+    """Received from other hosts."""
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """How far a host is; answered while it works."""
+
+    phase: Phase | None
+    """None while it waits for work."""
+    num_steps: int
+    """Since it started; a host at work whose number stands still makes no progress."""
+    num_computed_tokens: int
+    """Of the running request's prompt and output on this host."""
+    token_ids: list[int]
+    """New tokens of the running request so far."""

@@ -1,0 +1,283 @@
+"""Hosts of Star Attention as threads, each with a builder, a paged cache and one layer; no vLLM engine."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from farspan.engine_ext import launch, layers, metadata, requests
+from farspan.engine_ext.config import Prefill, parse_config
+from farspan.engine_ext.passes import StepMetadata
+from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.string import Rotation
+from farspan.kernels.batch import KVView
+from farspan.kernels.reference import attend_logits
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
+LAYER = "model.layers.0.self_attn.attn"
+INV_FREQ = 1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a context is cut; all lengths in tokens."""
+
+    num_hosts: int
+    context_len: int
+    block_len: int
+    anchor_len: int
+    counts: tuple[int, ...]
+    """Blocks of each host."""
+
+    def shards(self, name: str = "r") -> list[StarShard]:
+        first, made = 0, []
+        query_host = max(rank for rank, count in enumerate(self.counts) if count)
+        for rank, count in enumerate(self.counts):
+            made.append(
+                StarShard(
+                    name=name,
+                    context_len=self.context_len,
+                    block_len=self.block_len,
+                    anchor_len=self.anchor_len,
+                    first_block=first,
+                    num_blocks=count,
+                    num_hosts=self.num_hosts,
+                    query_host=query_host,
+                    rank=rank,
+                )
+            )
+            first += count
+        return made
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Queries, keys and values of a whole prompt, context and query, before any rotation; float64."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def make_tokens(num_tokens: int, seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+
+    def heads(count: int) -> torch.Tensor:
+        return torch.randn(num_tokens, count, HEAD_DIM, generator=generator, dtype=torch.float64)
+
+    return Tokens(heads(NUM_HEADS), heads(NUM_KV_HEADS), heads(NUM_KV_HEADS))
+
+
+def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate [num_tokens, num_heads, head_dim] to their positions, as neox models do."""
+    angle = positions[:, None, None] * INV_FREQ.double()
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+
+
+def star_mask(layout: Layout, num_tokens: int) -> torch.Tensor:
+    """[num_tokens, num_tokens] bool: what each token of a prompt sees, from the definition alone."""
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for query in range(num_tokens):
+        for key in range(query + 1):
+            same_block = query // layout.block_len == key // layout.block_len
+            is_context = query < layout.context_len
+            mask[query, key] = not is_context or same_block or key < layout.anchor_len
+    return mask
+
+
+def oracle(tokens: Tokens, mask: torch.Tensor) -> torch.Tensor:
+    """Attention over a whole matrix of true positions, [num_tokens, num_heads, head_dim] float64."""
+    positions = torch.arange(len(tokens.query))
+    query, key = rotate(tokens.query, positions), rotate(tokens.key, positions)
+    key = key.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * HEAD_DIM**-0.5
+    return attend_logits(logits, tokens.value, mask)[0]
+
+
+class Meeting:
+    """Exchanges of threads; those of one host wait for all others."""
+
+    def __init__(self, num_hosts: int) -> None:
+        self.barrier = threading.Barrier(num_hosts, timeout=20)
+        self.given: list[Any] = [None] * num_hosts
+
+    def meet(self, rank: int, what: Any) -> list[Any]:
+        self.given[rank] = what
+        self.barrier.wait()
+        everyone = list(self.given)
+        self.barrier.wait()
+        return everyone
+
+    def exchange(self, rank: int) -> Any:
+        def agree(digest: bytes) -> None:
+            assert len(digest) <= 7
+            assert len(set(self.meet(rank, digest))) == 1
+
+        def gather(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            outs, lses = zip(*self.meet(rank, (out, lse)), strict=True)
+            return torch.stack(outs), torch.stack(lses)
+
+        return SimpleNamespace(agree=agree, gather=gather, num_bytes=0, num_hosts=len(self.given))
+
+
+class Source:
+    """The requests of a host's step."""
+
+    def __init__(self, prefill: Prefill) -> None:
+        self.prefill = prefill
+        self.step: list[StarShard | None] = []
+
+    def prefills(self, common: Any) -> list[Prefill]:
+        return [self.prefill] * len(self.step)
+
+    def prompt_lens(self, common: Any) -> list[int | None]:
+        return [None] * len(self.step)
+
+    def shards(self, common: Any) -> list[StarShard | None]:
+        return self.step
+
+    def cold_cache(self) -> None:
+        """No cold heads."""
+
+    def plan(self) -> None:
+        """No plan."""
+
+    def model(self) -> None:
+        """No model."""
+
+
+class Host:
+    """One host: vLLM's part (positions, pages, batches) played by hand around our builder and launches."""
+
+    def __init__(
+        self, page_size: int, num_pages: int, options: Any, monkeypatch: pytest.MonkeyPatch, *, graphs: bool = False
+    ) -> None:
+        options = {"star": {"graphs": graphs}, **(options or {})}
+        self.source = Source(parse_config(options).prefill)
+        monkeypatch.setattr(requests, "_make_source", lambda vllm_config: self.source)
+        rotary = SimpleNamespace(rotation_of_layer=lambda *arguments: Rotation(INV_FREQ, True))
+        monkeypatch.setattr(layers, "rotary_source", lambda: rotary)
+        vllm_config = SimpleNamespace(
+            additional_config={"farspan": options},
+            parallel_config=SimpleNamespace(worker_extension_cls=""),
+            scheduler_config=SimpleNamespace(max_num_seqs=4),
+            model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: NUM_HEADS),
+        )
+        spec = SimpleNamespace(num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32, block_size=page_size)
+        self.builder = metadata.FarspanMetadataBuilder(spec, [LAYER], vllm_config, CPU)
+        self.page_size = page_size
+        self.pages = torch.full((num_pages, NUM_KV_HEADS, page_size, 2 * HEAD_DIM), torch.nan)
+        self.free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)).tolist()
+        self.tables: dict[int, list[int]] = {}
+
+    def step(self, chunks: list[tuple[int, StarShard | None, Tokens, int]], padding: int = 0) -> list[torch.Tensor]:
+        """Compute chunks [(request, shard, the request's tokens, computed tokens before the chunk)].
+
+        padding: requests behind them without a token, as vLLM fills up a graph's batch.
+
+        The tokens of a chunk end where the request's tokens given here end. Returns the outputs of each.
+        """
+        lens = [len(tokens.query) for _, _, tokens, _ in chunks]
+        starts = torch.tensor([0, *(length - first for length, (*_, first) in zip(lens, chunks, strict=True))])
+        starts = starts.cumsum(0).int()
+        for (request, *_), length in zip(chunks, lens, strict=True):
+            table = self.tables.setdefault(request, [])
+            while len(table) * self.page_size < length:
+                table.append(self.free.pop())
+        width = max(map(len, self.tables.values()))
+        rows = [self.tables[request] for request, *_ in chunks]
+        table = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
+        common = SimpleNamespace(
+            causal=True,
+            num_reqs=len(chunks),
+            max_query_len=int(starts.diff().max()),
+            max_seq_len=max(lens),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lens, dtype=torch.int32),
+            block_table_tensor=table,
+        )
+        self.source.step = [shard for _, shard, _, _ in chunks]
+        if padding:
+            starts_padded = torch.cat([starts, starts[-1:].expand(padding)])
+            lens_padded = torch.tensor([*lens, *[0] * padding], dtype=torch.int32)
+            common.num_reqs += padding
+            common.query_start_loc = common.query_start_loc_cpu = starts_padded
+            common.seq_lens = common.seq_lens_cpu_upper_bound = lens_padded
+            common.block_table_tensor = torch.cat([table, table[:1].expand(padding, -1)])
+            self.source.step += [chunks[0][1]] * padding
+        step = self.builder.build(0, common)
+        query = torch.cat([local(tokens.query, first) for _, _, tokens, first in chunks])
+        key = torch.cat([local(tokens.key, first) for _, _, tokens, first in chunks])
+        value = torch.cat([tokens.value[first:].float() for _, _, tokens, first in chunks])
+        slots = []
+        for row, length, (*_, first) in zip(rows, lens, chunks, strict=True):
+            slots += [row[at // self.page_size] * self.page_size + at % self.page_size for at in range(first, length)]
+        if padding:
+            query, key, value = (torch.cat([each, each[:1].expand(padding, -1, -1)]) for each in (query, key, value))
+            slots += [-1] * padding
+        out = attend_step(step, query, key, value, self.pages, torch.tensor(slots))
+        return list(out[: int(starts[-1])].split(starts.diff().tolist()))
+
+
+def local(heads: torch.Tensor, first: int) -> torch.Tensor:
+    """The rows from `first` on as a model hands them to attention: rotated by their place in the request."""
+    return rotate(heads[first:], torch.arange(first, len(heads))).float()
+
+
+def attend_step(
+    step: StepMetadata, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: Any
+) -> torch.Tensor:
+    """What the impl does with a step."""
+    context, parts, out = step.layers[LAYER], launch.Parts(), torch.full_like(query, torch.nan)
+    launch.write_kv(launch.at_true_positions(key, step.moved, context.turns), value, pages, slots)
+    query = launch.at_true_positions(query, step.moved, context.turns)
+    for each in step.passes:
+        target = out[each.rows] if each.part is None else parts.new_out(out[each.rows])
+        lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target)
+        if each.part is not None:
+            parts.add(each, lse, out[each.rows])
+    return out
+
+
+def shard_tokens(tokens: Tokens, shard: StarShard) -> Tokens:
+    """The prompt of one host, query included: anchor, own blocks, query."""
+    own = range(shard.own_start, shard.own_start + shard.own_len)
+    places = torch.tensor([*range(shard.copied_len), *own, *range(shard.context_len, len(tokens.query))])
+    return at_places(tokens, places)
+
+
+def at_places(tokens: Tokens, places: torch.Tensor) -> Tokens:
+    return Tokens(tokens.query[places], tokens.key[places], tokens.value[places])
+
+
+def first_of(tokens: Tokens, count: int) -> Tokens:
+    return Tokens(tokens.query[:count], tokens.key[:count], tokens.value[:count])
+
+
+_host = threading.local()
+
+
+def run_hosts(num_hosts: int, work: Callable[[int], Any]) -> list[Any]:
+    """`work(rank)` of all hosts at the same time."""
+
+    def work_as(rank: int) -> Any:
+        _host.rank = rank
+        return work(rank)
+
+    with ThreadPoolExecutor(num_hosts) as pool:
+        return list(pool.map(work_as, range(num_hosts)))
+
+
+def meet_in_threads(num_hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builders find the threads' exchange instead of a process group."""
+    meeting = Meeting(num_hosts)
+    monkeypatch.setattr(metadata, "exchange_of", lambda hosts, rank: meeting.exchange(rank) if hosts > 1 else None)
+    monkeypatch.setattr(metadata, "current_exchange", lambda: meeting.exchange(getattr(_host, "rank", 0)))

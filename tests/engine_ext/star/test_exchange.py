@@ -1,0 +1,115 @@
+"""The group of hosts, as threads with gloo: what it gathers, and whom it names when a step goes wrong."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from farspan.engine_ext.errors import StarError
+from farspan.engine_ext.star.exchange import Exchange, StarAborted, exchange_of, form_exchange, set_exchange
+from farspan.star.rendezvous import bind_ports
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+TIMEOUT_S = 1.5
+
+
+def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
+    """`work(exchange)` on every host at the same time; an exception is that host's result."""
+    sockets = bind_ports("127.0.0.1")
+    ports = [each.getsockname()[1] for each in sockets]
+
+    def host(rank: int) -> Any:
+        exchange = form_exchange(
+            rank,
+            num_hosts,
+            "127.0.0.1",
+            ports,
+            sockets=sockets if rank == 0 else (),
+            device_type="cpu",
+            timeout_s=TIMEOUT_S,
+            start_timeout_s=30,
+        )
+        try:
+            return work(exchange)
+        except StarError as error:
+            return error
+
+    with ThreadPoolExecutor(num_hosts) as pool:
+        return list(pool.map(host, range(num_hosts)))
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_partial_results_of_all_hosts_in_the_order_of_ranks(num_hosts: int, dtype: torch.dtype) -> None:
+    def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(rank)
+        out = torch.randn(5, 6, 64, generator=generator).to(dtype)
+        return out, torch.randn(6, 5, generator=generator)
+
+    results = on_hosts(num_hosts, lambda exchange: exchange.gather(*inputs(exchange.rank)))
+    for part_out, part_lse in results:
+        for rank in range(num_hosts):
+            out, lse = inputs(rank)
+            assert torch.equal(part_out[rank], out)
+            assert torch.equal(part_lse[rank], lse)
+
+
+def test_strided_results_are_gathered() -> None:
+    wide = torch.randn(5, 6, 128)
+    results = on_hosts(2, lambda exchange: exchange.gather(wide[:, 1:5, :64], torch.zeros(4, 5)))
+    assert torch.equal(results[0][0][1], wide[:, 1:5, :64])
+
+
+def test_a_late_host_is_named() -> None:
+    def work(exchange: Exchange) -> None:
+        exchange.agree(b"one")
+        if exchange.rank == 1:
+            time.sleep(TIMEOUT_S + 1)
+            return
+        exchange.agree(b"two")
+
+    started = time.monotonic()
+    first, second, third = on_hosts(3, work)
+    assert second is None
+    assert time.monotonic() - started < 15
+    for error in (first, third):
+        assert "step 3: host 1 did not take part" in str(error) or "lost the connection" in str(error)
+    assert any("host 1 did not take part within 1.5 s" in str(error) for error in (first, third))
+
+
+def test_hosts_that_would_compute_different_steps_say_so() -> None:
+    results = on_hosts(2, lambda exchange: exchange.agree(b"one" if exchange.rank == 0 else b"two"))
+    assert "host 0 and host 1 are about to compute different steps" in str(results[0])
+    assert "host 1 and host 0 are about to compute different steps" in str(results[1])
+
+
+def test_all_hosts_abort_at_the_same_step() -> None:
+    def work(exchange: Exchange) -> int:
+        for step in range(100):
+            if exchange.rank == 1 and step == 5:
+                exchange.is_aborted = True
+            try:
+                exchange.agree(b"step")
+            except StarAborted:
+                exchange.agree(b"next")
+                return step
+        raise AssertionError("not aborted")
+
+    assert on_hosts(2, work) == [5, 5]
+
+
+def test_a_request_of_another_group_is_refused() -> None:
+    set_exchange(None)
+    assert exchange_of(1, 0) is None
+    with pytest.raises(StarError, match="a request for host 1 of 2; this process is none"):
+        exchange_of(2, 1)
+
+
+def test_hosts_that_do_not_all_come_are_told() -> None:
+    sockets = bind_ports("127.0.0.1")
+    ports = [each.getsockname()[1] for each in sockets]
+    with pytest.raises(StarError, match=r"host 0 did not meet all 2 hosts at 127\.0\.0\.1"):
+        form_exchange(0, 2, "127.0.0.1", ports, sockets=sockets, device_type="cpu", timeout_s=1, start_timeout_s=1)

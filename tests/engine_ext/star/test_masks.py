@@ -1,0 +1,189 @@
+"""The passes of both phases against attention over a whole matrix of true positions, in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from farspan.engine_ext.errors import StarError
+from farspan.engine_ext.passes import Sparse
+
+from tests.engine_ext.star.hosts import (
+    Host,
+    Layout,
+    first_of,
+    make_tokens,
+    meet_in_threads,
+    oracle,
+    run_hosts,
+    shard_tokens,
+    star_mask,
+)
+
+PAGE = 16
+QUERY_LEN, NUM_DECODED = 21, 3
+LAYOUTS = {
+    "one-host-one-block": Layout(1, 96, 96, 96, (1,)),
+    "one-host-blocks": Layout(1, 112, 32, 32, (4,)),
+    "two-hosts": Layout(2, 128, 32, 32, (2, 2)),
+    "two-hosts-small-anchor": Layout(2, 128, 32, 16, (2, 2)),
+    "two-hosts-no-anchor": Layout(2, 128, 32, 0, (3, 1)),
+    "three-hosts-ragged": Layout(3, 176, 32, 32, (3, 2, 1)),
+    "four-hosts-ragged-small-anchor": Layout(4, 240, 48, 32, (2, 1, 1, 1)),
+    "seven-hosts": Layout(7, 224, 32, 32, (1, 1, 1, 1, 1, 1, 1)),
+    "a-host-without-blocks": Layout(3, 64, 32, 32, (1, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("chunk", [7, 50, 1000], ids=lambda chunk: f"chunk{chunk}")
+def test_both_phases_are_those_of_the_oracle(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS[name]
+    tokens = make_tokens(layout.context_len + QUERY_LEN + NUM_DECODED)
+    expected = oracle(tokens, star_mask(layout, len(tokens.query))).float()
+    shards = layout.shards()
+    hosts = [Host(PAGE, 64, None, monkeypatch) for _ in shards]
+    meet_in_threads(layout.num_hosts, monkeypatch)
+
+    for shard, host in zip(shards, hosts, strict=True):
+        own = shard_tokens(tokens, shard)
+        outs, done = [torch.empty(0, 4, 64)], 0
+        while done < shard.local_len:
+            end = min(done + chunk, shard.local_len)
+            outs += host.step([(0, shard, first_of(own, end), done)])
+            done = end
+        out = torch.cat(outs)
+        torch.testing.assert_close(out[: shard.copied_len], expected[: shard.copied_len], atol=2e-5, rtol=1e-4)
+        own_rows = slice(shard.own_start, shard.own_start + shard.own_len)
+        torch.testing.assert_close(out[shard.copied_len :], expected[own_rows], atol=2e-5, rtol=1e-4)
+
+    def answer(rank: int) -> torch.Tensor:
+        shard, host = shards[rank], hosts[rank]
+        own = shard_tokens(tokens, shard)
+        outs, done = [], 0
+        for length in [chunk] * (QUERY_LEN // chunk) + [QUERY_LEN % chunk] + [1] * NUM_DECODED:
+            if length:
+                end = shard.local_len + done + length
+                outs += host.step([(0, shard, first_of(own, end), shard.local_len + done)])
+                done += length
+        return torch.cat(outs)
+
+    answers = run_hosts(layout.num_hosts, answer)
+    for out in answers:
+        torch.testing.assert_close(out, expected[layout.context_len :], atol=2e-5, rtol=1e-4)
+        # float32 rotations differ by host, by what they turn; the combination must not.
+        torch.testing.assert_close(out, answers[0], atol=0, rtol=0)
+
+
+def test_a_step_with_all_kinds_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ordinary decodes and chunks between Star requests in either phase, on two hosts."""
+    layout = LAYOUTS["two-hosts"]
+    shards = layout.shards()
+    tokens = [make_tokens(layout.context_len + 30, seed) for seed in range(4)]
+    full = star_mask(layout, layout.context_len + 30)
+    expected = [oracle(each, full).float() for each in tokens[:2]]
+    causal = torch.ones(len(full), len(full), dtype=torch.bool).tril()
+    expected += [oracle(each, causal).float() for each in tokens[2:]]
+    hosts = [Host(PAGE, 128, None, monkeypatch) for _ in shards]
+    meet_in_threads(2, monkeypatch)
+
+    def work(rank: int) -> list[torch.Tensor]:
+        shard, host = shards[rank], hosts[rank]
+        owned = [shard_tokens(each, shard) for each in tokens[:2]]
+        context = shard.local_len
+        host.step([(0, shard, first_of(owned[0], context), 0), (2, None, first_of(tokens[2], 40), 0)])
+        host.step([(1, shard, first_of(owned[1], 10), 0)])
+        # A token of an ordinary request and one of a query; a chunk of each; the rest of a shard's context.
+        one = host.step([(2, None, first_of(tokens[2], 41), 40), (0, shard, first_of(owned[0], context + 1), context)])
+        return one + host.step(
+            [
+                (2, None, first_of(tokens[2], 42), 41),
+                (0, shard, first_of(owned[0], context + 9), context + 1),
+                (3, None, first_of(tokens[3], 25), 0),
+                (1, shard, first_of(owned[1], context + 5), 10),
+            ]
+        )
+
+    for rank, out in enumerate(run_hosts(2, work)):
+        query = layout.context_len
+        torch.testing.assert_close(out[0], expected[2][40:41], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[1], expected[0][query : query + 1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[2], expected[2][41:42], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[3], expected[0][query + 1 : query + 9], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[4], expected[3][:25], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[5][-5:], expected[1][query : query + 5], atol=2e-5, rtol=1e-4)
+        assert len(out[5]) == shards[rank].local_len - 10 + 5
+
+
+def test_flex_inside_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At gamma 1 every block of anchor and own block is read, so that the result is the dense one."""
+    layout = Layout(2, 1024, 512, 256, (1, 1))
+    tokens = make_tokens(layout.context_len)
+    expected = oracle(tokens, star_mask(layout, layout.context_len)).float()
+    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 0}
+    shard = layout.shards()[1]
+    host = Host(PAGE, 64, {"prefill": prefill}, monkeypatch)
+    made: list[Any] = []
+    stock = host.builder.build
+    monkeypatch.setattr(host.builder, "build", lambda *arguments: made.append(stock(*arguments)) or made[-1])
+    own = shard_tokens(tokens, shard)
+    outs = host.step([(0, shard, first_of(own, 256), 0)]) + host.step([(0, shard, own, 256)])
+    assert all(isinstance(each.work, Sparse) for step in made for each in step.passes)
+    torch.testing.assert_close(torch.cat(outs)[256:], expected[512:], atol=2e-5, rtol=1e-4)
+
+
+def test_decode_from_buffers_that_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured graph reads: two requests and padding, over a page's end, on hosts with and without keys."""
+    layout = LAYOUTS["a-host-without-blocks"]
+    first, other = layout.shards("a"), Layout(3, 96, 32, 16, (1, 1, 1)).shards("b")
+    tokens = [make_tokens(layout.context_len + 30, 1), make_tokens(96 + 30, 2)]
+    expected = [
+        oracle(tokens[0], star_mask(layout, len(tokens[0].query))).float()[64:],
+        oracle(tokens[1], star_mask(Layout(3, 96, 32, 16, ()), len(tokens[1].query))).float()[96:],
+    ]
+    meet_in_threads(3, monkeypatch)
+    hosts = [Host(PAGE, 64, None, monkeypatch, graphs=True) for _ in first]
+    for host in hosts:
+        # What vLLM warms up with: no request of ours.
+        assert host.builder.lockstep is not None
+
+    def work(rank: int) -> tuple[list[torch.Tensor], set[int]]:
+        host, shards = hosts[rank], (first[rank], other[rank])
+        owned = [shard_tokens(each, shard) for each, shard in zip(tokens, shards, strict=False)]
+        for request, (own, shard) in enumerate(zip(owned, shards, strict=True)):
+            context = shard.local_len
+            if context:
+                host.step([(request, shard, first_of(own, context), 0)])
+            host.step([(request, shard, first_of(own, context + 2), context)])
+        outs, places = [], set()
+        stock = host.builder.build
+
+        def build(*arguments: Any) -> Any:
+            made = stock(*arguments)
+            (each,) = made.passes
+            batch = each.batch
+            places.add((batch.block_table.data_ptr(), batch.kv_lens.data_ptr(), batch.max_kv_len))
+            return made
+
+        host.builder.build = build
+        for step in range(2, 20):
+            chunks: list[Any] = [
+                (request, shard, first_of(own, shard.local_len + step + 1), shard.local_len + step)
+                for request, (own, shard) in enumerate(zip(owned, shards, strict=True))
+            ]
+            outs.append(torch.cat(host.step(chunks, padding=2)))
+        return outs, places
+
+    for outs, places in run_hosts(3, work):
+        assert len(places) == 1
+        for step, out in enumerate(outs, start=2):
+            torch.testing.assert_close(out[0], expected[0][step], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(out[1], expected[1][step], atol=2e-5, rtol=1e-4)
+
+
+def test_a_host_that_decodes_in_graphs_refuses_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["two-hosts"]
+    meet_in_threads(2, monkeypatch)
+    host = Host(PAGE, 64, None, monkeypatch, graphs=True)
+    own = shard_tokens(make_tokens(layout.context_len + 5), layout.shards()[0])
+    with pytest.raises(StarError, match="a step of one token that other hosts do not take part in"):
+        host.step([(0, layout.shards()[0], first_of(own, 1), 0)])

@@ -1,0 +1,70 @@
+"""Two hosts on this machine, shared by the tests of a module: starting them takes longer than any test."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
+from tests.integration.tiny_models import write_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+TIMEOUT_S = 8.0
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+PAGE = 16
+
+
+@pytest.fixture(scope="session")
+def star_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny Llama."""
+    return write_model(tmp_path_factory.mktemp("star") / "llama", "llama")
+
+
+def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any) -> FaultyStarLLM:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    engine = {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": PAGE,
+        "num_gpu_blocks_override": 256, "max_num_batched_tokens": 64,
+    }  # fmt: skip
+    return FaultyStarLLM(
+        str(model),
+        num_hosts,
+        timeout_s=TIMEOUT_S,
+        start_timeout_s=180,
+        env={**ENV, "PYTHONPATH": path, FAULT_FILE: str(fault_file)},
+        **(engine | arguments),
+    )
+
+
+@pytest.fixture(scope="module")
+def fault_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fault") / "fault.json"
+
+
+@pytest.fixture(scope="module")
+def star(star_model: Path, fault_file: Path) -> Iterator[FaultyStarLLM]:
+    """Two hosts with pages of 16 tokens and chunks of 64."""
+    with start_hosts(star_model, 2, fault_file) as llm:
+        yield llm
+
+
+@pytest.fixture
+def fault(fault_file: Path) -> Iterator[Callable[..., None]]:
+    """`fault(rank, phase, action, …)`: what happens to a host when it next does that phase."""
+
+    def plan(rank: int, phase: str, action: str, **more: Any) -> None:
+        fault_file.write_text(json.dumps({"rank": rank, "phase": phase, "action": action, **more}))
+
+    yield plan
+    fault_file.unlink(missing_ok=True)

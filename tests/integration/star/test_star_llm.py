@@ -1,0 +1,211 @@
+"""StarLLM over two real engines in Ray actors: tokens against a float64 model, faults against the clock."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from farspan.engine_ext.errors import ConfigError, StarError
+from farspan.star import StarLLM, StarOutput
+from farspan.star.llm import MARKER, Progress
+
+from tests.integration.star.conftest import PAGE, TIMEOUT_S, start_hosts
+from tests.integration.star_oracle import StarLlama
+from tests.integration.test_engine_tokens import make_prompts
+
+pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+(PROMPT,) = make_prompts((420,), seed=5)
+CONTEXT_LEN, QUERY_LEN, MAX_TOKENS = 359, 70, 8
+CONTEXT, QUERY = PROMPT[:CONTEXT_LEN], PROMPT[CONTEXT_LEN - 9 : CONTEXT_LEN - 9 + QUERY_LEN]
+
+
+def greedy(max_tokens: int = MAX_TOKENS, **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
+
+
+def expected_tokens(model: Path, output: StarOutput, context: list[int], query: list[int]) -> list[int]:
+    """The oracle's tokens for the blocks that an answer came from."""
+    assert output.shards is not None
+    shard = output.shards[0]
+    oracle = StarLlama(model, shard.context_len, shard.block_len, shard.anchor_len)
+    return oracle.generate(context + query, len(output.token_ids))
+
+
+def test_tokens_are_those_of_the_oracle(star: StarLLM, star_model: Path) -> None:
+    """Default blocks on two hosts, smaller ones, a smaller anchor, none; the context's end fills no page."""
+    seen = set()
+    for block_len, anchor_len in ((None, None), (48, None), (48, 16), (64, 0)):
+        progress: list[Progress] = []
+        output = star.generate(
+            CONTEXT, QUERY, greedy(), block_len=block_len, anchor_len=anchor_len, on_progress=progress.append
+        )
+        assert output.token_ids == expected_tokens(star_model, output, CONTEXT, QUERY)
+        assert output.shards is not None
+        assert all(shard.num_blocks > 0 for shard in output.shards)
+        assert output.shards[0].context_len == CONTEXT_LEN // PAGE * PAGE
+        assert output.times.exchanged_bytes > 0
+        assert progress[-1].num_blocks_done == progress[-1].num_blocks > 1
+        seen.add(tuple(output.token_ids))
+    assert len(seen) > 1
+
+
+def test_exact_attention_where_a_block_holds_the_context(star: StarLLM, star_model: Path) -> None:
+    exact = StarLlama(star_model, 1, CONTEXT_LEN, 0).generate(CONTEXT + QUERY, MAX_TOKENS)
+    one = star.generate(CONTEXT, QUERY, greedy(), block_len=368)
+    assert one.shards is None
+    assert one.token_ids == exact
+    # Two blocks see all of the context too, over two hosts.
+    two = star.generate(CONTEXT, QUERY, greedy(), block_len=192)
+    assert two.shards is not None
+    assert two.token_ids == exact
+    short = star.generate(CONTEXT[: PAGE - 1], QUERY, greedy())
+    assert short.shards is None
+    assert short.token_ids == StarLlama(star_model, 1, 500, 0).generate(CONTEXT[: PAGE - 1] + QUERY, MAX_TOKENS)
+
+
+def test_a_second_question_reads_no_block_again(star: StarLLM, star_model: Path) -> None:
+    context = PROMPT[11 : 11 + CONTEXT_LEN]
+    first = star.generate(context, QUERY, greedy())
+    other = list(reversed(QUERY))
+    second = star.generate(context, other, greedy())
+    assert first.token_ids == expected_tokens(star_model, first, context, QUERY)
+    assert second.token_ids == expected_tokens(star_model, second, context, other)
+    assert second.shards is not None
+    query_shard = second.shards[second.shards[0].query_host]
+    assert second.output.num_cached_tokens == query_shard.local_len
+
+
+def test_text_markers_and_sampling(star: StarLLM) -> None:
+    text = " ".join(f"t{token}" for token in CONTEXT)
+    question = " ".join(f"t{token}" for token in QUERY)
+    apart = star.generate(text, question, greedy())
+    together = star.generate(f"{text}{MARKER}{question}", None, greedy())
+    assert apart.token_ids == together.token_ids
+    assert apart.text
+    from vllm import SamplingParams
+
+    # A seed of its own is the same on both hosts, or their tokens would differ.
+    hot = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
+    draws = [star.generate(CONTEXT, QUERY, hot).token_ids for _ in range(2)]
+    assert draws[0] != draws[1]
+
+
+def test_streaming_and_abort(star: StarLLM) -> None:
+    whole = star.generate(CONTEXT, QUERY, greedy(24)).token_ids
+    pieces = list(star.stream(CONTEXT, QUERY, greedy(24)))
+    assert [token for piece in pieces for token in piece] == whole
+    started = time.monotonic()
+    stream = star.stream(CONTEXT, QUERY, greedy(400))
+    assert next(stream)
+    stream.close()
+    assert time.monotonic() - started < TIMEOUT_S
+    # The hosts are still there and in step.
+    assert star.generate(CONTEXT, QUERY, greedy(24)).token_ids == whole
+    assert star.restart_s == 0
+
+
+def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"context": [*CONTEXT, 512]}, "token 512; allowed: whole numbers from 0 to 511"),
+        ({"context": [*CONTEXT, "t1"]}, "token 't1'; allowed: whole numbers"),
+        ({"context": [], "query": []}, "an empty context and an empty query"),
+        ({"context": "no marker", "query": None}, "a prompt without"),
+        ({"context": CONTEXT * 6}, "host 0 needs"),
+        ({"block_len": 40}, "block_len=40; allowed: a multiple of the page size, 16 tokens"),
+        ({"anchor_len": 24}, "anchor_len=24; allowed: a multiple of the page size"),
+    ]
+    for changes, sentence in mistakes:
+        arguments = {"context": CONTEXT, "query": QUERY, "sampling_params": greedy(), **changes}
+        with pytest.raises(ConfigError) as caught:
+            star.generate(**arguments)
+        assert sentence in str(caught.value)
+    from vllm.exceptions import VLLMValidationError
+
+    # What only an engine refuses.
+    with pytest.raises(VLLMValidationError, match="logprobs"):
+        star.generate(CONTEXT, QUERY, greedy(logprobs=500))
+    assert len(star.generate(CONTEXT, QUERY, greedy()).token_ids) == MAX_TOKENS
+    assert star.restart_s == 0
+
+
+@pytest.mark.parametrize("action", ["kill", "stop"])
+def test_a_host_lost_in_phase_1_is_replaced(
+    star: StarLLM, star_model: Path, fault: Callable[..., None], action: str
+) -> None:
+    context = PROMPT[23 : 23 + CONTEXT_LEN]
+    rank = 1 if action == "kill" else 0
+    fault(rank, "phase 1", action)
+    output = star.generate(context, QUERY, greedy())
+    assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
+    assert output.times.restart_s > 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "action", "sentence"),
+    [
+        (1, "kill", "phase 2: host 1 is dead"),
+        (0, "sleep", "phase 2: host 0 made no progress for 8 s"),
+    ],
+    ids=["kill", "late"],
+)
+def test_a_host_lost_in_phase_2_is_named(
+    star: StarLLM, fault: Callable[..., None], rank: int, action: str, sentence: str
+) -> None:
+    fault(rank, "phase 2", action, seconds=3 * TIMEOUT_S)
+    started = time.monotonic()
+    with pytest.raises(StarError) as caught:
+        star.generate(CONTEXT, QUERY, greedy(32))
+    assert time.monotonic() - started < 3 * TIMEOUT_S + 20
+    assert sentence in str(caught.value)
+    assert f"host {rank}" in str(caught.value)
+    assert len(star.generate(CONTEXT, QUERY, greedy()).token_ids) == MAX_TOKENS
+    assert star.restart_s > 0
+
+
+@pytest.mark.parametrize("phase", ["phase 1", "phase 2"])
+def test_a_host_whose_memory_is_full_says_so(star: StarLLM, fault: Callable[..., None], phase: str) -> None:
+    fault(1, phase, "memory")
+    context = PROMPT[37 : 37 + CONTEXT_LEN]
+    with pytest.raises(StarError, match=f"{phase}: host 1 failed: MemoryError"):
+        star.generate(context, QUERY, greedy())
+    assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
+
+
+def test_other_tokens_name_their_host(star: StarLLM, fault: Callable[..., None]) -> None:
+    fault(0, "phase 2", "lie")
+    with pytest.raises(StarError, match="host 0 and the query's host 1 chose different tokens"):
+        star.generate(CONTEXT, QUERY, greedy())
+
+
+@pytest.mark.skipif("FARSPAN_TEST_HOSTS" not in os.environ, reason="on demand: FARSPAN_TEST_HOSTS=4")
+def test_four_hosts(star_model: Path, fault_file: Path) -> None:
+    with start_hosts(star_model, 4, fault_file) as llm:
+        output = llm.generate(CONTEXT, QUERY, greedy())
+        assert output.token_ids == expected_tokens(star_model, output, CONTEXT, QUERY)
+        assert output.shards is not None
+        assert [shard.num_blocks for shard in output.shards] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"hosts": 0}, "hosts=0; allowed: a whole number from 1"),
+        ({"options": {"string": {}}}, "without string: both move positions"),
+        ({"enable_prefix_caching": False}, "whose second phase reads the pages of the first"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2; allowed: 1, a host has one GPU"),
+        ({"additional_config": {}}, "give farspan's options as options="),
+    ],
+    ids=["hosts", "string", "caching", "tp", "config"],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(arguments: dict[str, Any], sentence: str) -> None:
+    import ray
+
+    with pytest.raises(ConfigError) as caught:
+        StarLLM("nowhere", **arguments)
+    assert sentence in str(caught.value)
+    assert not ray.is_initialized() or arguments
