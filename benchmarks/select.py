@@ -1,7 +1,7 @@
-"""Block selection of dynamic sparse prefill on calibrated inputs, beside dense attention, 8K to 1M tokens.
+"""Block selection of dynamic sparse prefill on random inputs, beside dense attention, 8K to 1M tokens.
 
 `farspan` selects by tile rows, `farspan-masses` is its pass over the keys, `farspan-flexprefill` selects by the paper's
-rule. Selection is to take at most a tenth of dense attention on the same chunk.
+rule. Selection is to take at most a tenth of dense attention on the same chunk. Neither depends on the inputs.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from farspan.kernels.tuning import device_capability, tile_rows_config
 
 from benchmarks import calls, peers
 from benchmarks.calls import kv_of, paged_of
-from benchmarks.inputs import TINY, AttentionShape, PagedBatch, PrefillCase, make_calibrated_batch
+from benchmarks.inputs import TINY, AttentionShape, PagedBatch, PrefillCase, make_paged_batch
 from benchmarks.record import Recorder
 from benchmarks.timing import time_interleaved
 
@@ -75,7 +75,7 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
 
 def run(recorder: Recorder) -> None:
     for case in cases(recorder.dry_run):
-        batch = make_calibrated_batch(case.query_len, case.seq_len, case.shape)
+        batch = make_paged_batch([case.query_len], [case.seq_len], case.shape)
         works = stages(batch, 64 if recorder.dry_run else BLOCK_SIZE)
         for name, samples in time_interleaved(works, repeats=7).items():
             recorder.add("select", case.name, name, "time", "ms", samples)

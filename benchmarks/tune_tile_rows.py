@@ -1,17 +1,20 @@
 """Measure what the constants of selection by tile rows rest on; prints tables, writes no rows.
 
-`python -m benchmarks.tune_tile_rows check sweep host crossover`, on a GPU: `check` holds the compiled kernels against
-PyTorch, `sweep` times shapes of programs, `host` the host's side of a layer and chunk, `crossover` sparse and dense
-attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
+`python -m benchmarks.tune_tile_rows PART...`, on a GPU: `check` holds the compiled kernels against PyTorch, `sweep`
+times shapes of programs, `host` the host's side of a layer and chunk, which `profile` takes apart, `crossover` sparse
+and dense attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
 everything on tiny shapes through Triton's interpreter.
 """
 
 import argparse
+import cProfile
 import itertools
 import os
+import pstats
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +48,7 @@ class Workbench:
         self.num_sms = num_multiprocessors(self.device)
         self.block_size = 64 if dry_run else 128
 
-    def chunk(self, shape: Shape, query_len: int, seq_len: int):  # type: ignore[no-untyped-def]
+    def chunk(self, shape: Shape, query_len: int, seq_len: int) -> Any:
         """A batch of one request, from `benchmarks.inputs`."""
         from benchmarks.inputs import AttentionShape, make_paged_batch
 
@@ -53,7 +56,7 @@ class Workbench:
         page = 16 if self.dry_run else 128
         return make_paged_batch([query_len], [seq_len], AttentionShape(**vars(shape), page_size=page, dtype=dtype))
 
-    def selection(self, batch, rule, config=None):  # type: ignore[no-untyped-def]
+    def selection(self, batch: Any, rule: Any, config: Any = None) -> Any:
         """The stages of selection on a batch: masses alone, and all of it."""
         from farspan.kernels.flex import tile_rows
         from farspan.kernels.flex.spans import make_spans
@@ -79,7 +82,7 @@ class Workbench:
             )  # fmt: skip
             return log_sums
 
-        def select():  # type: ignore[no-untyped-def]
+        def select() -> Any:
             return tile_rows.tile_row_lists(
                 batch.query, kv, paged, tiles, spans, batch.shape.scale, budget, config=config
             )
@@ -87,7 +90,7 @@ class Workbench:
         return masses, select, spans, tiles, budget
 
 
-def configs(head_dim: int, dry_run: bool) -> "Iterator[object]":
+def configs(head_dim: int, dry_run: bool) -> Iterator[Any]:
     from farspan.kernels.tuning import TileRowsConfig
 
     if dry_run:
@@ -221,19 +224,22 @@ def sweep(bench: Workbench, shapes: dict[str, Shape]) -> None:
 def host(bench: Workbench, shapes: dict[str, Shape]) -> None:
     """Milliseconds of the host for one layer and chunk, the device's work not waited for."""
     from farspan.engine_ext.config import DensePrefill, FlexPrefill
+    from farspan.kernels.flex.spans import SpanRule
 
     from benchmarks import calls, peers
     from benchmarks.timing import synchronize
 
     for name, shape in shapes.items():
         batch = bench.chunk(shape, 600 if bench.dry_run else 1024, 1500 if bench.dry_run else 2048)
-        kernels = ["triton"] + (["fa3"] if peers.has_module("vllm.vllm_flash_attn") else [])
+        kernels: list[Any] = ["triton"] + (["fa3"] if peers.has_module("vllm.vllm_flash_attn") else [])
         if bench.dry_run:
             kernels = ["cpu"]
         works = {f"dense {kernel}": calls.through_the_engine(batch, DensePrefill(), kernel) for kernel in kernels}
         for selection in ("tile_rows", "flexprefill"):
             how = FlexPrefill(selection=selection, min_seq_len=0, min_chunk_len=0)
             works[selection] = calls.through_the_engine(batch, how, kernels[0])
+        block_size = bench.block_size
+        _, works["selection by tile rows alone"], *_ = bench.selection(batch, SpanRule(2 * block_size, 16))
         for work_name, work in works.items():
             work()
             synchronize()
@@ -246,8 +252,33 @@ def host(bench: Workbench, shapes: dict[str, Shape]) -> None:
                 synchronize()
             print(
                 f"host {name} {work_name}: {min(laps):.3f} ms a layer and chunk "
-                f"(median {sorted(laps)[len(laps) // 2]:.3f})"
+                f"(median {sorted(laps)[len(laps) // 2]:.3f})",
+                flush=True,
             )
+
+
+def profile(bench: Workbench, shapes: dict[str, Shape]) -> None:
+    """Where the host's time goes, by Python function."""
+    from farspan.engine_ext.config import FlexPrefill
+
+    from benchmarks import calls
+    from benchmarks.timing import synchronize
+
+    shape = next(iter(shapes.values()))
+    batch = bench.chunk(shape, *((300, 700) if bench.dry_run else (1024, 2048)))
+    work = calls.through_the_engine(
+        batch, FlexPrefill(min_seq_len=0, min_chunk_len=0), "cpu" if bench.dry_run else "triton"
+    )
+    work()
+    synchronize()
+    profiler = cProfile.Profile()
+    for _ in range(1 if bench.dry_run else 8):
+        profiler.enable()
+        for _ in range(1 if bench.dry_run else 25):
+            work()
+        profiler.disable()
+        synchronize()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
 
 
 def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
@@ -275,7 +306,7 @@ def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
         for density in (0.2, 0.4, 0.7):
             lists = random_lists(tiles, shape.num_q_heads, density)
 
-            def attend(lists: BlockLists = lists, batch=batch, tiles=tiles, out=out, lse=lse) -> None:  # type: ignore[no-untyped-def]
+            def attend(lists: BlockLists = lists, batch=batch, tiles=tiles, out=out, lse=lse) -> None:
                 paged_prefill(
                     batch.query,
                     kv_of(batch),
@@ -297,7 +328,7 @@ def crossover(bench: Workbench, shapes: dict[str, Shape]) -> None:
         del batch, works
 
 
-def random_lists(tiles, num_heads: int, density: float):  # type: ignore[no-untyped-def]
+def random_lists(tiles: Any, num_heads: int, density: float) -> Any:
     """The first and the diagonal block, and others at random: one list for every query head."""
     from farspan.kernels.tiles import BlockLists
 
@@ -315,12 +346,15 @@ PARTS: dict[str, Callable[[Workbench, dict[str, Shape]], None]] = {
     "sweep": sweep,
     "host": host,
     "crossover": crossover,
+    "profile": profile,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_tile_rows", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="of check, sweep, host, crossover; all if none")
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help="of check, sweep, host, crossover, profile; all if none"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes through Triton's interpreter")
     arguments = parser.parse_args()
     if arguments.dry_run:

@@ -144,7 +144,6 @@ def prefill(
     lse: torch.Tensor,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
 ) -> None:
     """Chunks over all their keys, or over the blocks listed, by our own kernel of the device.
@@ -161,7 +160,6 @@ def prefill(
             lse=lse,
             tiles=tiles,
             block_lists=block_lists,
-            head_mask=head_mask,
             causal=causal,
             turn=turn,
         )
@@ -174,7 +172,6 @@ def prefill(
         tiles,
         scale,
         block_lists=block_lists,
-        head_mask=head_mask,
         causal=causal,
         turn=turn,
         out=out,

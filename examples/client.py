@@ -6,7 +6,7 @@ import sys
 from farspan.needle.tasks import make_sample
 from openai import APIConnectionError, APIStatusError, OpenAI
 
-# Long enough that flex is sparse: shorter prompts are computed exactly, since that is faster.
+# Long enough that flex is sparse with the options of serve.sh.
 PROMPT_LEN = 12288
 
 

@@ -8,7 +8,8 @@ from farspan.needle import model_dir
 from farspan.needle.tasks import make_sample
 from vllm import LLM, SamplingParams
 
-# Long enough that flex is sparse: shorter prompts are computed exactly, since that is faster.
+# Flex is sparse from here on. By default it is where that is faster, which is no prompt of a model so small.
+MIN_SEQ_LEN = 8192
 PROMPT_LEN = 12288
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     llm = LLM(
         parser.parse_args().model,
         attention_backend="CUSTOM",
-        additional_config={"farspan": {"prefill": {"method": "flex", "gamma": 0.95}}},
+        additional_config={"farspan": {"prefill": {"method": "flex", "gamma": 0.95, "min_seq_len": MIN_SEQ_LEN}}},
         max_model_len=16384,
     )
     sample = make_sample("niah_multiquery", PROMPT_LEN, seed=1)

@@ -59,7 +59,6 @@ def cpu_attention(
     lse: torch.Tensor | None = None,
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
 ) -> None:
@@ -71,8 +70,6 @@ def cpu_attention(
     lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token without keys has the
         output 0 and the LSE -inf.
     tiles, block_lists: a request with tiles reads only the blocks listed for each of them; a request without is dense.
-    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute, densely; `out` and `lse` of the
-        other heads stay as they are. None means all. Not together with block lists.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
 
@@ -81,10 +78,6 @@ def cpu_attention(
     lens: list[int] = batch.kv_lens.tolist()
     starts: list[int] = batch.query_start_loc.tolist()
     firsts: list[int] = batch.first_positions().tolist()
-    if head_mask is not None:
-        assert block_lists is None
-        _attend_heads(query, kv, batch, scale, head_mask, out, lse, causal, turn)
-        return
     tiles_of: dict[int, list[int]] = {}
     if tiles is not None and block_lists is not None:
         for tile, request in enumerate(tiles.tile_request.tolist()):
@@ -121,41 +114,6 @@ def cpu_attention(
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
-
-
-def _attend_heads(
-    query: torch.Tensor,
-    kv: KVView,
-    batch: PagedBatch,
-    scale: float,
-    head_mask: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    causal: bool,
-    turn: Turn | None,
-) -> None:
-    """Dense attention of some heads of some requests; arguments as in `cpu_attention`."""
-    group = query.shape[1] // kv.num_kv_heads
-    starts = batch.query_start_loc.tolist()
-    for kv_head, of_group in enumerate(head_mask.unflatten(0, (-1, group))):
-        for request in of_group.any(0).nonzero()[:, 0].tolist():
-            rows = slice(starts[request], starts[request + 1])
-            heads = kv_head * group + of_group[:, request].nonzero()[:, 0]
-            part = query[rows, heads]
-            part_out, part_lse = torch.empty_like(part), torch.empty(len(heads), len(part))
-            cpu_attention(
-                part,
-                kv.of_heads(slice(kv.first_kv_head + kv_head, kv.first_kv_head + kv_head + 1)),
-                batch.of_request(request),
-                scale,
-                out=part_out,
-                lse=part_lse,
-                causal=causal,
-                turn=turn,
-            )
-            out[rows, heads] = part_out
-            if lse is not None:
-                lse[heads, rows] = part_lse
 
 
 class _Prompt:

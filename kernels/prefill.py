@@ -28,7 +28,6 @@ def paged_prefill(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
@@ -47,7 +46,6 @@ def paged_prefill(
         tiles,
         scale,
         block_lists=block_lists,
-        head_mask=head_mask,
         causal=causal,
         turn=turn,
         out=out,
@@ -64,7 +62,6 @@ def prefill_attention(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
@@ -82,9 +79,6 @@ def prefill_attention(
     tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
     scale: factor on the logits, above 0.
     block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
-    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the other heads
-        stay as they are. None means all. Read on the device, where programs without a wanted head end at once. Not
-        together with block lists.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
@@ -122,12 +116,6 @@ def prefill_attention(
         assert block_lists.block_ids.is_contiguous()
         assert block_lists.block_counts.is_contiguous()
     heads_per_list = num_heads // num_list_heads
-    if head_mask is not None:
-        assert head_mask.shape == (num_heads, batch.num_reqs)
-        assert head_mask.dtype == torch.bool
-        assert head_mask.is_contiguous()
-        assert block_lists is None
-
     max_pages = batch.block_table.shape[1]
     paged = max_pages > 1
     tokens_per_tile = min(tiles.block_size, batch.max_query_len)
@@ -177,7 +165,6 @@ def prefill_attention(
         block_lists.block_counts if block_lists is not None else None,
         turn.cos if turn is not None else None,
         turn.sin if turn is not None else None,
-        head_mask.view(torch.int8) if head_mask is not None else None,
         scale * LOG2_E,
         turn.offset if turn is not None else 0,
         tiles.num_tiles,
@@ -195,8 +182,6 @@ def prefill_attention(
         stride_page,
         stride_head,
         stride_token,
-        # None, so that kernels without a mask have no such argument.
-        head_mask.stride(0) if head_mask is not None else None,
         BLOCK_SIZE=tiles.block_size,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -211,7 +196,6 @@ def prefill_attention(
         HAS_TURN=turn is not None,
         SLOPE=turn.slope if turn is not None else 1,
         HAS_FIRST_POS=batch.first_pos is not None,
-        HAS_HEAD_MASK=head_mask is not None,
         IS_CAUSAL=causal,
         USE_TMA=config.use_tma,
         NARROW_IDS=config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,

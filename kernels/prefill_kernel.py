@@ -213,7 +213,6 @@ def prefill_kernel(
     block_counts_ptr,
     cos_ptr,
     sin_ptr,
-    head_mask_ptr,
     scale_log2,
     turn_offset,
     num_tiles,
@@ -231,7 +230,6 @@ def prefill_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_head_mask,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -246,7 +244,6 @@ def prefill_kernel(
     HAS_TURN: tl.constexpr,
     SLOPE: tl.constexpr,
     HAS_FIRST_POS: tl.constexpr,
-    HAS_HEAD_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     USE_TMA: tl.constexpr,
     NARROW_IDS: tl.constexpr,
@@ -269,13 +266,6 @@ def prefill_kernel(
     kv_head = first_head // group_size
 
     request = tl.load(tile_request_ptr + tile)
-    if HAS_HEAD_MASK:
-        # Scalar loads: a program that has nothing to do ends before it sets anything up.
-        is_wanted = 0
-        for slot_index in tl.static_range(HEADS_PER_TILE):
-            is_wanted += tl.load(head_mask_ptr + (first_head + slot_index) * stride_head_mask + request)
-        if is_wanted == 0:
-            return
     query_block = tl.load(tile_block_ptr + tile)
     chunk_offset = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - chunk_offset
@@ -411,11 +401,6 @@ def prefill_kernel(
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     acc = acc / divisor[:, None]
     lse = tl.where(row_sum > 0.0, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
-    if HAS_HEAD_MASK and HEADS_PER_TILE > 1:
-        # Some of the program's heads may be wanted and others not.
-        is_wanted = tl.load(head_mask_ptr + head * stride_head_mask + request, mask=mask_m, other=0)
-        mask_m = mask_m & (is_wanted != 0)
-        mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
     out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
     tl.store(lse_ptr + head * stride_lse_head + token, lse, mask=mask_m)

@@ -15,7 +15,6 @@ STEP_NUMBERS = [
     "num_spans",
     "num_splits",
     "num_tiles",
-    "stride_head_mask",
     "stride_lse_head",
     "stride_lse_token",
     "stride_part_lse",

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StarOptions, StringOptions
 from farspan.engine_ext.ranges import ranges_of
-from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
 
 from benchmarks.readme_table import NUMBERS, README, TABLES, format_numbers, format_table
 from benchmarks.record import Row, read_rows
@@ -75,18 +75,21 @@ def test_table_names_ratio_to_the_baseline() -> None:
 
 
 def test_the_crossover_is_that_of_the_code() -> None:
-    """Pages name it, and the examples ask prompts that are long enough for flex to be sparse."""
+    """The README names it for 8B shapes, and the examples ask prompts that are long enough for flex to be sparse."""
     from examples import client
 
-    named = f"{FLEX_MIN_SEQ_LEN:,}"
-    for page in (
-        README,
-        ROOT / "docs" / "evaluation.md",
-        ROOT / "docs" / "evaluation" / "needle-engine-cpu" / "README.md",
-    ):
-        assert named in page.read_text(), f"{page} does not name the crossover, {named} tokens"
-    longest = max(map(int, re.findall(r"--lengths [0-9,]*?([0-9]+) --methods", README.read_text())))
-    offline = re.search(r"^PROMPT_LEN = (\d+)$", (ROOT / "examples" / "offline.py").read_text(), flags=re.MULTILINE)
-    assert offline is not None
-    for length in (longest, int(offline[1]), client.PROMPT_LEN):
-        assert length >= FLEX_MIN_SEQ_LEN + FLEX_MIN_CHUNK_LEN
+    size = AttentionSize(num_q_heads=32, head_dim=128)
+    named = re.search(r"8B shapes from (\d+)K tokens on", README.read_text())
+    assert named is not None
+    crossover = int(named[1]) * 1024
+    assert sparse_pays(size, crossover, crossover)
+    assert not sparse_pays(size, crossover // 2, crossover // 2)
+    offline = (ROOT / "examples" / "offline.py").read_text()
+    prompt_len, offline_min = (
+        int(number)
+        for name in ("PROMPT_LEN", "MIN_SEQ_LEN")
+        for number in re.findall(rf"^{name} = (\d+)$", offline, re.M)
+    )
+    (served_min,) = re.findall(r'"min_seq_len": (\d+)', (ROOT / "examples" / "serve.sh").read_text())
+    assert prompt_len >= offline_min
+    assert int(served_min) <= client.PROMPT_LEN

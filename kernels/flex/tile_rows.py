@@ -446,6 +446,10 @@ def tile_row_lists(
     log_sums = query.new_empty(heads_at_once * bytes_per_kv_head // 4, dtype=torch.float32)
     mass = query.new_empty(heads_at_once * group * num_spans * num_blocks, dtype=torch.int32)
 
+    # By the table's width, which an engine never changes (some have a column more): one kernel serves all prompts.
+    most_blocks = max(num_blocks, batch.block_table.shape[1] * kv.page_size // tiles.block_size - 1, 32)
+    padded = triton.next_power_of_2(most_blocks)
+
     def choose(
         query: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, kept: torch.Tensor
     ) -> None:
@@ -473,7 +477,7 @@ def tile_row_lists(
             ROWS=rule.rows_per_span,
             TILES=rule.span_len // tiles.block_size,
             SHARED=budget.heads_per_list,
-            PADDED=max(triton.next_power_of_2(num_blocks), 32),
+            PADDED=padded,
             UNIT=MASS_UNIT,
             AT_ONCE=BLOCKS_AT_ONCE,
             num_warps=CHOICE_WARPS,

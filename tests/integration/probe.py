@@ -17,8 +17,7 @@ def kinds(each: Pass) -> list[str]:
         return ["decode"]
     if isinstance(each.work, Dense):
         return ["prefill_dense"]
-    repairs = each.work.samples is not None and each.work.prefill.max_budget is None
-    return ["prefill_sparse", "prefill_repair"] if repairs else ["prefill_sparse"]
+    return ["prefill_sparse"]
 
 
 def count_passes() -> None:

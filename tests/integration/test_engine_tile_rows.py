@@ -12,7 +12,7 @@ from tests.integration.tiny_models import SLASH, SLASH_HEAD
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 GAMMA = 0.9
-CHUNK, PROMPT_LEN = 1024, 2600
+CHUNK, PROMPT_LEN = 1024, 2000
 """Of the second chunk's queries, those before SLASH do not have the key that the slash head looks for yet."""
 
 
@@ -47,7 +47,7 @@ def test_the_first_queries_of_a_chunk(selection: str, make_llm: Any) -> None:
     if selection == "tile_rows":
         assert change < 0.05
         assert all(row["coverage_min"] >= GAMMA - 0.05 for row in rows)
-        assert all(row["density"] < 0.6 for row in rows)
+        assert all(row["density"] < 0.6 for row in rows if row["head"] != SLASH_HEAD)
     else:
         # What the last queries of a chunk look at says nothing of them.
         assert change > 0.1

@@ -165,8 +165,8 @@ def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
     for module in (paged_prefill, short_lists, tile_rows):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
-    # It asks for a GPU, as users must have one.
-    contiguous._check = lambda *args: None
+    # It wants the tensors on a GPU, where they would be computed.
+    contiguous._check = lambda *arguments: None
     kernel = paged_prefill.prefill_kernel
     log_sums, choice = tile_rows._log_sums_kernel, tile_rows._choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)

@@ -58,13 +58,13 @@ class Case:
 CASES = [
     Case((1,), (1,)),
     Case((128,), (128,), group=1),
-    Case((1000,), (1000,), group=1),
-    Case((1000,), (1000,), span_tiles=1, min_blocks=4),
+    Case((600,), (600,), group=1),
+    Case((500,), (500,), span_tiles=1, min_blocks=4),
     Case((321,), (640,), page_size=64, share=True),
     Case((65, 300, 2), (65, 777, 130), group=1, min_blocks=3),
-    Case((300,), (900,), group=7, span_tiles=1, rows=32, page_size=32),
-    Case((300, 129), (700, 513), group=8, share=True, min_blocks=5),
-    Case((600,), (1100,), page_size=128, block_size=128, head_dim=64, rows=32, span_tiles=4),
+    Case((200,), (500,), group=7, span_tiles=1, page_size=32),
+    Case((200, 129), (400, 257), group=8, share=True, min_blocks=5),
+    Case((600,), (1100,), page_size=128, block_size=128, head_dim=64, rows=32, span_tiles=4, group=1),
     Case((300,), (700,), max_blocks=4),
     Case((300,), (700,), gamma=0.99, max_blocks=5, share=True, layout="lbnhc"),
     Case((300,), (700,), gamma=1.0),
@@ -82,7 +82,7 @@ def batch_of(case: Case, device: torch.device) -> Inputs:
         num_kv_heads=2,
         head_dim=case.head_dim,
         page_size=case.page_size,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        dtype=dtype_on(device),
         device=device,
         layout=case.layout,
         sharpness=3.0,
@@ -213,8 +213,14 @@ def test_a_choice_takes_the_fewest_and_of_equals_the_nearest() -> None:
     assert chosen([40, 10, 10, 20, 10, 10], 0.85) == [[0, 2, 3, 4], [0, 2, 3, 4, 5]]
 
 
-def one_request(seq_len: int) -> Inputs:
-    return make_batch([seq_len], [seq_len], num_heads=4, num_kv_heads=2, head_dim=32, sharpness=3.0)
+def dtype_on(device: torch.device) -> torch.dtype:
+    # A GPU multiplies float32 slowly, and float16 operands into exact float32 products.
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def requests_on(device: torch.device, query_lens: list[int], seq_lens: list[int]) -> Inputs:
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    return make_batch(query_lens, seq_lens, **shape, sharpness=3.0, device=device, dtype=dtype_on(device))  # type: ignore[arg-type]
 
 
 def chunk_of(prompt: Inputs, first: int, end: int) -> Inputs:
@@ -222,26 +228,26 @@ def chunk_of(prompt: Inputs, first: int, end: int) -> Inputs:
     return replace(
         prompt,
         query=prompt.query[first:end],
-        seq_lens=torch.tensor([end], dtype=torch.int32),
-        query_start_loc=torch.tensor([0, end - first], dtype=torch.int32),
+        seq_lens=torch.tensor([end], dtype=torch.int32, device=prompt.query.device),
+        query_start_loc=torch.tensor([0, end - first], dtype=torch.int32, device=prompt.query.device),
     )
 
 
 CUTS = {
-    "one": (0, 1400),
-    "two": (0, 700, 1400),
-    "nine": (0, 128, 130, 400, 401, 640, 768, 1000, 1399, 1400),
-    "prefix-hit": (384, 1400),
-    "ragged-prefix-hit": (390, 1400),
+    "one": (0, 800),
+    "two": (0, 420, 800),
+    "nine": (0, 128, 130, 300, 301, 512, 600, 640, 799, 800),
+    "prefix-hit": (256, 800),
+    "ragged-prefix-hit": (260, 800),
 }
 
 
 @pytest.mark.parametrize("select", [select_on_cpu, select_on_device], ids=["pytorch", "triton"])
 @pytest.mark.parametrize("name", CUTS)
-def test_the_same_blocks_however_a_prompt_is_cut(name: str, select) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_blocks_however_a_prompt_is_cut(name: str, select, device) -> None:  # type: ignore[no-untyped-def]
     """Tiles of spans that a chunk holds in part read everything; all others what they read in one chunk."""
-    case = Case((1400,), (1400,), gamma=0.8)
-    prompt = one_request(1400)
+    case = Case((800,), (800,), gamma=0.8)
+    prompt = requests_on(device, [800], [800])
     whole = lists_of(select(prompt, case))
     num_chosen = 0
     for first, end in pairwise(CUTS[name]):
@@ -253,14 +259,14 @@ def test_the_same_blocks_however_a_prompt_is_cut(name: str, select) -> None:  # 
             num_chosen += is_whole
             for head in range(4):
                 assert lists[head][tile] == (whole[head][block] if is_whole else list(range(block + 1)))
-    assert num_chosen > 3
-    assert sum(len(row) for head in whole for row in head) < 4 * 0.9 * 22 * 23 / 2
+    assert num_chosen > 1
+    assert sum(len(row) for head in whole for row in head) < 4 * 0.9 * 13 * 14 / 2
 
 
 @pytest.mark.parametrize("select", [select_on_cpu, select_on_device], ids=["pytorch", "triton"])
-def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-untyped-def]
-    case = Case((500, 700), (1100, 700), gamma=0.8)
-    both = make_batch(case.query_lens, case.seq_lens, num_heads=4, num_kv_heads=2, head_dim=32, sharpness=3.0)
+def test_two_requests_choose_as_each_alone(select, device) -> None:  # type: ignore[no-untyped-def]
+    case = Case((300, 400), (700, 400), gamma=0.8)
+    both = requests_on(device, list(case.query_lens), list(case.seq_lens))
     together = lists_of(select(both, case))
     first_tile = 0
     for request, (query_len, seq_len) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
@@ -268,8 +274,8 @@ def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-u
         alone = replace(
             both,
             query=both.query[start : start + query_len],
-            seq_lens=torch.tensor([seq_len], dtype=torch.int32),
-            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32),
+            seq_lens=torch.tensor([seq_len], dtype=torch.int32, device=device),
+            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32, device=device),
             block_table=both.block_table[request : request + 1],
         )
         lists = lists_of(select(alone, case))
@@ -278,9 +284,11 @@ def test_two_requests_choose_as_each_alone(select) -> None:  # type: ignore[no-u
         first_tile += num_tiles
 
 
-def test_heads_beyond_the_room_for_log_sums_come_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_beyond_the_room_for_log_sums_come_after_the_others(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     case = Case((300,), (700,))
-    batch = batch_of(case, torch.device("cpu"))
+    batch = batch_of(case, device)
     whole = lists_of(select_on_device(batch, case))
     monkeypatch.setattr(tile_rows, "TILE_ROWS_MAX_BYTES", 1)
     assert lists_of(select_on_device(batch, case)) == whole

@@ -8,6 +8,8 @@ import torch
 import triton
 from farspan.kernels.decode import paged_decode
 from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.tile_rows import tile_row_lists
 from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.prefill import paged_prefill
 
@@ -25,8 +27,9 @@ def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
     selection = flex_block_lists(*paged, tiles, batch.scale, Budget(0.9, 0.1, min_blocks=1, max_blocks=NO_LIMIT))
     paged_prefill(*paged, tiles, batch.scale, block_lists=selection.block_lists)
     paged_prefill(*paged, tiles, batch.scale)
-    some_heads = torch.rand(4, len(query_lens), device="cuda") < 0.5
-    paged_prefill(*paged, tiles, batch.scale, head_mask=some_heads)
+    starts, ends = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    spans = make_spans(starts, ends, tiles, SpanRule(128, 16))
+    tile_row_lists(*paged, tiles, spans, batch.scale, Budget(0.9, 0.0, min_blocks=1, max_blocks=NO_LIMIT))
     last = batch.query[batch.query_start_loc[1:].long() - 1]
     paged_decode(last, batch.kv, batch.paged, batch.scale, num_splits=2, min_split_keys=128)
 

@@ -83,7 +83,7 @@ def test_evaluation_tables_are_those_of_the_sweeps() -> None:
 
 def test_a_sweep_becomes_tables() -> None:
     def row(chunk: str, length: str, **changes: str) -> dict[str, str]:
-        options = {"gamma": "0.95", "tau": "0.1", "min_budget": "1024", "loop": "0", "seed": "7", "count": "4"}
+        options = {"gamma": "0.95", "tau": "0.1", "min_budget": "1024", "seed": "7", "count": "4"}
         found = {"accuracy": "0.75", "dense_accuracy": "1.0", "density": "0.2", "query_aware": "0.5", "overlap": "0.9"}
         coverage = {"coverage": "0.98", "coverage_worst_head": "0.93", "logprob_change": "0.1"}
         return {"chunk": chunk, "length": length, **options, **found, **coverage, **changes}
