@@ -121,8 +121,11 @@ class StarHost:
         """The request's parameters with our option in them."""
         import msgspec
         from farspan.engine_ext.star.shard import NAME
+        from vllm.sampling_params import RequestOutputKind
 
         sampling = ask.sampling.clone()
+        # All tokens so far at every step, whatever the front end asks for.
+        sampling.output_kind = RequestOutputKind.CUMULATIVE
         if ask.shard is not None:
             sampling.extra_args = {**(sampling.extra_args or {}), NAME: msgspec.to_builtins(ask.shard)}
         return sampling
