@@ -93,6 +93,9 @@ def test_text_markers_and_sampling(star: StarLLM) -> None:
     hot = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
     draws = [star.generate(CONTEXT, QUERY, hot).token_ids for _ in range(2)]
     assert draws[0] != draws[1]
+    hot.seed = 7
+    draws = [star.generate(CONTEXT, QUERY, hot).token_ids for _ in range(2)]
+    assert draws[0] == draws[1]
 
 
 def test_streaming_and_abort(star: StarLLM) -> None:
