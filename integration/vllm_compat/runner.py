@@ -30,6 +30,8 @@ class RunnerState:
     """Tokens of a page of the KV cache."""
     plan: StepPlan | None = None
     """Of the step that runs."""
+    warms_up: bool = False
+    """Whether our kernels are registered with vLLM's warm-up."""
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
@@ -199,6 +201,12 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if self.device.type == "cuda" and not state.warms_up:
+            from farspan.vllm_compat.warmup import register_warm_up
+
+            register_warm_up(self)
+            state.warms_up = True
         with running(self):
             return stock(self, *args, **kwargs)
 

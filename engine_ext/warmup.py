@@ -1,0 +1,139 @@
+"""Every kernel that requests can reach, run once at start, so that none is compiled inside a request.
+
+Triton compiles a kernel anew for each tile shape. Which shapes there are follows from the options, from
+`max_model_len` and from the longest chunk; `warm_up_cases` lists one small pass for each, through the same `PassMaker`
+and `attend` that serve requests.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.launch import attend, write_kv
+from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
+from farspan.engine_ext.passes import Decode, LayerContext, Pass
+from farspan.engine_ext.splits import SplitPlan
+from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.tiles import to_device
+from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS, FLEX_MIN_CHUNK_LEN
+
+BLOCK_TABLE_TOKENS = 128
+"""vLLM's block tables have room for a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class WarmUpCase:
+    """One pass that compiles kernels no other case compiles."""
+
+    kind: Literal["write", "decode", "prefill"]
+    turns: bool = False
+    num_splits: int = 1
+    """Of a decode."""
+    prefill: Prefill | None = None
+    query_len: int = 1
+    """Tokens of the chunk."""
+    kv_len: int = 1
+    """Keys up to the end of the chunk."""
+
+
+def warm_up_cases(prefill: Prefill, maker: PassMaker, *, max_model_len: int, max_chunk_len: int) -> list[WarmUpCase]:
+    """The cases of an engine, each once.
+
+    prefill: the engine's; a request may choose dense prefill instead. max_chunk_len: most query tokens of a request in
+    one step. Kernels differ by whether a turn reaches the queries, by the power of two of the tokens of a tile, of the
+    splits of a decode and, where blocks are selected, of the blocks of the prompt.
+    """
+    max_chunk_len = min(max_chunk_len, max_model_len)
+    turning = (False, True) if maker.has_turn else (False,)
+    most_splits = min(DECODE_MAX_SPLITS, -(-max_model_len // DECODE_MIN_SPLIT_KEYS))
+    cases = [WarmUpCase("write")]
+    cases += [
+        WarmUpCase("decode", turns, num_splits) for turns, num_splits in product(turning, powers_of_two(most_splits))
+    ]
+    for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
+        if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
+            continue
+        cases += [
+            WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)
+            for query_len, kv_len in chunk_shapes(each, max_model_len, max_chunk_len)
+        ]
+    return cases
+
+
+def chunk_shapes(prefill: Prefill, max_model_len: int, max_chunk_len: int) -> Iterator[tuple[int, int]]:
+    """Query tokens and keys of chunks that prefill this way, and that compile different kernels."""
+    block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
+    query_lens = [min(query_len, max_chunk_len) for query_len in powers_of_two(min(block_size, max_chunk_len))]
+    if not isinstance(prefill, FlexPrefill):
+        yield from ((query_len, query_len) for query_len in query_lens)
+        return
+    fewest = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
+    query_lens = [query_len for query_len in query_lens if query_len >= fewest] or [min(fewest, max_chunk_len)]
+    num_blocks = powers_of_two(-(-max_model_len // block_size))
+    kv_lens = [min(blocks * block_size, max_model_len) for blocks in num_blocks]
+    # Tile shapes depend on the chunk alone, the widths of selection on the prompt alone.
+    shapes = [(query_len, max(max_model_len, query_len)) for query_len in query_lens]
+    shapes += [(query_lens[-1], kv_len) for kv_len in kv_lens]
+    for query_len, kv_len in dict.fromkeys(shapes):
+        if query_len <= kv_len and effective_prefill(prefill, query_len, kv_len) == prefill:
+            yield query_len, kv_len
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, … up to the first that is not below `most`."""
+    return [1 << power for power in range((max(most, 1) - 1).bit_length() + 1)]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Runs the cases of one builder on the pages of one of its layers."""
+
+    builder: FarspanMetadataBuilder
+    pages: torch.Tensor
+    """The layer's KV cache: [num_pages, num_kv_heads, page_size, 2 * head_dim]; read, and left as it is."""
+    layer: LayerContext
+    num_q_heads: int
+    dtype: torch.dtype
+
+    def cases(self) -> list[WarmUpCase]:
+        """See `warm_up_cases`."""
+        vllm_config: Any = self.builder.vllm_config
+        return warm_up_cases(
+            self.builder.config.prefill,
+            self.builder.maker,
+            max_model_len=vllm_config.model_config.max_model_len,
+            max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+        )
+
+    def run(self, case: WarmUpCase) -> None:
+        """Compile what the case needs by running it."""
+        num_kv_heads, head_size, device = self.pages.shape[1], self.pages.shape[3] // 2, self.pages.device
+        if case.kind == "write":
+            token = torch.zeros(1, num_kv_heads, head_size, dtype=self.dtype, device=device)
+            write_kv(token, token, self.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
+            return
+        query = torch.zeros(case.query_len, self.num_q_heads, head_size, dtype=self.dtype, device=device)
+        attend(self.make_pass(case), query, KVView(self.pages), self.layer, 1.0, torch.empty_like(query))
+
+    def make_pass(self, case: WarmUpCase) -> Pass:
+        """The pass of one request whose keys are all in page 0."""
+        maker, device = self.builder.maker, self.pages.device
+        max_model_len = self.builder.vllm_config.model_config.max_model_len
+        num_pages = -(-max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.pages.shape[2]
+        lens = to_device([[0, case.query_len], [case.kv_len, 0]], device)
+        batch = PagedBatch(
+            query_start_loc=lens[0],
+            kv_lens=lens[1, :1],
+            block_table=torch.zeros(1, num_pages, dtype=torch.int32, device=device),
+            max_query_len=case.query_len,
+            max_kv_len=case.kv_len,
+        )
+        if case.kind == "decode":
+            # The builder's workspace has no room for splits that only other batches have.
+            work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), workspace=None)
+            return replace(maker.decode(batch), work=work, turns=case.turns)
+        assert case.prefill is not None
+        return maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
