@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import attend, write_kv
+from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, Pass
 from farspan.engine_ext.splits import SplitPlan
@@ -28,7 +28,7 @@ BLOCK_TABLE_TOKENS = 128
 class WarmUpCase:
     """One pass that compiles kernels no other case compiles."""
 
-    kind: Literal["write", "decode", "prefill"]
+    kind: Literal["write", "decode", "prefill", "star"]
     turns: bool = False
     num_splits: int = 1
     """Of a decode."""
@@ -101,12 +101,13 @@ class WarmUp:
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
         vllm_config: Any = self.builder.vllm_config
-        return warm_up_cases(
+        cases = warm_up_cases(
             self.builder.config.prefill,
             self.builder.maker,
             max_model_len=vllm_config.model_config.max_model_len,
             max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
         )
+        return [*cases, WarmUpCase("star")] if self.builder.config.star is not None else cases
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
@@ -114,6 +115,14 @@ class WarmUp:
         if case.kind == "write":
             token = torch.zeros(1, num_kv_heads, head_size, dtype=self.dtype, device=device)
             write_kv(token, token, self.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
+            return
+        if case.kind == "star":
+            for num_heads in (self.num_q_heads, num_kv_heads):
+                heads = torch.zeros(2, num_heads, head_size, dtype=self.dtype, device=device)
+                at_true_positions(heads, [(slice(0, 2), 1)], self.layer.turns)
+            parts = torch.zeros(2, 1, self.num_q_heads, head_size, dtype=self.dtype, device=device)
+            lse = torch.zeros(2, self.num_q_heads, 1, device=device)
+            combine(parts, lse, torch.empty_like(parts[0]), torch.empty_like(lse[0]))
             return
         query = torch.zeros(case.query_len, self.num_q_heads, head_size, dtype=self.dtype, device=device)
         attend(self.make_pass(case), query, KVView(self.pages), self.layer, 1.0, torch.empty_like(query))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 from farspan.engine_ext import launch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, write_kv
 from farspan.engine_ext.metadata import PassMaker, effective_prefill
 from farspan.engine_ext.passes import LayerContext
@@ -138,7 +138,7 @@ def test_requests_reach_no_other_kernels(
         model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_CHUNK_LEN),
     )
-    builder: Any = SimpleNamespace(maker=maker, config=SimpleNamespace(prefill=PREFILLS[name]), vllm_config=vllm_config)
+    builder: Any = SimpleNamespace(maker=maker, config=FarspanConfig(prefill=PREFILLS[name]), vllm_config=vllm_config)
     warm_up = WarmUp(builder, pages, layer, NUM_Q_HEADS, torch.bfloat16)
     for case in warm_up.cases():
         warm_up.run(case)
