@@ -140,8 +140,9 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
 def test_a_host_lost_in_phase_1_is_replaced(
     star: StarLLM, star_model: Path, fault: Callable[..., None], action: str
 ) -> None:
-    context = PROMPT[23 : 23 + CONTEXT_LEN]
-    rank = 1 if action == "kill" else 0
+    # Each its own, or the second would find its blocks computed, and phase 1 would be over in one step.
+    first, rank = (23, 1) if action == "kill" else (29, 0)
+    context = PROMPT[first : first + CONTEXT_LEN]
     fault(rank, "phase 1", action)
     output = star.generate(context, QUERY, greedy())
     assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
