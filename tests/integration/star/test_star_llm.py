@@ -195,6 +195,31 @@ def test_four_hosts(star_model: Path, fault_file: Path) -> None:
         assert [shard.num_blocks for shard in output.shards] == [1, 1, 1, 1]
 
 
+@pytest.mark.skipif("FARSPAN_TEST_NODES" not in os.environ, reason="on demand: FARSPAN_TEST_NODES=2")
+def test_two_nodes_of_a_cluster(star_model: Path, fault_file: Path) -> None:
+    """Each host on a Ray node of its own, met by address."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        with start_hosts(star_model, 2, fault_file, address=cluster.address, strategy="STRICT_SPREAD") as llm:
+            output = llm.generate(CONTEXT, QUERY, greedy())
+            assert output.token_ids == expected_tokens(star_model, output, CONTEXT, QUERY)
+            assert len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) == 2
+            assert not ray.available_resources().get("CPU")
+            llm.hosts.stop()
+            # Its places are free again, and the cluster is not ours to stop.
+            deadline = time.monotonic() + 20
+            while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert ray.available_resources().get("CPU") == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
