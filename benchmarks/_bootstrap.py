@@ -1,4 +1,4 @@
-"""Makes `farspan` and its plugin importable from the repository alone, where nothing could be installed."""
+"""Makes `farspan` and its plugin importable from a checkout, where nothing can be installed."""
 
 import importlib.util
 import os

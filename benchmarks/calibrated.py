@@ -1,10 +1,9 @@
 """Synthetic queries and keys whose attention looks like that of trained models, with shares that do not depend on N.
 
-Random queries and keys give near-uniform attention, on which sparse timings mean nothing. Here every query head mixes
-ingredients with weights of its own: attention sinks, the token itself, a local band, a slash (a fixed distance),
-scattered vertical tokens, topics (blocks that look for blocks of their kind) and a diffuse rest. A weight is the share
-of attention mass that the ingredient gets on a typical late row; logits grow with ln N so that the shares hold at
-every length.
+Random queries and keys give near-uniform attention, on which sparse timings mean nothing. Here every query head is a
+mix of patterns: attention sinks, the token itself, a local band, a slash (a fixed distance), scattered vertical tokens,
+topics (blocks that look for blocks of the same topic) and a diffuse rest. A head's `HeadMix` gives the share of
+attention mass of each pattern on a typical late row; logits grow with ln N so that the shares hold at every length.
 """
 
 import math
@@ -21,7 +20,7 @@ BAND = 256
 
 @dataclass(frozen=True)
 class HeadMix:
-    """Shares of attention mass of one query head; what is missing to 1 is spread over all keys."""
+    """Shares of attention mass of one query head; the rest, up to 1, is spread over all keys."""
 
     sink: float = 0.0
     recent: float = 0.0
@@ -58,10 +57,10 @@ def calibrated_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one request.
 
-    query_len: queries of the last tokens alone, as a chunk has them; all when None.
+    query_len: draw queries only of the last so many tokens, as in a chunk; None for all tokens.
     Returns q [query_len, num_q_heads, head_dim] and k, v [num_tokens, num_kv_heads, head_dim] in `dtype`, for
-    attention with scale `head_dim ** -0.5`. The same seed gives the same structure whatever the query length; sinks,
-    verticals, slashes and topics are drawn on the CPU, so also on every device.
+    attention with scale `head_dim ** -0.5`. The same seed gives the same structure for every query length and, since
+    verticals, slashes and topics are drawn on the CPU, on every device.
     """
     gen = torch.Generator().manual_seed(seed)
     noise_gen = torch.Generator(device).manual_seed(seed)
@@ -92,7 +91,7 @@ def calibrated_qkv(
         part(key, kv_head, 0).copy_(_rotated(pos, slash_freq))
         part(key, kv_head, 1).copy_(_rotated(pos, local_freq))
         part(key, kv_head, 4).copy_(topic)
-        # Sinks and verticals are met for what they are, wherever the query stands: no position, no topic.
+        # Queries find sinks and verticals at any distance and in any topic: these keys have no position and no topic.
         key[:NUM_SINKS, kv_head] = 0.0
         key[verticals, kv_head] = 0.0
         part(key, kv_head, 2)[:NUM_SINKS] = 1.0
@@ -101,7 +100,7 @@ def calibrated_qkv(
         for head in range(kv_head * group, (kv_head + 1) * group):
             mix = mixes[head % len(mixes)]
             rest = max(1 - mix.sink - mix.recent - mix.band - mix.slash - mix.vertical - mix.topic, 0.02)
-            # A mean of F cosines times a leaves noise of variance a²/2F over far keys: it feeds the diffuse rest.
+            # A mean of F cosines times a has variance a²/2F over far keys, which adds to the mass of the diffuse rest.
             recent_gain = slash_gain = band_gain = 0.0
             for _ in range(20):
                 variance = 0.25 + ((slash_gain**2 + recent_gain**2) / slash_pairs + band_gain**2 / local_pairs) / 2
@@ -115,14 +114,14 @@ def calibrated_qkv(
             part(query, head, 2).fill_(gain(mix.sink, NUM_SINKS, background))
             part(query, head, 3).fill_(gain(mix.vertical, VERTICAL_TOKENS, background))
             part(query, head, 4).copy_(topic[first_query:] * gain(mix.topic, num_tokens / NUM_TOPICS, background))
-            # A spread of half a nat between the logits of one row, as content gives it.
+            # The logits of a row have a standard deviation of half a nat, as content causes it.
             noise = torch.randn(len(query_pos), noise_dims, generator=noise_gen, device=device)
             part(query, head, 5).copy_(noise * (0.5 / noise_dims**0.5))
     return query * math.sqrt(head_dim), key, value
 
 
 def gain(share: float, count: float, background: float) -> float:
-    """Logit over the background that gives `count` keys `share` of the mass, `background` = ln(mass of the rest)."""
+    """Logit at which `count` keys get `share` of the mass; background: ln(total mass) for logits of 0 elsewhere."""
     return max(background + math.log(share / count), 0.0) if share else 0.0
 
 

@@ -1,8 +1,8 @@
-"""Attention biases that give a model with random weights attention like that of trained ones.
+"""Attention biases that give a model with random weights attention similar to that of trained models.
 
-Random weights attend to everything alike, on which sparse timings mean nothing. Rotary positions turn a constant bias
-on queries and keys into attention that depends on the distance alone, so biases make every kind of head that looks at
-distances: local ones, slashes, and diffuse ones where there is no bias. Sinks and verticals would need content.
+Random weights give near-uniform attention, on which sparse timings mean nothing. With rotary positions, a constant bias
+on queries and keys makes attention depend only on the distance. So biases make every kind of head that looks at
+distances: local heads, slashes, and diffuse heads, which have no bias. Sinks and verticals would need content.
 """
 
 import math
@@ -20,7 +20,7 @@ class HeadKind:
     peak: float
     """Logit at the distance looked for, over that of far keys; 0 for a diffuse head."""
     width: int = 1
-    """Only pairs of dimensions that turn by a radian within this many tokens take part."""
+    """Only pairs of dimensions that rotate by at least one radian within this many tokens take part."""
     is_slash: bool = False
     """Whether the distance looked for is drawn at random instead of 0."""
 
@@ -43,7 +43,8 @@ def attention_biases(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Biases of one layer for rotary positions in halves (neox style) and logits scaled by `head_dim ** -0.5`.
 
-    max_distance: tokens; slashes lie below it. Returns float32 q [num_q_heads * head_dim], k [num_kv_heads * head_dim].
+    max_distance: upper bound of slashes, in tokens.
+    Returns two float32 biases: of queries [num_q_heads * head_dim], of keys [num_kv_heads * head_dim].
     """
     generator = torch.Generator().manual_seed(seed)
     num_pairs = head_dim // 2
@@ -54,7 +55,7 @@ def attention_biases(
         takes_part = frequency >= 1 / kind.width
         distance = float(torch.rand(1, generator=generator)) * max_distance if kind.is_slash else 0.0
         gain = kind.peak * math.sqrt(head_dim) / (KEY_GAIN * int(takes_part.sum()))
-        # The query's angle lags by the distance, so that it meets the key's there.
+        # At this distance, the query's angle equals the key's.
         angle = -frequency * distance
         query[head, :num_pairs] = torch.where(takes_part, gain * angle.cos(), 0.0)
         query[head, num_pairs:] = torch.where(takes_part, gain * angle.sin(), 0.0)

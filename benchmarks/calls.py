@@ -1,11 +1,12 @@
-"""Our kernels' calls on a benchmark's batch, one function each.
+"""Calls of our kernels on a benchmark's batch, one function per kernel.
 
-Buffers and tiles are made beforehand, as the engine does. `prefill_fa3`, `prefill_flex` and `write_kv` go the way of
-the engine's own layers. `benchmarks.compare_revisions` loads this module, or one like it for another revision. The
-stages of flex prefill, called one by one, are in `prefill_flex` and `select`.
+Buffers and tiles are made beforehand, as in the engine. `prefill_fa3`, `prefill_flex` and `write_kv` are called as the
+engine's layers call them. `benchmarks.compare_revisions` loads this module, or a similar one for another revision. The
+benchmarks `prefill_flex` and `select` call the stages of flex prefill separately.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from farspan.engine_ext import launch
@@ -26,7 +27,17 @@ from benchmarks.inputs import PagedBatch
 Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Computes one layer; returns out [num_tokens, num_q_heads, head_dim] and lse [num_q_heads, num_tokens] float32."""
 OutCall = Callable[[], torch.Tensor]
-"""The same without the LSE."""
+"""Computes one layer; returns out as above, or for `write_kv` the cache."""
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """A batch's pages in host memory."""
+
+    pages: torch.Tensor
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim], which the device can address."""
+    on_host: torch.Tensor
+    """[num_pages] bool on the device: which of them decode reads there."""
 
 
 def block_size_of(batch: PagedBatch) -> int:
@@ -55,26 +66,33 @@ def tiles_of(batch: PagedBatch) -> PrefillTiles:
 
 
 def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out and LSE of a batch, not filled."""
+    """Uninitialised out and LSE of a batch."""
     shape = (batch.shape.num_q_heads, len(batch.query))
     return torch.empty_like(batch.query), torch.empty(shape, dtype=torch.float32, device=batch.query.device)
 
 
-def decode(batch: PagedBatch, turn: Turn | None = None) -> Call:
-    """Decode of one query token per request. turn: of shifted positions."""
+def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | None = None) -> Call:
+    """Decode of one query token per request.
+
+    turn: that of shifted positions, or None; host_pages: those that decode reads in host memory.
+    """
     shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
     splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
     workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
     out, lse = empty_results(batch)
+    kv, paged = kv_of(batch), paged_of(batch)
+    if host_pages is not None:
+        blocks = batch.block_table
+        table = torch.where(host_pages.on_host[blocks.long()], -1 - blocks, blocks)
+        kv, paged = KVView(batch.kv_cache, 0, host_pages.pages), replace(paged, block_table=table)
     return lambda: paged_decode(
-        batch.query, kv_of(batch), paged_of(batch), shape.scale,
-        num_splits=splits.num_splits, min_split_keys=splits.min_split_keys, turn=turn, out=out, lse=lse,
-        workspace=workspace,
+        batch.query, kv, paged, shape.scale, num_splits=splits.num_splits, min_split_keys=splits.min_split_keys,
+        turn=turn, out=out, lse=lse, workspace=workspace,
     )  # fmt: skip
 
 
 def prefill(batch: PagedBatch, turn: Turn | None = None) -> Call:
-    """Dense causal prefill by our Triton kernel. turn: of shifted positions."""
+    """Dense causal prefill by our Triton kernel. turn: that of shifted positions, or None."""
     tiles, (out, lse) = tiles_of(batch), empty_results(batch)
     return lambda: paged_prefill(
         batch.query, kv_of(batch), paged_of(batch), tiles, batch.shape.scale, turn=turn, out=out, lse=lse
@@ -101,19 +119,19 @@ def through_the_engine(batch: PagedBatch, how: Prefill, dense_kernel: DenseKerne
 
 
 def prefill_fa3(batch: PagedBatch) -> OutCall | None:
-    """Dense causal prefill by FlashAttention 3 as the engine calls it; None where it is not to be had."""
+    """Dense causal prefill by FlashAttention 3 as the engine calls it; None where it is not available."""
     if batch.query.device.type != "cuda" or launch.fa3_refusal(batch.shape.head_dim, batch.shape.dtype):
         return None
     return through_the_engine(batch, DensePrefill(), "fa3")
 
 
 def prefill_flex(batch: PagedBatch, gamma: float) -> OutCall:
-    """Dynamic sparse prefill of one layer with the default options: select, attend, measure, repair."""
+    """Dynamic sparse prefill of one layer with the default options: select, attend."""
     return through_the_engine(batch, FlexPrefill(gamma=gamma), "triton")
 
 
 def write_kv(batch: PagedBatch) -> OutCall:
-    """Write the keys and values of the batch's query tokens into their pages; returns what they hold then."""
+    """Write random keys and values of the batch's query tokens into its cache, and return the cache."""
     shape, device = batch.shape, batch.query.device
     generator = torch.Generator(device).manual_seed(0)
     new = torch.randn(

@@ -10,13 +10,13 @@ TIME_ONCE = "time once"
 """The message that asks a worker for one timing of its case."""
 ENGINE_REPEATS = 5
 OUTPUT_LEN = 33
-# Half the layers of an 8B model, for the same ratios in half the time.
+# Half the layers of an 8B model: the ratios are the same in half the time.
 ENGINE_MODEL = CALIBRATED_8B | {"num_hidden_layers": 16}
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A call of a function of the adapter on a batch."""
+    """One call of a function of the adapter module on one batch."""
 
     kernel: str
     """The function's name."""
@@ -24,9 +24,9 @@ class KernelCase:
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
     gamma: float | None = None
-    """For `prefill_flex`, whose inputs have patterns then."""
+    """Argument of `prefill_flex`, whose inputs are then calibrated; None for other functions."""
     in_graph: bool = False
-    """Short calls are timed in CUDA graphs: not by how fast Python launches them."""
+    """Whether to time the call in a CUDA graph: calls of few microseconds would measure how fast Python launches."""
     shape: AttentionShape = LLAMA_8B
 
     @property
@@ -69,15 +69,15 @@ def kernel_cases(dry_run: bool) -> list[KernelCase]:
 
 @dataclass(frozen=True)
 class EngineCase:
-    """Engines with the same options, and what to send to both."""
+    """The options of both engines, and the requests to send to each."""
 
     prefill: dict[str, Any]
     requests: dict[str, list[Request]]
-    """By method, as the rows name it."""
+    """By the name of the method in the rows."""
 
 
 def engine_cases(dry_run: bool) -> list[EngineCase]:
-    """List dense, and flex at two gammas that share an engine."""
+    """List a dense case, and a flex case with two gammas on one engine."""
     lengths = [50, 200] if dry_run else [32768, 131072]
 
     def requests(overrides: dict[str, Any] | None = None) -> list[Request]:

@@ -1,13 +1,13 @@
-"""Evidence that a change does no harm: two revisions on one machine in one run, taking turns.
+"""Whether a change makes anything slower: two revisions on one machine in one run, in turns.
 
-    python -m benchmarks.compare_revisions --base DIR --base-adapter FILE [--out CSVDIR] [--kernels] [--engine]
+    python -m benchmarks.compare_revisions --base DIR [--base-adapter FILE] --out CSVDIR [--kernels] [--engine]
 
-DIR is another checkout of this repository, FILE a module like `benchmarks/calls.py` that calls that checkout's kernels;
-without one, its kernels are called by `benchmarks/calls.py` too. Where DIR is no git checkout, FARSPAN_BASE_COMMIT
-names its commit. Each revision computes in processes of its own, which prepare a case and then time it once whenever
-they are asked; the turns are in random order. Rows are of the benchmark `no_harm`, variants `before` and `after`.
-Printed per case: time after over time before, turn by turn. Whichever of --kernels and --engine is left out is not run,
-unless both are.
+DIR is another checkout of this repository. FILE is a module like `benchmarks/calls.py` that calls that checkout's
+kernels; by default `benchmarks/calls.py` calls them too. Where DIR is no git checkout, the environment variable
+FARSPAN_BASE_COMMIT names its commit. Each revision runs in separate processes, which prepare a case and then time one
+call per message; the order within a turn is random. Rows have the benchmark `no_harm` and the variants `before` and
+`after`. Printed per case: the ratio of the times after and before, over the turns. --kernels runs only the kernels,
+--engine only the engines; neither or both runs everything.
 """
 
 import argparse
@@ -24,28 +24,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from farspan.command import make_folder, run_command
 
 from benchmarks.compare_cases import ENGINE_MODEL, TIME_ONCE, engine_cases, kernel_cases
 from benchmarks.engine import TINY_LLAMA, Answer, Engine, EngineSpec, Request, logprob_distance
-from benchmarks.record import ROOT, BenchmarkError, Environment, Recorder, commit_of, quantile
+from benchmarks.record import ROOT, BenchmarkError, Environment, Recorder, commit_of, iso_date, quantile
 from benchmarks.worker_process import WorkerProcess
 
 T = TypeVar("T")
 
+PROGRAM = "python -m benchmarks.compare_revisions"
 NAME = "no_harm"
 BEFORE, AFTER = "before", "after"
 KERNEL_REPEATS = 15
 TIMEOUT_S = 540
-# Two engines on one GPU.
+# Two engines share one GPU.
 ENGINE_ROOM = {"kv_cache_memory_bytes": 10 * 2**30, "gpu_memory_utilization": 0.4}
-# The largest error of a row relative to its norm, between two exact kernels in bfloat16.
+# Largest error of a row, relative to its norm, between two exact kernels in bfloat16.
 SAME_RESULT = 0.02
 # As in benchmarks/ttft.py, for two exact kernels in bfloat16.
 LOGPROB_TOLERANCE = 0.25
 
 
 class Comparison:
-    """Records both sides of a case, and prints their ratio."""
+    """Records the times of both revisions, and prints their ratio."""
 
     def __init__(self, before: Recorder, after: Recorder) -> None:
         self.recorders = {BEFORE: before, AFTER: after}
@@ -53,7 +55,7 @@ class Comparison:
         """Median per case."""
 
     def add(self, case: str, samples: Mapping[str, list[float]]) -> None:
-        """Take in milliseconds of each side; sample i of both sides is of the same turn."""
+        """Record milliseconds of each side; sample i of both sides is from the same turn."""
         for side, recorder in self.recorders.items():
             recorder.add(NAME, case, side, "time", "ms", samples[side])
         ratios = [after / before for before, after in zip(samples[BEFORE], samples[AFTER], strict=True)]
@@ -71,7 +73,7 @@ class Comparison:
 
 
 def take_turns(repeats: int, measure: Callable[[str, int], T], seed: int) -> dict[str, list[T]]:
-    """Call `measure(side, repeat)` for both sides, `repeats` times, which side first being drawn by `seed`."""
+    """Call `measure(side, repeat)` for both sides, `repeats` times; `seed` draws which side is first in each turn."""
     order = random.Random(seed)
     samples: dict[str, list[T]] = {BEFORE: [], AFTER: []}
     for repeat in range(repeats):
@@ -161,9 +163,9 @@ def compare_requests(comparison: Comparison, engines: dict[str, Engine], request
 
 
 def environment_of(checkout: Path, folder: Path) -> dict[str, str]:
-    """Variables under which a process of this repository imports the checkout's `farspan`; links go to `folder`.
+    """Environment variables with which a process imports the checkout's `farspan`; `folder` gets the link tree.
 
-    Raises BenchmarkError where it would import another one.
+    Raises BenchmarkError where the process would import another `farspan`.
     """
     command = "import sys; from pathlib import Path; from tools.link_tree import make_link_tree; "
     command += "make_link_tree(Path(sys.argv[1]))"
@@ -188,7 +190,7 @@ def environment_of(checkout: Path, folder: Path) -> dict[str, str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare_revisions", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="checkout of the revision before")
     parser.add_argument(
         "--base-adapter", type=Path, default=ROOT / "benchmarks" / "calls.py", metavar="FILE",
@@ -198,39 +200,45 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="single calls only")
     parser.add_argument("--engine", action="store_true", help="requests in vLLM only")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
-    parser.add_argument("--date", help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
     arguments = parser.parse_args()
     if not (arguments.base / "pyproject.toml").is_file():
         parser.error(f"--base {arguments.base} is no checkout of this repository")
+    if not arguments.base_adapter.is_file():
+        parser.error(f"--base-adapter {arguments.base_adapter} is no file")
     if arguments.out is None and not arguments.dry_run:
         parser.error("--out DIR says where the rows go; --dry-run writes none")
     return arguments
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
+    return run_command(PROGRAM, lambda: run(arguments), (BenchmarkError,))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare what was asked for. Raises BenchmarkError or ConfigError."""
     dry_run: bool = arguments.dry_run
     if not (dry_run or torch.cuda.is_available()):
-        sys.exit("Revisions are compared on a CUDA GPU; try it out without one by --dry-run.")
+        raise BenchmarkError("revisions are compared on a CUDA GPU; try it out without one by --dry-run.")
     both = arguments.kernels == arguments.engine
-    try:
-        environment = Environment.detect(arguments.date)
-        base_commit = commit_of(arguments.base, "FARSPAN_BASE_COMMIT") if environment.commit else ""
-        out = None if dry_run else arguments.out
-        comparison = Comparison(Recorder(out, replace(environment, commit=base_commit)), Recorder(out, environment))
-        print(f"{environment}; before: {base_commit}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="farspan-revisions-") as folder:
-            checkouts = {BEFORE: arguments.base.resolve(), AFTER: ROOT}
-            environments = {side: environment_of(checkout, Path(folder, side)) for side, checkout in checkouts.items()}
-            if arguments.kernels or both:
-                adapters = {BEFORE: arguments.base_adapter.resolve(), AFTER: ROOT / "benchmarks" / "calls.py"}
-                compare_kernels(comparison, environments, adapters, dry_run)
-            if arguments.engine or both:
-                compare_engines(comparison, environments, dry_run)
-    except BenchmarkError as error:
-        sys.exit(str(error))
+    environment = Environment.detect(arguments.date)
+    base_commit = commit_of(arguments.base, "FARSPAN_BASE_COMMIT") if environment.commit else ""
+    out = None if dry_run else arguments.out
+    if out is not None:
+        make_folder(out)
+    comparison = Comparison(Recorder(out, replace(environment, commit=base_commit)), Recorder(out, environment))
+    print(f"{environment}; before: {base_commit}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="farspan-revisions-") as folder:
+        checkouts = {BEFORE: arguments.base.resolve(), AFTER: ROOT}
+        environments = {side: environment_of(checkout, Path(folder, side)) for side, checkout in checkouts.items()}
+        if arguments.kernels or both:
+            adapters = {BEFORE: arguments.base_adapter.resolve(), AFTER: ROOT / "benchmarks" / "calls.py"}
+            compare_kernels(comparison, environments, adapters, dry_run)
+        if arguments.engine or both:
+            compare_engines(comparison, environments, dry_run)
     comparison.summarise()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""The process behind `benchmarks.compare_revisions`: makes one kernel case after the other and times it once at a time.
+"""The process that `benchmarks.compare_revisions` starts per revision: it prepares kernel cases and times them.
 
 Arguments: the path of the revision's adapter, a module like `benchmarks.calls`, and the connection's file descriptor.
-It answers a KernelCase with values of its result, None where this machine cannot compute it, and TIME_ONCE with
-milliseconds.
+It answers a KernelCase with some rows of the case's result, or None where this machine cannot compute it, and TIME_ONCE
+with the milliseconds of one call of the last case.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from benchmarks.compare_cases import TIME_ONCE, KernelCase
 from benchmarks.inputs import PagedBatch, make_calibrated_batch, make_paged_batch
 from benchmarks.timing import FLUSH_BYTES, Work, graph_of, wall_ms
 
-# Copies of the inputs in a graph exceed this together, so that none is found in the L2 cache.
+# The copies of the inputs in a graph are together larger than this, so that none is found in the L2 cache.
 COLD_BYTES = 256 * 2**20
 MAX_COPIES = 16
 WARMUP = 3
@@ -41,7 +41,7 @@ def make_batch(case: KernelCase, seed: int) -> PagedBatch:
 
 
 class PreparedCase:
-    """A case whose inputs and compiled kernels are there."""
+    """A case with its inputs and compiled kernels."""
 
     def __init__(self, adapter: ModuleType, case: KernelCase) -> None:
         self.num_calls = 1
@@ -99,7 +99,7 @@ def main() -> None:
             assert prepared is not None
             connection.send(prepared.time_once())
         else:
-            prepared = None  # its memory, before the next case takes more
+            prepared = None  # frees its memory before the next case allocates more
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             prepared = PreparedCase(adapter, message)

@@ -1,4 +1,4 @@
-"""Flash-decoding on paged KV, one query token a request, in CUDA graphs: against FA3, vLLM's Triton kernel and SDPA."""
+"""Flash-decoding on paged KV in CUDA graphs, one query token per request: ours, FA3, vLLM's Triton kernel and SDPA."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_p
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import Work, time_graphs, time_interleaved
 
-COLD_BYTES = 256 * 2**20  # copies of the inputs in a graph exceed this, so that none is found in the L2 cache
+# The copies of the inputs in a graph are together larger than this, so that none is found in the L2 cache.
+COLD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def ragged_lens(low: int, high: int, count: int) -> tuple[int, ...]:
 
 
 def cases(dry_run: bool) -> list[Case]:
-    """List one long request, full batches, a ragged one, and short single requests."""
+    """List single requests of three lengths, two full batches, and a batch of different lengths."""
     if dry_run:
         return [Case((100,), "n100", TINY), Case((17, 64, 33), "n17to64", TINY)]
     uniform = [(1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192)]
@@ -43,7 +44,7 @@ def cases(dry_run: bool) -> list[Case]:
 
 
 def builders_of(case: Case) -> dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]]:
-    """Name the peers that exist on this machine and can run the case."""
+    """The peers that exist on this machine and can run the case, by name."""
     found: dict[str, Callable[[PagedBatch], Callable[[], torch.Tensor]]] = {}
     if peers.has_module("vllm.vllm_flash_attn"):
         found["fa3"] = lambda batch: peers.fa3(batch, in_graph=True)
@@ -74,7 +75,7 @@ def run(recorder: Recorder) -> None:
                 continue
             works[name] = list(peer_works)
         times = time_graphs(works)
-        if "fa3" in works:  # as it runs outside CUDA graphs, with its own choice of splits
+        if "fa3" in works:  # outside of CUDA graphs FA3 chooses its number of splits
             times |= time_interleaved({"fa3-eager": peers.fa3(first)}, repeats=30)
         for name, samples in times.items():
             recorder.add("decode", case.name, name, "time", "ms", samples)

@@ -1,7 +1,7 @@
-"""vLLM engines in processes of their own, timed from their front ends: what end-to-end benchmarks share.
+"""vLLM engines for end-to-end benchmarks: each in its own process, timed at the front end.
 
-`measure(spec)` runs one engine; `measure_in_turns(specs)` runs several side by side on one GPU, a request at a time.
-Each is a `python -m benchmarks.engine_worker`, so that engines never share a process.
+`measure(spec)` runs one engine; `measure_in_turns(specs)` keeps several engines on one GPU and sends one request at a
+time. Every engine is a `python -m benchmarks.engine_worker`, so that engines never share a process.
 """
 
 import os
@@ -67,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine and what to send to it."""
+    """An engine, and the requests to send to it."""
 
     requests: list[Request]
     model: dict[str, Any] = field(default_factory=lambda: LLAMA_8B)
@@ -77,31 +77,31 @@ class EngineSpec:
     options: dict[str, Any] | None = None
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `LLM`."""
+    """Further arguments of `LLM`."""
     model_dir: str | None = None
-    """A model with trained weights instead of `model`."""
+    """A folder with trained weights, used instead of `model`."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
     warmup_lens: list[int] = field(default_factory=list)
-    """Prompts to send beforehand, beside short ones: of a length for which kernels of their own are compiled."""
+    """Lengths of further warm-up prompts, for which kernels are compiled that the usual warm-up does not reach."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the process, besides `WORKER_ENV` and the caller's own."""
+    """Environment variables of the process, added to `WORKER_ENV` and the caller's."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One request's times, and what its first token was chosen from."""
+    """One request's times, and the candidates for its first token."""
 
     prompt_len: int
     ttft_ms: float
-    """From handing the request to the engine until its first token is out."""
+    """From adding the request to the engine until its first token is returned."""
     tpot_ms: list[float]
-    """Between one token and the next, at the front end."""
+    """Between consecutive tokens, at the front end."""
     token_ids: list[int]
     top_logprobs: dict[str, float]
     """Natural-log probabilities of the first token's best candidates, by token id."""
     peak_gpu_memory_gib: float = 0.0
-    """The most that torch allocated while the request ran, weights and KV cache included; 0 without a GPU."""
+    """Largest allocation of torch while the request ran, weights and KV cache included; 0 without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,27 @@ class Answer:
 
     timing: Timing
     selection: list[dict[str, Any]]
-    """What flex prefill did since the first request of this length; see `EngineResult.selection`."""
+    """Rows of `farspan.metrics.read_selection` since the first request of this length; empty if not asked for."""
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine did with all its requests."""
+    """The answers of one engine to all its requests."""
 
     start_s: float
     timings: list[Timing]
     selection: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """By prompt length, what flex prefill did per layer and head; rows of `farspan.metrics.read_selection`."""
+    """By prompt length, rows of `farspan.metrics.read_selection`, one per layer and head."""
 
     def of(self, prompt_len: int) -> list[Timing]:
         return [timing for timing in self.timings if timing.prompt_len == prompt_len]
 
 
 class Engine(WorkerProcess):
-    """One engine process, which starts on entering the context and ends with it; it then sends the seconds it took."""
+    """One engine process, which lives as long as the context. It first sends how many seconds its start took."""
 
     def __init__(self, spec: EngineSpec, deadline: float) -> None:
-        """`deadline`: by `time.monotonic()`, when waiting for this engine ends in a BenchmarkError."""
+        """`deadline`: of `time.monotonic()`; waiting for the engine past it raises BenchmarkError."""
         environment = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()} | spec.environment
         super().__init__(f"engine {spec.backend}", "benchmarks.engine_worker", [], environment, deadline)
         self.spec = spec
@@ -141,17 +141,17 @@ class Engine(WorkerProcess):
         return self
 
     def answer(self, request: Request, repeat: int) -> Answer:
-        """Run one request to its end; `repeat` 0 begins a new prompt length."""
+        """Run one request to its end; `repeat`: 0 for the first request of a prompt length."""
         answer: Answer = self.ask((request, repeat))
         return answer
 
 
 def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300) -> dict[str, EngineResult]:
-    """Start the engines together and send each the same requests, one request at a time on the whole machine.
+    """Start the engines together and send each the same requests; only one request runs at any time.
 
-    Engines take turns, in an order that turns round with every repeat, so that clocks and heat are the same for all.
-    Several must fit into one GPU's memory. All specs need the same `requests`. Raises BenchmarkError with the end of
-    the log where an engine fails or all together take longer than `timeout_s`.
+    Engines take turns, in an order that is reversed with every repeat, so that clocks and heat are the same for all.
+    Together they must fit into one GPU's memory. All specs need the same `requests`. Raises BenchmarkError with the end
+    of the log where an engine fails or the whole measurement takes longer than `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     requests = next(iter(specs.values())).requests
@@ -168,14 +168,14 @@ def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300)
 
 
 def measure(spec: EngineSpec, *, timeout_s: float = 300) -> EngineResult:
-    """Start an engine, send it the requests, one behind the other, and stop it; see `measure_in_turns`."""
+    """Start an engine, send it the requests one after the other, and stop it; see `measure_in_turns`."""
     return measure_in_turns({"": spec}, timeout_s=timeout_s)[""]
 
 
 def logprob_distance(a: Timing, b: Timing) -> float:
-    """Largest difference between the log probabilities that two engines give the same first-token candidates.
+    """Largest difference between two engines' log probabilities (in nats) of the same first-token candidates.
 
-    Candidates that only one of them lists among its best are left out; infinite if they share none.
+    Candidates that only one engine lists are left out; infinite if there is no common candidate.
     """
     shared = a.top_logprobs.keys() & b.top_logprobs.keys()
     return max((abs(a.top_logprobs[token] - b.top_logprobs[token]) for token in shared), default=float("inf"))

@@ -1,7 +1,7 @@
-"""The process behind `benchmarks.engine.Engine`: receives an EngineSpec, runs a vLLM engine, answers requests.
+"""The process that `benchmarks.engine.Engine` starts: it receives an EngineSpec, runs a vLLM engine, answers requests.
 
-Its one argument is the file descriptor of a `multiprocessing` connection. It sends how many seconds the start took,
-then an Answer for every (Request, repeat) that it receives, and ends when the other side closes.
+Its argument is the file descriptor of a `multiprocessing` connection. It sends how many seconds the start took, then an
+Answer for every (Request, repeat) that it receives, and ends when the other side closes the connection.
 """
 
 import itertools
@@ -19,8 +19,8 @@ import torch
 from benchmarks.calibrated_model import attention_biases
 from benchmarks.engine import Answer, EngineSpec, Request, Timing
 
-# What vLLM compiles away at start-up and graphs beyond one request would only lengthen the run: prefill of long prompts
-# does not depend on them, and decode runs in full graphs where the backend can.
+# No compilation at start-up and no graphs for more than one request, which would only lengthen the run: prefill of long
+# prompts does not depend on them, and decode runs in full graphs where the backend can.
 ENGINE: dict[str, Any] = {
     "enable_prefix_caching": False,
     "max_num_seqs": 4,
@@ -29,16 +29,17 @@ ENGINE: dict[str, Any] = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
 }
 WEIGHT_STD = 0.02  # as Llama models are initialised
-# Of the queries' and keys' usual weights, beside biases: content then spreads a row's logits by about half a nat.
+# Factor on the weights of queries and keys where these have biases: content then spreads a row's logits by
+# about half a nat.
 CONTENT_SHARE = 0.25
 WARMUP_LEN = 512
 TOP_LOGPROBS = 20
 
 
 def register_random_weights() -> str:
-    """Register a loader that gives a model seeded weights of a usual scale; returns its load format.
+    """Register a loader that gives a model seeded random weights of a usual scale; returns its load format.
 
-    vLLM's own dummy weights are so small that the first norm leaves nothing of the prompt. Attention biases, where the
+    vLLM's dummy weights are too small: after the first norm nothing depends on the prompt. Attention biases, where the
     model has them, give its heads patterns; see `benchmarks.calibrated_model`.
     """
     from vllm.config import ModelConfig
@@ -161,9 +162,9 @@ def main() -> None:
         generator = torch.Generator().manual_seed(length + repeat)
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    short = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
-    # Compiles kernels, and fills what is allocated at first use.
-    for index, length in enumerate([short, short, *spec.warmup_lens]):
+    warmup_len = min(WARMUP_LEN, max(request.prompt_len for request in spec.requests))
+    # Compiles kernels and makes first-use allocations.
+    for index, length in enumerate([warmup_len, warmup_len, *spec.warmup_lens]):
         send(llm, prompt_of(length, index), Request(length, 4), f"warmup-{index}")
     connection.send(time.perf_counter() - started)
     for index in itertools.count():

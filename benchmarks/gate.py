@@ -1,4 +1,4 @@
-"""The gate before every timing: a kernel whose result is wrong has no speed to report."""
+"""The correctness check before every timing: no time is recorded for a kernel whose result is wrong."""
 
 import math
 
@@ -13,7 +13,7 @@ LSE_TOLERANCE = 2e-3
 
 
 def sample_rows(batch: PagedBatch, request: int, num_rows: int) -> torch.Tensor:
-    """Choose query rows of a request: first, last, both sides of a tile's edge, the rest at random, seeded."""
+    """Choose query rows of a request: the first, the last, both sides of tile edges, and random ones, seeded."""
     length = batch.query_lens_cpu[request]
     wanted = {0, length - 1, length // 2, min(63, length - 1), min(64, length - 1), min(128, length - 1)}
     generator = torch.Generator().manual_seed(request)
@@ -26,7 +26,7 @@ def attend_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute some rows of a request in plain PyTorch: products in `dtype`, softmax in float32.
 
-    rows: [num_rows] indices into the request's chunk. turn: of shifted positions, None for ordinary ones.
+    rows: [num_rows] indices into the request's chunk. turn: that of shifted positions, or None.
     Returns out [num_rows, num_q_heads, head_dim] and lse [num_q_heads, num_rows], both float32.
     """
     shape, start = batch.shape, int(batch.query_start_loc[request])
@@ -55,7 +55,7 @@ def attend_rows(
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error of a head's row, relative to the row's norm: [..., head_dim] tensors."""
+    """Largest error of a row relative to the row's norm; both are [..., head_dim]."""
     difference = torch.linalg.vector_norm(actual.float() - expected, dim=-1)
     return float((difference / torch.linalg.vector_norm(expected, dim=-1).clamp_min(1e-6)).max())
 
@@ -71,23 +71,23 @@ def check_attention(
     """Compare causal attention with float32 on sampled rows of (up to four) requests.
 
     out: [num_tokens, num_q_heads, head_dim]; lse: [num_q_heads, num_tokens] float32, natural log, or None.
-    turn: of the shifted positions that it ran under.
-    Allowed is twice what plain PyTorch loses at the batch's dtype. Returns the largest relative error.
-    Raises BenchmarkError where the error is larger.
+    turn: the one that it was computed with. name: the variant, for errors.
+    Allowed is twice the error of plain PyTorch at the batch's dtype. Returns the largest relative error; raises
+    BenchmarkError where an error is larger than allowed.
     """
     worst = 0.0
     num_reqs = len(batch.seq_lens_cpu)
     for request in sorted({0, num_reqs // 3, 2 * num_reqs // 3, num_reqs - 1}):
         rows = sample_rows(batch, request, SAMPLED_ROWS)
-        truth, truth_lse = attend_rows(batch, request, rows, torch.float32, turn)
+        expected, expected_lse = attend_rows(batch, request, rows, torch.float32, turn)
         plain, _ = attend_rows(batch, request, rows, batch.shape.dtype, turn)
-        allowed = 2 * relative_error(plain, truth) + 1e-5
+        allowed = 2 * relative_error(plain, expected) + 1e-5
         index = int(batch.query_start_loc[request]) + rows.to(out.device)
-        error = relative_error(out[index], truth)
+        error = relative_error(out[index], expected)
         if not error <= allowed:
             raise BenchmarkError(f"{name}: request {request}: relative error {error:.2e}, allowed {allowed:.2e}")
         if lse is not None:
-            lse_error = float((lse[:, index] - truth_lse).abs().max())
+            lse_error = float((lse[:, index] - expected_lse).abs().max())
             if not lse_error <= LSE_TOLERANCE:
                 raise BenchmarkError(f"{name}: request {request}: LSE off by {lse_error:.2e}, allowed {LSE_TOLERANCE}")
         worst = max(worst, error)

@@ -1,4 +1,4 @@
-"""Inputs that benchmarks share: a varlen batch over a paged KV cache, its pages in random order."""
+"""Inputs of the benchmarks: a varlen batch over a paged KV cache, its pages in random order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """An attention layer; the defaults are those of Llama 3 8B, with one 64 KB page a head."""
+    """The shape of an attention layer; the defaults are those of Llama 3 8B, with pages of 64 KiB per KV head."""
 
     num_q_heads: int = 32
     num_kv_heads: int = 8
@@ -36,19 +36,19 @@ class AttentionShape:
 
 
 LLAMA_8B = AttentionShape()
-# For dry runs on the CPU, where Triton's interpreter multiplies in float32 alone faithfully.
+# For dry runs on the CPU. float32, because Triton's interpreter computes products of bfloat16 wrongly.
 TINY = AttentionShape(num_q_heads=4, num_kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """A batch as a kernel sees it: the last `query_lens_cpu[i]` of request i's `seq_lens_cpu[i]` tokens are queries."""
+    """A batch of requests: the last `query_lens_cpu[i]` of the `seq_lens_cpu[i]` tokens of request i are queries."""
 
     shape: AttentionShape
     query: torch.Tensor
     """[num_tokens, num_q_heads, head_dim]."""
     kv_cache: torch.Tensor
-    """[num_pages, num_kv_heads, page_size, 2 * head_dim], contiguous: one head's page is one piece (LBHNC)."""
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim], contiguous: vLLM's layout LBHNC."""
     block_table: torch.Tensor
     """[num_reqs, max_pages] int32."""
     seq_lens: torch.Tensor
@@ -91,7 +91,7 @@ def make_paged_batch(
 ) -> PagedBatch:
     """Make a batch of standard normal queries, keys and values.
 
-    Near-uniform attention: right for dense timings, meaningless for sparse ones.
+    Its attention is near-uniform: right for dense timings, meaningless for sparse ones.
     """
     device = default_device()
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The kernels that we compare with, each called the way its owner calls it."""
+"""The kernels that we compare with, each called as its own library calls it."""
 
 import importlib
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from benchmarks.inputs import PagedBatch, contiguous_kv
 Peer = Callable[[], torch.Tensor]
 """Runs once; returns out [num_tokens, num_q_heads, head_dim]."""
 
-FA3_MAX_SPLITS_IN_GRAPHS = 32  # what vLLM's FLASH_ATTN backend allows under CUDA graphs
-TRITON_SEGMENTS = 16  # what vLLM's TRITON_ATTN backend splits decode into
+FA3_MAX_SPLITS_IN_GRAPHS = 32  # as in vLLM's FLASH_ATTN backend with CUDA graphs
+TRITON_SEGMENTS = 16  # as in vLLM's TRITON_ATTN backend
 TRITON_MIN_GRID = 128
 
 
 def has_module(name: str) -> bool:
-    """Whether a module of vLLM's can be imported here (not so on the CPU)."""
+    """Whether a module can be imported here; vLLM's compiled ones cannot on the CPU."""
     try:
         importlib.import_module(name)
-    except Exception:  # a missing compiled operator raises whatever it likes
+    except Exception:  # a missing compiled operator can raise any exception
         return False
     return True
 
@@ -33,8 +33,8 @@ def paged_views(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
 def fa3(batch: PagedBatch, *, in_graph: bool = False) -> Peer:
     """Build FlashAttention 3 on the pages, as vLLM's FLASH_ATTN backend calls it.
 
-    in_graph: with the schedule computed beforehand and a fixed bound on splits, as under vLLM's full CUDA graphs;
-        otherwise FA3's own heuristic.
+    in_graph: with a schedule that is computed beforehand and a fixed bound on splits, as in vLLM's full CUDA graphs;
+        otherwise FA3 chooses by its own heuristic.
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
@@ -151,9 +151,9 @@ def triton_attn(batch: PagedBatch) -> Peer:
 
 
 def sdpa(batch: PagedBatch) -> Peer:
-    """Build PyTorch's scaled_dot_product_attention on contiguous keys and values, all requests of one length.
+    """Build PyTorch's scaled_dot_product_attention on contiguous keys and values.
 
-    Whole prompts (causal) or one query token a request.
+    All requests have the same length, and are whole prompts (causal) or have one query token each.
     """
     shape, num_reqs = batch.shape, len(batch.seq_lens_cpu)
     query_len, seq_len = batch.query_lens_cpu[0], batch.seq_lens_cpu[0]

@@ -1,14 +1,18 @@
-"""Draw the block-sparse tables beside the paper's, from the CSV: `python -m benchmarks.plot_block_sparse`.
+"""Draw our block-sparse times and the paper's, from the CSV: `python -m benchmarks.plot_block_sparse`.
 
-Prints the ratios at every length too. Of several runs in the CSV the last one is taken.
+Also prints the ratios at every length. The last run in the CSV is used.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks.prefill_block_sparse import LENGTHS, NAME, Case
-from benchmarks.record import DATA, ROOT, Row, read_rows
+from farspan.command import make_folder, need_matplotlib, run_command
 
+from benchmarks.prefill_block_sparse import LENGTHS, NAME, Case
+from benchmarks.record import DATA, ROOT, BenchmarkError, Row, read_rows
+
+PROGRAM = "python -m benchmarks.plot_block_sparse"
 # FlashAttention, arXiv 2205.14135, appendix E, A100 40GB, forward, in ms, by length from 128 to 65536.
 PAPER_MS = {
     # Table 18: no masking.
@@ -40,12 +44,12 @@ def last_run(rows: list[Row]) -> list[Row]:
     """The rows of this benchmark's last run."""
     rows = [row for row in rows if row.benchmark == NAME]
     if not rows:
-        raise SystemExit(f"no rows of {NAME}; run it first: python -m benchmarks.run {NAME}")
+        raise BenchmarkError(f"no rows of {NAME}; run it first: python -m benchmarks.run {NAME}")
     return [row for row in rows if row.run_id == rows[-1].run_id]
 
 
 def times_of(rows: list[Row], padded: bool) -> Times:
-    """What tables 18 or 12 hold, as measured."""
+    """Our times for the cases of table 12 (padded) or 18."""
     found: Times = {}
     for length in LENGTHS:
         name = Case(length, padded=padded).name
@@ -56,12 +60,12 @@ def times_of(rows: list[Row], padded: bool) -> Times:
 
 
 def ratios(times: Times, base: str, variant: str = "farspan-sparse") -> dict[int, float]:
-    """How many times faster `variant` is than `base`, by length."""
+    """By length, how many times faster `variant` is than `base`."""
     return {n: times[base][n] / ms for n, ms in times.get(variant, {}).items() if n in times.get(base, {})}
 
 
 def print_ratios(times: Times, padded: bool) -> None:
-    """One line a length: times faster than dense, ours and the paper's, and than FlashAttention 3."""
+    """One line per length: how many times faster than our dense kernel, FlashAttention 3, and dense in the paper."""
     print(f"block-sparse against …, {'with padding (table 12)' if padded else 'no masking (table 18)'}")
     print(f"{'length':>8}{'our dense':>12}{'FA3':>10}{'paper dense':>13}")
     paper = PAPER_MS[padded]
@@ -72,7 +76,7 @@ def print_ratios(times: Times, padded: bool) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Left and middle: times of tables 18 and 12, log-log. Right: times faster than dense, with the paper's."""
+    """Draw three panels: the times of tables 18 and 12, and how many times faster than dense, ours and the paper's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,11 +121,18 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_block_sparse", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the CSV files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / f"{NAME}.png")
     arguments = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(arguments), (BenchmarkError,))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print and draw. Raises BenchmarkError or ConfigError."""
+    need_matplotlib("leave the picture out")
+    make_folder(arguments.out.parent)
     rows = last_run(read_rows(arguments.data))
     for padded in (False, True):
         print_ratios(times_of(rows, padded), padded)
@@ -130,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,11 +2,11 @@
 
 Batch 16, 8 heads of 64, float16, bidirectional, forward, with and without padding (tables 12 and 18), and 12 heads of
 128, causal (figure 6). Lengths 128 to 65536. Every row of blocks reads the same number of blocks at every length, so
-the density is in proportion to 1 / length and the time to the length, as in the paper: in 7 of 8 heads the block itself
+the density is proportional to 1 / length and the time to the length, as in the paper: in 7 of 8 heads the block itself
 and its two neighbours, in 1 of 8 the block itself and the first one. With blocks of 128 that is 0.56 % at 65536 tokens.
-The butterfly pattern (log2 of the number of blocks a row) is timed beside it. Random inputs: these are kernel times at
-a stated density, nothing about quality. The variant `torch` is attention written in plain PyTorch, until it is out of
-memory.
+The butterfly pattern, whose rows have log2 of the number of blocks, is timed too. Inputs are random: the times are
+those of kernels at a stated density and say nothing about quality. The variant `torch` is attention written in plain
+PyTorch, at the lengths for which its memory suffices.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from benchmarks.timing import graph_of, time_interleaved
 NAME = "prefill_block_sparse"
 BLOCK_SIZE = 128
 LENGTHS = [2**k for k in range(7, 17)]
-MAX_PADDING = 20  # the paper's masks: lengths drawn from [n - 20, n]
+MAX_PADDING = 20  # as in the paper, whose lengths are drawn from [n - 20, n]
 Work = Callable[[], torch.Tensor]
 
 
@@ -81,7 +81,7 @@ class Inputs:
 
 
 def constant_lists(case: Case) -> BlockLists:
-    """The block itself and its neighbours (the one before, if causal); the first block instead in every eighth head."""
+    """The block itself and its neighbours (if causal, the one before); in every eighth head itself and the first."""
     windows, sinks = (pattern_lists(case, "sink_local", sink_blocks=s, local_blocks=2 - s) for s in (0, 1))
     width = windows.block_ids.shape[2]
     wide_sinks = torch.zeros_like(windows.block_ids)
@@ -106,7 +106,7 @@ def density(case: Case, lists: BlockLists) -> float:
 
 
 def plain_attention(inputs: Inputs) -> Work:
-    """Attention in PyTorch's own operations, as in the paper's first row."""
+    """Attention written in PyTorch's operations, as in the paper's first row."""
     case = inputs.case
     q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
     position = torch.arange(case.length, device=q.device)
@@ -126,7 +126,7 @@ def plain_attention(inputs: Inputs) -> Work:
 
 
 def sdpa_flash(inputs: Inputs) -> Work:
-    """PyTorch's flash kernel; it takes no padding mask."""
+    """PyTorch's flash kernel, which cannot take a padding mask."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
 
     def run() -> torch.Tensor:
@@ -162,7 +162,7 @@ def fa3(inputs: Inputs) -> Work:
 
 
 def works_of(inputs: Inputs, lists: dict[str, BlockLists]) -> dict[str, Work]:
-    """Every variant's call."""
+    """The calls of all variants, by name."""
     case = inputs.case
 
     def ours(block_lists: BlockLists | None) -> Work:
@@ -186,9 +186,10 @@ def works_of(inputs: Inputs, lists: dict[str, BlockLists]) -> dict[str, Work]:
 
 
 def check(inputs: Inputs, out: torch.Tensor, lists: BlockLists | None, name: str) -> float:
-    """Compare sampled rows of the first and last sequence and head with float32; allows twice what float16 loses.
+    """Compare sampled rows of the first and the last sequence and head with float32.
 
-    Raises BenchmarkError where the error is larger; returns the largest relative error.
+    Allowed is twice the error of plain PyTorch at the case's dtype. Returns the largest relative error; raises
+    BenchmarkError where an error is larger than allowed.
     """
     case, worst = inputs.case, 0.0
     device = inputs.q.device
@@ -213,9 +214,9 @@ def check(inputs: Inputs, out: torch.Tensor, lists: BlockLists | None, name: str
             logits = (q[rows] @ k.T).float() * case.head_dim**-0.5
             weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
             results[dtype] = (weights.to(dtype) @ v).float()
-        truth = results[torch.float32]
-        allowed = 2 * relative_error(results[case.dtype], truth) + 1e-5
-        error = relative_error(out[sequence, rows, head], truth)
+        expected = results[torch.float32]
+        allowed = 2 * relative_error(results[case.dtype], expected) + 1e-5
+        error = relative_error(out[sequence, rows, head], expected)
         if not error <= allowed:
             raise BenchmarkError(f"{case.name} {name}: relative error {error:.2e}, allowed {allowed:.2e}")
         worst = max(worst, error)
@@ -223,7 +224,7 @@ def check(inputs: Inputs, out: torch.Tensor, lists: BlockLists | None, name: str
 
 
 def peak_memory(work: Work, before: int) -> float:
-    """GiB allocated at most while `work` runs once, beyond `before` bytes."""
+    """Largest allocation in GiB while `work` runs once, less `before` bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -265,16 +266,17 @@ def run_case(recorder: Recorder, case: Case) -> None:
             except BenchmarkError as problem:
                 if name.startswith("farspan"):
                     raise
-                # PyTorch's own scores in float16 lose a little more than the bound at some lengths.
+                # Plain PyTorch with its scores in float16 loses a little more than the bound at some lengths.
                 recorder.note(f"{problem}; timed all the same")
         del out
-        # Table 21; its inputs and output count, and nothing depends on the padding.
+        # Table 21: inputs and output included. Memory does not depend on the padding.
         if on_gpu and not case.padded:
             recorder.add(NAME, case.name, name, "peak_gpu_memory", "GiB", [peak_memory(work, before)])
     recorder.note(f"{case.name}: relative errors " + ", ".join(f"{name} {error:.0e}" for name, error in errors.items()))
-    # A call at 65536 tokens takes about a third of a second where it is dense.
+    # A dense call at 65536 tokens takes about a third of a second.
     slow = {32768: 4, 65536: 3}.get(case.length, 20)
-    # In graphs, short calls are not timed by how fast Python launches them; plain PyTorch would keep its scores there.
+    # In graphs, so that fast calls do not measure how fast Python launches them. A graph of plain PyTorch would keep
+    # the memory of its scores, so it is captured only for few tokens.
     timed: dict[str, Callable[[], object]] = dict(works)
     for name, work in works.items():
         if name != "torch" or case.length <= 2048:

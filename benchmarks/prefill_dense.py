@@ -1,4 +1,4 @@
-"""Dense causal prefill on paged KV: our kernel against FA3, vLLM's Triton kernel and SDPA, one call each."""
+"""Dense causal prefill on paged KV, one call: our kernel, FA3, vLLM's Triton kernel and SDPA."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
-SLOW_REPEATS = 2  # vLLM's Triton kernel needs seconds a call at 128K
+SLOW_REPEATS = 2  # vLLM's Triton kernel needs seconds per call at 128K
 
 
 def cases(dry_run: bool) -> list[PrefillCase]:
-    """List whole prompts, and the last chunk of a long one as chunked prefill computes it."""
+    """List whole prompts, and the last chunk of a long prompt."""
     if dry_run:
         return [PrefillCase(100, 100, TINY), PrefillCase(40, 100, TINY)]
     return [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072)] + [PrefillCase(8192, 131072)]

@@ -1,6 +1,6 @@
-"""Dynamic sparse prefill on calibrated inputs: one attention call, selection included, against dense peers.
+"""Dynamic sparse prefill on calibrated inputs: one attention call, selection included, and dense peers.
 
-Every time stands beside the density of the lists and the attention mass that they kept on sampled rows.
+Every time is recorded with the density of the lists and the attention mass that they kept on sampled rows.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,13 @@ import torch
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.launch import measure_coverage
 from farspan.engine_ext.metadata import PassMaker
-from farspan.engine_ext.selection.methods import flex_budget
+from farspan.engine_ext.selection.methods import TILE_ROWS_RULE, flex_budget
 from farspan.engine_ext.splits import num_multiprocessors
 from farspan.kernels.flex.select import flex_block_lists
-from farspan.kernels.flex.types import FlexSelection
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.tile_rows import tile_row_lists
 from farspan.kernels.prefill import paged_prefill
-from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 
 from benchmarks import peers
 from benchmarks.calls import kv_of, paged_of
@@ -31,16 +32,19 @@ SLOW_REPEATS = 2
 
 
 def cases(dry_run: bool) -> list[PrefillCase]:
-    """List whole prompts, and the last 8K chunk of a long one."""
+    """List whole prompts, and the last 8K chunk of a long prompt."""
     if dry_run:
         return [PrefillCase(70, 200, TINY)]
     return [*(PrefillCase(n, n) for n in (8192, 16384, 32768, 65536, 131072, 262144)), PrefillCase(8192, 131072)]
 
 
 class FlexCall:
-    """Our selection and attention on one batch, the buffers and tiles made beforehand as the backend does."""
+    """Our selection and attention on one batch, the buffers and tiles made beforehand as the backend does.
 
-    def __init__(self, batch: PagedBatch, gamma: float, block_size: int, *, shared: bool = False) -> None:
+    prefill: its gamma and selection.
+    """
+
+    def __init__(self, batch: PagedBatch, prefill: FlexPrefill, block_size: int, *, shared: bool = False) -> None:
         device = batch.query.device
         self.batch = batch
         starts = batch.query_start_loc.tolist()
@@ -48,17 +52,25 @@ class FlexCall:
         maker = PassMaker(batch.shape.num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
         self.samples = maker.sample(paged_of(batch), starts, batch.seq_lens_cpu, COVERAGE_ROWS)
         heads_per_list = batch.shape.num_q_heads // batch.shape.num_kv_heads if shared else 1
-        self.budget = flex_budget(FlexPrefill(gamma=gamma), block_size, heads_per_list)
+        self.budget = flex_budget(prefill, block_size, heads_per_list)
+        self.spans = None
+        if prefill.selection == "tile_rows":
+            rule = SpanRule(TILE_ROWS_RULE.span_len * block_size // BLOCK_SIZE, TILE_ROWS_RULE.rows_per_span)
+            self.spans = make_spans(starts, batch.seq_lens_cpu, self.tiles, rule)
         self.out = torch.empty_like(batch.query)
         self.lse = torch.empty(batch.shape.num_q_heads, len(batch.query), dtype=torch.float32, device=device)
         self.inputs = (batch.query, kv_of(batch), paged_of(batch))
-        self.selection = self.select()
+        self.lists = self.select()
 
-    def select(self) -> FlexSelection:
-        return flex_block_lists(*self.inputs, self.tiles, self.batch.shape.scale, self.budget)
+    def select(self) -> BlockLists:
+        if self.spans is not None:
+            return tile_row_lists(
+                *self.inputs, self.tiles, self.spans, self.batch.shape.scale, self.budget
+            ).block_lists  # fmt: skip
+        return flex_block_lists(*self.inputs, self.tiles, self.batch.shape.scale, self.budget).block_lists
 
-    def attend(self, selection: FlexSelection | None = None) -> None:
-        lists = (selection or self.selection).block_lists
+    def attend(self, lists: BlockLists | None = None) -> None:
+        lists = lists or self.lists
         paged_prefill(
             *self.inputs, self.tiles, self.batch.shape.scale, block_lists=lists, out=self.out, lse=self.lse
         )  # fmt: skip
@@ -69,7 +81,7 @@ class FlexCall:
     def densities(self) -> list[float]:
         """Blocks listed over causal blocks, per list head."""
         causal_blocks = (self.tiles.tile_block + 1).sum()
-        densities: list[float] = (self.selection.block_lists.block_counts.sum(1) / causal_blocks).tolist()
+        densities: list[float] = (self.lists.block_counts.sum(1) / causal_blocks).tolist()
         return densities
 
     def coverage(self) -> torch.Tensor:
@@ -82,30 +94,31 @@ class FlexCall:
         batch, block = self.batch, self.tiles.block_size
         key, value = contiguous_kv(batch, 0)
         group = batch.shape.num_q_heads // batch.shape.num_kv_heads
-        list_group = batch.shape.num_q_heads // self.selection.block_lists.block_ids.shape[0]
-        shift = batch.seq_lens_cpu[0] - batch.query_lens_cpu[0]
+        list_group = batch.shape.num_q_heads // self.lists.block_ids.shape[0]
+        chunk_start = batch.seq_lens_cpu[0] - batch.query_lens_cpu[0]
         worst = 0.0
         for index in range(GATE_TILES):
             tile = (self.tiles.num_tiles - 1) * index // (GATE_TILES - 1)
             head = (7 * index) % batch.shape.num_q_heads
             first = int(self.tiles.tile_block[tile]) * block
-            low, high = max(first, shift), min(first + block, batch.seq_lens_cpu[0])
-            count = int(self.selection.block_lists.block_counts[head // list_group, tile])
-            ids = self.selection.block_lists.block_ids[head // list_group, tile, :count].long()
+            low, high = max(first, chunk_start), min(first + block, batch.seq_lens_cpu[0])
+            count = int(self.lists.block_counts[head // list_group, tile])
+            ids = self.lists.block_ids[head // list_group, tile, :count].long()
             pos = (ids[:, None] * block + torch.arange(block, device=ids.device)).flatten()
             pos = pos[pos < high]
             rows = torch.arange(low, high, device=ids.device)
-            logits = batch.query[low - shift : high - shift, head].float() @ key[pos, head // group].float().T
+            tile_rows = slice(low - chunk_start, high - chunk_start)
+            logits = batch.query[tile_rows, head].float() @ key[pos, head // group].float().T
             logits = (logits * batch.shape.scale).masked_fill(pos > rows[:, None], float("-inf"))
             expected = logits.softmax(-1) @ value[pos, head // group].float()
-            worst = max(worst, relative_error(self.out[low - shift : high - shift, head], expected))
+            worst = max(worst, relative_error(self.out[tile_rows, head], expected))
         if not worst < 0.02:
             raise BenchmarkError(f"sparse attention differs from float32 over the same lists by {worst:.1e}")
         return worst
 
 
 def public_flexprefill(batch: PagedBatch, gamma: float) -> peers.Peer | None:
-    """Build the public FlexPrefill call on contiguous keys and values where its module is on the path."""
+    """Build the public FlexPrefill's call on contiguous keys and values; None where its module cannot be imported."""
     if not peers.has_module("flex_prefill_attention"):
         return None
     from flex_prefill_attention import flex_prefill_attention
@@ -117,7 +130,7 @@ def public_flexprefill(batch: PagedBatch, gamma: float) -> peers.Peer | None:
 
 
 def works_of(batch: PagedBatch, calls: dict[str, FlexCall], recorder: Recorder) -> dict[str, Callable[[], object]]:
-    """Our calls and their stages, and the peers that exist here."""
+    """Our calls, their stages, and the peers that exist on this machine, by name."""
     works: dict[str, Callable[[], object]] = {}
     for name, call in calls.items():
         works |= {name: call, f"{name}-select": call.select, f"{name}-attention": call.attend}
@@ -141,7 +154,10 @@ def run(recorder: Recorder) -> None:
     for case in cases(recorder.dry_run):
         batch = make_calibrated_batch(case.query_len, case.seq_len, case.shape)
         block_size = 64 if recorder.dry_run else BLOCK_SIZE
-        calls = {f"farspan-g{gamma}": FlexCall(batch, gamma, block_size) for gamma in GAMMAS}
+        calls = {f"farspan-g{gamma}": FlexCall(batch, FlexPrefill(gamma=gamma), block_size) for gamma in GAMMAS}
+        # The rule of the paper, under which earlier rows of the same name were measured.
+        paper = FlexPrefill(gamma=GAMMAS[0], selection="flexprefill")
+        calls[f"farspan-flexprefill-g{GAMMAS[0]}"] = FlexCall(batch, paper, block_size)
         for name, call in calls.items():
             call()
             error, coverage = call.check(), call.coverage()

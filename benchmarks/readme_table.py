@@ -1,27 +1,27 @@
-"""The README's numbers, from the rows: `python -m benchmarks.readme_table`, `--write` puts them into README.md.
+"""The README's numbers, from the rows: `python -m benchmarks.readme_table`; `--write` puts them into README.md.
 
-For each benchmark, the latest run: one line a case, one column a variant, and how many times the named baseline's
-speed each of ours is. Stages of a call are left to the CSV: only whole calls compare with a peer.
+One table per benchmark, of its latest run: one line per case, one column per variant, and for each of our variants its
+speed in multiples of the baseline's. Stages of a call are only in the CSV, since peers are compared with whole calls.
 """
 
-import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import ROOT, Row, read_rows
+from tools.regions import Region
 
 README = ROOT / "README.md"
-BEGIN = "<!-- numbers: python -m benchmarks.readme_table -->\n"
-END = "<!-- end of numbers -->\n"
+NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
 STAGES = ("-select", "-attention")
 MEDIAN_DENSITY_RUNS = frozenset({"20261122-e2c7e0"})
-"""Runs whose densities are those of the median head, from before the mean was recorded: not shown as densities."""
+"""Runs whose density rows hold the median head's density instead of the mean; the tables leave these densities out."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the README shows of a benchmark."""
+    """One table of the README."""
 
     benchmark: str
     metric: str
@@ -32,7 +32,7 @@ class Table:
     variants: str = ""
     """Regular expression of the variants shown; all when empty."""
     quality: tuple[str, ...] = ()
-    """Metrics of ours to show beside the time: the column p50 of their rows."""
+    """Metrics of our variants to show with the time: the column p50 of their rows."""
 
 
 TABLES = (
@@ -129,35 +129,17 @@ def has_metric(rows: Sequence[Row], variant: str, metric: str) -> bool:
 
 
 def as_cell(number: float | None) -> str:
-    """Four digits and no exponent; nothing for what was not measured."""
+    """Four digits and no exponent; empty for None."""
     if number is None:
         return ""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def format_numbers(rows: Sequence[Row]) -> str:
-    """Format what stands between the README's two markers."""
+    """Format the text between the README's two markers."""
     benchmarks = {row.benchmark for row in rows}
     return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
 
 
-def replace_numbers(readme: str, numbers: str) -> str:
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, "the README has lost its markers"
-    assert end, "the README has lost its markers"
-    return f"{before}{begin}{numbers}{end}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_table")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
-    numbers = format_numbers(read_rows())
-    if parser.parse_args().write:
-        README.write_text(replace_numbers(README.read_text(), numbers))
-    else:
-        print(numbers)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(NUMBERS.serve("python -m benchmarks.readme_table", lambda: format_numbers(read_rows())))

@@ -1,12 +1,13 @@
-"""What a benchmark run leaves behind: rows of `benchmarks/data/*.csv`, one file a benchmark, appended only here."""
+"""The rows that benchmark runs append to `benchmarks/data/*.csv`, one file per benchmark."""
 
-import csv
+import argparse
 import datetime
 import os
 import secrets
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +30,7 @@ BENCHMARKS = frozenset(
         "offload_memory",
         "offload_prefill",
         "offload_decode",
+        "offload_fits",
         "star",
         "no_harm",
     ]
@@ -46,7 +48,7 @@ UNITS = {
 
 
 class BenchmarkError(Exception):
-    """A benchmark must not report: its result is wrong, or its row breaks the contract."""
+    """A benchmark cannot report: its result is wrong, a row breaks the contract, or a process that it needs failed."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,16 @@ class Row:
     vllm: str
     benchmark: str
     case: str
-    """Shape, like `n131072-b1-hq32-hkv8-d128-bf16`."""
+    """The shape, such as `n131072-b1-hq32-hkv8-d128-bf16`."""
     variant: str
     """`farspan`, `farspan-…`, or the peer's name: `fa3`, `triton_attn`, `sdpa`, …"""
     metric: str
     unit: str
     p20: str
     p50: str
-    """The median of the samples. Of a density the mean, over heads and chunks, since time follows the mean."""
+    """The median of the samples; for densities the mean over heads and chunks, since time follows the mean."""
     p80: str
-    """p20 and p80 are quantiles of the samples; those of a density are heads."""
+    """p20 and p80 are quantiles of the samples; for densities quantiles over heads."""
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -84,7 +86,10 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
 
 
 def commit_of(checkout: Path = ROOT, variable: str = "FARSPAN_COMMIT") -> str:
-    """Name the commit of a checkout; `+` marks uncommitted changes. `variable`: names it where there is no git."""
+    """The commit of a checkout; `+` marks uncommitted changes. variable: an environment variable that overrides it.
+
+    Raises BenchmarkError where there is neither.
+    """
     if given := os.environ.get(variable):
         return given
     try:
@@ -110,6 +115,14 @@ def version_of(*distributions: str) -> str:
 def driver_version() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+def iso_date(text: str) -> str:
+    """YYYY-MM-DD, for argparse."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a date YYYY-MM-DD, not {text!r}") from error
 
 
 @dataclass(frozen=True)
@@ -146,38 +159,44 @@ def append_rows(rows: Sequence[Row], folder: Path) -> None:
 
     Raises BenchmarkError where a file has other columns; nothing is written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from farspan import tables
+
     names = sorted({row.benchmark for row in rows})
-    for name in names:
-        path = folder / f"{name}.csv"
-        if path.exists() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
-            raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
-    for name in names:
-        path = folder / f"{name}.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            if is_new:
-                writer.writerow(COLUMNS)
-            writer.writerows(astuple(row) for row in rows if row.benchmark == name)
+    with reading_our_tables():
+        for name in names:
+            path = folder / f"{name}.csv"
+            if path.exists():
+                tables.check_columns(path, COLUMNS)
+        for name in names:
+            mine = [asdict(row) for row in rows if row.benchmark == name]
+            tables.append_rows(folder / f"{name}.csv", COLUMNS, mine)
 
 
 def read_rows(folder: Path = DATA) -> list[Row]:
     """Read every row of the CSV files in a folder, file by file, in the order they were appended."""
-    rows: list[Row] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as stream:
-            reader = csv.DictReader(stream)
-            if reader.fieldnames != COLUMNS:
-                raise BenchmarkError(f"{path} does not have the columns {','.join(COLUMNS)}")
-            rows.extend(Row(**row) for row in reader)
-    return rows
+    from farspan import tables
+
+    with reading_our_tables():
+        return [Row(**row) for path in sorted(folder.glob("*.csv")) for row in tables.read_rows(path, COLUMNS)]
+
+
+# The processes that time two revisions import this module, and must not import the `farspan` of either by it: only what
+# reads or writes files does.
+@contextmanager
+def reading_our_tables() -> Iterator[None]:
+    """Turn the ConfigError of a damaged table into a BenchmarkError."""
+    from farspan.engine_ext.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 class Recorder:
-    """Takes the samples of a run, prints them, and writes them as rows: as soon as they come, so a cut run keeps them.
+    """Prints the samples of a run and writes each row at once, so that an interrupted run keeps its rows.
 
-    out: folder of the CSV files; None (a dry run) prints and writes nothing.
+    out: folder of the CSV files; None (a dry run) only prints.
     """
 
     def __init__(self, out: Path | None, environment: Environment) -> None:
@@ -187,14 +206,13 @@ class Recorder:
 
     @property
     def dry_run(self) -> bool:
-        """Tiny shapes, no files: the run only shows that the benchmark works."""
+        """Whether the run only shows that the benchmark works: tiny shapes, no files."""
         return self.out is None
 
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
-        """Record repeated samples of one quantity; of a density one per head, each over all chunks.
+        """Record samples of one quantity: repeated measurements, or for a density one sample per head over all chunks.
 
-        Raises BenchmarkError where the names break the contract or a sample is not a positive finite number (densities,
-        coverages and accuracies may be zero).
+        Raises BenchmarkError for unknown names and for samples that are not above 0 (fractions may be 0), NaN included.
         """
         if benchmark not in BENCHMARKS:
             raise BenchmarkError(f"benchmark {benchmark!r}; known are {', '.join(sorted(BENCHMARKS))}")
@@ -214,5 +232,5 @@ class Recorder:
             append_rows([row], self.out)
 
     def note(self, text: str) -> None:
-        """Say something beside the rows: a peer that is not there, an accuracy, a choice made."""
+        """Print something that is no row: a missing peer, an error, a choice."""
         print(f"  # {text}", flush=True)

@@ -1,7 +1,7 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it claims. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
 """
 
 import argparse
@@ -13,9 +13,11 @@ import traceback
 from pathlib import Path
 
 import torch
+from farspan.command import make_folder, run_command
 
-from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
+from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
 
+PROGRAM = "python -m benchmarks.run"
 MODULES = (
     "prefill_dense",
     "prefill_flex",
@@ -24,13 +26,16 @@ MODULES = (
     "ttft",
     "prefill_block_sparse",
     "string_e2e",
+    "offload",
     "star",
     "star_accuracy",
 )
 
 
 def collect(folder: Path) -> int:
-    """Append the rows under a folder to benchmarks/data; runs that are there already are left out."""
+    """Append the rows in a folder to benchmarks/data, except of runs that are there already; returns how many."""
+    if not any(folder.glob("*.csv")):
+        raise BenchmarkError(f"--collect {folder}: no folder with CSV files")
     known = {row.run_id for row in read_rows(DATA)}
     rows = [row for row in read_rows(folder) if row.run_id not in known]
     append_rows(rows, DATA)
@@ -38,11 +43,11 @@ def collect(folder: Path) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Run benchmarks on a GPU.")
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Run benchmarks on a GPU.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all when none is given")
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
-    parser.add_argument("--date", help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MODULES):
@@ -50,20 +55,24 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
+    return run_command(PROGRAM, lambda: run(arguments), (BenchmarkError,))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what was asked for; returns 1 where a benchmark failed. Raises BenchmarkError or ConfigError."""
     if arguments.collect:
         print(f"{collect(arguments.collect)} rows added to {DATA}")
-        return
+        return 0
     if not torch.cuda.is_available():
         if not arguments.dry_run:
-            sys.exit("Benchmarks need a CUDA GPU; try them out without one by --dry-run.")
+            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
         # Read when triton is first imported: kernels run in its interpreter.
         os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
-    except BenchmarkError as error:
-        sys.exit(str(error))
+    if not arguments.dry_run:
+        make_folder(arguments.out)
+    recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
     print(recorder.environment)
     failed = []
     for name in arguments.names or MODULES:
@@ -71,13 +80,14 @@ def main() -> None:
         started = time.monotonic()
         try:
             importlib.import_module(f"benchmarks.{name}").run(recorder)
-        except Exception:  # the benchmarks behind it can still report
+        except Exception:  # the next benchmarks can still report
             traceback.print_exc()
             failed.append(name)
         print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,15 @@
-"""Shifted rotary positions (STRING) cost next to nothing: prefill and decode at 64K to 128K tokens, on against off.
+"""What shifted rotary positions (STRING) cost: prefill and decode at 64K to 128K tokens, with and without the shift.
 
 Four measurements, the first three with our Triton kernels on both sides:
 
-- the prefill call of one layer, interleaved, with FlashAttention 3 as the dense backend's kernel beside it;
+- the prefill call of one layer, interleaved, and that of FlashAttention 3;
 - the decode call of one layer, in CUDA graphs;
-- whole 8B-shape engines, one with the shift and one without, side by side and in turns: time to the first token, time
-  between tokens, and peak memory of each request;
-- the same with the kernels that farspan chooses by itself: FlashAttention 3, and ours for what is shifted.
+- two 8B-shape engines on one GPU, with and without the shift, in turns: time to the first token, time between tokens,
+  and peak memory of each request;
+- the same with the kernels that farspan chooses: FlashAttention 3, and ours for shifted chunks.
 
-The third is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), which has 3.6-5.0 % and up to 4.7 GB more.
+The third is figure 9 of the STRING paper (arXiv 2410.18745, appendix A.3), where the shift costs 3.6 to 5.0 % more time
+and up to 4.7 GB more memory.
 """
 
 from typing import Any
@@ -34,17 +35,17 @@ from benchmarks.timing import Work, time_graphs, time_interleaved
 
 NAME = "string_e2e"
 ON, OFF, FA3 = "farspan-string", "farspan-triton", "fa3"
-# With the kernels chosen by farspan.
+# With the kernels that farspan chooses.
 ON_AUTO, OFF_AUTO = "farspan-string-auto", "farspan"
 ROPE_BASE = LLAMA_8B["rope_theta"]
 WINDOW = 128
 FRACTION = 0.33
 OUTPUT_LEN = 17
 REPEATS = 6
-"""Of a prefill call; each takes a quarter of a second at 128K."""
+"""Of a prefill call, which takes a quarter of a second at 128K."""
 ENGINE_REPEATS = 2
 WARMUP_LEN = 65536
-# Both engines on one GPU, each with the same room for keys and values: a larger peak is then one of activations.
+# Both engines share one GPU and have caches of the same size: a larger peak is then one of activations.
 ENGINE_ROOM = {"kv_cache_memory_bytes": 18 * 2**30, "gpu_memory_utilization": 0.4}
 
 
@@ -54,7 +55,7 @@ def prompt_lens(dry_run: bool) -> list[int]:
 
 
 def auto_prompt_lens(dry_run: bool) -> list[int]:
-    """List lengths for the kernels chosen by farspan: the first is shorter than the shift."""
+    """List lengths for the kernels that farspan chooses; the first is below the shift."""
     return [90, 200] if dry_run else [length * 1024 for length in (32, 64, 128)]
 
 
@@ -96,7 +97,7 @@ def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
 
 def engine_specs(dry_run: bool, lengths: list[int], off: str, on: str, kernel: str) -> dict[str, EngineSpec]:
     """An engine without the shift and one with it, decoding in full graphs."""
-    # The CPU has no choice of kernels.
+    # On the CPU there is no choice of kernels.
     options: dict[str, Any] = {} if dry_run else {"kernel": kernel}
     string = {"shift": shift_of(dry_run), "window": 10 if dry_run else WINDOW}
     requests = [Request(length, OUTPUT_LEN, ENGINE_REPEATS) for length in lengths]
@@ -123,7 +124,7 @@ def record_engine(recorder: Recorder, name: str, result: EngineResult, length: i
 
 
 def run_engines(recorder: Recorder, specs: dict[str, EngineSpec], label: str) -> None:
-    """Time whole requests without the shift and with it, engines named in this order."""
+    """Time whole requests. specs: two, the engine without the shift first."""
     lengths = [request.prompt_len for request in next(iter(specs.values())).requests]
     results = measure_in_turns(specs)
     for name, result in results.items():

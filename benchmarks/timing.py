@@ -1,6 +1,6 @@
-"""Timing on the device: CUDA events, a cold L2 cache, peers interleaved, CUDA graphs for short kernels.
+"""Timing on the device: CUDA events, a cold L2 cache, interleaved variants, CUDA graphs for fast kernels.
 
-Without a GPU every function runs its workload once and returns wall-clock times, good for nothing but a dry run.
+Without a GPU every function runs its workload once and returns wall-clock times, which only serve dry runs.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 
 Work = Callable[[], object]
 
-# More than the L2 cache of any GPU there is (H100 50 MB, H200 60 MB, B200 126 MB).
+# More than the L2 cache of any GPU (H100 50 MB, H200 60 MB, B200 126 MB).
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -21,7 +21,7 @@ def synchronize() -> None:
 
 
 def wall_ms(work: Work) -> float:
-    """Time one call from the host, the device's work included."""
+    """Milliseconds of one call on the host's clock, the device's work included."""
     synchronize()
     start = time.perf_counter()
     work()
@@ -34,10 +34,10 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Time each variant `repeats` times in turn, so that clocks and heat are the same for all.
 
-    The order changes from turn to turn: at the power limit a call runs about 5 % faster behind one that drew less.
-    repeats_of: fewer repeats for slow variants, by name; they also get one warm-up call only.
-    Every call starts with an L2 cache that holds nothing of its inputs, behind work that hides the launch.
-    Returns milliseconds, per variant.
+    The order is drawn anew in every turn: at the power limit a call runs about 5 % faster after one that drew less.
+    repeats_of: fewer repeats for slow variants, by name; they also get only one warm-up call.
+    Before every call the L2 cache is overwritten, which also hides the time of the launch.
+    Returns milliseconds per variant.
     """
     counts = {name: (repeats_of or {}).get(name, repeats) for name in variants}
     if not torch.cuda.is_available():
@@ -62,10 +62,10 @@ def time_interleaved(
 
 
 def graph_of(works: Sequence[Work]) -> tuple[Work, int]:
-    """Capture a CUDA graph that runs all of `works`, one behind the other.
+    """Capture a CUDA graph that runs all of `works` in order.
 
-    Give one work per copy of the inputs, copies that together exceed the L2 cache: then a replay reads cold memory
-    and needs no flush. Returns the replay and the number of works in it; without a GPU, a plain loop.
+    With one work per copy of the inputs, and copies that together are larger than the L2 cache, a replay reads cold
+    memory and needs no flush. Returns the replay and the number of works in it; without a GPU, a plain loop.
     """
     if not torch.cuda.is_available():
         return (lambda: [work() for work in works]), len(works)

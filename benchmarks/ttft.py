@@ -1,8 +1,8 @@
-"""Time to the first token and between tokens in vLLM, one request alone: our backend against vLLM's own, 8B shape.
+"""Time to the first token and between tokens in vLLM, one request at a time, 8B shape: our backend and vLLM's own.
 
-Random weights, seeded, with attention biases that give the heads patterns (benchmarks.calibrated_model). The first
-token's log probabilities must agree with FLASH_ATTN's before ours is reported. Sparse prefill is approximate: it is
-reported with its density and the mass that it kept, measured in the timed runs.
+Weights are random and seeded, with attention biases that give the heads patterns (benchmarks.calibrated_model). Times
+of our dense prefill are recorded only if the first token's log probabilities agree with FLASH_ATTN's. Sparse prefill is
+approximate: it is recorded with its density and the attention mass that it kept, measured in the timed runs.
 """
 
 from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, EngineResult, EngineSpec, Request, logprob_distance, measure
@@ -12,12 +12,12 @@ BASELINE = "fa3"
 GAMMAS = (0.95, 0.9)
 COVERAGE_ROWS = 4
 WORST_HEADS = 5
-# Two exact kernels in bf16 differ too: vLLM's Triton kernel from FlashAttention 3 by 0.09 to 0.16 on these prompts.
+# Exact kernels in bf16 differ too: vLLM's Triton kernel and FlashAttention 3 by 0.09 to 0.16 on these prompts.
 LOGPROB_TOLERANCE = 0.25
 
 
 def cases(dry_run: bool) -> list[Request]:
-    """List prompt lengths; repeats where they are cheap."""
+    """List prompt lengths, with more repeats of the cheap ones."""
     if dry_run:
         return [Request(50, 4, 2), Request(200, 4, 1)]
     return [Request(1024, 65, 5), Request(32768, 65, 3), Request(131072, 65, 1)]
@@ -40,23 +40,19 @@ def record(recorder: Recorder, name: str, result: EngineResult, prompt_len: int,
 
 
 def record_selection(recorder: Recorder, name: str, result: EngineResult, prompt_len: int, label: str) -> None:
-    """Add density and kept mass per layer and head, after repair; nothing where a short prompt was dense."""
+    """Add density and kept mass per layer and head; nothing where a short prompt was dense."""
     rows = result.selection[str(prompt_len)]
     case = f"n{prompt_len}-b1-{label}"
     densities = [row["density"] for row in rows if row["chunks"]]
-    coverages = [row["coverage"] for row in rows if row["measured_rows"]]
+    coverages = [row["coverage"] for row in rows if row["coverage"] is not None]
     if densities:
         recorder.add("ttft", case, name, "density", "fraction", densities)
     if coverages:
         recorder.add("ttft", case, name, "coverage", "fraction", coverages)
-        chunks = sum(row["chunks"] for row in rows)
-        repaired = sum(row["repaired"] * row["chunks"] for row in rows) / chunks
         worst = [
-            f"layer {row['layer']} head {row['head']}: coverage {row['coverage']:.3f}, density {row['density']:.3f}, "
-            f"repaired {row['repaired']:.3f}"
+            f"layer {row['layer']} head {row['head']}: coverage {row['coverage']:.3f}, density {row['density']:.3f}"
             for row in sorted(rows, key=lambda row: row["coverage"])[:WORST_HEADS]
         ]
-        recorder.note(f"{name} n{prompt_len}: {repaired:.4f} of the heads' {chunks} chunks repaired")
         recorder.note(f"{name} n{prompt_len}: worst heads: {'; '.join(worst)}")
 
 
@@ -69,7 +65,7 @@ def run(recorder: Recorder) -> None:
         recorder.note(f"{name}: engine ready after {result.start_s:.0f} s")
         return result
 
-    # On the CPU vLLM has one backend of its own.
+    # On the CPU vLLM has only one backend.
     baseline = measure_dense(BASELINE, None if recorder.dry_run else "FLASH_ATTN")
     ours = measure_dense("farspan", "CUSTOM")
     for request in requests:
@@ -87,7 +83,7 @@ def run(recorder: Recorder) -> None:
             "CUSTOM",
             options={"prefill": prefill},
             reads_selection=True,
-            # Selection has kernels of its own for every power of two of blocks.
+            # Selection compiles separate kernels for every power of two of blocks.
             warmup_lens=[requests[-1].prompt_len],
         )
         result = measure(spec)

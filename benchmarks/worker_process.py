@@ -1,7 +1,7 @@
-"""A `python -m` process that answers over a pipe: what engines and kernels that must not share a process are timed in.
+"""A `python -m` process that answers over a pipe, for engines and kernels that must not share a process.
 
 The process gets the file descriptor of a `multiprocessing` connection as its last argument, and ends when the other
-side closes.
+side closes the connection.
 """
 
 import os
@@ -19,12 +19,12 @@ from benchmarks.record import ROOT, BenchmarkError
 
 
 class WorkerProcess:
-    """One process, which starts on entering the context and ends with it."""
+    """One process, which lives as long as the context."""
 
     def __init__(
         self, name: str, module: str, arguments: Sequence[str], environment: Mapping[str, str], deadline: float
     ) -> None:
-        """`name`: for errors; `deadline`: by `time.monotonic()`, when waiting for it ends in a BenchmarkError."""
+        """`name`: for errors; `deadline`: of `time.monotonic()`; waiting past it raises BenchmarkError."""
         self.name, self.module, self.arguments, self.environment = name, module, arguments, environment
         self.deadline = deadline
 
@@ -49,7 +49,7 @@ class WorkerProcess:
             self.connection.send(message)
 
     def receive(self) -> Any:
-        """Wait for what the process sends next; BenchmarkError with the end of its log where it fails or is late."""
+        """Wait for the process's next message; BenchmarkError with the end of its log where it fails or is late."""
         try:
             if self.connection.poll(max(self.deadline - time.monotonic(), 0)):
                 return self.connection.recv()

@@ -1,12 +1,12 @@
 """The option tree under `additional_config["farspan"]`: decoded once per process, validated, then frozen."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.ranges import OneOf, Real, Whole, ranges_of
+from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
 
@@ -15,13 +15,19 @@ MAX_TOKENS = 2**24
 MAX_BLOCKS = MAX_TOKENS // 128
 MAX_COVERAGE_ROWS = 64
 """Each row costs a decode step over its whole prefix."""
+MIN_TILE_ROWS_BUDGET = 512
+"""Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""
 
 CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
 FractionOfTrainedLen = Annotated[
     float, Real(0, 1, least_included=False, most_included=False, hint="0.33", noun="a fraction of the trained length")
 ]
 
+MAX_HEADS = 1024
+"""Upper bound of every option in KV heads of a layer."""
+
 Kernel = Literal["auto", "triton", "fa3"]
+Selection = Literal["tile_rows", "flexprefill"]
 Pattern = Literal["sink_local", "strided", "butterfly", "dilated", "file"]
 
 
@@ -38,28 +44,31 @@ class DensePrefill(Options, frozen=True, tag_field="method", tag="dense"):
 
 
 class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
-    """Dynamic sparse prefill: a pattern and a budget per head and per prompt. Source: FlexPrefill, arXiv 2502.20766."""
+    """Dynamic sparse prefill: a choice of blocks per head and per prompt."""
 
+    selection: Selection = "tile_rows"
+    """tile_rows: by the exact attention of sampled rows of every query tile; flexprefill: by patterns of a chunk's last
+    queries, as in FlexPrefill, arXiv 2502.20766."""
     gamma: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 0.9 for more speed")] = 0.95
     """Attention mass that the selected blocks must keep."""
     tau: Annotated[float, Real(0, 1, hint="0.1, or 0 to never choose by query")] = 0.1
-    """Query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
+    """flexprefill: query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
     min_budget: Annotated[int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024", besides=0)] = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them), rounded up to blocks of 128. The
     first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused."""
     max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
-    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma: no
-    head is computed again."""
+    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one per query head."""
     min_seq_len: CrossoverLen | None = None
-    """A chunk prefills densely while the prompt up to its end is shorter than this; None for the measured crossover.
-    With chunks of 2K tokens and 8192 here, the first three chunks of a 128K prompt are dense."""
+    """Prompts of fewer tokens than this prefill densely; None leaves it to what was measured, chunk by chunk: dense
+    where a chunk's selection and sparse attention would take longer than dense attention."""
     min_chunk_len: CrossoverLen | None = None
-    """Chunks with fewer query tokens than this prefill densely; None for the measured crossover."""
-    coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 4
-    """Query rows per chunk on which the kept mass is measured. Heads that lost clearly more than 1 - gamma are computed
-    again over all keys, in the same chunk. 0 switches both off."""
+    """Chunks with fewer query tokens than this prefill densely; None as for `min_seq_len`. With a number for either
+    option, what was measured decides nothing."""
+    coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 0
+    """Query rows per chunk, other than those that chose the blocks, on which the kept mass is measured, for the
+    statistics of engines whose worker extension reads them; other engines measure nothing."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also where the two budgets contradict each other."""
@@ -70,6 +79,13 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
                 self.max_budget,
                 f"at least min_budget, which is {self.min_budget}",
                 "Raise max_budget or lower min_budget",
+            )
+        if self.selection == "tile_rows" and self.max_budget is not None and self.max_budget < MIN_TILE_ROWS_BUDGET:
+            refuse(
+                f"{path}.max_budget",
+                self.max_budget,
+                f"at least {MIN_TILE_ROWS_BUDGET} with selection 'tile_rows', which always reads a tile's neighbours",
+                f"Raise it to {MIN_TILE_ROWS_BUDGET}, or take selection 'flexprefill'",
             )
 
 
@@ -120,6 +136,57 @@ class StringOptions(Options, frozen=True):
             )
 
 
+class OffloadOptions(Options, frozen=True):
+    """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
+
+    host_memory: Literal["auto"] | Annotated[float, Real(0, 65536, least_included=False, hint='"auto"')] = "auto"
+    """GiB of host memory per machine for cold KV heads, shared by its ranks; "auto" takes 60 % of what is free at
+    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use."""
+    hot_heads: (
+        Literal["auto"]
+        | Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')]
+        | tuple[Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')], ...]
+    ) = "auto"
+    """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
+    The GPU memory that they leave holds pages of the cold ones."""
+    group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
+    """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as two
+    buffers in a quarter of the memory for KV have room for."""
+
+    def check(self, path: str) -> None:
+        """See `Options.check`; also each number of a list."""
+        super().check(path)
+        if isinstance(self.hot_heads, tuple):
+            check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
+
+    def hot_heads_per_layer(self, num_layers: int, num_kv_heads: int, num_ranks: int) -> tuple[int, ...]:
+        """Hot KV heads of every layer on each rank of a tensor-parallel group.
+
+        num_kv_heads: of a layer of the whole model. Raises ConfigError where the option fits neither layers nor ranks.
+        """
+        path, hot = f"{ROOT}.offload.hot_heads", self.hot_heads
+        if isinstance(hot, tuple) and len(hot) != num_layers:
+            refuse(
+                path,
+                list(hot),
+                f"one number for each of the model's {num_layers} layers, not {len(hot)}",
+                "Give one number for all layers, or one for each",
+            )
+        # A rank has at least one KV head: fewer heads than ranks are repeated on them.
+        per_rank = max(num_kv_heads // num_ranks, 1)
+        counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        for count in counts:
+            if count > num_kv_heads or count * per_rank % num_kv_heads:
+                refuse(
+                    path,
+                    count,
+                    f"multiples of {num_kv_heads // per_rank} up to {num_kv_heads}, the KV heads of a layer, so that "
+                    f"each of {num_ranks} ranks has as many",
+                    "Use 'auto'",
+                )
+        return tuple(count * per_rank // num_kv_heads for count in counts)
+
+
 class StarOptions(Options, frozen=True):
     """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
 
@@ -153,6 +220,8 @@ class FarspanConfig(Options, frozen=True):
     """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     string: StringOptions | None = None
+    offload: OffloadOptions | None = None
+    """None: all KV in GPU memory."""
     star: StarOptions | None = None
 
     @property
@@ -190,6 +259,8 @@ def parse_config(raw: Any) -> FarspanConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(describe_type_error(raw, str(error))) from error
     config.prefill.check(f"{ROOT}.prefill")
+    if config.offload is not None:
+        config.offload.check(f"{ROOT}.offload")
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":
@@ -207,6 +278,13 @@ def parse_config(raw: Any) -> FarspanConfig:
                 raw["star"],
                 "without string: both move positions, and a key would need two rotations at once",
                 "Leave out string, or serve the model on one host without star",
+            )
+        if config.offload is not None:
+            refuse(
+                f"{ROOT}.star",
+                raw["star"],
+                "without offload: the keys of a block are found in GPU memory alone",
+                "Leave out offload and spread the context over more hosts, or serve the model on one host without star",
             )
     return config
 
@@ -229,6 +307,8 @@ def check_raw(raw: Any) -> None:
         check_numbers(path, PREFILL_METHODS[method], prefill)
         if method == "block_sparse":
             check_pattern_options(path, prefill)
+        if method == "flex":
+            check_selection_options(path, prefill)
     if raw.get("string") is not None:
         path = f"{ROOT}.string"
         check_mapping(path, raw["string"])
@@ -239,6 +319,29 @@ def check_raw(raw: Any) -> None:
         check_mapping(path, raw["star"])
         check_known(path, raw["star"], StarOptions.__struct_fields__)
         check_numbers(path, StarOptions, raw["star"])
+    if raw.get("offload") is not None:
+        check_raw_offload(f"{ROOT}.offload", raw["offload"])
+
+
+def check_raw_offload(path: str, offload: Any) -> None:
+    """Refuse what `offload` cannot be, each number of a list included."""
+    check_mapping(path, offload)
+    check_known(path, offload, OffloadOptions.__struct_fields__)
+    check_numbers(path, OffloadOptions, offload)
+    for name, value in offload.items():
+        allowed = ranges_of(OffloadOptions)[name][0]
+        if isinstance(value, list | tuple) and name == "hot_heads":
+            check_list(f"{path}.{name}", value, allowed)
+        elif value != "auto" and not isinstance(value, int | float):
+            also = f'{allowed.allowed}, or "auto"' + (", or a list of numbers" if name == "hot_heads" else "")
+            refuse(f"{path}.{name}", value, also, 'Use "auto"')
+
+
+def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:
+    """Refuse a list with a member that is out of range."""
+    for place, value in enumerate(values):
+        if value not in allowed:
+            refuse(f"{path}[{place}]", value, allowed.allowed, f"Use {allowed.hint}")
 
 
 def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
@@ -255,6 +358,15 @@ def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
                 f"only with pattern {' or '.join(readers)}; pattern is {pattern!r}",
                 f"Remove {name} or change the pattern",
             )
+
+
+def check_selection_options(path: str, prefill: Mapping[str, Any]) -> None:
+    """Refuse unknown ways to select, and options of flex that the chosen one does not read."""
+    selection = prefill.get("selection", "tile_rows")
+    if selection not in get_args(Selection):
+        refuse(f"{path}.selection", selection, one_of(get_args(Selection)), suggestion(selection, get_args(Selection)))
+    if selection == "tile_rows" and "tau" in prefill:
+        refuse(f"{path}.tau", prefill["tau"], "only with selection 'flexprefill'", "Remove tau or change the selection")
 
 
 def check_mapping(path: str, raw: Any) -> None:
@@ -278,7 +390,8 @@ def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) 
     for name, ranges in ranges_of(options).items():
         value = values.get(name)
         if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
-            refuse(f"{path}.{name}", value, ", or ".join(each.allowed for each in ranges), f"Use {ranges[0].hint}")
+            allowed = ", or ".join(dict.fromkeys(each.allowed for each in ranges))
+            refuse(f"{path}.{name}", value, allowed, f"Use {ranges[0].hint}")
 
 
 def refuse(path: str, value: Any, allowed: str, remedy: str) -> NoReturn:

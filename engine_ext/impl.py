@@ -70,13 +70,18 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write this step's keys and values, [num_tokens, num_kv_heads, head_dim], into their pages."""
+        """Write this step's keys and values, [num_tokens, num_kv_heads, head_dim], into their pages.
+
+        Where KV heads are cold, vLLM's pages hold the others, and `forward` writes the cold ones.
+        """
         if self.config.star is not None:
             name = str(layer.layer_name)
             step = step_of(name)
             if step is not None:
                 key = at_true_positions(key, step.moved, step.layers[name].turns)
-        write_kv(key, value, kv_cache, slot_mapping)
+        if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
+            num_hot_heads = kv_cache.shape[1]
+            write_kv(key[:, :num_hot_heads], value[:, :num_hot_heads], kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -92,7 +97,8 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
     ) -> torch.Tensor:
         """Write attention of [num_tokens, num_heads, head_dim] queries into `output`, of the same shape.
 
-        The step's keys are in the cache already. Rows past the step's tokens are padding and left as they are.
+        The step's keys of hot heads are in the cache already; those of cold ones are written here. Rows past the
+        step's tokens are padding and left as they are.
         """
         assert output_scale is None, "fused output quantization is not announced"
         assert output_block_scale is None, "fused output quantization is not announced"
@@ -100,13 +106,21 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if step is None:  # vLLM measures memory without a batch
             run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, self.max_model_len)
             return output.fill_(0)
-        kv, context, parts = KVView(kv_cache), step.layers[layer.layer_name], Parts()
+        name, parts = layer.layer_name, Parts()
+        context = step.layers[name]
         group = self.num_heads // self.num_kv_heads
+        if step.cold is not None:
+            step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.turns)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = output[each.rows, heads]
             target = out if each.part is None else parts.new_out(out)
+            if each.keys == "cache":
+                kv = KVView(kv_cache)
+            else:
+                assert step.cold is not None
+                kv = step.cold.view(name, each)
             lse = attend(each, query[each.rows, heads], kv.of_heads(each.kv_heads), context, self.scale, target)
             if each.part is not None:
                 parts.add(each, lse, out)

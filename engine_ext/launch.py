@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from farspan.engine_ext.config import FarspanConfig, FlexPrefill
+from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, LayerContext, Pass, SampledRows, Sparse
-from farspan.engine_ext.selection.methods import Chunks, SelectBlocks
-from farspan.engine_ext.selection.repair import heads_below_gamma
+from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
@@ -20,6 +19,8 @@ from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
 from farspan.kernels.decode import DecodeWorkspace, paged_decode
 from farspan.kernels.flex import reference as flex_on_host
 from farspan.kernels.flex import select as flex_on_gpu
+from farspan.kernels.flex import tile_rows as tile_rows_on_gpu
+from farspan.kernels.flex import tile_rows_reference as tile_rows_on_host
 from farspan.kernels.flex.coverage import kept_share
 from farspan.kernels.kv_write import write_kv as write_kv_triton
 from farspan.kernels.prefill import paged_prefill
@@ -77,29 +78,18 @@ def attend_sparse(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Select blocks, attend to them, measure what they kept, and compute again the heads that kept too little."""
+    """Select blocks and attend to them; where statistics ask for it, also measure what the blocks kept."""
     assert each.is_causal
-    chunks = Chunks(query, kv, each.batch, work.tiles, scale, turn)
+    chunks = Chunks(query, kv, each.batch, work.tiles, scale, turn, work.spans)
     lists = work.lists
     if lists is None:
         assert layer.selector is not None
-        lists = layer.selector.block_lists(work.prefill, chunks, flex_selection(query))
+        lists = layer.selector.block_lists(work.prefill, chunks, selections_of(query))
     prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, block_lists=lists)
-    if work.samples is None:
-        return
-    assert isinstance(work.prefill, FlexPrefill)
-    coverage = measure_coverage(query, kv, work.samples, scale, turn, lse).unflatten(1, (each.batch.num_reqs, -1))
-    below = None
-    if work.prefill.max_budget is None:
-        below = heads_below_gamma(coverage, work.prefill.gamma)
-        # Always launched: to check on the host whether any head is below would wait for the device.
-        prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, head_mask=below)
     stats = layer.selector.stats if layer.selector is not None else None
-    if stats is not None:
-        if below is not None:
-            stats.add_repair(below, work.tiles, chunks.q_heads)
-            coverage = coverage.masked_fill(below[..., None], 1.0)
-        stats.add_coverage(coverage, chunks.q_heads)
+    if stats is not None and work.samples is not None:
+        coverage = measure_coverage(query, kv, work.samples, scale, turn, lse)
+        stats.add_coverage(coverage.unflatten(1, (each.batch.num_reqs, -1)), chunks.q_heads)
 
 
 def measure_coverage(
@@ -154,7 +144,6 @@ def prefill(
     lse: torch.Tensor,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
 ) -> None:
     """Chunks over all their keys, or over the blocks listed, by our own kernel of the device.
@@ -171,7 +160,6 @@ def prefill(
             lse=lse,
             tiles=tiles,
             block_lists=block_lists,
-            head_mask=head_mask,
             causal=causal,
             turn=turn,
         )
@@ -184,7 +172,6 @@ def prefill(
         tiles,
         scale,
         block_lists=block_lists,
-        head_mask=head_mask,
         causal=causal,
         turn=turn,
         out=out,
@@ -222,9 +209,13 @@ def prefill_fa3(
     return lse
 
 
-def flex_selection(query: torch.Tensor) -> SelectBlocks:
-    """The dynamic selection of a tensor's device."""
-    return flex_on_host.flex_block_lists if is_on_host(query) else flex_on_gpu.flex_block_lists
+ON_HOST = DeviceSelections(flex_on_host.flex_block_lists, tile_rows_on_host.tile_row_lists)
+ON_GPU = DeviceSelections(flex_on_gpu.flex_block_lists, tile_rows_on_gpu.tile_row_lists)
+
+
+def selections_of(query: torch.Tensor) -> DeviceSelections:
+    """The dynamic selections of a tensor's device."""
+    return ON_HOST if is_on_host(query) else ON_GPU
 
 
 class Parts:

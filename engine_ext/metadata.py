@@ -4,18 +4,21 @@ The batch is split by one rule: the leading requests with at most one query toke
 vLLM puts them first because of `reorder_batch_threshold`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
+from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Part, Pass, SampledRows, Sparse, StepMetadata
 from farspan.engine_ext.requests import source_of
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
+from farspan.engine_ext.selection.methods import TILE_ROWS_RULE
 from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
 from farspan.engine_ext.star.exchange import Exchange, exchange_of
 from farspan.engine_ext.star.exchange import current as current_exchange
@@ -27,8 +30,8 @@ from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
 from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace
 from farspan.kernels.flex.coverage import sample_places
+from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
-from farspan.kernels.tuning import FLEX_MIN_CHUNK_LEN, FLEX_MIN_SEQ_LEN
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -47,14 +50,23 @@ def count_decodes(query_lens: list[int]) -> int:
     return len(query_lens)
 
 
-def effective_prefill(prefill: Prefill, query_len: int, kv_len: int) -> Prefill:
-    """How a chunk prefills: densely where flex would gain nothing over its prefix or its length."""
-    if isinstance(prefill, FlexPrefill):
-        min_seq_len = FLEX_MIN_SEQ_LEN if prefill.min_seq_len is None else prefill.min_seq_len
-        min_chunk_len = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
-        if kv_len < min_seq_len or query_len < min_chunk_len:
-            return DensePrefill()
-    return prefill
+def effective_prefill(
+    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
+) -> Prefill:
+    """How a chunk prefills: densely where flex would not pay.
+
+    kv_len: keys up to the chunk's end; prompt_len: tokens of the whole prompt, None where nobody knows.
+    size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
+    batch.
+    """
+    if not isinstance(prefill, FlexPrefill):
+        return prefill
+    if prefill.min_seq_len is None and prefill.min_chunk_len is None:
+        is_sparse = sparse_pays(size, query_len, kv_len)
+    else:
+        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
+        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
+    return prefill if is_sparse else DensePrefill()
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,19 @@ class PassMaker:
     workspace: DecodeWorkspace | None
     has_turn: bool
     device: torch.device
+    first_kv_head: int = 0
+    """The passes are for the `num_kv_heads` KV heads of a layer from this one on."""
+
+    @property
+    def kv_heads(self) -> slice:
+        return slice(self.first_kv_head, self.first_kv_head + self.num_kv_heads)
 
     def decode(self, batch: PagedBatch, first_row: int = 0) -> Pass:
         """The pass of requests with one row each, the first of them `first_row` of the step."""
         splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
         return Pass(
             rows=slice(first_row, first_row + batch.num_reqs),
-            kv_heads=slice(0, self.num_kv_heads),
+            kv_heads=self.kv_heads,
             batch=batch,
             work=Decode(splits, self.workspace),
             turns=self.has_turn,
@@ -103,13 +121,16 @@ class PassMaker:
         else:
             block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
             tiles = make_prefill_tiles(query_start_loc, chunk_ends, block_size, self.device)
-            samples = None
-            if isinstance(prefill, FlexPrefill) and prefill.coverage_rows > 0:
-                samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
-            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples)
+            samples = spans = None
+            if isinstance(prefill, FlexPrefill):
+                if prefill.coverage_rows > 0:
+                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
+                if prefill.selection == "tile_rows":
+                    spans = make_spans(query_start_loc, chunk_ends, tiles, TILE_ROWS_RULE)
+            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples, spans)
         return Pass(
             rows=slice(first_row, first_row + query_start_loc[-1]),
-            kv_heads=slice(0, self.num_kv_heads),
+            kv_heads=self.kv_heads,
             batch=batch,
             work=work,
             turns=turns,
@@ -166,6 +187,72 @@ def shared_lists(prefill: FlexPrefill | BlockSparsePrefill, tiles: PrefillTiles)
     )
 
 
+class ChunkKind(NamedTuple):
+    """What must be alike in requests that one pass serves."""
+
+    prefill: Prefill
+    turns: bool
+    misses_pages: bool
+    """Whether pages of cold heads are in no slot."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Adjacent requests [first, stop) of a batch that prefill alike."""
+
+    first: int
+    stop: int
+    kind: ChunkKind
+    first_row: int
+    """Of the first request's query tokens in the step."""
+    query_start_loc: list[int]
+    """Of the run alone, from 0."""
+    kv_lens: list[int]
+
+    def split(self, page_size: int, max_pages: int) -> Iterator["Run"]:
+        """Cut the run so that the pages of each part are no more than `max_pages`, or those of one request."""
+        first, num_pages = 0, 0
+        for place, kv_len in enumerate(self.kv_lens):
+            pages = -(-kv_len // page_size)
+            if place > first and num_pages + pages > max_pages:
+                yield self.part(first, place)
+                first, num_pages = place, 0
+            num_pages += pages
+        yield self.part(first, len(self.kv_lens))
+
+    def part(self, first: int, stop: int) -> "Run":
+        """The requests [first, stop) of the run."""
+        start = self.query_start_loc[first]
+        return Run(
+            self.first + first,
+            self.first + stop,
+            self.kind,
+            self.first_row + start,
+            [each - start for each in self.query_start_loc[first : stop + 1]],
+            self.kv_lens[first:stop],
+        )
+
+
+@dataclass(frozen=True)
+class HostChunks:
+    """The requests of a batch that prefill, as the host knows them."""
+
+    query_start_loc: list[int]
+    """Of the whole batch."""
+    kv_lens: list[int]
+    kinds: dict[int, ChunkKind]
+    """By request; padding, which has no tokens, is left out."""
+
+    def runs(self, alike: Callable[[ChunkKind], Any]) -> Iterator[Run]:
+        """Adjacent requests for which `alike` is the same."""
+        for _, members in groupby(self.kinds, key=lambda request: alike(self.kinds[request])):
+            requests = list(members)
+            first, stop = requests[0], requests[-1] + 1
+            first_row = self.query_start_loc[first]
+            starts = [start - first_row for start in self.query_start_loc[first : stop + 1]]
+            yield Run(first, stop, self.kinds[first], first_row, starts, self.kv_lens[first:stop])
+
+
 class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Builds a `StepMetadata` from vLLM's `CommonAttentionMetadata`."""
 
@@ -183,14 +270,21 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         # The layers of a model shift alike; where their angles differ, their bounds do not.
         assert len({(turn.slope, turn.offset) for turn in turns}) <= 1
         self.turn = turns[0] if turns else None
+        self.cold = self.requests.cold_cache()
+        if self.cold is not None and not self.cold.layers.keys() & self.layers.keys():
+            self.cold = None
         num_kv_heads = kv_cache_spec.num_kv_heads
+        num_hot_heads = num_kv_heads
+        if self.cold is not None:
+            (num_hot_heads,) = {self.cold.layers[name].hot_heads for name in layer_names}
+        num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.size = AttentionSize(num_q_heads, kv_cache_spec.head_size)
         self.page_size: int = kv_cache_spec.block_size
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.bytes_per_row = 0
         self.lockstep: LockstepBuffers | None = None
         if self.config.star is not None:
-            num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-            self.bytes_per_row = num_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
+            self.bytes_per_row = num_q_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
             if decodes_in_graphs(self.config):
                 distinct = {id(layer.turns): layer.turns for layer in self.layers.values() if layer.turns is not None}
                 max_num_reqs = vllm_config.scheduler_config.max_num_seqs
@@ -200,17 +294,34 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         workspace = None
         if device.type != "cpu":
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-            parts = most_parts(max_num_reqs, num_kv_heads, vllm_config.model_config.max_model_len, num_sms)
-            workspace = make_decode_workspace(parts * layer.num_heads, kv_cache_spec.head_size, device)
-        self.maker = PassMaker(
-            num_kv_heads=num_kv_heads,
+            group = layer.num_heads // num_kv_heads
+            max_num_reqs, max_model_len = (
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.model_config.max_model_len,
+            )
+            # Hot and cold heads decode one after another, in the same room.
+            rows = [
+                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group
+                for heads in (num_hot_heads, num_kv_heads - num_hot_heads)
+                if heads > 0
+            ]
+            workspace = make_decode_workspace(max(rows), kv_cache_spec.head_size, device)
+        maker = PassMaker(
+            num_kv_heads=num_hot_heads,
             dense_kernel=choose_dense_kernel(self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype),
             num_sms=num_sms,
             workspace=workspace,
             has_turn=self.turn is not None,
             device=device,
         )
+        self.maker = maker
+        """Of the hot heads, which are all where none is cold."""
+        self.hot_maker = maker if num_hot_heads > 0 else None
+        self.cold_maker = None
+        if self.cold is not None:
+            self.cold_maker = replace(maker, num_kv_heads=num_kv_heads - num_hot_heads, first_kv_head=num_hot_heads)
+        # In the order in which they run, for what is staged ahead.
+        self.names = sorted(layer_names, key=lambda name: self.layers[name].index)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -232,21 +343,28 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 return self.build_lockstep(common, shards)
             if any(shard is not None for shard in shards):
                 return self.build_star(common, shards)
-        num_decodes = common.num_reqs
-        passes: list[Pass] = []
+        num_decodes, chunks = common.num_reqs, None
         if common.max_query_len > 1:
             query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
             num_decodes = count_decodes([end - start for start, end in pairwise(query_start_loc)])
-            passes = self.prefill_passes(common, num_decodes, query_start_loc)
-        if num_decodes > 0:
-            passes.insert(0, self.decode_pass(common, 0, num_decodes))
-        return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan())
+            chunks = self.chunks_of(common, num_decodes, query_start_loc)
+        passes: list[Pass] = []
+        if self.hot_maker is not None:
+            passes += self.passes_of(self.hot_maker, common, common.block_table_tensor, num_decodes, chunks)
+        cold = None
+        if self.cold is not None:
+            assert self.cold_maker is not None
+            self.cold.map_step(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
+            of_cold, cold = self.cold_passes(self.cold, self.cold_maker, common, num_decodes, chunks)
+            passes += of_cold
+        return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan(), cold=cold)
 
     def decode_pass(self, common: CommonAttentionMetadata, first: int, last: int) -> Pass:
         """The pass of requests [first, last) with one token each, which own the rows of their numbers."""
         starts = common.query_start_loc[first : last + 1]
         starts = starts if first == 0 else starts - first
-        return self.maker.decode(requests_of(common, first, last, starts, 1, common.max_seq_len), first)
+        batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
+        return self.maker.decode(batch, first)
 
     def build_star(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
         """A step with requests of Star Attention, and others beside them."""
@@ -269,7 +387,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 passes.append(self.decode_pass(common, first, last))
                 continue
             if not is_star:
-                passes += self.prefill_passes(common, first, query_start_loc, last)
+                chunks = self.chunks_of(common, first, query_start_loc, last)
+                passes += self.passes_of(self.maker, common, common.block_table_tensor, 0, chunks)
                 continue
             pieces: list[Piece] = []
             for request in run:
@@ -331,7 +450,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             shard = piece.shard
             if piece.segment.is_query:
                 return DensePrefill(), True, shard.num_hosts, shard.query_host
-            return effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len), False, 0, 0
+            prefill = effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len, None, self.size)
+            return prefill, False, 0, 0
 
         passes = []
         for (prefill, is_query, num_hosts, _), members in groupby(pieces, key=kind):
@@ -346,35 +466,93 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             passes.append(made)
         return passes
 
-    def prefill_passes(
-        self,
-        common: CommonAttentionMetadata,
-        num_decodes: int,
-        query_start_loc: list[int],
-        end: int | None = None,
-    ) -> list[Pass]:
-        """Passes of the requests [num_decodes, end or num_reqs); padding after them has no tokens and is left out."""
+    def chunks_of(
+        self, common: CommonAttentionMetadata, first: int, query_start_loc: list[int], last: int | None = None
+    ) -> "HostChunks":
+        """What the host knows of the requests [first, last or num_reqs), which prefill."""
         # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which is refused).
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
-        prefills = self.requests.prefills(common)
-        rows = [request for request in range(num_decodes, end or common.num_reqs) if query_lens[request] > 0]
+        prefills, prompt_lens = self.requests.prefills(common), self.requests.prompt_lens(common)
+        rows = [request for request in range(first, last or common.num_reqs) if query_lens[request] > 0]
+        missing = self.requests.missing(common) if self.cold is not None else [False] * common.num_reqs
+        kinds = {
+            request: ChunkKind(
+                effective_prefill(
+                    prefills[request], query_lens[request], kv_lens[request], prompt_lens[request], self.size
+                ),
+                self.turn is not None and self.turn.reaches(kv_lens[request] - 1),
+                bool(missing[request]),
+            )
+            for request in rows
+        }
+        return HostChunks(query_start_loc, kv_lens, kinds)
 
-        def kind(request: int) -> tuple[Prefill, bool]:
-            prefill = effective_prefill(prefills[request], query_lens[request], kv_lens[request])
-            return prefill, self.turn is not None and self.turn.reaches(kv_lens[request] - 1)
-
+    def passes_of(
+        self,
+        maker: "PassMaker",
+        common: CommonAttentionMetadata,
+        block_table: torch.Tensor,
+        num_decodes: int,
+        chunks: "HostChunks | None",
+    ) -> list[Pass]:
+        """Passes of all requests of a batch, whose pages all lie where `block_table` says."""
         passes = []
-        for (prefill, turns), members in groupby(rows, key=kind):
-            run = list(members)
-            first, last = run[0], run[-1] + 1
-            first_row = query_start_loc[first]
-            starts = common.query_start_loc[first : last + 1] - first_row
-            batch = requests_of(common, first, last, starts, max(query_lens[first:last]), max(kv_lens[first:last]))
-            host_starts = [start - first_row for start in query_start_loc[first : last + 1]]
-            passes.append(self.maker.prefill(prefill, batch, host_starts, kv_lens[first:last], first_row, turns=turns))
+        if num_decodes > 0:
+            starts = common.query_start_loc[: num_decodes + 1]
+            passes.append(maker.decode(requests_of(common, block_table, 0, num_decodes, starts, 1, common.max_seq_len)))
+        for run in chunks.runs(lambda kind: (kind.prefill, kind.turns)) if chunks is not None else ():
+            passes.append(self.prefill_pass(maker, common, block_table[run.first : run.stop], run))
         return passes
+
+    def prefill_pass(
+        self, maker: "PassMaker", common: CommonAttentionMetadata, block_table: torch.Tensor, run: "Run"
+    ) -> Pass:
+        """The pass of adjacent requests that prefill alike; block_table: of theirs alone."""
+        starts = common.query_start_loc[run.first : run.stop + 1] - run.first_row
+        batch = PagedBatch(
+            query_start_loc=starts,
+            kv_lens=common.seq_lens[run.first : run.stop],
+            block_table=block_table,
+            max_query_len=max(end - start for start, end in pairwise(run.query_start_loc)),
+            max_kv_len=max(run.kv_lens),
+        )
+        return maker.prefill(
+            run.kind.prefill, batch, run.query_start_loc, run.kv_lens, run.first_row, turns=run.kind.turns
+        )
+
+    def cold_passes(
+        self,
+        cache: ColdCache,
+        maker: "PassMaker",
+        common: CommonAttentionMetadata,
+        num_decodes: int,
+        chunks: "HostChunks | None",
+    ) -> tuple[list[Pass], CacheStep]:
+        """Passes of the cold heads, after the step's tables are written."""
+        passes, staged = [], []
+        if num_decodes > 0:
+            # Slots and host memory alike, whatever the step: one captured graph serves all.
+            (decode,) = self.passes_of(maker, common, cache.entries, num_decodes, None)
+            passes.append(replace(decode, keys="both"))
+        for run in chunks.runs(lambda kind: kind) if chunks is not None else ():
+            if not run.kind.misses_pages:
+                each = self.prefill_pass(maker, common, cache.entries[run.first : run.stop], run)
+                passes.append(replace(each, keys="slots"))
+                continue
+            assert cache.staging is not None
+            for part in run.split(cache.sizes.page_size, cache.staging.num_pages):
+                num_pages = [-(-kv_len // cache.sizes.page_size) for kv_len in part.kv_lens]
+                pages, block_table = cache.stage(part.first, num_pages)
+                staged.append(pages)
+                for heads in cache.groups_of(cache.layers[self.names[0]]):
+                    group = replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
+                    passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
+        turn = None
+        if staged:
+            turn = cache.staged_turn(self.names, staged, is_alone=len(self.names) == len(cache.layers))
+        return passes, CacheStep(cache, len(common.slot_mapping), turn)
 
 
 def decodes_in_graphs(config: FarspanConfig) -> bool:
@@ -384,17 +562,18 @@ def decodes_in_graphs(config: FarspanConfig) -> bool:
 
 def requests_of(
     common: CommonAttentionMetadata,
+    block_table: torch.Tensor,
     first: int,
     last: int,
     query_start_loc: torch.Tensor,
     max_query_len: int,
     max_kv_len: int,
 ) -> PagedBatch:
-    """Requests [first, last) of vLLM's batch as a batch of their own."""
+    """Requests [first, last) of vLLM's batch as a batch of their own; block_table: of all requests."""
     return PagedBatch(
         query_start_loc=query_start_loc,
         kv_lens=common.seq_lens[first:last],
-        block_table=common.block_table_tensor[first:last],
+        block_table=block_table[first:last],
         max_query_len=max_query_len,
         max_kv_len=max_kv_len,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
@@ -11,8 +11,9 @@ from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.exchange import Exchange
 from farspan.engine_ext.star.positions import Turns
-from farspan.kernels.batch import PagedBatch
+from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from vllm.v1.attention.backend import AttentionMetadata
@@ -58,7 +59,9 @@ class Sparse:
     lists: BlockLists | None
     """Lists that all heads and layers share; None where the layer's selector makes them."""
     samples: SampledRows | None
-    """Where the kept mass is measured; None where nothing is."""
+    """Where the kept mass is measured beside the selection; None where nothing is."""
+    spans: Spans | None = None
+    """Where selection by tile rows looks; None for the other selections."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,19 @@ class Part:
     count: int
     exchange: Exchange | None = None
     """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
+
+
+@dataclass(frozen=True)
+class StagedPages:
+    """The pages of cold heads that a pass reads, some of them in host memory, in the order in which they are staged."""
+
+    entries: torch.Tensor
+    """[num_pages] int32 on the device: a slot, or -1 - block for a page in host memory."""
+
+
+Keys = Literal["cache", "slots", "both"] | StagedPages
+"""Where a pass finds its keys: vLLM's own cache (hot heads), slots alone, slots and host memory, or pages that are
+brought to the device for the pass (cold heads)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class Pass:
     turns: bool = False
     """Whether the layer's turn reaches any query of the pass; the others are computed as if there were none."""
     is_causal: bool = True
+    keys: Keys = "cache"
     part: Part | None = None
     """None where the pass sees all keys of its rows, so that its result is the output."""
 
@@ -104,6 +121,21 @@ class LayerContext:
     """Take queries and keys to their true positions; None without the option star."""
 
 
+class ColdStep(Protocol):
+    """The cold heads of one step's layers."""
+
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the step's keys and values of a layer's cold heads into their slots.
+
+        key, value: [at least num_tokens, num_kv_heads, head_dim], all heads of the layer.
+        """
+        ...
+
+    def view(self, layer_name: str, each: Pass) -> KVView:
+        """The keys and values of a pass, which does not read vLLM's cache; valid until the next call."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepMetadata(AttentionMetadata):
     """One step of one KV cache group."""
@@ -116,3 +148,5 @@ class StepMetadata(AttentionMetadata):
     where each row has its own in the layers' turns."""
     plan: StepPlan | None = None
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""
+    cold: ColdStep | None = None
+    """None where no KV head is cold."""

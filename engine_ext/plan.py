@@ -3,8 +3,65 @@
 import msgspec
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """A page of all cold heads of all layers, and the slot in GPU memory that it leaves or enters."""
+
+    block: int
+    """vLLM's block id, which is also the page's place in the host pool."""
+    slot: int
+
+
+class ResidencyPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the cold pages of a step lie. Workers carry it out in the order of the fields, before the forward."""
+
+    spills: tuple[Move, ...] = ()
+    """Copied from their slots to the host; the slots are free after that."""
+    drops: tuple[Move, ...] = ()
+    """Leave their slots without a copy: the host has the same content, or nobody will read it."""
+    loads: tuple[Move, ...] = ()
+    """Copied from the host into free slots."""
+    assignments: tuple[Move, ...] = ()
+    """Get a free slot without a copy, as this step writes them from their first token on."""
+    written: tuple[int, ...] = ()
+    """Blocks that this step writes to; all of them are in slots, and what the host has of them is out of date."""
+    missing: frozenset[str] = frozenset()
+    """Requests of this step with a page that is in no slot after the moves above."""
+    view: int = 0
+    """`view_of` of the scheduler's table after this step: workers hold theirs against it."""
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """What the scheduler extension decided for one step; it travels on vLLM's SchedulerOutput."""
 
     step: int
     """Number of the step, counted by the scheduler from 1."""
+    residency: ResidencyPlan | None = None
+    """None where no KV head is cold."""
+
+
+class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
+    """How large the pools of an engine are: decided once at start-up, the same for all ranks."""
+
+    num_blocks: int
+    """vLLM's blocks, and pages of the host pool."""
+    num_slots: int
+    """Pages of cold heads that GPU memory holds. Slot 0 is that of block 0, which vLLM never gives to a request."""
+    page_size: int
+    """Tokens of a page, and of vLLM's block."""
+    page_bytes: int
+    """Of one block's pages of all cold heads of a rank."""
+    group_size: int
+    """KV heads whose missing pages are staged together for prefill."""
+    staging_pages: int
+    """Pages of a group of heads that one of the two staging buffers holds; 0 where every block has a slot."""
+
+
+OFFLOAD_STATS = "farspan_offload"
+"""Under this name the scheduler's counts of cold pages travel to the front end."""
+
+VIEW_PRIME = (1 << 61) - 1
+
+
+def view_term(block: int, slot: int) -> int:
+    """What one block in one slot adds to a view of the table; views are sums modulo VIEW_PRIME."""
+    return (block * 1_000_003 + slot * 7_919 + 1) * 2_654_435_761 % VIEW_PRIME

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from farspan.engine_ext.config import (
@@ -20,6 +20,9 @@ from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.star.shard import NAME as STAR
 from farspan.engine_ext.star.shard import StarShard, decode_shard
 
+if TYPE_CHECKING:
+    from farspan.engine_ext.offload.cache import ColdCache
+
 NAME = "farspan"
 OVERRIDES = ("farspan.method", "farspan.gamma")
 
@@ -31,12 +34,24 @@ class RequestSource(Protocol):
         """How each request of a batch prefills, in batch order; the engine's own for padding and dummy rows."""
         ...
 
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        ...
+
     def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
         """What each request of a batch is to Star Attention, in batch order; None for ordinary requests and padding."""
         ...
 
     def plan(self) -> StepPlan | None:
         """The scheduler's plan for the step that runs; None with a scheduler that makes none, and outside of steps."""
+        ...
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of a batch, in batch order, has pages of cold heads in no slot, as the plan says."""
+        ...
+
+    def cold_cache(self) -> "ColdCache | None":
+        """The runner's pages of cold heads; asked while the KV cache is set up."""
         ...
 
     def model(self) -> Any:
@@ -139,7 +154,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", star=None)
+    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None, star=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

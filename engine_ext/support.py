@@ -30,9 +30,22 @@ def config_of(vllm_config: Any) -> FarspanConfig:
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return FarspanConfig()
-    if OPTIONS_KEY not in additional:
+    if OPTIONS_KEY in additional:
+        check_keys_besides(additional)
+    else:
         check_no_options_elsewhere(additional)
     return decode_once(additional.get(OPTIONS_KEY))
+
+
+def check_keys_besides(additional: Mapping[str, Any]) -> None:
+    """Refuse keys besides `farspan` in an additional_config that can only be meant for us. Raises ConfigError."""
+    for key in map(str, additional):
+        is_option = key in ("prefill", "string") and isinstance(additional[key], Mapping)
+        if key != OPTIONS_KEY and (is_option or key.lower().startswith(OPTIONS_KEY)):
+            raise ConfigError(
+                f"additional_config has {key!r} besides {OPTIONS_KEY!r}; the options of this backend go under "
+                f"{OPTIONS_KEY!r} alone. Move it there, or remove it."
+            )
 
 
 def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
@@ -170,6 +183,7 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         check_model(vllm_config.model_config, vllm_config.cache_config)
         check_options(config, vllm_config.model_config, current_platform.device_type)
     check_features(config, vllm_config)
+    check_offload(vllm_config)
     return config
 
 
@@ -233,8 +247,47 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
         )
 
 
+def hot_heads(vllm_config: Any) -> tuple[int, ...]:
+    """Hot KV heads of every layer on each rank, for an engine with the option `offload`. Raises ConfigError."""
+    options, model_config = config_of(vllm_config).offload, vllm_config.model_config
+    assert options is not None
+    return options.hot_heads_per_layer(
+        model_config.get_total_num_hidden_layers(),
+        model_config.get_total_num_kv_heads(),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def has_cold_heads(vllm_config: Any) -> bool:
+    """Whether any KV head of any layer is cold. Raises ConfigError."""
+    if config_of(vllm_config).offload is None or vllm_config.model_config is None:
+        return False
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    per_rank = max(vllm_config.model_config.get_total_num_kv_heads() // num_ranks, 1)
+    return min(hot_heads(vllm_config)) < per_rank
+
+
+def check_offload(vllm_config: Any) -> None:
+    """Refuse what sees the pages of hot heads alone. Raises UnsupportedEngineError or ConfigError."""
+    if not has_cold_heads(vllm_config):
+        return
+    parallel, block_size = vllm_config.parallel_config, vllm_config.cache_config.block_size
+    reasons = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1 and "Use --tensor-parallel-size.",
+        "a KV connector": vllm_config.kv_transfer_config is not None and "Leave out --kv-transfer-config.",
+        "sleep mode": vllm_config.model_config.enable_sleep_mode and "Leave out --enable-sleep-mode.",
+        "microbatches": parallel.use_ubatching and "Leave out --enable-dbo.",
+        f"block_size={block_size}": block_size not in (None, *PAGE_SIZES) and f"Use one of {listed(PAGE_SIZES)}.",
+    }
+    for feature, remedy in reasons.items():
+        if remedy:
+            raise UnsupportedEngineError(
+                f"{feature} together with offload; cold KV heads are in no page that it sees. {remedy}"
+            )
+
+
 def check_model(model_config: Any, cache_config: Any) -> None:
-    """Refuse a model by its configuration. Raises UnsupportedModelError."""
+    """Refuse a model by its configuration, and its cache. Raises UnsupportedModelError or UnsupportedEngineError."""
     name = model_config.model
     kinds = {
         "use_mla": "multi-head latent attention (MLA)",
@@ -260,6 +313,9 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         sliding_window=model_config.get_sliding_window(),
         logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
+    block_size = block_size_refusal(cache_config.block_size)
+    if block_size is not None:
+        raise UnsupportedEngineError(block_size)
     if reasons:
         raise UnsupportedModelError(f"{name}: " + " ".join(reasons))
 

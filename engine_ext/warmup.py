@@ -15,10 +15,11 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPref
 from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, Pass
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import SplitPlan
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.tiles import to_device
-from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS, FLEX_MIN_CHUNK_LEN
+from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS
 
 BLOCK_TABLE_TOKENS = 128
 """vLLM's block tables have room for a multiple of so many tokens."""
@@ -39,12 +40,14 @@ class WarmUpCase:
     """Keys up to the end of the chunk."""
 
 
-def warm_up_cases(prefill: Prefill, maker: PassMaker, *, max_model_len: int, max_chunk_len: int) -> list[WarmUpCase]:
+def warm_up_cases(
+    prefill: Prefill, size: AttentionSize, maker: PassMaker, *, max_model_len: int, max_chunk_len: int
+) -> list[WarmUpCase]:
     """The cases of an engine, each once.
 
-    prefill: the engine's; a request may choose dense prefill instead. max_chunk_len: most query tokens of a request in
-    one step. Kernels differ by whether a turn reaches the queries, by the power of two of the tokens of a tile, of the
-    splits of a decode and, where blocks are selected, of the blocks of the prompt.
+    prefill: the engine's; a request may choose dense prefill instead. size: of the layers. max_chunk_len: most query
+    tokens of a request in one step. Kernels differ by whether a turn reaches the queries, by the power of two of the
+    tokens of a tile, of the splits of a decode and, where blocks are selected, of the blocks of the prompt.
     """
     max_chunk_len = min(max_chunk_len, max_model_len)
     turning = (False, True) if maker.has_turn else (False,)
@@ -58,27 +61,27 @@ def warm_up_cases(prefill: Prefill, maker: PassMaker, *, max_model_len: int, max
             continue
         cases += [
             WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)
-            for query_len, kv_len in chunk_shapes(each, max_model_len, max_chunk_len)
+            for query_len, kv_len in chunk_shapes(each, size, max_model_len, max_chunk_len)
         ]
     return cases
 
 
-def chunk_shapes(prefill: Prefill, max_model_len: int, max_chunk_len: int) -> Iterator[tuple[int, int]]:
+def chunk_shapes(
+    prefill: Prefill, size: AttentionSize, max_model_len: int, max_chunk_len: int
+) -> Iterator[tuple[int, int]]:
     """Query tokens and keys of chunks that prefill this way, and that compile different kernels."""
     block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
     query_lens = [min(query_len, max_chunk_len) for query_len in powers_of_two(min(block_size, max_chunk_len))]
     if not isinstance(prefill, FlexPrefill):
         yield from ((query_len, query_len) for query_len in query_lens)
         return
-    fewest = FLEX_MIN_CHUNK_LEN if prefill.min_chunk_len is None else prefill.min_chunk_len
-    query_lens = [query_len for query_len in query_lens if query_len >= fewest] or [min(fewest, max_chunk_len)]
+    # Tile shapes depend on the chunk alone, the widths of selection on the prompt alone.
+    shapes = [(query_len, max_model_len) for query_len in query_lens]
     num_blocks = powers_of_two(-(-max_model_len // block_size))
     kv_lens = [min(blocks * block_size, max_model_len) for blocks in num_blocks]
-    # Tile shapes depend on the chunk alone, the widths of selection on the prompt alone.
-    shapes = [(query_len, max(max_model_len, query_len)) for query_len in query_lens]
-    shapes += [(query_lens[-1], kv_len) for kv_len in kv_lens]
+    shapes += [(min(max_chunk_len, kv_len), kv_len) for kv_len in kv_lens]
     for query_len, kv_len in dict.fromkeys(shapes):
-        if query_len <= kv_len and effective_prefill(prefill, query_len, kv_len) == prefill:
+        if effective_prefill(prefill, query_len, kv_len, max_model_len, size) == prefill:
             yield query_len, kv_len
 
 
@@ -89,49 +92,54 @@ def powers_of_two(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Runs the cases of one builder on the pages of one of its layers."""
+    """Runs the cases of the layers of one builder that compile the same kernels, on the pages of one of them."""
 
-    builder: FarspanMetadataBuilder
-    pages: torch.Tensor
-    """The layer's KV cache: [num_pages, num_kv_heads, page_size, 2 * head_dim]; read, and left as it is."""
+    prefill: Prefill
+    size: AttentionSize
+    maker: PassMaker
     layer: LayerContext
-    num_q_heads: int
+    view: KVView
+    """The KV heads of `maker` as prefill reads them; all of it is left as it is."""
+    decode_view: KVView
+    """The same as decode reads them."""
+    group_size: int
+    """Query heads per KV head."""
     dtype: torch.dtype
+    """Of queries, keys and values."""
+    max_model_len: int
+    max_chunk_len: int
 
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
-        vllm_config: Any = self.builder.vllm_config
         cases = warm_up_cases(
-            self.builder.config.prefill,
-            self.builder.maker,
-            max_model_len=vllm_config.model_config.max_model_len,
-            max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+            self.prefill, self.size, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
         )
-        return [*cases, WarmUpCase("star")] if self.builder.config.star is not None else cases
+        return [*cases, WarmUpCase("star")] if self.layer.turns is not None else cases
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
-        num_kv_heads, head_size, device = self.pages.shape[1], self.pages.shape[3] // 2, self.pages.device
+        view, device = self.view, self.view.pages.device
         if case.kind == "write":
-            token = torch.zeros(1, num_kv_heads, head_size, dtype=self.dtype, device=device)
-            write_kv(token, token, self.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
+            token = torch.zeros(1, view.num_kv_heads, view.head_dim, dtype=self.dtype, device=device)
+            write_kv(token, token, view.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
             return
+        num_q_heads = view.num_kv_heads * self.group_size
         if case.kind == "star":
-            for num_heads in (self.num_q_heads, num_kv_heads):
-                heads = torch.zeros(2, num_heads, head_size, dtype=self.dtype, device=device)
+            for num_heads in (num_q_heads, view.num_kv_heads):
+                heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
                 at_true_positions(heads, [(slice(0, 2), 1)], self.layer.turns)
-            parts = torch.zeros(2, 1, self.num_q_heads, head_size, dtype=self.dtype, device=device)
-            lse = torch.zeros(2, self.num_q_heads, 1, device=device)
+            parts = torch.zeros(2, 1, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+            lse = torch.zeros(2, num_q_heads, 1, device=device)
             combine(parts, lse, torch.empty_like(parts[0]), torch.empty_like(lse[0]))
             return
-        query = torch.zeros(case.query_len, self.num_q_heads, head_size, dtype=self.dtype, device=device)
-        attend(self.make_pass(case), query, KVView(self.pages), self.layer, 1.0, torch.empty_like(query))
+        query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+        keys = self.decode_view if case.kind == "decode" else view
+        attend(self.make_pass(case), query, keys, self.layer, 1.0, torch.empty_like(query))
 
     def make_pass(self, case: WarmUpCase) -> Pass:
         """The pass of one request whose keys are all in page 0."""
-        maker, device = self.builder.maker, self.pages.device
-        max_model_len = self.builder.vllm_config.model_config.max_model_len
-        num_pages = -(-max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.pages.shape[2]
+        device = self.view.pages.device
+        num_pages = -(-self.max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.view.page_size
         lens = to_device([[0, case.query_len], [case.kv_len, 0]], device)
         batch = PagedBatch(
             query_start_loc=lens[0],
@@ -143,6 +151,39 @@ class WarmUp:
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
             work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), workspace=None)
-            return replace(maker.decode(batch), work=work, turns=case.turns)
+            return replace(self.maker.decode(batch), work=work, turns=case.turns)
         assert case.prefill is not None
-        return maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+        return self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+
+
+def warm_ups_of(
+    builder: FarspanMetadataBuilder, layer_name: str, kv_cache: torch.Tensor, num_q_heads: int, dtype: torch.dtype
+) -> list[WarmUp]:
+    """The warm-ups of one of a builder's layers: of its hot heads, and of its cold ones.
+
+    kv_cache: the layer's pages in vLLM's cache; num_q_heads: of the layer on this rank; dtype: of the model.
+    """
+    vllm_config: Any = builder.vllm_config
+    views: list[tuple[PassMaker, KVView, KVView]] = []
+    if builder.hot_maker is not None:
+        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache)))
+    if builder.cold is not None and builder.cold_maker is not None:
+        cold = builder.cold.layers[layer_name]
+        slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
+        views.append((builder.cold_maker, slots, both))
+    num_kv_heads = sum(view.num_kv_heads for _, view, _ in views)
+    return [
+        WarmUp(
+            prefill=builder.config.prefill,
+            size=builder.size,
+            maker=maker,
+            layer=builder.layers[layer_name],
+            view=view,
+            decode_view=decode_view,
+            group_size=num_q_heads // num_kv_heads,
+            dtype=dtype,
+            max_model_len=vllm_config.model_config.max_model_len,
+            max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+        )
+        for maker, view, decode_view in views
+    ]

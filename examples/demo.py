@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_LENGTH = 130944
+"""Tokens of the longest question, which leaves the bundled model room for the answer."""
 CHUNK = 2048
 """Prompt tokens in one engine step, and so the steps of the progress bar."""
 CONTINUED = ("README.md", "docs/design.md", "CONTRIBUTING.md", "kernels/reference.py")
@@ -153,21 +155,31 @@ def run_engines(model_dir: Path, prompts: list[Prompt], max_len: int) -> dict[st
                 [sys.executable, __file__, "--job", str(job_path)],
                 env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
-            assert process.stdout is not None
-            name, is_ready = "", False
-            for line in process.stdout:
-                if line.startswith("starting "):
-                    name, is_ready = line.removeprefix("starting ").strip(), False
-                    bar.set_description(f"starting {name}")
-                elif line == "ready\n":
-                    is_ready = True
-                    bar.set_description(f"asking {name}")
-                elif is_ready and re.fullmatch(r"\+\d+\n", line):
-                    bar.update(min(int(line), total - bar.n))
+            try:
+                name = follow(process, bar)
+            except BaseException:
+                process.kill()
+                raise
         if process.wait() != 0:
             sys.exit(f"The engine {name!r} failed. The end of its log:\n{log_path.read_text()[-3000:]}")
         raw = json.loads(job_path.with_suffix(".answers").read_text())
     return {name: [Answer(**answer) for answer in each] for name, each in raw.items()}
+
+
+def follow(process: "subprocess.Popen[str]", bar: Any) -> str:
+    """Show the child's progress until it closes its output; returns the last engine that it started."""
+    assert process.stdout is not None
+    name, is_ready = "", False
+    for line in process.stdout:
+        if line.startswith("starting "):
+            name, is_ready = line.removeprefix("starting ").strip(), False
+            bar.set_description(f"starting {name}")
+        elif line == "ready\n":
+            is_ready = True
+            bar.set_description(f"asking {name}")
+        elif is_ready and re.fullmatch(r"\+\d+\n", line):
+            bar.update(min(int(line), bar.total - bar.n))
+    return name
 
 
 def show_needles(prompt: Prompt) -> None:
@@ -202,20 +214,31 @@ def report(prompt: Prompt, answers: dict[str, Answer]) -> None:
     print(table(rows))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Ask one long question with vLLM's own attention and with farspan's.")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the question's prompt (default: 8192)")
+    parser.add_argument("--length", type=int, default=12288, help="tokens of the question's prompt (default: 12288)")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         serve_parent(arguments.job)
-        return
-    from farspan.needle import model_dir
+        return 0
+    from farspan.command import run_command
 
+    return run_command("examples/demo.py", lambda: compare(arguments.length))
+
+
+def compare(length: int) -> None:
+    """Ask all engines and print their answers. Raises ConfigError for a length that the model cannot have."""
+    from farspan.engine_ext.errors import ConfigError
+    from farspan.needle import model_dir
+    from farspan.needle.tasks import MIN_LENGTH
+
+    if not MIN_LENGTH <= length <= MAX_LENGTH:
+        raise ConfigError(f"length={length}; prompts have {MIN_LENGTH} to {MAX_LENGTH} tokens")
     started = time.monotonic()
-    print(f"Making a question of {arguments.length} tokens and starting vLLM …", flush=True)
-    prompts = make_prompts(model_dir(), arguments.length)
-    max_len = arguments.length + 2 * max(prompt.max_tokens for prompt in prompts)
+    print(f"Making a question of {length} tokens and starting vLLM …", flush=True)
+    prompts = make_prompts(model_dir(), length)
+    max_len = length + 2 * max(prompt.max_tokens for prompt in prompts)
     answers = run_engines(model_dir(), prompts, max_len)
     for index, prompt in enumerate(prompts):
         report(prompt, {name: each[index] for name, each in answers.items()})
@@ -227,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

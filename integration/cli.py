@@ -1,32 +1,32 @@
 """The `farspan` command: one subcommand a task."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from farspan.engine_ext.errors import FarspanError
+from farspan import __version__
+from farspan.command import floats, integers, mapping, need_matplotlib, run_command, words
+from farspan.doctor import add_doctor_command
+from farspan.plan_command import add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status: 0, or 2 where what was asked for cannot be done."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except FarspanError as error:
-        print(f"farspan {arguments.command}: {error}", file=sys.stderr)
-        return 2
+    """Run a subcommand and return its exit status, as `farspan.command` has them."""
+    arguments = make_parser().parse_args(argv)
+    return run_command(f"farspan {arguments.command}", lambda: arguments.run(arguments))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every subcommand sets `run`, a function from the parsed arguments to the exit status."""
     parser = argparse.ArgumentParser(prog="farspan", description="Long prompts made cheap, as a plugin for vLLM.")
+    parser.add_argument("--version", action="version", version=f"farspan {__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
     _add_report(subcommands)
+    add_plan_command(subcommands)
+    add_doctor_command(subcommands)
     _add_star(subcommands)
     return parser
 
@@ -42,23 +42,23 @@ def _add_eval(subcommands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
-    add("--tasks", type=_words, default="niah_single", help="task names, separated by commas")
-    add("--lengths", type=_integers, default="1024,4096,8192", help="prompt lengths in tokens")
+    add("--tasks", type=words, default="niah_single", help="task names, separated by commas")
+    add("--lengths", type=integers, default="1024,4096,8192", help="prompt lengths in tokens")
     add(
         "--depths",
-        type=_floats,
+        type=floats,
         default="",
         help="places of the needle, 0 (start) to 1 (end); drawn by seed if empty",
     )
     add(
         "--methods",
-        type=_words,
+        type=words,
         default="dense",
         help="stock, dense, flex, block_sparse, string, or names in --options",
     )
     add(
         "--options",
-        type=_mapping,
+        type=mapping,
         default="{}",
         metavar="JSON",
         help="farspan options for all methods, or by method name",
@@ -66,7 +66,7 @@ def _add_eval(subcommands: Any) -> None:
     add("--count", type=int, default=20, help="questions for each method, task, length and depth")
     add("--seed", type=int, default=0, help="which questions; the same seed asks the same ones")
     add("--chunk", type=int, help="prompt tokens in one engine step (max_num_batched_tokens)")
-    add("--engine-args", type=_mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     add("--out", type=Path, default=Path("farspan-eval"), help="folder for the table and the pictures")
     add("--no-plots", action="store_true", help="leave the pictures out")
     parser.set_defaults(run=_run_eval)
@@ -89,6 +89,8 @@ def _run_eval(arguments: argparse.Namespace) -> int:
         options=arguments.options,
         engine_args=arguments.engine_args,
     )
+    if not arguments.no_plots:
+        need_matplotlib("leave the pictures out with --no-plots")
     cells = run_eval(settings)
     files = [settings.out / CSV_NAME]
     if not arguments.no_plots:
@@ -122,6 +124,7 @@ def _add_report(subcommands: Any) -> None:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    need_matplotlib("write the tables alone, with `farspan eval --no-plots`")
     from farspan.evaluation.report import ReportSettings, run_report
 
     settings = ReportSettings(
@@ -168,8 +171,8 @@ def _add_star(subcommands: Any) -> None:
         default="PACK",
         help="how Ray places hosts over machines",
     )
-    add("--options", type=_mapping, default="{}", metavar="JSON", help="farspan options of every host")
-    add("--engine-args", type=_mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     parser.set_defaults(run=_run_star)
 
 
@@ -198,35 +201,10 @@ def _run_star(arguments: argparse.Namespace) -> int:
 
 
 def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(word) for word in _words(text))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from error
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from error
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{}}, not {text}")
-    return value
+    paths = tuple(Path(word) for word in words(text))
+    if text and not paths:
+        raise argparse.ArgumentTypeError(f"must be files separated by commas, not {text!r}")
+    return paths
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What sparse prefill did inside a running engine: density, pattern and coverage per layer and head.
 
 Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`; then `read_selection(llm)`
-after `llm.generate(...)`. Coverage is there unless the option `coverage_rows` is 0. The same rows of a running server
-are read over HTTP: see docs/deploying.md.
+after `llm.generate(...)`. The same rows of a running server are read over HTTP: see docs/deploying.md.
 """
 
 import importlib
@@ -16,7 +15,7 @@ EXTENSION = "farspan.metrics.SelectionMetrics"
 NOTHING_SELECTED = (
     "No chunk was prefilled by flex since the last reset, so there is no density or coverage to read. Prefill "
     'is dense without {"prefill": {"method": "flex"}}, and for prompts or chunks shorter than the crossover: send '
-    "longer ones, or lower prefill.min_seq_len and prefill.min_chunk_len."
+    "longer ones, or set prefill.min_seq_len and prefill.min_chunk_len."
 )
 
 
@@ -45,11 +44,12 @@ def read_selection(llm: Any, reset: bool = False) -> list[dict[str, Any]]:
 
     llm: a `vllm.LLM` whose `worker_extension_cls` is `farspan.metrics.SelectionMetrics`, or a subclass of it. Waits for
     the device. Raises UnsupportedEngineError for an engine without it. Warns where there are no rows, unless `reset`.
-    Keys: rank, layer, head, density (blocks read over causal blocks; a head that was computed again read its list and
-    all of them), query_aware (share of the chunks whose blocks were selected query by query, the others by columns and
-    diagonals), divergence (mean sqrt of the Jensen-Shannon divergence, natural log), coverage (mean share of the
-    attention mass kept on sampled rows, after repair; None where `coverage_rows` is 0), repaired (share of the chunks
-    in which the head kept too little and was computed again), chunks, measured_rows.
+    Keys: rank, layer, head; density (blocks read over causal blocks), density_min (of the sparsest chunk); coverage,
+    coverage_min (mean and least share of the attention mass kept: on the `coverage_rows` rows measured, where there are
+    any; else on the rows that chose the blocks, span by span of 256 query tokens; None with selection "flexprefill" and
+    `coverage_rows` 0); query_aware (share of the chunks whose blocks were selected query by query, the others by
+    columns and diagonals) and divergence (mean sqrt of the Jensen-Shannon divergence, natural log), both 0 but for
+    selection "flexprefill"; chunks, measured_rows.
     """
     check_extension(llm.llm_engine.vllm_config.parallel_config.worker_extension_cls)
     rows = [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]

@@ -18,7 +18,7 @@ class PagedBatch:
     kv_lens: torch.Tensor
     """[num_reqs] int32: keys of each request, this step's included; 0 for padding."""
     block_table: torch.Tensor
-    """[num_reqs, max_pages] int32, rows contiguous; anything past a request's last page."""
+    """[num_reqs, max_pages] int32, rows contiguous; entries past a request's last page may be anything."""
     max_query_len: int
     """Upper bound of the chunk lengths, known on the host."""
     max_kv_len: int
@@ -32,7 +32,7 @@ class PagedBatch:
         return self.kv_lens.shape[0]
 
     def of_request(self, request: int) -> "PagedBatch":
-        """One request as a batch; its chunk begins at row 0 of its own part of the query."""
+        """One request as a batch, for the rows of the query that it owns: its chunk begins at row 0 of them."""
         starts = self.query_start_loc[request : request + 2]
         return PagedBatch(
             query_start_loc=starts - starts[:1],
@@ -50,13 +50,17 @@ class PagedBatch:
 
 @dataclass(frozen=True)
 class KVView:
-    """Keys and values of some of a layer's KV heads: vLLM's cache, a staging area, or pages in host memory."""
+    """Keys and values of some of a layer's KV heads, in pages: vLLM's cache, or any tensor of that form."""
 
     pages: torch.Tensor
     """[num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides with a
     contiguous last axis."""
     first_kv_head: int = 0
     """Which of the layer's KV heads is the first in `pages`."""
+    host_pages: torch.Tensor | None = None
+    """[num_blocks, num_kv_heads, page_size, 2 * head_dim] in host memory that the device can address, tokens as far
+    apart as in `pages`. Where it is given, an entry e of a block table is page e of `pages`, or, if negative, page
+    -1 - e of these. Decode reads both; prefill needs all pages on the device."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -71,12 +75,16 @@ class KVView:
         return self.pages.shape[3] // 2
 
     def of_heads(self, kv_heads: slice) -> "KVView":
-        """The view of the layer's KV heads [start, stop) alone; all of them must be here."""
+        """The view of the layer's KV heads [start, stop), all of which must be in `pages`."""
         first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
         assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
-        return KVView(self.pages[:, first:last], kv_heads.start)
+        host_pages = None if self.host_pages is None else self.host_pages[:, first:last]
+        return KVView(self.pages[:, first:last], kv_heads.start, host_pages)
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""
-        key, value = self.pages.split(self.head_dim, dim=-1)
-        return key, value
+        return self.keys(), self.pages.narrow(3, self.head_dim, self.head_dim)
+
+    def keys(self) -> torch.Tensor:
+        """[num_pages, num_kv_heads, page_size, head_dim], a view."""
+        return self.pages.narrow(3, 0, self.head_dim)

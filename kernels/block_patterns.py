@@ -1,8 +1,9 @@
 """Static block masks: which KV blocks each query tile reads, from a named pattern or a boolean mask.
 
-Rows and columns are absolute blocks of a request, so a mask does not depend on how the prompt was cut into chunks.
-Named patterns cost memory in proportion to the blocks that they list; no `num_tiles x num_blocks` array is made. All
-of it is plain tensor arithmetic on the device of the tiles, without waiting for that device.
+Rows and columns are absolute blocks of a request: a tile's list does not depend on the chunk. (Results can still depend
+on the chunks, since the engine computes a chunk of one token as a decode, over all keys.) Named patterns cost memory in
+proportion to the blocks that they list; no `num_tiles x num_blocks` array is made. All of it is plain tensor arithmetic
+on the device of the tiles; functions that wait for the device say so.
 
 Sources: sink + local: StreamingLLM, arXiv 2309.17453; strided: Sparse Transformers, arXiv 1904.10509, section 4.3;
 butterfly: Pixelated Butterfly, arXiv 2112.00029, section 3.2 (the flat block butterfly, which Block-Sparse
@@ -28,7 +29,7 @@ def static_block_lists(
     causal: bool = True,
     num_kv_blocks: torch.Tensor | None = None,
 ) -> BlockLists:
-    """Lists of a named pattern, the same for every head; the diagonal block is always among them.
+    """Lists of a named pattern, the same for every head; the tile's own (diagonal) block is always among them.
 
     For a tile in absolute block i, with n = local_blocks and s = stride:
 
@@ -39,9 +40,11 @@ def static_block_lists(
 
     Causal lists keep the blocks up to i. Otherwise windows and strides reach as far to the right as to the left.
 
-    tiles: on the device where the lists shall be.
+    tiles: the tiles to make lists for; the lists are on their device.
+    sink_blocks, local_blocks, stride: in blocks of `tiles.block_size` tokens.
     num_kv_blocks: [num_reqs] int32 on that device, the KV blocks of each request; needed if not causal.
-    Returns lists with one list head. Raises ValueError for an unknown pattern or a number below its least value.
+    Returns lists with one list head. Raises ValueError for an unknown pattern, a number below its least value, or
+    lists that are not causal without `num_kv_blocks`. Sources: module docstring.
     """
     _check_pattern(pattern, sink_blocks, local_blocks, stride)
     row = tiles.tile_block[:, None]
@@ -100,8 +103,9 @@ def _sorted_lists(columns: torch.Tensor, last: torch.Tensor) -> BlockLists:
 def check_block_mask(mask: torch.Tensor, *, causal: bool = True) -> None:
     """Raise ValueError unless a boolean mask is well formed and lets every query see a block.
 
-    mask: [heads, blocks_q, blocks_k] bool. The last query block stands at the last KV block (blocks_q <= blocks_k). A
-    causal query must see its own block; any other query, at least one block. Waits for the device.
+    mask: [heads, blocks_q, blocks_k] bool. The last query block is at the position of the last KV block, so that
+        blocks_q <= blocks_k.
+    causal: every query block must see its own block; otherwise at least one block. Waits for the device.
     """
     if mask.dtype != torch.bool or mask.ndim != 3:
         raise ValueError(f"block mask: {mask.dtype} {list(mask.shape)}; it must be bool [heads, blocks_q, blocks_k]")
@@ -121,8 +125,8 @@ def check_block_mask(mask: torch.Tensor, *, causal: bool = True) -> None:
 def mask_rows(mask: torch.Tensor, *, causal: bool = True) -> BlockLists:
     """Turn a boolean mask into one list per mask row, once; `gather_rows` then serves every step.
 
-    mask: [heads, blocks_q, blocks_k] bool, as `check_block_mask` accepts it; if causal, what lies above the diagonal
-        is dropped.
+    mask: [heads, blocks_q, blocks_k] bool, as `check_block_mask` accepts it; if causal, blocks above the diagonal are
+        dropped.
     Returns block_ids [heads, blocks_q, longest row] and block_counts [heads, blocks_q]. Waits for the device.
     """
     if causal:
@@ -139,7 +143,8 @@ def gather_rows(rows: BlockLists, tiles: PrefillTiles, num_kv_blocks: torch.Tens
 
     rows: block_ids [heads, blocks, width], from `mask_rows` of a square mask, on the device of the tiles.
     num_kv_blocks: [num_reqs] int32 on the device; needed if the rows are not causal, to end them with the request.
-    Raises ValueError if the mask has fewer blocks than the longest request.
+    Returns lists with as many list heads as the mask has heads. Raises ValueError if the mask has fewer blocks than the
+    longest request.
     """
     blocks = rows.block_ids.shape[1]
     if tiles.max_kv_blocks > blocks:

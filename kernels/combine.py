@@ -1,7 +1,7 @@
-"""Combine attention over disjoint key sets: the only place where (out, LSE) pairs become one.
+"""Combine attention over disjoint key sets on a GPU: the splits of flash-decoding, and partial passes.
 
-The splits of flash-decoding and partial passes over the same queries meet here. Source: FlashInfer, arXiv 2501.01005,
-section 2.2.
+The CPU combines passes by `reference.combine_partials`, and within a pass adds up the pieces of `cpu_attention` one by
+one. Source: FlashInfer, arXiv 2501.01005, section 2.2.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
-# Parts that are read at a time.
+# Parts that a program reads at a time.
 PARTS_PER_STEP = 16
 
 
@@ -52,8 +52,8 @@ def _combine_kernel(
         weights = tl.exp(step_lse - finite)
         mask = (step < num_parts)[:, None] & (offs_d[None, :] < HEAD_DIM)
         partial = tl.load(part_out_ptr + (step * stride_part_out)[:, None] + offs_d[None, :], mask=mask, other=0.0)
-        # Parts without keys may have written no output: whatever is there, NaN too, is left out. After the load, so
-        # that it need not wait for the LSE.
+        # A part without keys may have written no output, so its memory may hold NaN, which no zero weight removes.
+        # Masked after the load, so that the load need not wait for the LSE.
         partial = tl.where((step_lse > float("-inf"))[:, None], partial.to(tl.float32), 0.0)
         acc += tl.sum(weights[:, None] * partial, 0)
     divisor = tl.where(total > 0, total, 1.0)
@@ -70,10 +70,10 @@ def combine_partials(
 
     part_out: [num_parts, num_tokens, num_heads, head_dim], any float dtype, any strides with a contiguous last axis.
     part_lse: [num_parts, num_heads, num_tokens] float32, natural log, any strides; -inf means "no keys", and that
-        part's output is then not looked at.
+        part's output is then ignored.
     out: [num_tokens, num_heads, head_dim], any float dtype, last axis contiguous; lse: [num_heads, num_tokens] float32,
-        rows contiguous; neither may share memory with the parts.
-    Returns out and lse; a token with no keys in any part has zeros and -inf.
+        natural log, rows contiguous; neither may share memory with the parts.
+    Returns out and lse; a token with no keys in any part has zeros and -inf. Source: module docstring.
     """
     num_parts, num_tokens, num_heads, head_dim = part_out.shape
     assert num_parts >= 1

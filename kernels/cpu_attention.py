@@ -1,8 +1,8 @@
 """Exact and block-sparse attention on paged KV in vectorised PyTorch: the path of the CPU platform.
 
-Keys and values are gathered from their pages once per request, in float32; prefill then runs PyTorch's own flash
-attention for the CPU over the pieces of the causal triangle that need no mask of their own, and merges the pieces by
-their LSE. Decode rows run as padded batches of requests of similar length.
+Keys and values are gathered from their pages once per request, in float32. Prefill then runs PyTorch's flash attention
+for the CPU over the pieces of the causal triangle that need no further mask, and merges the pieces by their LSE. Decode
+rows run as padded batches of requests of similar length.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
-# Query rows of a tile, and keys of a block, where dense attention has to be cut into tiles.
+# Query rows per tile and keys per block where dense attention has to be cut into tiles.
 DENSE_TILE = 256
 
-# Float32 elements of keys and values that a batch of several decode rows gathers: 16 MiB, which the C library's heap
-# keeps for the next batch; larger pieces go back to the system and fault in anew.
+# Most float32 elements of keys and values that a batch of several decode rows gathers: 16 MiB. The C library's heap
+# keeps pieces of that size for the next batch; larger ones go back to the system and fault in again.
 MAX_BATCH_ELEMENTS = 4 * 1024 * 1024
 
 # The only public entry to PyTorch's flash attention drops the LSE.
@@ -28,7 +28,7 @@ def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
     """Write new keys and values into their slots.
 
     key, value: [num_tokens or more, num_kv_heads, head_dim]; rows past `slot_mapping` are ignored.
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; written in its own dtype.
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; values are cast to its dtype.
     slot_mapping: [num_tokens] int; slot = page * page_size + offset, -1 for padding (not written).
     """
     slots = slot_mapping.long()
@@ -37,6 +37,16 @@ def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
         tokens, slots = tokens[slots >= 0], slots[slots >= 0]
     page_size = kv_cache.shape[2]
     kv_cache[slots // page_size, :, slots % page_size] = tokens
+
+
+def read_pages(kv: KVView, entries: torch.Tensor) -> torch.Tensor:
+    """[num_kv_heads, *entries.shape, page_size, 2 * head_dim]: the pages that int64 entries of a block table name."""
+    if kv.host_pages is None:
+        return kv.pages.transpose(0, 1)[:, entries]
+    pages = kv.pages.transpose(0, 1)[:, entries.clamp_min(0)]
+    on_host = entries < 0
+    pages[:, on_host] = kv.host_pages.transpose(0, 1)[:, -1 - entries[on_host]]
+    return pages
 
 
 def cpu_attention(
@@ -49,7 +59,6 @@ def cpu_attention(
     lse: torch.Tensor | None = None,
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
 ) -> None:
@@ -60,21 +69,15 @@ def cpu_attention(
     out: [num_tokens or more, num_q_heads, head_dim], written for the tokens of the batch.
     lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token without keys has the
         output 0 and the LSE -inf.
-    tiles, block_lists: requests that have tiles read only the blocks listed for each of them; the others are dense.
-    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute, densely; `out` and `lse` of the
-        others stay as they are. All when None.
+    tiles, block_lists: a request with tiles reads only the blocks listed for each of them; a request without is dense.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
 
-    All arithmetic is in float32 whatever the dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
+    All arithmetic is in float32, for every dtype. Sources: FlashAttention-2, arXiv 2307.08691; STRING, 2410.18745.
     """
     lens: list[int] = batch.kv_lens.tolist()
     starts: list[int] = batch.query_start_loc.tolist()
     firsts: list[int] = batch.first_positions().tolist()
-    if head_mask is not None:
-        assert block_lists is None
-        _attend_heads(query, kv, batch, scale, head_mask, out, lse, causal, turn)
-        return
     tiles_of: dict[int, list[int]] = {}
     if tiles is not None and block_lists is not None:
         for tile, request in enumerate(tiles.tile_request.tolist()):
@@ -107,45 +110,10 @@ def cpu_attention(
         counts = torch.tensor([visible[request] for request in members])
         positions = torch.tensor([firsts[request] for request in members])
         pages = batch.block_table[torch.tensor(members)]
-        part = _decode(query[tokens].float(), kv.pages, pages, counts, positions, scale, turn)
+        part = _decode(query[tokens].float(), kv, pages, counts, positions, scale, turn)
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
-
-
-def _attend_heads(
-    query: torch.Tensor,
-    kv: KVView,
-    batch: PagedBatch,
-    scale: float,
-    head_mask: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    causal: bool,
-    turn: Turn | None,
-) -> None:
-    """Dense attention of some heads of some requests; arguments as in `cpu_attention`."""
-    group = query.shape[1] // kv.num_kv_heads
-    starts = batch.query_start_loc.tolist()
-    for kv_head, of_group in enumerate(head_mask.unflatten(0, (-1, group))):
-        for request in of_group.any(0).nonzero()[:, 0].tolist():
-            rows = slice(starts[request], starts[request + 1])
-            heads = kv_head * group + of_group[:, request].nonzero()[:, 0]
-            part = query[rows, heads]
-            part_out, part_lse = torch.empty_like(part), torch.empty(len(heads), len(part))
-            cpu_attention(
-                part,
-                KVView(kv.pages[:, kv_head : kv_head + 1]),
-                batch.of_request(request),
-                scale,
-                out=part_out,
-                lse=part_lse,
-                causal=causal,
-                turn=turn,
-            )
-            out[rows, heads] = part_out
-            if lse is not None:
-                lse[heads, rows] = part_lse
 
 
 class _Prompt:
@@ -166,7 +134,7 @@ class _Prompt:
         causal: bool,
         turn: Turn | None,
     ):
-        tokens = kv.pages.transpose(0, 1)[:, pages[: -(-kv_len // kv.page_size)].long()].flatten(1, 2)
+        tokens = read_pages(kv, pages[: -(-kv_len // kv.page_size)].long()).flatten(1, 2)
         self.key, self.value = tokens[:, :kv_len].float().chunk(2, dim=-1)
         self.query = query.float().unflatten(1, (kv.num_kv_heads, -1)).permute(1, 2, 0, 3)
         self.first = first
@@ -234,7 +202,7 @@ class _Prompt:
             return
         first_own = block * block_size
         if self.causal and rest.tolist() == [block] and num_visible == end and first_own >= near:
-            # The rows' own block, all of it plain: the last row sees all of its keys.
+            # The rows' own block, without turned keys; its last row sees all of its keys.
             tile.add(*_causal(query, key[:, first_own:end], value[:, first_own:end], self.scale))
         else:
             keys = _key_positions(rest, block_size, num_visible)
@@ -249,7 +217,7 @@ class _Prompt:
         begin: int,
         keys: slice | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention where each pair decides whether it is seen and turned; row i has position `begin + i`."""
+        """Attention with one mask for visible and one for turned (query, key) pairs; row i has position `begin + i`."""
         key_pos = torch.arange(keys.start, keys.stop) if isinstance(keys, slice) else keys
         position = torch.arange(begin, begin + query.shape[2])[:, None]
         logits = query @ key[:, None].mT
@@ -295,7 +263,7 @@ def _key_positions(ids: torch.Tensor, block_size: int, end: int) -> slice | torc
 def _flash_piece(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All keys for all rows, or (causal, as many keys as rows) key j for the rows from j on."""
+    """Every row sees every key; if causal, with as many keys as rows, row i sees keys [0, i]."""
     expand = (-1, query.shape[1], -1, -1)
     return _flash(query, key[:, None].expand(expand), value[:, None].expand(expand), 0.0, causal, scale=scale)
 
@@ -303,7 +271,7 @@ def _flash_piece(
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last row sees all keys, the row before it all but the last, and so on; at least as many keys as rows.
+    """Row i sees keys [0, i + keys - rows]; at least as many keys as rows.
 
     query: [kv heads, group, rows, head_dim]; key, value: [kv heads, keys, head_dim].
     Returns out, shaped as query, and lse [kv heads, group, rows].
@@ -337,7 +305,7 @@ def _decode_batches(requests: list[int], lens: list[int], token_elements: int) -
 
 def _decode(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv: KVView,
     block_table: torch.Tensor,
     lens: torch.Tensor,
     positions: torch.Tensor,
@@ -350,12 +318,12 @@ def _decode(
     positions: [num_reqs], of the queries.
     Returns out, shaped as query, and lse [num_q_heads, num_reqs].
     """
-    num_kv_heads, page_size = kv_cache.shape[1:3]
+    num_kv_heads, page_size = kv.num_kv_heads, kv.page_size
     max_len = int(lens.max())
     num_pages = -(-max_len // page_size)
     used = torch.arange(num_pages) * page_size < lens[:, None]
     pages = block_table[:, :num_pages].long().masked_fill(~used, 0)
-    tokens = kv_cache.transpose(0, 1)[:, pages].flatten(2, 3)[:, :, :max_len].float()
+    tokens = read_pages(kv, pages).flatten(2, 3)[:, :, :max_len].float()
     key_pos = torch.arange(max_len)
     is_past = key_pos >= lens[:, None]
     # Memory past a request's end may hold NaN, which no zero weight removes.

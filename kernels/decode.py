@@ -1,8 +1,8 @@
 """Split-KV flash-decoding on paged KV: one query token per request, out and LSE.
 
-A request's keys are cut into splits that run side by side; a second kernel combines them by their LSE. The query heads
-of a KV head form one tile for the tensor cores, so every key and value is read once. Nothing depends on lengths known
-to the host: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
+A request's keys are cut into splits that run in parallel; a second kernel combines them by their LSE. The query heads
+of a KV head form one tile for the tensor cores, so every key and value is read once. Lengths are read on the device
+only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
 2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
 """
 
@@ -34,11 +34,14 @@ def _attend_keys(
     table_row_ptr,
     stride_page,
     stride_token,
+    host_offset,
+    stride_host_page,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HAS_HOST: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -48,7 +51,7 @@ def _attend_keys(
     mask_d = offs_d[None, :] < HEAD_DIM
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     first = key_begin // BLOCK_N * BLOCK_N
-    # Page ids are loaded one step ahead, so that the loads of keys and values wait for no other load.
+    # Page ids are loaded one step ahead, so that loads of keys and values do not wait for them.
     if ONE_PAGE:
         next_page = tl.load(table_row_ptr + first // PAGE_SIZE, mask=key_begin < key_end, other=0)
     else:
@@ -58,12 +61,15 @@ def _attend_keys(
         position = start + offs_n
         in_reach = position < key_end
         page = next_page.to(tl.int64)
+        page_offset = page * stride_page
+        if HAS_HOST:
+            page_offset = tl.where(page >= 0, page_offset, host_offset + (-1 - page) * stride_host_page)
         if ONE_PAGE:
             following = start + BLOCK_N
-            key_ptrs = kv_head_ptr + page * stride_page + (start % PAGE_SIZE + offs_n)[:, None] * stride_token
+            key_ptrs = kv_head_ptr + page_offset + (start % PAGE_SIZE + offs_n)[:, None] * stride_token
         else:
             following = position + BLOCK_N
-            key_ptrs = kv_head_ptr + (page * stride_page + position % PAGE_SIZE * stride_token)[:, None]
+            key_ptrs = kv_head_ptr + (page_offset + position % PAGE_SIZE * stride_token)[:, None]
         next_page = tl.load(table_row_ptr + following // PAGE_SIZE, mask=following < key_end, other=0)
         key_ptrs += offs_d[None, :]
         # Memory past a request's end may hold NaN, which no zero weight removes.
@@ -108,11 +114,15 @@ def _decode_kernel(
     stride_page,
     stride_head,
     stride_token,
+    host_offset,
+    stride_host_page,
+    stride_host_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HAS_HOST: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
     HAS_TURN: tl.constexpr,
@@ -123,8 +133,8 @@ def _decode_kernel(
 ):
     """One program: one split of one request's keys, for the query heads of one KV head.
 
-    The splits of a head are neighbours in `out_ptr` and `lse_ptr`: element [request, head, split]. A split without
-    keys writes its LSE (-inf) alone, unless it is the only one.
+    The splits of a head are adjacent in `out_ptr` and `lse_ptr`: element [request, head, split]. A split without keys
+    writes only its LSE (-inf), unless it is the only split.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -148,6 +158,9 @@ def _decode_kernel(
     query_ptrs = query_ptr + request * stride_query_token + (head * stride_query_head)[:, None] + offs_d[None, :]
     query = tl.load(query_ptrs, mask=mask_q, other=0.0)
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * stride_head
+    if HAS_HOST:
+        # From the head's place on the device to its place in host memory.
+        host_offset += kv_head.to(tl.int64) * (stride_host_head - stride_head)
     table_row_ptr = block_table_ptr + request * stride_block_table
     # Finite, so that a step whose keys are all masked leaves no NaN.
     row_max = tl.full([BLOCK_H], -1.0e30, dtype=tl.float32)
@@ -163,11 +176,13 @@ def _decode_kernel(
         query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, query_far, key_begin, near_begin, kv_head_ptr, table_row_ptr, stride_page,
-            stride_token, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, NUM_STAGES,
+            stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
+            PRECISION, NUM_STAGES,
         )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, query, near_begin, key_end, kv_head_ptr, table_row_ptr, stride_page,
-        stride_token, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, NUM_STAGES,
+        stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
+        PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
@@ -181,7 +196,7 @@ def _decode_kernel(
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Where the splits of a step wait to be combined; kept from step to step, so that captured graphs stay valid."""
+    """Memory for the splits of a step until they are combined; the same in every step, as captured graphs need."""
 
     out: torch.Tensor
     """[capacity * head_dim] float32."""
@@ -193,7 +208,7 @@ class DecodeWorkspace:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [num_splits, num_reqs, num_q_heads, head_dim] and [num_splits, num_q_heads, num_reqs] of the start.
 
-        The splits of a head are neighbours in memory, as one program of the combination reads them.
+        The splits of a head are adjacent in memory, since one program of the combination reads them.
         """
         num_rows = num_reqs * num_q_heads * num_splits
         assert self.lse.numel() >= num_rows, (self.lse.numel(), num_rows)
@@ -204,7 +219,7 @@ class DecodeWorkspace:
 
 
 def make_decode_workspace(capacity: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
-    """Room for `capacity` partial outputs: requests times query heads times splits."""
+    """A workspace for `capacity` partial outputs: requests times query heads times splits."""
     out = torch.empty(capacity * head_dim, dtype=torch.float32, device=device)
     return DecodeWorkspace(out, torch.empty(capacity, dtype=torch.float32, device=device))
 
@@ -224,17 +239,19 @@ def paged_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query token per request over all its keys.
 
-    query: [num_reqs, num_q_heads, head_dim], float16, bfloat16 or float32, last dimension contiguous.
-    batch: row r of the query is request r, whatever `query_start_loc` says. Lengths and positions are read on the
-        device alone; kv_len 0 (padding) gives out 0 and lse -inf. Without `first_pos` the query stands at position
-        `kv_len - 1`, so that any row of a prompt can be asked for its full LSE.
+    query: [num_reqs, num_q_heads, head_dim], float16, bfloat16 or float32, last axis contiguous.
+    kv: pages of the query's dtype, for all KV heads that the query heads share.
+    batch: row r of the query is request r; `query_start_loc` is not read. Lengths and positions are read on the device
+        only; kv_len 0 (padding) gives out 0 and lse -inf. Without `first_pos` a query is at position `kv_len - 1`, so
+        that any row of a prompt can be a request, to learn its LSE over all its keys.
     scale: factor on the logits.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
-    min_split_keys: fewest keys of a part; parts that get none end at once.
+    min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
     turn: keys below its bound meet the turned query.
-    out: [num_reqs, num_q_heads, head_dim] or None; lse: [num_q_heads, num_reqs] float32 or None; natural log.
-    workspace: room for num_reqs * num_q_heads * num_splits partial outputs; allocated when None and needed.
-    Returns out and lse.
+    out: [num_reqs, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_reqs] float32, natural log,
+        or None to allocate it.
+    workspace: for num_reqs * num_q_heads * num_splits partial outputs; allocated when None and num_splits > 1.
+    Returns out and lse. Sources: module docstring.
     """
     num_reqs, num_q_heads, head_dim = query.shape
     num_kv_heads, page_size = kv.num_kv_heads, kv.page_size
@@ -288,11 +305,15 @@ def paged_decode(
         kv.pages.stride(0),
         kv.pages.stride(1),
         kv.pages.stride(2),
+        host_distance(kv),
+        kv.host_pages.stride(0) if kv.host_pages is not None else 0,
+        kv.host_pages.stride(1) if kv.host_pages is not None else 0,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_H=max(16, triton.next_power_of_2(group_size)),
         BLOCK_N=block_n,
         PAGE_SIZE=page_size,
+        HAS_HOST=kv.host_pages is not None,
         HALF_ROTARY=turn.rotary_dim // 2 if turn else 1,
         IS_NEOX=turn.is_neox if turn else True,
         HAS_TURN=turn is not None,
@@ -305,3 +326,15 @@ def paged_decode(
     if num_splits > 1:
         combine_partials(part_out, part_lse, out=out, lse=lse)
     return out, lse
+
+
+def host_distance(kv: KVView) -> int:
+    """Elements from the first page on the device to the first one in host memory, in the device's address space."""
+    if kv.host_pages is None:
+        return 0
+    assert kv.host_pages.dtype == kv.pages.dtype
+    assert kv.host_pages.shape[1:] == kv.pages.shape[1:]
+    assert kv.host_pages.stride()[2:] == kv.pages.stride()[2:]
+    num_bytes = kv.host_pages.data_ptr() - kv.pages.data_ptr()
+    assert num_bytes % kv.pages.element_size() == 0
+    return num_bytes // kv.pages.element_size()

@@ -44,7 +44,8 @@ def _write_kv_kernel(
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Write new keys and values into their slots; the rest of the cache stays as it is.
 
-    key, value: [at least num_tokens, num_kv_heads, head_dim], any strides with a contiguous last axis.
+    key, value: [num_tokens or more, num_kv_heads, head_dim], any strides with a contiguous last axis; rows past
+        `slot_mapping` are ignored.
     kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides
         with a contiguous last axis. Values are cast to its dtype.
     slot_mapping: [num_tokens] int32 or int64: page * page_size + offset of each token; a negative slot is skipped.

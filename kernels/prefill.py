@@ -6,6 +6,7 @@ turned query.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -27,13 +28,15 @@ def paged_prefill(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention of a varlen batch on paged KV; arguments as in `prefill_attention`."""
+    """Prefill attention of a varlen batch on paged KV.
+
+    kv: pages of the query's dtype. The other arguments, the result and the sources are those of `prefill_attention`.
+    """
     key_pages, value_pages = kv.split()
     return prefill_attention(
         query,
@@ -43,7 +46,6 @@ def paged_prefill(
         tiles,
         scale,
         block_lists=block_lists,
-        head_mask=head_mask,
         causal=causal,
         turn=turn,
         out=out,
@@ -60,7 +62,6 @@ def prefill_attention(
     scale: float,
     *,
     block_lists: BlockLists | None = None,
-    head_mask: torch.Tensor | None = None,
     causal: bool = True,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
@@ -71,19 +72,18 @@ def prefill_attention(
 
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
         keys are in their pages already.
-    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, the same strides, the
-        last axis contiguous. Contiguous tensors are pages of a whole sequence each: any page_size will do when the
-        block table has one column.
-    batch: the requests; its `max_query_len` decides the size of the programs.
-    tiles: the query tiles to compute. Tokens outside of them are neither read nor written, in `out` and in `lse`.
+    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, with equal strides,
+        the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
+        the block table, page_size may be any number.
+    batch: the requests; its `max_query_len` decides how many tokens a program computes.
+    tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
     scale: factor on the logits, above 0.
-    block_lists: the KV blocks that each tile reads, none past the keys that there are; all that it may see when None.
-    head_mask: [num_q_heads, num_reqs] bool, the heads of each request to compute; `out` and `lse` of the others stay as
-        they are. All when None. Read on the device, where programs without a wanted head end at once. Not together
-        with block lists.
+    block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
-    out: [num_tokens, num_q_heads, head_dim] to write into; lse: [num_q_heads, num_tokens] float32, rows contiguous.
+    out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
+        contiguous; either is allocated when None.
+    config: tile shapes; those of `tuning.prefill_config` when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
@@ -116,12 +116,6 @@ def prefill_attention(
         assert block_lists.block_ids.is_contiguous()
         assert block_lists.block_counts.is_contiguous()
     heads_per_list = num_heads // num_list_heads
-    if head_mask is not None:
-        assert head_mask.shape == (num_heads, batch.num_reqs)
-        assert head_mask.dtype == torch.bool
-        assert head_mask.is_contiguous()
-        assert block_lists is None
-
     max_pages = batch.block_table.shape[1]
     paged = max_pages > 1
     tokens_per_tile = min(tiles.block_size, batch.max_query_len)
@@ -171,7 +165,6 @@ def prefill_attention(
         block_lists.block_counts if block_lists is not None else None,
         turn.cos if turn is not None else None,
         turn.sin if turn is not None else None,
-        head_mask.view(torch.int8) if head_mask is not None else None,
         scale * LOG2_E,
         turn.offset if turn is not None else 0,
         tiles.num_tiles,
@@ -189,8 +182,6 @@ def prefill_attention(
         stride_page,
         stride_head,
         stride_token,
-        # None, so that it is no argument at all of the kernels that have no mask.
-        head_mask.stride(0) if head_mask is not None else None,
         BLOCK_SIZE=tiles.block_size,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -205,7 +196,6 @@ def prefill_attention(
         HAS_TURN=turn is not None,
         SLOPE=turn.slope if turn is not None else 1,
         HAS_FIRST_POS=batch.first_pos is not None,
-        HAS_HEAD_MASK=head_mask is not None,
         IS_CAUSAL=causal,
         USE_TMA=config.use_tma,
         NARROW_IDS=config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
@@ -220,27 +210,42 @@ def prefill_attention(
 def has_row_view(*caches: torch.Tensor) -> bool:
     """Whether the tensor copy engine can read caches [num_pages, num_kv_heads, page_size, head_dim] as rows of tokens.
 
-    It needs pages and heads a whole number of rows apart, 16-byte alignment, and 32-bit row numbers.
+    It needs strides of pages and heads that are multiples of a row's, 16-byte alignment, and row numbers in 32 bits.
     """
-    for cache in caches:
-        stride_page, stride_head, stride_token, _ = cache.stride()
-        if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
-            return False
-        if cache.data_ptr() % 16 or stride_token * cache.element_size() % 16:
-            return False
-        if num_rows(cache) >= 2**31:
-            return False
-    return True
+    return all(
+        cache.data_ptr() % 16 == 0 and 0 < num_rows(cache.shape, cache.stride(), cache.element_size()) < 2**31
+        for cache in caches
+    )
 
 
-def num_rows(cache: torch.Tensor) -> int:
-    """Rows of `cache.stride(2)` elements from the first token of a cache to its last."""
-    last = sum((size - 1) * stride for size, stride in zip(cache.shape[:3], cache.stride()[:3], strict=True))
-    return last // cache.stride(2) + 1
+@lru_cache
+def num_rows(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> int:
+    """Rows of a token's stride from the first token of a cache to its last; 0 where it does not lie in such rows."""
+    stride_page, stride_head, stride_token, _ = strides
+    if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
+        return 0
+    if stride_token * element_size % 16:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(shape[:3], strides[:3], strict=True))
+    return last // stride_token + 1
 
 
 def row_descriptor(cache: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """The copy engine's view of a cache as [num_rows, head_dim]; what lies past either end reads as zero."""
-    return TensorDescriptor(
-        cache, shape=[num_rows(cache), cache.shape[3]], strides=[cache.stride(2), 1], block_shape=[block_n, block_d]
-    )
+    """The copy engine's view of a cache as [num_rows, head_dim]; reads outside of it give zero.
+
+    cache: with a row view.
+    """
+    descriptor = object.__new__(TensorDescriptor)
+    fields = _descriptor_fields(cache.shape, cache.stride(), cache.element_size(), block_n, block_d)
+    descriptor.__dict__.update(fields, base=cache)
+    return descriptor
+
+
+@lru_cache
+def _descriptor_fields(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, block_n: int, block_d: int
+) -> dict[str, object]:
+    """All of a descriptor but its tensor, checked by Triton once: its checks cost as much host time as a launch."""
+    rows = num_rows(shape, strides, element_size)
+    like = torch.empty(1, dtype={2: torch.float16, 4: torch.float32}[element_size])
+    return dict(vars(TensorDescriptor(like, [rows, shape[3]], [strides[2], 1], [block_n, block_d])))

@@ -1,7 +1,7 @@
 """The device side of `paged_prefill`: one program streams the key tiles of one query tile through a softmax.
 
-Only the last block of a list can need a mask (the diagonal of a causal tile, the ragged end of any other), so it is
-split off and the main loop has none. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-2
+Only the last block of a list can need a mask (the diagonal of a causal tile, the ragged end of another), so it has
+its own loop and the main loop has no mask. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-2
 (arXiv 2307.08691) for the streaming softmax, STRING (arXiv 2410.18745) for the turned query.
 """
 
@@ -11,7 +11,7 @@ from farspan.kernels.rotary_turn import rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 
 LN_2 = tl.constexpr(0.6931471805599453)
-# The maximum of a row that has met no key yet: below any score, and finite, as -inf less -inf is no number.
+# The maximum of a row that has met no key yet: below any score, and finite, because -inf - -inf is NaN.
 LOWEST = tl.constexpr(-1e30)
 
 # Entries of a block list that are compared with the turn's bound at a time.
@@ -22,8 +22,8 @@ BLOCKS_COUNTED = tl.constexpr(128)
 def _look_up(ptr, index):
     """Load one int32 as two halves.
 
-    The pipeliner shares its stages among all chained loads of 32 bits and more: seen as one of them, each look-up on
-    the way to a page would cost a buffer of keys and values. The entries come out of the L1 cache in time without it.
+    Triton's pipeliner divides its stages among all dependent loads of 32 bits or more. Loads of 16 bits do not count,
+    so a look-up of a page takes no buffer from keys and values; from the L1 cache it is fast enough without one.
     """
     halves = (ptr + index).to(tl.pointer_type(tl.uint16))
     return tl.load(halves).to(tl.int32) | (tl.load(halves + 1).to(tl.int32) << 16)
@@ -49,12 +49,12 @@ def _load_key_value(
 ):
     """Load the keys and values at positions [start, start + BLOCK_N) of one KV head as [BLOCK_N, BLOCK_D] tiles.
 
-    PAGE_SIZE 0 means one page a request. With USE_TMA the sources are descriptors of rows and the strides count rows.
+    PAGE_SIZE 0 means one page per request. With USE_TMA the sources are descriptors of rows and the strides count rows.
     MASKED zeroes the values at and past kv_end, which may be NaN in memory.
     """
     offs_n = start + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    # Whether a key tile lies in one page.
+    # Whether a key tile is within one page.
     ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0
     if ONE_PAGE:
         if PAGE_SIZE == 0:
@@ -104,7 +104,7 @@ def _attend_blocks(
     row_sum,
     query,
     position,
-    near,
+    is_near,
     first_step,
     end_step,
     ids_ptr,
@@ -137,8 +137,8 @@ def _attend_blocks(
     """Stream key tiles [first_step, end_step) of the list into the running softmax; a block is several tiles.
 
     MASKED: leave out keys past the causal or ragged end. STRADDLES: leave out keys below the turn's bound where
-    `near` is 1, keys at and past it where `near` is 0. COUNTS_KEYS: the loop counts keys instead of tiles, which spares
-    the kernel with a turn registers and costs the others. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
+    `is_near` is 1, keys at and past it where it is 0. COUNTS_KEYS: the loop counts keys instead of tiles, which takes
+    fewer registers in kernels with a turn and more in the others. NARROW_IDS, RECOMPUTES: see `PrefillConfig`.
     """
     STRIDE: tl.constexpr = BLOCK_N if COUNTS_KEYS else 1
     BLOCK_STRIDE: tl.constexpr = BLOCK_SIZE // BLOCK_N * STRIDE
@@ -174,9 +174,9 @@ def _attend_blocks(
         if MASKED or STRADDLES:
             offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
             if STRADDLES:
-                # Of the same form for both passes: one comparison a score.
+                # One comparison per score in both passes: x >= b, or -x >= 1 - b for x < b.
                 bound = SLOPE * position + turn_offset
-                mask = offs_n * (2 * near - 1) >= tl.where(near == 1, bound, 1 - bound)[:, None]
+                mask = offs_n * (2 * is_near - 1) >= tl.where(is_near == 1, bound, 1 - bound)[:, None]
                 if MASKED:
                     mask = mask & (offs_n < kv_end)
             else:
@@ -194,7 +194,8 @@ def _attend_blocks(
     return acc, row_max, row_sum
 
 
-# num_pieces is 1 but for short chunks: as a constant it leaves heads of 64 with 128 registers, two programs at a time.
+# num_pieces is usually 1, and Triton then makes it a constant: heads of 64 need only 128 registers with it, so that
+# two programs share a multiprocessor.
 @triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def prefill_kernel(
     query_ptr,
@@ -212,7 +213,6 @@ def prefill_kernel(
     block_counts_ptr,
     cos_ptr,
     sin_ptr,
-    head_mask_ptr,
     scale_log2,
     turn_offset,
     num_tiles,
@@ -230,7 +230,6 @@ def prefill_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_head_mask,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -245,7 +244,6 @@ def prefill_kernel(
     HAS_TURN: tl.constexpr,
     SLOPE: tl.constexpr,
     HAS_FIRST_POS: tl.constexpr,
-    HAS_HEAD_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     USE_TMA: tl.constexpr,
     NARROW_IDS: tl.constexpr,
@@ -256,7 +254,7 @@ def prefill_kernel(
 
     Row m of the program is head slot m // BLOCK_T and token m % BLOCK_T.
     """
-    # Longest tiles first, and heads that share keys and values side by side.
+    # The longest tiles come first, and heads that share keys and values are neighbours.
     program = tl.program_id(0)
     unit = program % units_per_group
     program = program // units_per_group
@@ -268,13 +266,6 @@ def prefill_kernel(
     kv_head = first_head // group_size
 
     request = tl.load(tile_request_ptr + tile)
-    if HAS_HEAD_MASK:
-        # Scalar loads: a program that has nothing to do ends before it sets anything up.
-        is_wanted = 0
-        for slot_index in tl.static_range(HEADS_PER_TILE):
-            is_wanted += tl.load(head_mask_ptr + (first_head + slot_index) * stride_head_mask + request)
-        if is_wanted == 0:
-            return
     query_block = tl.load(tile_block_ptr + tile)
     chunk_offset = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - chunk_offset
@@ -322,7 +313,7 @@ def prefill_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     TILES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N
 
-    # Key tiles of the last block past kv_end are not read, as they may lie in no page.
+    # Key tiles of the last block past kv_end are not read: there may be no page for them.
     last_block = last
     if HAS_LISTS:
         last_block = tl.load(ids_ptr + last, mask=num_blocks > 0, other=0)
@@ -352,26 +343,25 @@ def prefill_kernel(
         far_tile = num_far * TILES_PER_BLOCK
         near_tile = num_turned * TILES_PER_BLOCK
         last_straddles = last_block * BLOCK_SIZE < turned_end
-        # Two passes, so that only one rotation of the query is held at a time: over far keys (near = 0), if there are
-        # any, then over near ones (near = 1). Straddling blocks are in both. A loop, because the tensor cores take the
-        # query from shared memory only if it was loaded or is carried by a loop. All registers are in use, and ptxas
-        # decides what that costs: most ways to write these passes took 2 to 14 % longer than a chunk without a turn,
-        # this one 0.5 to 1.8 % (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md).
+        # Two passes, so that only one rotation of the query is in registers at a time: over far keys, if there are any,
+        # then over near ones. Straddling blocks are in both. A loop, because the tensor cores take the query from
+        # shared memory only if it was loaded or is carried by a loop. Other forms of these passes were slower
+        # (docs/decisions/prefill-schedule.md).
         first_pass = ((num_turned == 0) & (last_block * BLOCK_SIZE >= turned_end)).to(tl.int32)
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         if first_pass == 0:
             query = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
-        for near in tl.range(first_pass, 2):
+        for is_near in tl.range(first_pass, 2):
             acc, row_max, row_sum = _attend_blocks(
-                acc, row_max, row_sum, query, position, near,
-                tl.where(near == 1, near_tile, 0), tl.where(near == 1, last_tile, far_tile),
+                acc, row_max, row_sum, query, position, is_near,
+                tl.where(is_near == 1, near_tile, 0), tl.where(is_near == 1, last_tile, far_tile),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
                 PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, False, False, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
                 PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
-                acc, row_max, row_sum, query, position, near,
+                acc, row_max, row_sum, query, position, is_near,
                 far_tile, near_tile,
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
@@ -379,15 +369,15 @@ def prefill_kernel(
                 PRECISION,
             )  # fmt: skip
             acc, row_max, row_sum = _attend_blocks(
-                acc, row_max, row_sum, query, position, near,
-                last_tile, tl.where(last_straddles | (near == 1), end_tile, 0),
+                acc, row_max, row_sum, query, position, is_near,
+                last_tile, tl.where(last_straddles | (is_near == 1), end_tile, 0),
                 ids_ptr, key_source, value_source, table_row_ptr, kv_head, kv_end,
                 stride_page, stride_head, stride_token, scale_log2, turn_offset, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
                 PAGE_SIZE, HAS_LISTS, IS_CAUSAL, USE_TMA, True, True, HAS_TURN, SLOPE, NARROW_IDS, RECOMPUTES,
                 PRECISION,
             )  # fmt: skip
-            # Volatile, or the compiler would keep this tile from the first load on.
-            query = tl.load(query_ptrs, mask=mask_q & (near == 0), other=0.0, volatile=True)
+            # Volatile, or the compiler would keep the tile of the first load in registers.
+            query = tl.load(query_ptrs, mask=mask_q & (is_near == 0), other=0.0, volatile=True)
     else:
         query = tl.load(query_ptrs, mask=mask_q, other=0.0)
         acc, row_max, row_sum = _attend_blocks(
@@ -411,11 +401,6 @@ def prefill_kernel(
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     acc = acc / divisor[:, None]
     lse = tl.where(row_sum > 0.0, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
-    if HAS_HEAD_MASK and HEADS_PER_TILE > 1:
-        # Of heads side by side some may be wanted, some not.
-        is_wanted = tl.load(head_mask_ptr + head * stride_head_mask + request, mask=mask_m, other=0)
-        mask_m = mask_m & (is_wanted != 0)
-        mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
     out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
     tl.store(lse_ptr + head * stride_lse_head + token, lse, mask=mask_m)

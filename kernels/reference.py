@@ -1,7 +1,7 @@
-"""Every operation in plain float32 (or float64) PyTorch: slow, short, what all kernels are tested against.
+"""The operations in plain float32 (or float64) PyTorch: slow and simple, what the kernels are tested against.
 
-Shapes and conventions are those of the kernels. LSE is in natural log, `[num_heads, num_tokens]` float32, -inf where a
-query sees no key; such a query's output is zero.
+Shapes and conventions are those of the kernels. LSE is in natural log, `[num_heads, num_tokens]` in the dtype of the
+computation, -inf where a query sees no key; such a query's output is zero.
 """
 
 import torch
@@ -16,7 +16,7 @@ def gather_kv(
 
     kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side.
     block_table: [max_pages] int32, the request's row.
-    Returns two [seq_len, num_kv_heads, head_dim] tensors.
+    Returns two [seq_len, num_kv_heads, head_dim] tensors of `dtype`.
     """
     page_size = kv_cache.shape[2]
     pages = kv_cache[block_table[: -(-seq_len // page_size)].long()]
@@ -40,7 +40,7 @@ def attend(
 
 
 def attend_logits(logits: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention from scaled logits [num_heads, query_len, kv_len]; the rest as in `attend`."""
+    """Softmax attention from scaled logits [num_heads, query_len, kv_len]; value, mask and result as in `attend`."""
     logits = logits.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.where(lse[..., None].isinf(), 0.0, (logits - lse[..., None]).exp())
@@ -62,6 +62,7 @@ def paged_attention(
     """Attention of a varlen batch on paged KV; prefill and decode alike.
 
     query: [num_tokens, num_heads, head_dim], the requests' chunks one after the other.
+    scale: factor on the logits. causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     tiles, block_lists: if given, tile t of head h reads only the blocks in its list.
     Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens] in `dtype`.
     """
@@ -121,10 +122,11 @@ def string_attention(
 
     query: [query_len, num_heads, head_dim], the request's last tokens; key, value: [kv_len, num_kv_heads, head_dim].
         Queries and keys are NOT rotated yet. The first `2 * len(inv_freq)` components of a head rotate.
-    inv_freq: [rotary_dim / 2] radians a token.
+    inv_freq: [rotary_dim / 2] radians per token.
+    shift, window: tokens. A pair at distance d < shift rotates by d, one at d >= shift by d - shift + window.
+    is_neox: True if component i pairs with i + rotary_dim / 2, False if component 2i pairs with 2i + 1.
     mask: [query_len, kv_len] or [num_heads, query_len, kv_len] bool, further restricts what a query sees.
-    A pair at distance d < shift rotates by d, one at d >= shift by d - shift + window. Source: STRING, 2410.18745.
-    Returns out [query_len, num_heads, head_dim] and lse [num_heads, query_len].
+    Returns out [query_len, num_heads, head_dim] and lse [num_heads, query_len], float64. Source: STRING, 2410.18745.
     """
     query_len, num_heads = query.shape[:2]
     kv_len = key.shape[0]
@@ -149,8 +151,8 @@ def string_attention(
 def combine_partials(part_out: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine attention over disjoint key sets.
 
-    part_out: [num_parts, num_tokens, num_heads, head_dim]; part_lse: [num_parts, num_heads, num_tokens].
-    Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens].
+    part_out: [num_parts, num_tokens, num_heads, head_dim]; part_lse: [num_parts, num_heads, num_tokens], natural log.
+    Returns out [num_tokens, num_heads, head_dim] and lse [num_heads, num_tokens]. Source: FlashInfer, 2501.01005.
     """
     lse = part_lse.logsumexp(0)
     finite = torch.where(lse.isinf(), 0.0, lse)

@@ -1,10 +1,10 @@
-"""Turn already rotated queries by a constant signed angle: keys before a bound meet the turned query, others the plain.
+"""Turn already rotated queries by a constant angle: keys below a bound meet the turned query, the others the plain one.
 
 STRING (arXiv 2410.18745) leaves the keys at their positions and gives a query two rotations. A key at distance
 `d = query_pos - key_pos` below the shift S meets the query as it is; one at distance `d >= S` meets the query rotated
-as if it stood at `query_pos - S + W`, so that the pair behaves as if at distance `d - S + W`. The second rotation is
-the first one followed by the constant angle `(W - S) * inv_freq`, the same for every token. Star Attention's host
-blocks see their anchor by the same means: there the bound is the anchor's length, wherever the query stands.
+for position `query_pos - S + W`, so that the pair behaves as if at distance `d - S + W`. The second rotation is the
+first one followed by the constant angle `(W - S) * inv_freq`, the same for every token. With slope 0 the bound is the
+same for all queries, as Star Attention (arXiv 2411.17116) needs it for an anchor of a given length.
 """
 
 from dataclasses import dataclass
@@ -64,9 +64,10 @@ def make_turn(
 ) -> Turn:
     """A turn by the rotation that `distance` positions make.
 
-    inv_freq: [rotary_dim / 2] radians per token, float32 or float64, any device. The angle is multiplied, and reduced
-        by cosine and sine, in float64: at a distance of 1e5 tokens float32 would be off by 0.004 radians.
+    inv_freq: [rotary_dim / 2] radians per token, float32 or float64, any device. Angles, cosines and sines are computed
+        in float64: at a distance of 1e5 tokens float32 would be off by 0.004 radians.
     distance: signed, in tokens.
+    slope, offset: see `Turn`.
     """
     angle = inv_freq.double().cpu() * distance
     return Turn(angle.cos().float().to(device), angle.sin().float().to(device), is_neox, slope, offset)
@@ -86,7 +87,7 @@ def apply_turn(query: torch.Tensor, turn: Turn) -> torch.Tensor:
     """Rotate queries by the angle of `turn`.
 
     query: [..., head_dim], or [num_tokens, num_heads, head_dim] with an angle for each token; any float dtype. Computed
-        in float32 (float64 if given), returned in the query's dtype.
+        in float32 (float64 for float64), returned in the query's dtype.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     rotary, rest = query.split([turn.rotary_dim, query.shape[-1] - turn.rotary_dim], dim=-1)

@@ -1,8 +1,8 @@
-"""What Triton must not compile kernels anew for: numbers and places that change from step to step.
+"""Kernel arguments whose values must not select another compiled kernel, because they change from step to step.
 
-Triton has a kernel of its own for integers that are 1, multiples of 16 or neither, and for pointers that are aligned to
-16 bytes or not, in every combination; a request would wait seconds for each. Both lists are for `triton.jit`, which
-takes from them what a kernel has.
+Triton compiles separate kernels for integers that are 1, multiples of 16 or neither, and for pointers that are aligned
+to 16 bytes or not, in every combination; a request would wait seconds for each. `triton.jit` takes both lists and uses
+the names that a kernel has.
 """
 
 STEP_NUMBERS = [
@@ -12,9 +12,9 @@ STEP_NUMBERS = [
     "num_blocks",
     "num_parts",
     "num_reqs",
+    "num_spans",
     "num_splits",
     "num_tiles",
-    "stride_head_mask",
     "stride_lse_head",
     "stride_lse_token",
     "stride_part_lse",
@@ -26,11 +26,16 @@ STEP_NUMBERS = [
 
 INDEX_POINTERS = [
     "block_table_ptr",
+    "cut_tile_ptr",
     "first_pos_ptr",
     "kv_lens_ptr",
     "lse_ptr",
     "query_start_loc_ptr",
     "slot_mapping_ptr",
+    "span_index_ptr",
+    "span_request_ptr",
+    "span_row_ptr",
+    "span_tile_ptr",
     "tile_block_ptr",
     "tile_request_ptr",
 ]

@@ -1,7 +1,7 @@
 """How prefill work is cut up: query tiles of a varlen batch, and the KV blocks that each tile reads.
 
-Positions are absolute: token 0 is a request's first token, wherever a chunk starts. Query tiles are aligned to
-absolute positions: a chunk that starts inside a block has a short first tile.
+Positions are absolute: token 0 is a request's first token, in every chunk. Query tiles are aligned to absolute
+positions: a chunk that starts inside a block has a first tile with fewer tokens.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 class PrefillTiles:
     """The query tiles of one step, over all requests that prefill in it.
 
-    Tile t covers the query tokens of request `tile_request[t]` whose absolute positions lie in
+    Tile t covers the query tokens of request `tile_request[t]` whose absolute positions are in
     `[tile_block[t] * block_size, (tile_block[t] + 1) * block_size)` and in the request's current chunk.
     Every tile has at least one token. Tiles of one request are adjacent, ascending.
     """
@@ -25,7 +25,7 @@ class PrefillTiles:
     tile_block: torch.Tensor
     """[num_tiles] int32, on the device: absolute block index of the tile's query tokens."""
     max_kv_blocks: int
-    """Blocks up to the last tile of all requests: no list is longer."""
+    """Blocks of the longest request up to its last tile: no causal list is longer."""
 
     @property
     def num_tiles(self) -> int:
@@ -50,11 +50,12 @@ class BlockLists:
 def make_prefill_tiles(
     query_start_loc: list[int], chunk_ends: list[int], block_size: int, device: torch.device
 ) -> PrefillTiles:
-    """Cut the chunks of a batch into query tiles, on the host, without touching the device's results.
+    """Cut the chunks of a batch into query tiles, on the host, without waiting for the device.
 
     query_start_loc: num_reqs + 1 offsets of each request's query tokens.
-    chunk_ends: num_reqs positions after each chunk's last query, exact: the lengths after this step where a chunk is
-        the last of its keys. Requests with an empty chunk get no tile.
+    chunk_ends: num_reqs exact positions, one past each chunk's last query; the request's length after this step where
+        the chunk is the last of its keys. Requests with an empty chunk get no tile.
+    block_size: tokens per tile and per KV block, 64 or 128.
     """
     tile_request: list[int] = []
     tile_block: list[int] = []

@@ -1,7 +1,6 @@
-"""Tile shapes and other measured constants, each with the hardware and the date it was tuned on.
+"""Tile shapes and other constants of the kernels, each with the hardware and the date that it was tuned on.
 
-Constants of one kernel stay here so that a new device means one new row in one file. What was only compiled for a
-device, not run there, says so.
+A comment says where a constant was only compiled for a device and not run there, or was not measured.
 """
 
 from dataclasses import dataclass
@@ -17,21 +16,21 @@ class PrefillConfig:
     block_t: int
     """Query tokens of a program, a power of two."""
     heads_per_tile: int
-    """Query heads of one KV head that a program computes side by side."""
+    """Query heads of one KV head that a program computes together."""
     block_n: int
-    """Keys of one step; divides the block size of the lists."""
+    """Keys per step; divides the block size of the lists."""
     num_warps: int
     num_stages: int
     use_tma: bool
-    """Load keys and values through the tensor copy engine where the pages allow it."""
+    """Load keys and values through the tensor copy engine; the caller has made sure that the pages allow it."""
     narrow_ids: bool = False
-    """Read block numbers of lists as 16 bits, where the longest sequence allows it: fewer registers."""
+    """Read block ids of lists as 16 bits where the longest sequence allows it: fewer registers."""
     recomputes: bool = False
-    """Compute in every step what does not change in the loop: fewer registers for more instructions."""
+    """Compute loop invariants again in every step: fewer registers, more instructions."""
 
     @property
     def block_m(self) -> int:
-        """Rows of a program: its tokens times its heads, these padded to a power of two."""
+        """Rows of a program: its tokens times its heads, the number of heads padded to a power of two."""
         return self.block_t * next_power_of_2(self.heads_per_tile)
 
 
@@ -62,19 +61,19 @@ def prefill_config(
     """Choose the tile shapes of `paged_prefill`.
 
     capability: of the device, (0, 0) for the interpreter.
-    block_size: tokens of a KV block and of a query tile, 64 or 128.
-    tokens_per_tile: the most tokens a query tile can have.
+    block_size: tokens per KV block and per query tile, 64 or 128.
+    tokens_per_tile: the most tokens that a query tile can have.
     heads_that_share: query heads that read the same keys, values and block lists.
-    keys_in_a_row: how many keys at a multiple of as many, up to 128, the copy engine finds in one row of memory after
-        another; 0 where it cannot read the cache.
+    keys_in_a_row: n, at most 128, if every n keys from a multiple of n on are in consecutive rows of memory that the
+        copy engine can read; 0 where it cannot read the cache.
     has_turn: whether the query has two rotations.
     has_lists: whether tiles read the blocks of lists.
     """
-    # Rows of a program, keys of a step, warps, stages. What was only compiled, for 8.0 and 9.0, has no spills in 16-bit
-    # types and stays within the 99 KiB of shared memory that 8.6 and 8.9 have.
+    # Rows per program, keys per step, warps, stages. Shapes marked "compiled only" were compiled for 8.0 and 9.0: they
+    # have no spills in 16-bit types and stay within the 99 KiB of shared memory that 8.6 and 8.9 have.
     is_hopper = capability[0] == 9
     if dtype == torch.float32:
-        # Three tf32 products stand for each float32 one, which costs registers. Compiled only.
+        # A float32 product is three tf32 products, which need more registers. Compiled only.
         rows, block_n, num_warps, num_stages = (16, 32, 4, 2) if head_dim <= 128 else (16, 16, 8, 2)
     elif head_dim > 128:
         # Compiled only.
@@ -105,23 +104,23 @@ def prefill_config(
         block_t=block_t,
         heads_per_tile=heads_per_tile,
         block_n=min(block_n, block_size),
-        # Fewer rows than planned for want fewer warps; wide heads keep them for their registers.
+        # Programs with fewer rows use 4 warps, but wide heads need the registers of all warps.
         num_warps=num_warps if block_m == rows or (head_dim > 128 and block_m >= 64) else 4,
         num_stages=num_stages,
         use_tma=use_tma,
-        # With all registers in use ptxas computes a step's exponentials one behind the other, and nothing beside them.
-        # Both together took 3 to 7 % less time than neither, the first alone 1 to 2 % less: 16K tokens behind 112K, and
-        # 64K, at 13 % density (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md). By the compiled instructions
-        # alone: the first is good with 64 keys a step or heads of 256 too, the second is not, and heads of 64 want
-        # neither.
+        # When no register is free, ptxas serialises the exponentials of a step, and nothing else runs meanwhile. Both
+        # options together took 3 to 7 % less time than none, narrow_ids alone 1 to 2 % less: a chunk of 16K tokens
+        # after 112K, and 64K, at 13 % density (H100 80GB, 2026-11-22; docs/decisions/prefill-schedule.md). Judged by
+        # the compiled instructions only: narrow_ids also helps with 64 keys per step and with heads of 256, recomputes
+        # does not; heads of 64 need neither.
         narrow_ids=has_lists and head_dim > 64,
         recomputes=has_lists and use_tma and block_n == 128,
     )
 
 
-# Lists of at most this many blocks go to the kernel that is made for them: for lists of 3 blocks, with pointers, 2.6 to
-# 2.7 ms where the other kernel takes 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The
-# bound is not measured.
+# Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
+# 2.7 ms and the paged kernel 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound itself
+# was not measured.
 SHORT_LIST_BLOCKS = 16
 
 
@@ -130,7 +129,7 @@ class ShortListConfig:
     """How the short-list kernel steps through the keys of a tile."""
 
     block_n: int
-    """Keys of one step; divides the block size of the lists."""
+    """Keys per step; divides the block size of the lists."""
     num_warps: int
     num_stages: int
     use_tma: bool = False
@@ -138,7 +137,7 @@ class ShortListConfig:
     add_by_hand: bool = False
     """Add each step's product to the output outside the tensor cores, which needs fewer registers."""
     max_registers: int | None = None
-    """Bound for a thread, or None."""
+    """Per thread; None for no bound."""
 
 
 @lru_cache
@@ -147,14 +146,14 @@ def short_list_config(
 ) -> ShortListConfig:
     """Choose the steps of the short-list kernel.
 
-    has_rows: whether the copy engine can read keys and values as rows of tokens.
+    has_rows: whether the copy engine can read keys and values, and write the output, as rows of tokens.
     has_tail: whether a sequence may end inside a block.
-    causal: then every step has masks, which the copy engine does not know.
+    causal: whether every step has masks, with which the copy engine cannot load.
 
-    H100 80GB, 2026-11-22, on the case above, cool chip, without LSE: 2.19 ms with 128 keys a step in 128 registers, so
-    that two programs share a multiprocessor (two stages 2.41; in 158 registers, with LSE, 3.21); 64 keys 2.37; 64 keys
-    through pointers, with a division for each element and LSE, 2.7. Beside a second loop for a tail, 128 keys a step do
-    not fit in 128 registers. The others were compiled only. More in docs/decisions/short-lists.md.
+    H100 80GB, 2026-11-22, on the case of `SHORT_LIST_BLOCKS`, cool chip, without LSE: 2.19 ms with 128 keys per step in
+    128 registers, so that two programs share a multiprocessor (with two stages 2.41; in 158 registers, with LSE, 3.21);
+    64 keys 2.37; 64 keys through pointers, with one division per element and LSE, 2.7. With a second loop for a tail,
+    128 keys per step do not fit in 128 registers. The others were compiled only. See docs/decisions/short-lists.md.
     """
     num_warps = 8 if block_size == 128 else 4
     use_tma = has_rows and capability[0] == 9 and not causal
@@ -165,50 +164,114 @@ def short_list_config(
     return ShortListConfig(64, num_warps, 3 if block_size == 128 else 4, use_tma=use_tma)
 
 
-# Fewest keys that a split is worth where all programs run at once, so that splits hide latency, and where they queue,
-# so that a split only costs its start. H100 80GB, 2026-11-22: 1 x 1K takes 8.1 us in 8 splits, 9.7 in 4; 256 x 1K
-# 359 us in 1, 397 in 4.
+# Fewest keys per split: where all programs run at once, since more splits hide latency, and where programs queue, since
+# there every further split only adds its start. H100 80GB, 2026-11-22: 1 x 1K takes 8.1 us in 8 splits, 9.7 in 4;
+# 256 x 1K 359 us in 1, 397 in 4.
 DECODE_MIN_SPLIT_KEYS = 128
 DECODE_MIN_QUEUED_SPLIT_KEYS = 512
 
-# Programs that run on a multiprocessor at once, by shared memory. A single program draws its share of the bandwidth;
-# time is lost where some multiprocessors have more programs than others. H100 80GB, 2026-11-22: 1 x 128K takes 190 us
-# in 16 splits (128 programs), 199 in 24; 8 x 32K 364 us in 2, 4 or 6 splits (at most 384 programs), 403 in 8.
+# Programs that run on a multiprocessor at once, as its shared memory allows. One program per multiprocessor is enough
+# for the full bandwidth; time is lost where some multiprocessors have more programs than others. H100 80GB, 2026-11-22:
+# 1 x 128K takes 190 us in 16 splits (128 programs), 199 in 24; 8 x 32K 364 us in 2, 4 or 6 splits (at most 384
+# programs), 403 in 8.
 DECODE_PROGRAMS_PER_SM = 3
 
-# Programs per multiprocessor that a batch is cut into where its tiles alone fill the device: short programs leave no
-# long request running alone at the end, but those that find no keys of theirs cost time. H100 80GB, 2026-11-22, 32
-# requests in 1 and in 8 splits: of 8K each 359 and 367 us, of 4K to 8K 293 and 285 us, of 2K but one of 128K 2215 and
-# 530 us.
+# Programs per multiprocessor that a batch is cut into where its tiles alone fill the device: with small programs no
+# long request is left running alone at the end, but programs without keys cost time. H100 80GB, 2026-11-22, 32
+# requests in 1 and in 8 splits: of 8K each 359 and 367 us, of 4K to 8K 293 and 285 us, of 2K except one of 128K 2215
+# and 530 us.
 DECODE_QUEUED_PROGRAMS_PER_SM = 16
 
-# Most splits, so that the combination stays small.
+# Most splits, so that the combination stays small. Not measured.
 DECODE_MAX_SPLITS = 128
 
-# Bytes of keys and values that one of three pipeline stages holds: two programs fit into Hopper's 227 KiB of shared
+# Bytes of keys and values in each pipeline stage: with three stages two programs fit into Hopper's 227 KiB of shared
 # memory, one into the 99 KiB of the smallest devices. H100 80GB, 2026-11-22.
 DECODE_STAGE_BYTES = 32 * 1024
 DECODE_STAGES = 3
 
 
-# Programs of each pass of flex's estimate, to fill the chip at batch 1: 4 for each of 132 multiprocessors. H100,
-# 2026-11.
+# Programs per pass of flex's estimate, to fill the device at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 ESTIMATE_PROGRAMS = 528
 
-# Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
+
+@dataclass(frozen=True)
+class TileRowsConfig:
+    """How the selection by sampled rows cuts its work into programs."""
+
+    block_m: int
+    """Sampled rows of a program, of all query heads of a KV head."""
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+    """Load keys through the tensor copy engine."""
+
+
+@lru_cache
+def tile_rows_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, block_size: int, keys_in_a_row: int
+) -> TileRowsConfig:
+    """Choose the programs of the selection by sampled rows.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: keys of a step. keys_in_a_row: keys that the copy
+    engine finds in one row of memory after another; 0 where it cannot read the cache.
+    """
+    use_tma = capability[0] == 9 and dtype != torch.float32 and head_dim >= 64
+    use_tma = use_tma and keys_in_a_row > 0 and keys_in_a_row % block_size == 0
+    # Keys in flight: three tiles where two programs still share a multiprocessor, fewer where one would not fit. H100
+    # 80GB, 2026-11-28, a chunk of 16K at 128K, 32 rows of every 512 queries, ms a layer. 32 query heads on 8 of 128:
+    # 2.80 with 64 rows and 3 stages (3.27 with pointers, 4.10 with 2 stages, 3.40 to 3.64 with 128 rows). 14 on 2 of
+    # 64: 0.99 with 3 stages, 0.83 with 2 (but 0.130 where 3 take 0.113, 8K at 32K), 0.98 to 1.28 with 128 rows.
+    query_bytes = 64 * max(next_power_of_2(head_dim), 16) * (4 if dtype == torch.float32 else 2)
+    key_bytes = query_bytes * block_size // 64
+    room = SHARED_MEMORY_KIB.get(capability, SMALLEST_SHARED_MEMORY_KIB) * 1024
+    for programs, num_stages in ((2, 3), (1, 3), (1, 2)):
+        if programs * (query_bytes + num_stages * key_bytes) <= room:
+            return TileRowsConfig(block_m=64, num_warps=4, num_stages=num_stages, use_tma=use_tma)
+    return TileRowsConfig(block_m=64, num_warps=4, num_stages=1, use_tma=use_tma)
+
+
+# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
+# share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
+TILE_ROWS_SPAN_LEN = 256
+TILE_ROWS = 16
+TILE_ROWS_LOST_SHARE = 0.5
+
+# Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
+TILE_ROWS_PROGRAMS = 264
+TILE_ROWS_MIN_SPLIT_BLOCKS = 8
+
+# Most bytes of a chunk's log-sums; KV heads beyond are done one after the other. A chunk of 16K tokens at 128K, 32
+# query heads, takes 134 MB at 32 rows per 512 tokens.
+TILE_ROWS_MAX_BYTES = 256 * 2**20
+
+# Most shared memory per program, by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 SMALLEST_SHARED_MEMORY_KIB = 99
 
-# Rows on which flex's coverage is measured are early in their parts of the chunk, spread over SAMPLE_SPREAD tokens: in
-# chunks of 2^n tokens none of the usual four then begins a query block, where heads that look a few tokens back lose
-# more than elsewhere. Chosen by those places, not by measurement.
+# Flex's coverage is measured on rows that are early in equal parts of the chunk, spread over SAMPLE_SPREAD tokens. In
+# chunks of 2^n tokens none of the default four is then the first row of a query block, where heads that look a few
+# tokens back lose more than elsewhere. Chosen for those places, not measured.
 SAMPLE_SPREAD = 512
 SAMPLE_EARLINESS = 0.25
 SAMPLE_FIRST_PLACE = 0.37
 
-# Chunks over a shorter prefix, or with fewer query tokens, prefill densely under flex, unless min_seq_len and
-# min_chunk_len say otherwise. At 8K tokens selection and attention at gamma 0.9 take 0.20 and 0.44 ms, FlashAttention 3
-# 0.75; below, selection alone outweighs what it saves. H100 80GB, 32 query heads on 8, 2026-11-22;
-# benchmarks/data/prefill_flex.csv
-FLEX_MIN_SEQ_LEN = 8192
-FLEX_MIN_CHUNK_LEN = 1024
+# Where flex pays, see `crossover.sparse_pays`. H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K in shapes of
+# 0.1B to 8B models. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64 430 to 535. Sparse
+# attention of density 0.2, 0.4 and 0.7 takes 0.31, 0.62 and 1.02 of its time in heads of 128, 0.35 to 0.45, 0.70 to
+# 0.81 and 1.18 to 1.38 in heads of 64; selection takes 0.06 to 0.07 and, of a few keys, no less than 0.03 ms. The host
+# needs 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer.
+DENSE_TFLOPS = {64: 500, 128: 710}
+FLEX_SPEED = {64: 0.5, 128: 0.66}
+FLEX_SELECTION_SHARE = 0.08
+FLEX_SELECTION_MS = 0.04
+FLEX_HOST_MS = 0.5
+# Densities that heads hardly exceed at gamma 0.95, by the fewest keys; 0.38 to 0.44 on average was measured at 8K.
+FLEX_EXPECTED_DENSITY = ((65536, 0.3), (32768, 0.35), (16384, 0.4), (8192, 0.45), (4096, 0.6), (0, 1.0))
+
+# Pages between host memory and the device: 32 KB a step and 16 warps reach 50 GB/s from 4 programs on (H100 PCIe 5,
+# pinned memory, 2026-11-22). Copies beside attention take few programs: 16 cost decode 9 %, prefill less.
+COPY_BLOCK_WORDS = 8192
+COPY_WARPS = 16
+COPY_PROGRAMS_PER_SM = 1
+STAGING_PROGRAMS = 16

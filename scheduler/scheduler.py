@@ -3,9 +3,12 @@
 The only module of this room that imports vLLM; it decides nothing that vLLM's schedulers decide.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.plan import OFFLOAD_STATS, OffloadSizes, ResidencyPlan, StepPlan
+from farspan.scheduler.placement import running_limit
+from farspan.scheduler.residency import Residency, Scheduled
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -14,14 +17,55 @@ class PlannedSteps:
     """Mixed into a vLLM scheduler: counts its steps and attaches `farspan_plan` to each SchedulerOutput."""
 
     _num_planned_steps = 0
+    _residency: Residency | None = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """The stock schedule, with the step's StepPlan; the arguments are vLLM's."""
         stock: Any = super()
         output = stock.schedule(*args, **kwargs)
         self._num_planned_steps += 1
-        output.farspan_plan = StepPlan(step=self._num_planned_steps)
+        residency = None if self._residency is None else self._plan_residency(self._residency, output)
+        output.farspan_plan = StepPlan(step=self._num_planned_steps, residency=residency)
         return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock statistics, with those of cold pages in the place of a KV connector's."""
+        stock: Any = super()
+        stats = stock.make_stats(*args, **kwargs)
+        if stats is not None and self._residency is not None:
+            stats.kv_connector_stats = {OFFLOAD_STATS: self._residency.statistics()}
+        return stats
+
+    def place_cold_heads(self, sizes: OffloadSizes) -> None:
+        """Plan where cold pages lie, and run no more requests at once than slots can always hold the new pages of."""
+        scheduler: Any = self
+        self._residency = Residency(sizes)
+        limit = running_limit(sizes, scheduler.max_num_scheduled_tokens, scheduler.max_num_running_reqs)
+        scheduler.max_num_running_reqs = limit
+        scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, limit)
+
+    def _plan_residency(self, residency: Residency, output: Any) -> ResidencyPlan:
+        scheduler: Any = self
+        blocks = scheduler.kv_cache_manager.block_pool.blocks
+        ended = (*output.finished_req_ids, *(output.preempted_req_ids or ()))
+        return residency.plan(
+            list(scheduled_of(output)),
+            ended,
+            lambda block: blocks[block].ref_cnt > 0 or blocks[block].block_hash is not None,
+        )
+
+
+def scheduled_of(output: Any) -> Iterator[Scheduled]:
+    """The requests of a SchedulerOutput that compute tokens in its step."""
+    counts = output.num_scheduled_tokens
+    for new in output.scheduled_new_reqs:
+        yield Scheduled(new.req_id, new.num_computed_tokens, counts[new.req_id], new.block_ids[0], replaces=True)
+    cached = output.scheduled_cached_reqs
+    for req_id, block_ids, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        new_blocks = block_ids[0] if block_ids is not None else ()
+        yield Scheduled(req_id, computed, counts[req_id], new_blocks, replaces=req_id in cached.resumed_req_ids)
 
 
 class PlannedScheduler(PlannedSteps, Scheduler):
@@ -32,8 +76,12 @@ class PlannedAsyncScheduler(PlannedSteps, AsyncScheduler):
     """The asynchronous scheduler with plans."""
 
 
-def make_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Scheduler:
+def make_scheduler(vllm_config: Any, kv_cache_config: Any = None, *args: Any, **kwargs: Any) -> Scheduler:
     """The scheduler that vLLM would choose, with plans; the arguments are those of vLLM's Scheduler."""
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_cls = PlannedAsyncScheduler if is_async else PlannedScheduler
-    return scheduler_cls(vllm_config, *args, **kwargs)
+    made = scheduler_cls(vllm_config, kv_cache_config, *args, **kwargs)
+    sizes = getattr(kv_cache_config, "farspan_offload", None)
+    if sizes is not None:
+        made.place_cold_heads(sizes)
+    return made

@@ -3,9 +3,13 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tools import structure
+from tools.structure import sources
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
@@ -33,21 +37,9 @@ THIRD_PARTY = {
 WITHOUT_TORCH = ("engine_ext/config.py", "engine_ext/errors.py", "engine_ext/plan.py", "integration/__init__.py")
 
 
-def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
-
-
 def imports_of(path: Path, room: str) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, by its full name; relative ones resolved."""
-    package = [ROOMS[room], *path.relative_to(ROOT / room).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            # `from farspan import x` imports a room or module of that name, if there is one.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+    """Every module that a file imports, anywhere in it, by its full name."""
+    return (each.module for each in structure.imports_of(path, room))
 
 
 def is_within(module: str, allowed: tuple[str, ...]) -> bool:
@@ -60,6 +52,26 @@ def test_room_imports_only_what_it_may(room: str) -> None:
         for module in imports_of(path, room):
             if is_within(module, ("farspan",)):
                 assert is_within(module, MAY_IMPORT[room]), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle of modules, imports for type checking and in functions included."""
+    modules = {}
+    for room, name in ROOMS.items():
+        for path in sources(room):
+            parts = [name, *path.relative_to(ROOT / room).with_suffix("").parts]
+            modules[".".join(parts).removesuffix(".__init__")] = (path, room)
+
+    def innermost(name: str) -> str | None:
+        """The module that an imported name is, or is in; None for those of others."""
+        parts = name.split(".")
+        return next((n for n in (".".join(parts[:k]) for k in range(len(parts), 0, -1)) if n in modules), None)
+
+    graph = {
+        module: {innermost(name) for name in imports_of(path, room)} - {module, None}
+        for module, (path, room) in modules.items()
+    }
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("room", THIRD_PARTY)
@@ -106,3 +118,23 @@ def test_every_folder_with_code_is_packaged() -> None:
         for init in (ROOT / room).rglob("__init__.py")
     }
     assert listed == found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_what_the_wheel_leaves_out(room: str) -> None:
+    for path in sources(room):
+        for module in imports_of(path, room):
+            assert not is_within(module, ("benchmarks", "tools", "tests", "examples")), f"{path} imports {module}"
+
+
+def test_only_one_module_writes_csv() -> None:
+    """Readers and writers of tables share their refusals: `farspan.tables`."""
+    folders = [*ROOMS, "benchmarks", "tools", "examples"]
+    importers = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) and any(alias.name == "csv" for alias in node.names)
+    }
+    assert importers == {"integration/tables.py"}

@@ -5,18 +5,18 @@ import re
 from pathlib import Path
 
 import msgspec
-from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, StarOptions, StringOptions
+from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StarOptions, StringOptions
 from farspan.engine_ext.ranges import ranges_of
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
 
-from benchmarks.readme_table import README, TABLES, format_numbers, format_table, replace_numbers
+from benchmarks.readme_table import NUMBERS, README, TABLES, format_numbers, format_table
 from benchmarks.record import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_numbers_are_those_of_the_rows() -> None:
-    text = README.read_text()
-    assert replace_numbers(text, format_numbers(read_rows())) == text, "run: python -m benchmarks.readme_table --write"
+    assert NUMBERS.is_current(format_numbers(read_rows())), "run: python -m benchmarks.readme_table --write"
 
 
 def documented_options() -> dict[str, object]:
@@ -33,6 +33,7 @@ def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
 
 def test_options_are_those_of_the_code() -> None:
     expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
+    expected |= fields_of(OffloadOptions, "offload.")
     expected |= fields_of(StarOptions, "star.")
     for struct in PREFILL_METHODS.values():
         expected |= fields_of(struct, "prefill.")
@@ -47,13 +48,10 @@ def documented_ranges() -> dict[str, str]:
 
 
 def test_ranges_are_those_of_the_code() -> None:
-    structs = [
-        ("string.", StringOptions),
-        ("star.", StarOptions),
-        *(("prefill.", struct) for struct in PREFILL_METHODS.values()),
-    ]
+    prefills = [("prefill.", struct) for struct in PREFILL_METHODS.values()]
+    structs = [("string.", StringOptions), ("offload.", OffloadOptions), ("star.", StarOptions), *prefills]
     expected = {
-        prefix + name: ", or ".join(each.interval for each in ranges)
+        prefix + name: ", or ".join(dict.fromkeys(each.interval for each in ranges))
         for prefix, struct in structs
         for name, ranges in ranges_of(struct).items()
     }
@@ -74,3 +72,24 @@ def test_table_names_ratio_to_the_baseline() -> None:
     table = next(table for table in TABLES if table.benchmark == "decode")
     last = format_table([row("fa3", "3"), row("farspan", "1.5"), row("sdpa", "9")], table).splitlines()[-1]
     assert last == "| `n8192` | 1.5 | 3 | 9 | 2.00× |"
+
+
+def test_the_crossover_is_that_of_the_code() -> None:
+    """The README names it for 8B shapes, and the examples ask prompts that are long enough for flex to be sparse."""
+    from examples import client
+
+    size = AttentionSize(num_q_heads=32, head_dim=128)
+    named = re.search(r"8B shapes from (\d+)K tokens on", README.read_text())
+    assert named is not None
+    crossover = int(named[1]) * 1024
+    assert sparse_pays(size, crossover, crossover)
+    assert not sparse_pays(size, crossover // 2, crossover // 2)
+    offline = (ROOT / "examples" / "offline.py").read_text()
+    prompt_len, offline_min = (
+        int(number)
+        for name in ("PROMPT_LEN", "MIN_SEQ_LEN")
+        for number in re.findall(rf"^{name} = (\d+)$", offline, re.M)
+    )
+    (served_min,) = re.findall(r'"min_seq_len": (\d+)', (ROOT / "examples" / "serve.sh").read_text())
+    assert prompt_len >= offline_min
+    assert int(served_min) <= client.PROMPT_LEN

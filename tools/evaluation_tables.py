@@ -4,23 +4,25 @@ Every folder of docs/evaluation with a sweep.csv (of `python -m benchmarks.needl
 tables.
 """
 
-import argparse
-import csv
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from farspan.tables import read_rows
+
+from tools.regions import Region
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE = DOCS / "evaluation.md"
-BEGIN = "<!-- tables: python -m tools.evaluation_tables -->\n"
-END = "<!-- end of tables -->\n"
+TABLES = Region(
+    DOCS / "evaluation.md", "<!-- tables: python -m tools.evaluation_tables -->\n", "<!-- end of tables -->\n"
+)
 
 Row = dict[str, str]
 
 
 def read_sweep(path: Path) -> list[Row]:
     """The rows of a sweep.csv, shortest prompt first."""
-    with path.open(newline="") as file:
-        return sorted(csv.DictReader(file), key=lambda row: int(row["length"]))
+    return sorted(read_rows(path), key=lambda row: int(row["length"]))
 
 
 def tokens(length: int) -> str:
@@ -58,12 +60,13 @@ def format_cell(row: Row, column: str) -> str:
 
 def format_tables(title: str, rows: Sequence[Row]) -> str:
     """All tables of one sweep."""
-    open_loop = [row for row in rows if row["loop"] == "0"]
+    # Tables of earlier versions have runs with repair too.
+    open_loop = [row for row in rows if row.get("loop", "0") == "0"]
     plain = [row for row in open_loop if (row["min_budget"], float(row["tau"])) == ("1024", 0.1)]
     budgets = [row for row in open_loop if row["chunk"] == "0" and float(row["tau"]) == 0.1]
     budgets = [row for row in budgets if row["gamma"] in ("0.95", "0.9")]
     taus = [row for row in open_loop if (row["chunk"], row["min_budget"], row["gamma"]) == ("0", "1024", "0.95")]
-    loops = [row for row in rows if row["loop"] == "1"]
+    loops = [row for row in rows if row.get("loop") == "1"]
     chunked = [row for row in plain if row["chunk"] != "0"]
 
     def by_gamma(row: Row) -> tuple[str, str]:
@@ -123,22 +126,5 @@ def all_tables() -> str:
     )
 
 
-def replace_tables(page: str, tables: str) -> str:
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, "docs/evaluation.md has lost its markers"
-    assert end, "docs/evaluation.md has lost its markers"
-    return f"{before}{begin}{tables}{end}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluation_tables")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/evaluation.md")
-    if parser.parse_args().write:
-        PAGE.write_text(replace_tables(PAGE.read_text(), all_tables()))
-    else:
-        print(all_tables())
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(TABLES.serve("python -m tools.evaluation_tables", all_tables))

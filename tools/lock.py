@@ -4,6 +4,7 @@ Takes vLLM's own requirements for the CPU build, leaves out the three packages t
 (they break `import vllm`), adds requirements/dev.in, lets pip resolve the whole, and writes the pins, sorted.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def vllm_requirements() -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     entries = resolve(*vllm_requirements(), TORCH, *OURS, "-r", str(DEV))
     pins = {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in entries}
     name, _, version = VLLM.partition("==")

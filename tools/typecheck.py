@@ -1,5 +1,6 @@
 """Run mypy over the rooms, the benchmarks and the tools: `python tools/typecheck.py`."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tools.link_tree import ROOT, make_link_tree
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     site = make_link_tree(ROOT / "build" / "types")
     command = [sys.executable, "-m", "mypy", "-p", "farspan", "-p", "benchmarks", "-p", "tools", "-p", "examples"]
     sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, "MYPYPATH": str(site)}, check=False).returncode)

@@ -199,7 +199,7 @@ class BatchMaker:
         return adjective.gather(1, pair // side), noun.gather(1, pair % side)
 
     def _words_of_groups(self, groups, num_words: int, side: int):
-        """`side` distinct word indices a row, all of the row's groups [rows, 4]."""
+        """`side` distinct word indices per row, all from the row's groups [rows, 4]."""
         rows, num_groups = groups.shape
         per_group = num_words // NUM_GROUPS
         index = groups[..., None] + NUM_GROUPS * torch.arange(per_group, device=self.device)

@@ -2,24 +2,28 @@
 
     python -m benchmarks.needle_training.distance --out string_needle_distance.csv
 
-The question stands `gap` positions behind the haystack, so that a short prompt has the distances of a prompt of `gap`
-more tokens, at the cost of a short one. What it lacks of the long prompt are its distractors: this measures positions
-alone. The haystack's own tokens are nearer to each other than any shift, so their keys and values serve every gap.
+The question starts `gap` positions after the haystack's end, so that the prompt has the distances of a prompt with
+`gap` more tokens, but needs no more computation. It does not have that prompt's distractors: this measures only
+positions. No two tokens of the haystack are as far apart as any shift, so its keys and values serve every gap.
 """
 
 import argparse
-import csv
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from farspan.command import make_folder, run_command
+from farspan.engine_ext.errors import ConfigError
 from farspan.needle import model_dir
 from farspan.needle.network import NeedleNet, load_network, rotate
-from farspan.needle.tasks import make_sample
+from farspan.needle.tasks import MIN_LENGTH, make_sample
 from farspan.needle.tokenizer import build_tokenizer
+from farspan.tables import append_rows, write_rows
 
+PROGRAM = "python -m benchmarks.needle_training.distance"
 COLUMNS = ("task", "length", "gap", "shift", "window", "seed", "count", "accuracy")
 TASKS = ("niah_single", "niah_multivalue")
 # None, the advised range (a quarter to four tenths of the trained length of 131,072 tokens), all of it, and more.
@@ -30,7 +34,7 @@ GAPS = tuple(length * 1024 for length in (0, 64, 126, 160, 192, 256, 384, 512, 1
 
 @dataclass(frozen=True)
 class Haystack:
-    """The first tokens of a prompt, and what its layers keep of them."""
+    """The keys and values of a prompt's first tokens."""
 
     keys: list[torch.Tensor]
     """Of each layer, [kv_heads, tokens, head_dim], rotated to positions 0, 1, …"""
@@ -46,7 +50,7 @@ class Haystack:
 def run_layers(
     net: NeedleNet, tokens: torch.Tensor, positions: torch.Tensor, past: Haystack | None, shift: int, window: int
 ) -> tuple[torch.Tensor, Haystack]:
-    """Final hidden states [num_tokens, hidden] of tokens behind a haystack, and all keys and values.
+    """Final hidden states [num_tokens, hidden] of tokens after a haystack, and all keys and values.
 
     tokens, positions: [num_tokens] int64. shift: distances of so many positions and more are shortened to
     `distance - shift + window`; 0 for none.
@@ -110,28 +114,36 @@ def right_answers(net: NeedleNet, task: str, length: int, seed: int, depth: floa
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_training.distance", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--model", type=Path, default=model_dir())
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens, without the gap")
     parser.add_argument("--count", type=int, default=50, help="prompts of each task; depths go evenly from 0 to 1")
     parser.add_argument("--seed", type=int, default=20_000, help="of the first prompt")
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     arguments = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer the questions and write the table. Raises ConfigError for a number out of range."""
+    if arguments.length < MIN_LENGTH or arguments.count < 1:
+        raise ConfigError(f"length is at least {MIN_LENGTH} tokens, count at least 1")
+    make_folder(arguments.out.parent)
     net = load_network(arguments.model)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for task in TASKS:
-            answers = [
-                right_answers(net, task, arguments.length, arguments.seed + index, index / max(1, arguments.count - 1))
-                for index in range(arguments.count)
-            ]
-            for gap, shift, window in answers[0]:
-                accuracy = sum(each[gap, shift, window] for each in answers) / arguments.count
-                row = (task, arguments.length, gap, shift, window, arguments.seed, arguments.count, round(accuracy, 4))
-                writer.writerow(row)
+    write_rows(arguments.out, COLUMNS, [])
+    for task in TASKS:
+        answers = [
+            right_answers(net, task, arguments.length, arguments.seed + index, index / max(1, arguments.count - 1))
+            for index in range(arguments.count)
+        ]
+        rows = []
+        for gap, shift, window in answers[0]:
+            accuracy = sum(each[gap, shift, window] for each in answers) / arguments.count
+            row = (task, arguments.length, gap, shift, window, arguments.seed, arguments.count, round(accuracy, 4))
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+        append_rows(arguments.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

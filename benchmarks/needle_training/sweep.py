@@ -1,11 +1,12 @@
 """Flex prefill of the needle model over many options: `python -m benchmarks.needle_training.sweep --out DIR`.
 
+The selection is the paper's, "flexprefill", which has more options than the default.
+
 Every combination of the lists given (gamma, tau, min budget, chunk, length) answers the same questions, and so does
 dense prefill. Three tables are written into DIR, row by row as they come:
 
 - `accuracy.csv`, in the columns of `farspan eval`: exact match per task. A method is called after its options, as
-  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk. With a final `-loop` heads are repaired and their
-  budgets raised.
+  `flex-g0.95-t0.1-m1024-c2048`; c0 is the whole prompt in one chunk.
 - `heads.csv`: density, pattern and coverage per layer and head, over the questions of a length.
 - `sweep.csv`: one row a combination: what the others sum up to, and how far the answers and the lists moved.
 
@@ -14,173 +15,38 @@ A question is right when greedy decoding would write its completion. It is compu
 """
 
 import argparse
-import csv
 import itertools
 import multiprocessing
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
+from farspan.command import device, floats, integers, make_folder, run_command, words
+from farspan.engine_ext.config import DensePrefill, FlexPrefill
+from farspan.engine_ext.errors import ConfigError
+from farspan.evaluation.needle_answers import (
+    HEAD_COLUMNS,
+    SWEEP_COLUMNS,
+    Answers,
+    Question,
+    Variant,
+    ask,
+    sweep_row,
+    to_question,
+)
 from farspan.evaluation.results import CSV_COLUMNS
-from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.needle import model_dir
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PagedNeedle
+from farspan.needle.tasks import MIN_LENGTH, TASKS
+from farspan.tables import Tables
 
-TASKS = "niah_single,niah_multikey_2,niah_multiquery,variable_tracking"
-HEAD_COLUMNS = (
-    "method", "length", "seed", "layer", "head", "density", "query_aware", "divergence", "coverage", "repaired",
-    "chunks", "measured_rows",
-)  # fmt: skip
-SWEEP_COLUMNS = (
-    "method", "gamma", "tau", "min_budget", "chunk", "loop", "length", "seed", "count", "accuracy", "dense_accuracy",
-    "density", "query_aware", "coverage", "coverage_worst_head", "logprob_change", "overlap",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One combination of options; `prefill` is dense for the baseline."""
-
-    prefill: Prefill
-    chunk: int
-    """Prompt tokens a step; 0 for the whole prompt."""
-
-    @property
-    def name(self) -> str:
-        """The method's name in the tables."""
-        p = self.prefill
-        if not isinstance(p, FlexPrefill):
-            return "dense"
-        loop = "-loop" if p.coverage_rows else ""
-        return f"flex-g{p.gamma:g}-t{p.tau:g}-m{p.min_budget}-c{self.chunk}{loop}"
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids of one sample, on the device."""
-
-    task: str
-    prompt: torch.Tensor
-    completion: torch.Tensor
-
-
-@dataclass
-class Answers:
-    """What one variant made of the questions of one length."""
-
-    right: list[bool]
-    logprobs: list[torch.Tensor]
-    """Per question, of the completion's tokens."""
-    heads: list[dict[str, Any]]
-    listed: list[torch.Tensor]
-    """Of the first question, per layer: [heads, blocks, blocks] bool, on the host."""
-
-
-class Tables:
-    """CSV files that grow row by row; a fresh start replaces what an earlier run left."""
-
-    def __init__(self, folder: Path, fresh: bool = False) -> None:
-        self.folder = folder
-        self.known: set[str] = set()
-        self.fresh = fresh
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows, with the header if the file is new."""
-        path = self.folder / name
-        is_new = not path.exists() or (self.fresh and name not in self.known)
-        self.known.add(name)
-        with path.open("w" if is_new else "a", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            for row in rows:
-                writer.writerow({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
-
-
-def ask(
-    model: PagedNeedle, variant: Variant, questions: list[Question], rows: int, keep_lists: bool = False
-) -> Answers:
-    """Answer the questions. rows: query rows a prompt on which coverage is measured, 0 for none."""
-    answers = Answers([], [], [], [])
-    selectors = model.selectors(variant.prefill)
-    for index, question in enumerate(questions):
-        grids = BlockGrids(model, len(question.prompt)) if keep_lists and index == 0 else None
-        logprobs, right = model.answer_logprobs(
-            question.prompt, question.completion, variant.chunk or None, variant.prefill, selectors, grids, rows
-        )
-        answers.logprobs.append(logprobs)
-        answers.right.append(bool(right.all()))
-        if grids is not None:
-            answers.listed = [grid.cpu() for grid in grids.grids]
-    for layer, selector in enumerate(selectors or ()):
-        assert selector.stats is not None
-        answers.heads += [{"layer": layer, **row} for row in selector.stats.rows()]
-    return answers
-
-
-class BlockGrids:
-    """Collects the block lists of one prompt as masks: an `on_lists` of `PagedNeedle.answer_logprobs`."""
-
-    def __init__(self, model: PagedNeedle, num_tokens: int) -> None:
-        blocks = -(-num_tokens // 128)
-        shape = (model.shape.num_attention_heads, blocks, blocks)
-        self.grids = [torch.zeros(shape, dtype=torch.bool, device=model.device) for _ in model.net.layers]
-
-    def __call__(self, layer: int, all_tiles: PrefillTiles, lists: BlockLists) -> None:
-        """Mark the blocks of one launch."""
-        grid = self.grids[layer]
-        width = lists.block_ids.shape[-1]
-        listed = torch.arange(width, device=grid.device) < lists.block_counts[..., None]
-        heads, tiles, places = listed.nonzero(as_tuple=True)
-        grid[heads, all_tiles.tile_block[tiles].long(), lists.block_ids[heads, tiles, places].long()] = True
-
-
-def overlap(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """Blocks in both over blocks in either, mean over layers and heads, of two `Answers.listed`."""
-    shares = [(a & b).sum((1, 2)) / (a | b).sum((1, 2)) for a, b in zip(first, second, strict=True)]
-    return float(torch.stack(shares).mean())
-
-
-def sweep_row(
-    variant: Variant, length: int, seed: int, answers: Answers, dense: Answers, whole: Answers | None
-) -> dict[str, Any]:
-    """A row of `SWEEP_COLUMNS`. whole: the answers of the same options with the whole prompt in one chunk."""
-    prefill = variant.prefill
-    assert isinstance(prefill, FlexPrefill)
-
-    def mean(column: str) -> float:
-        return sum(row[column] for row in answers.heads) / len(answers.heads)
-
-    measured = answers.heads[0]["coverage"] is not None
-    changes = [(a - b).abs().mean() for a, b in zip(answers.logprobs, dense.logprobs, strict=True)]
-    return {
-        "method": variant.name,
-        "gamma": prefill.gamma,
-        "tau": prefill.tau,
-        "min_budget": prefill.min_budget,
-        "chunk": variant.chunk,
-        "loop": int(prefill.coverage_rows > 0),
-        "length": length,
-        "seed": seed,
-        "count": len(answers.right),
-        "accuracy": sum(answers.right) / len(answers.right),
-        "dense_accuracy": sum(dense.right) / len(dense.right),
-        "density": mean("density"),
-        "query_aware": mean("query_aware"),
-        "coverage": mean("coverage") if measured else "",
-        "coverage_worst_head": min(row["coverage"] for row in answers.heads) if measured else "",
-        "logprob_change": float(torch.stack(changes).mean()),
-        "overlap": overlap(answers.listed, whole.listed) if whole is not None else "",
-    }
+PROGRAM = "python -m benchmarks.needle_training.sweep"
+SWEPT_TASKS = ("niah_single", "niah_multikey_2", "niah_multiquery", "variable_tracking")
 
 
 def accuracy_rows(name: str, length: int, seed: int, questions: list[Question], answers: Answers) -> Iterator[dict]:
@@ -197,7 +63,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     """
     if args.paper:
         return paper_variants()
-    return _product(args.gammas, args.taus, args.min_budgets, args.chunks, args.loop_rows)
+    return _product(args.gammas, args.taus, args.min_budgets, args.chunks)
 
 
 def paper_variants() -> list[Variant]:
@@ -207,22 +73,21 @@ def paper_variants() -> list[Variant]:
     variants += _product([0.9, 0.8, 0.97], [0.1], [1024], chunks)
     variants += _product([0.95, 0.9], [0.1], [0, 512, 2048], [0])
     variants += _product([0.95], [0.0, 0.2, 0.3], [1024], [0])
-    variants += _product([0.95], [0.1], [0, 1024], [2048], loop_rows=8)
     return variants
 
 
-def _product(
-    gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int], loop_rows: int = 0
-) -> list[Variant]:
+def _product(gammas: list[float], taus: list[float], min_budgets: list[int], chunks: list[int]) -> list[Variant]:
     chunks = sorted(chunks, key=lambda chunk: (chunk != 0, -chunk))
     return [
-        Variant(FlexPrefill(gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0, coverage_rows=loop_rows), chunk)
+        Variant(FlexPrefill(selection="flexprefill", gamma=gamma, tau=tau, min_budget=budget, min_seq_len=0), chunk)
         for gamma, tau, budget, chunk in itertools.product(gammas, taus, min_budgets, chunks)
     ]
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the sweep; starts nothing new once `args.seconds` have passed."""
+    check_arguments(args)
+    make_folder(args.out)
     deadline = time.monotonic() + args.seconds
     tables = Tables(args.out)
     plan = [(length, task, args.seed + i) for length in args.lengths for task in args.tasks for i in range(args.count)]
@@ -261,43 +126,42 @@ def run(args: argparse.Namespace) -> None:
         print(f"{length} {variant.name} {time.monotonic() - started:.1f} s {shown}", flush=True)
 
 
-def to_question(task: str, raw: bytes, num_completion: int, device: str) -> Question:
-    """From `encode_sample`'s result."""
-    ids = torch.from_numpy(np.frombuffer(raw, dtype=np.int16).astype(np.int64)).to(device)
-    return Question(task, ids[:-num_completion], ids[-num_completion:])
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what no question or no option can be."""
+    if min(args.lengths, default=0) < MIN_LENGTH:
+        raise ConfigError(f"lengths={list(args.lengths)}; prompts have at least {MIN_LENGTH} tokens")
+    if not args.tasks or not set(args.tasks) <= set(TASKS):
+        raise ConfigError(f"tasks={list(args.tasks)}; known are {', '.join(TASKS)}")
+    if min(args.count, args.workers) < 1 or min(args.rows, *args.chunks, 0) < 0:
+        raise ConfigError("count and workers are at least 1, rows and chunks at least 0")
+    for variant in variants_of(args):
+        variant.prefill.check("sweep")
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", type=Path, default=model_dir())
-    add("--tasks", type=lambda text: text.split(","), default=TASKS)
-    add("--lengths", type=_numbers(int), default="4096,8192", help="prompt tokens")
-    add("--gammas", type=_numbers(float), default="0.95")
-    add("--taus", type=_numbers(float), default="0.1")
-    add("--min-budgets", type=_numbers(int), default="1024", help="KV tokens")
-    add("--chunks", type=_numbers(int), default="0", help="prompt tokens a step; 0 for the whole prompt")
+    add("--tasks", type=words, default=",".join(SWEPT_TASKS))
+    add("--lengths", type=integers, default="4096,8192", help="prompt tokens")
+    add("--gammas", type=floats, default="0.95")
+    add("--taus", type=floats, default="0.1")
+    add("--min-budgets", type=integers, default="1024", help="KV tokens")
+    add("--chunks", type=integers, default="0", help="prompt tokens a step; 0 for the whole prompt")
     add("--paper", action="store_true", help="gamma x chunk and the paper's ablations instead of the lists above")
     add("--rows", type=int, default=16, help="query rows a prompt on which coverage is measured")
-    add(
-        "--loop-rows",
-        type=int,
-        default=0,
-        help="the option coverage_rows: above 0 repairs heads and raises their budgets",
-    )
     add("--count", type=int, default=2, help="questions per task and length")
     add("--seed", type=int, default=30000, help="of the first question")
     add("--workers", type=int, default=1, help="processes that write the questions")
     add("--seconds", type=float, default=3600.0, help="start no combination after this time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, required=True)
-    run(parser.parse_args())
-
-
-def _numbers(kind: type) -> Any:
-    return lambda text: [kind(word) for word in text.split(",")]
+    args = parser.parse_args()
+    return run_command(PROGRAM, lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,9 +5,9 @@ Lengths rise when the loss on values says so (or a stage's share of the time is 
 """
 
 import argparse
-import csv
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -17,19 +17,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from farspan.needle.evaluate import evaluate, submit_samples, summarise, write_rows
+from farspan.command import device, make_folder, run_command
+from farspan.needle.evaluate import COLUMNS, evaluate, submit_samples, summarise
 from farspan.needle.network import NeedleNet, NeedleShape, export, load_network
+from farspan.tables import append_rows, read_rows, write_rows
 
 from .batches import ANSWER, FILLER, NUM_FILLER_TOKENS, Batch, BatchMaker
 
+PROGRAM = "python -m benchmarks.needle_training.train"
 LOG_COLUMNS = (
     "step", "seconds", "tokens", "stage", "length", "learning_rate", "loss_repeat", "loss_value", "accuracy_value",
     "loss_filler", "stray_attention", "grad_norm",
 )  # fmt: skip
 MEASURES = LOG_COLUMNS[-6:]
 FILLER_WEIGHT = 0.2
-# Idle heads of large models rest on the first token and nearby; without this small cost those of a small model spread
-# over the whole prompt, which changes no answer but is like nothing that a sparse method meets in practice.
+# Idle heads of large models attend to the first token and to tokens nearby. Without this small cost, those of a small
+# model attend to the whole prompt, which changes no answer but does not occur in models that sparse methods serve.
 STRAY_WEIGHT = 0.1
 STRAY_MIN_LENGTH = 512
 NUM_STRAY_QUERIES = 32
@@ -95,7 +98,7 @@ class Trainer:
         if (out / "checkpoint.pt").exists():
             self._load()
         else:
-            self.log_path.write_text(",".join(LOG_COLUMNS) + "\n")
+            write_rows(self.log_path, LOG_COLUMNS, [])
 
     def run(self, max_seconds: float, max_steps: int | None = None) -> None:
         """Train until `max_seconds` in all (earlier runs counted), or for `max_steps` more steps."""
@@ -190,11 +193,12 @@ class Trainer:
         for length, steps in sorted(measured.items()):
             means = torch.stack(steps).nanmean(dim=0).tolist()
             rows[length] = dict(zip(MEASURES, means, strict=True))
-        with self.log_path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for length, row in rows.items():
-                head = (self.step, round(self.seconds, 1), self.tokens, self.stage_index, length, f"{rate:.2e}")
-                writer.writerow([*head, *("" if math.isnan(row[name]) else f"{row[name]:.4g}" for name in MEASURES)])
+        lines = []
+        for length, row in rows.items():
+            head = (self.step, round(self.seconds, 1), self.tokens, self.stage_index, length, f"{rate:.2e}")
+            measures = ("" if math.isnan(row[name]) else f"{row[name]:.4g}" for name in MEASURES)
+            lines.append(dict(zip(LOG_COLUMNS, (*head, *measures), strict=True)))
+        append_rows(self.log_path, LOG_COLUMNS, lines)
         return rows
 
 
@@ -235,8 +239,7 @@ def plot_log(log_path: Path, picture_path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with log_path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["loss_value"]]
+    rows = [row for row in read_rows(log_path, LOG_COLUMNS) if row["loss_value"]]
     lengths = sorted({int(row["length"]) for row in rows})
     figure, axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     colors = plt.get_cmap("viridis")
@@ -268,9 +271,9 @@ def evaluation_plan(scale: float) -> list[tuple[str, int, int]]:
     return plan
 
 
-def main() -> None:
-    """Parse the command line, train, export, and evaluate where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=7.0, help="training time in all, resumed runs included")
@@ -280,9 +283,15 @@ def main() -> None:
     parser.add_argument(
         "--evaluate", type=float, default=0.0, metavar="SCALE", help="evaluate; at 1 with 100-200 samples a cell"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    return run_command(PROGRAM, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, export, and evaluate where asked."""
+    make_folder(args.out)
+    train_on = torch.device(args.device)
     shape = NeedleShape(rope_theta=args.rope_theta)
     stages = tuple(
         Stage(s.length, s.batch_tokens, s.learning_rate * args.rate_factor, s.share, s.enough_loss, s.mix)
@@ -290,13 +299,13 @@ def main() -> None:
     )
     with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
         samples = submit_samples(pool, evaluation_plan(args.evaluate), first_seed=10_000) if args.evaluate else []
-        trainer = Trainer(args.out, args.seed, device, shape, stages)
+        trainer = Trainer(args.out, args.seed, train_on, shape, stages)
         trainer.run(60 * args.max_minutes, args.max_steps)
         export(trainer.net, args.out / "model")
         if samples:
-            net = load_network(args.out / "model", device, trainer.net.dtype)
+            net = load_network(args.out / "model", train_on, trainer.net.dtype)
             rows = summarise(evaluate(net, samples))
-            write_rows(args.out / "evaluation.csv", rows)
+            write_rows(args.out / "evaluation.csv", COLUMNS, rows)
             for row in rows:
                 print(*row.values())
 
@@ -307,4 +316,4 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

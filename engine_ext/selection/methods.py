@@ -6,6 +6,7 @@ another.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -13,15 +14,26 @@ from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.block_patterns import gather_rows
-from farspan.kernels.flex.types import NO_LIMIT, Budget, FlexSelection
+from farspan.kernels.flex.spans import SpanRule, Spans
+from farspan.kernels.flex.types import NO_LIMIT, Budget, FlexSelection, TileSelection
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
+from farspan.kernels.tuning import TILE_ROWS, TILE_ROWS_LOST_SHARE, TILE_ROWS_SPAN_LEN
 
 FORCED_BLOCKS = 2
 """Blocks of every flex list: the first and the diagonal one."""
 
-SelectBlocks = Callable[..., FlexSelection]
-"""`flex_block_lists` of a device: that of `kernels.flex.select` or of `kernels.flex.reference`."""
+TILE_ROWS_RULE = SpanRule(TILE_ROWS_SPAN_LEN, TILE_ROWS)
+
+
+@dataclass(frozen=True)
+class DeviceSelections:
+    """The dynamic selections of a device: Triton's or PyTorch's."""
+
+    flex_block_lists: Callable[..., FlexSelection]
+    """Of `kernels.flex.select` or `kernels.flex.reference`."""
+    tile_row_lists: Callable[..., TileSelection]
+    """Of `kernels.flex.tile_rows` or `kernels.flex.tile_rows_reference`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class Chunks:
     scale: float
     """Factor on the logits."""
     turn: Turn | None
+    spans: Spans | None = None
+    """For selection by tile rows."""
 
     @property
     def q_heads(self) -> slice:
@@ -53,41 +67,54 @@ class Selector(Protocol):
     """What was chosen and kept, added up on the device; None unless asked for."""
 
     def block_lists(
-        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: DeviceSelections
     ) -> BlockLists:
         """The blocks that each tile of `chunks.tiles` reads. Runs on the device without waiting for it.
 
-        prefill: the options of the chunks' requests; select: the device's dynamic selection.
+        prefill: the options of the chunks' requests; select: the device's dynamic selections.
         """
         ...
 
 
 class FlexSelector:
-    """Dynamic selection per prompt and head. Source: FlexPrefill, arXiv 2502.20766."""
+    """Dynamic selection per prompt and head, by tile rows or after FlexPrefill (arXiv 2502.20766)."""
 
     def __init__(self, stats: SelectionStats | None = None) -> None:
         self.stats = stats
 
     def block_lists(
-        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: DeviceSelections
     ) -> BlockLists:
         """See `Selector`."""
         assert isinstance(prefill, FlexPrefill)
         group = chunks.query.shape[1] // chunks.kv.num_kv_heads if prefill.share_kv_group else 1
         budget = flex_budget(prefill, chunks.tiles.block_size, group)
-        selection = select(chunks.query, chunks.kv, chunks.batch, chunks.tiles, chunks.scale, budget, turn=chunks.turn)
+        inputs = (chunks.query, chunks.kv, chunks.batch, chunks.tiles)
+        if chunks.spans is not None:
+            by_rows = select.tile_row_lists(*inputs, chunks.spans, chunks.scale, budget, turn=chunks.turn)
+            if self.stats is not None:
+                self.stats.add_tile_selection(
+                    by_rows, chunks.tiles, chunks.spans, chunks.q_heads, chunks.batch.num_reqs
+                )
+            return by_rows.block_lists
+        selection = select.flex_block_lists(*inputs, chunks.scale, budget, turn=chunks.turn)
         if self.stats is not None:
             self.stats.add_selection(selection, chunks.tiles, chunks.q_heads)
         return selection.block_lists
 
 
+@lru_cache
 def flex_budget(prefill: FlexPrefill, block_size: int, heads_per_list: int) -> Budget:
-    """Budgets in blocks from the options' tokens."""
+    """Budgets in blocks from the options' tokens; with tile rows, gamma with its margin."""
     max_blocks = NO_LIMIT
     if prefill.max_budget is not None:
         max_blocks = max(prefill.max_budget // block_size, FORCED_BLOCKS)
     min_blocks = -(-prefill.min_budget // block_size)
-    return Budget(prefill.gamma, prefill.tau, min_blocks, max_blocks, heads_per_list)
+    gamma = prefill.gamma
+    if prefill.selection == "tile_rows":
+        # The rows that were not sampled keep less than those that were.
+        gamma = 1 - (1 - gamma) * TILE_ROWS_LOST_SHARE
+    return Budget(gamma, prefill.tau, min_blocks, max_blocks, heads_per_list)
 
 
 class MaskSelector:
@@ -103,7 +130,7 @@ class MaskSelector:
         self.stats: SelectionStats | None = None
 
     def block_lists(
-        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: DeviceSelections
     ) -> BlockLists:
         """See `Selector`."""
         rows = self.rows

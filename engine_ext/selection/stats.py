@@ -1,8 +1,34 @@
 """What the dynamic selection of one layer chose and kept, added up on the device; read only when somebody asks."""
 
 import torch
-from farspan.kernels.flex.types import FlexSelection
-from farspan.kernels.tiles import PrefillTiles
+from farspan.kernels.flex.spans import Spans
+from farspan.kernels.flex.types import FlexSelection, TileSelection
+from farspan.kernels.tiles import BlockLists, PrefillTiles
+
+
+class Mean:
+    """Sum, number and least of values per head, on the device."""
+
+    def __init__(self, num_q_heads: int, device: torch.device) -> None:
+        self.total = torch.zeros(num_q_heads, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.least = torch.full((num_q_heads,), float("inf"), dtype=torch.float64, device=device)
+
+    def add(self, values: torch.Tensor, q_heads: slice, is_real: torch.Tensor | None = None) -> None:
+        """Take in [num_heads, n] values of the heads `q_heads`; is_real: [n] bool, which of them count."""
+        real = torch.ones_like(values[0], dtype=torch.bool) if is_real is None else is_real
+        self.total[q_heads] += torch.where(real, values, 0.0).sum(1)
+        if values.shape[1] > 0:
+            least = torch.where(real, values, float("inf")).amin(1).double()
+            self.least[q_heads] = torch.minimum(self.least[q_heads], least)
+        # Passes over the other heads of the same chunks bring the same number again.
+        if q_heads.start == 0:
+            self.count += real.sum()
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count.zero_()
+        self.least.fill_(float("inf"))
 
 
 class SelectionStats:
@@ -14,75 +40,86 @@ class SelectionStats:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.listed_blocks = zeros(num_q_heads)
-        """[num_q_heads]: blocks that each head read, those of heads that were computed again included."""
+        """[num_q_heads]: blocks that each head read."""
         self.causal_blocks = zeros()
         """Blocks that dense attention would have read, per head."""
+        self.density = Mean(num_q_heads, device)
+        """Of chunks and requests, for the least; the mean is by blocks."""
         self.query_aware = zeros(num_q_heads)
         """[num_q_heads]: chunks whose blocks were selected query by query instead of by columns and diagonals."""
         self.divergence = zeros(num_q_heads)
         """[num_q_heads]: sum over chunks of sqrt(Jensen-Shannon divergence)."""
         self.chunks = 0
         """Chunks of requests that were selected for."""
-        self.coverage = zeros(num_q_heads)
-        """[num_q_heads]: sum of the kept attention mass over the measured rows."""
+        self.kept = Mean(num_q_heads, device)
+        """What the rows that chose kept, per span of query tiles."""
+        self.measured = Mean(num_q_heads, device)
+        """What other rows kept, per row."""
         self.measured_rows = 0
-        self.repaired = zeros(num_q_heads)
-        """[num_q_heads]: chunks in which the head was computed again over all its keys."""
 
     def add_selection(self, selection: FlexSelection, tiles: PrefillTiles, q_heads: slice) -> None:
-        """Take in the lists of one pass, which has the query heads `q_heads` of the layer."""
-        num_heads, num_requests = selection.is_query_aware.shape
-        counts = selection.block_lists.block_counts.sum(1)
-        self.listed_blocks[q_heads] += counts.repeat_interleave(num_heads // len(counts))
+        """Take in FlexPrefill's lists of one pass, which has the query heads `q_heads` of the layer."""
+        self._add_lists(selection.block_lists, tiles, q_heads, selection.is_query_aware.shape[1])
         self.query_aware[q_heads] += selection.is_query_aware.sum(1)
         self.divergence[q_heads] += selection.divergence.sum(1)
+
+    def add_tile_selection(
+        self, selection: TileSelection, tiles: PrefillTiles, spans: Spans, q_heads: slice, num_requests: int
+    ) -> None:
+        """Take in the lists by tile rows of one pass, which has the query heads `q_heads` of the layer."""
+        self._add_lists(selection.block_lists, tiles, q_heads, num_requests)
+        self.kept.add(selection.kept, q_heads, spans.span_request >= 0)
+
+    def _add_lists(self, lists: BlockLists, tiles: PrefillTiles, q_heads: slice, num_requests: int) -> None:
+        per_list = (q_heads.stop - q_heads.start) // len(lists.block_counts)
+        counts = lists.block_counts.double().repeat_interleave(per_list, 0)
+        causal = (tiles.tile_block + 1).double()
+        self.listed_blocks[q_heads] += counts.sum(1)
+        self.density.add((counts.sum(1) / causal.sum())[:, None], q_heads)
         # Passes over the other heads of the same chunks see the same causal blocks.
         if q_heads.start == 0:
-            self.causal_blocks += tiles.tile_block.sum() + tiles.num_tiles
+            self.causal_blocks += causal.sum()
             self.chunks += num_requests
 
     def add_coverage(self, coverage: torch.Tensor, q_heads: slice) -> None:
         """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`."""
-        self.coverage[q_heads] += coverage.sum((1, 2))
+        self.measured.add(coverage.flatten(1), q_heads)
         if q_heads.start == 0:
             self.measured_rows += coverage.shape[1] * coverage.shape[2]
 
-    def add_repair(self, heads: torch.Tensor, tiles: PrefillTiles, q_heads: slice) -> None:
-        """Take in the heads of `q_heads` that were computed again, [num_q_heads, num_requests] bool.
-
-        tiles: of the requests.
-        """
-        self.listed_blocks[q_heads] += (heads[:, tiles.tile_request.long()] * (tiles.tile_block + 1)).sum(1)
-        self.repaired[q_heads] += heads.sum(1)
-
     def reset(self) -> None:
         """Forget everything."""
-        sums = (self.listed_blocks, self.causal_blocks, self.query_aware, self.divergence, self.coverage, self.repaired)
-        for each in sums:
+        for each in (self.listed_blocks, self.causal_blocks, self.query_aware, self.divergence):
             each.zero_()
+        for mean in (self.density, self.kept, self.measured):
+            mean.reset()
         self.chunks = self.measured_rows = 0
 
     def rows(self) -> list[dict[str, float | int | None]]:
         """One row per head; waits for the device. Nothing where no chunk was selected for.
 
-        `density`: blocks read over causal blocks, where a head that was computed again read its list and all of them;
-        `query_aware`: share of the chunks; `divergence`: mean over chunks; `coverage`: mean kept attention mass after
-        repair, None where it was not measured; `repaired`: share of the chunks; `chunks`, `measured_rows`: counts.
+        `density`: blocks read over causal blocks, `density_min`: of the sparsest pass; `coverage`, `coverage_min`: mean
+        and least kept attention mass: of the measured rows where there are any, else of the spans of query tiles, by
+        the rows that chose their blocks; None where neither is known. `query_aware`: share of the chunks; `divergence`:
+        mean over chunks; both 0 where FlexPrefill's rule did not select. `chunks`, `measured_rows`: counts.
         """
         if self.chunks == 0:
             return []
+        coverage = self.measured if self.measured_rows > 0 else self.kept
         columns = {
             "density": self.listed_blocks / self.causal_blocks,
+            "density_min": self.density.least,
+            "coverage": coverage.total / coverage.count,
+            "coverage_min": coverage.least,
             "query_aware": self.query_aware / self.chunks,
             "divergence": self.divergence / self.chunks,
-            "coverage": self.coverage / max(self.measured_rows, 1),
-            "repaired": self.repaired / self.chunks,
         }
         values = torch.stack(list(columns.values()), dim=1).tolist()
+        is_known = bool(coverage.count > 0)
         rows: list[dict[str, float | int | None]] = []
         for head, row in enumerate(values):
             named: dict[str, float | int | None] = dict(zip(columns, row, strict=True))
-            if self.measured_rows == 0:
-                named["coverage"] = None
+            if not is_known:
+                named["coverage"] = named["coverage_min"] = None
             rows.append({"head": head, **named, "chunks": self.chunks, "measured_rows": self.measured_rows})
         return rows

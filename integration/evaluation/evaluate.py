@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farspan.command import make_folder, one_line, sentence_of
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.results import CSV_NAME, Cell, append_csv, read_csv
@@ -25,7 +26,8 @@ NEEDLE_DIR = model_dir()
 METHODS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "dense": {"prefill": {"method": "dense"}},
-    "flex": {"prefill": {"method": "flex"}},
+    # Sparse at any length: what is asked is how it answers, not whether it is faster.
+    "flex": {"prefill": {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0}},
     "block_sparse": {"prefill": {"method": "block_sparse"}},
     "string": {"string": {}},
 }
@@ -36,6 +38,17 @@ SEEDS_PER_RUN = 1_000_000
 EXTRA_NEW_TOKENS = 32
 ANSWER_ROOM = 128
 """Tokens of the model's length that are left to the longest answer."""
+IDENTITY_NAME = "eval.json"
+DAMAGED = "remove it together with its tables, or choose another --out"
+
+# On a CPU, where the KV cache is a part of the host's memory.
+CPU_BLOCK = 128
+FLOAT32_BYTES = 4
+MAX_CPU_SEQS = 8
+CPU_KV_BYTES = 4 * 2**30
+"""Below this, several prompts at once; above it, one."""
+MEMORY_ARGUMENTS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+"""With one of these the user sizes the KV cache."""
 
 Generate = Callable[["Sequence[Sample]"], list[str]]
 
@@ -74,6 +87,7 @@ def run_eval(
     options = {method: method_options(method, settings) for method in settings.methods}
     check_settings(settings)
     open_model = open_model or vllm_model
+    make_folder(settings.out)
     done = {cell.question: cell for cell in read_cells(settings)}
     cells = list(all_cells(settings))
     todo = [cell for cell in cells if cell not in done]
@@ -83,6 +97,7 @@ def run_eval(
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="farspan eval", unit="cell") as progress:
         for method in dict.fromkeys(cell.method for cell in todo):
             with open_model(settings, options[method]) as generate:
+                claim_folder(settings)
                 for cell in todo:
                     if cell.method != method:
                         continue
@@ -157,7 +172,10 @@ def method_options(method: str, settings: EvalSettings) -> dict[str, Any] | None
     preset = METHODS.get(method, {})
     if preset is None:
         return None
-    options = merge_options(preset, settings.options.get(method, {}) if by_method else settings.options)
+    extra = settings.options.get(method, {}) if by_method else settings.options
+    if not isinstance(extra, dict):
+        raise ConfigError(f"options of method {method!r} are {extra!r}; write them as a JSON object")
+    options = merge_options(preset, extra)
     parse_config(options)
     return options
 
@@ -181,7 +199,7 @@ def check_settings(settings: EvalSettings) -> None:
     for task in settings.tasks:
         if task not in TASKS:
             raise ConfigError(f"task={task!r}; known tasks are {', '.join(TASKS)}")
-    limit = _max_position(path, settings.engine_args)
+    limit = max_position(path, settings.engine_args)
     for length in settings.lengths:
         if length < MIN_LENGTH or (limit is not None and length + ANSWER_ROOM > limit):
             most = ""
@@ -221,41 +239,49 @@ def model_path(model: str) -> str:
     return model
 
 
-def _max_position(path: str, engine_args: dict[str, Any]) -> int | None:
-    """The model's max_position_embeddings, or the user's; None if it is not on this machine or does not say."""
+def max_position(path: str, engine_args: dict[str, Any]) -> int | None:
+    """The model's max_position_embeddings, or the user's; None if it is not on this machine or does not say.
+
+    Raises ConfigError where one of them is no number, or config.json no JSON object.
+    """
     overrides = engine_args.get("hf_overrides")
-    if isinstance(overrides, dict) and "max_position_embeddings" in overrides:
-        return overrides["max_position_embeddings"]
-    config = Path(path) / "config.json"
-    return json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    source, found = "engine_args", overrides if isinstance(overrides, dict) else {}
+    file = Path(path) / "config.json"
+    if "max_position_embeddings" not in found and file.is_file():
+        source, found = str(file), read_json_object(file, "give the folder of a model that vLLM can load")
+    limit = found.get("max_position_embeddings")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+        raise ConfigError(f"max_position_embeddings={limit!r} in {source}; it must be a whole number of tokens")
+    return limit
+
+
+def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ConfigError; remedy: what to do, a half sentence."""
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: it is not JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} is damaged: it holds no JSON object; {remedy}")
+    return value
 
 
 @contextmanager
 def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterator[Generate]:
     """A vLLM engine with the model of the settings and one method's options; shut down on exit.
 
-    Greedy decoding and no prefix caching, so that every answer comes from the method's own prefill.
+    Greedy decoding and no prefix caching, so that every answer comes from the method's own prefill. Raises ConfigError
+    for what vLLM refuses.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
 
-    arguments: dict[str, Any] = {
-        "model": model_path(settings.model),
-        "seed": settings.seed,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-    }
-    if current_platform.is_cpu():
-        # A share of the host's memory there: vLLM's own 0.92 refuses to start beside any other program of some size.
-        arguments["gpu_memory_utilization"] = 0.5
-    if settings.chunk is not None:
-        arguments["max_num_batched_tokens"] = settings.chunk
-        # vLLM refuses more sequences than tokens in a step.
-        arguments["max_num_seqs"] = min(settings.chunk, 256)
-    if options is not None:
-        arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
-    llm = LLM(**(arguments | settings.engine_args))
+    arguments = engine_arguments(settings, options)
+    try:
+        llm = LLM(**arguments)
+    except (TypeError, ValueError, NotImplementedError, OSError) as error:
+        reason = sentence_of(error) or one_line(str(error))
+        raise ConfigError(f"vLLM refuses the engine of model {settings.model!r}: {reason}") from error
 
     def generate(samples: "Sequence[Sample]") -> list[str]:
         parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
@@ -269,28 +295,87 @@ def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterat
         cleanup_dist_env_and_memory()
 
 
-def read_cells(settings: EvalSettings) -> list[Cell]:
-    """The cells that are already in `settings.out`; also claims the folder for these settings.
+def engine_arguments(settings: EvalSettings, options: dict[str, Any] | None) -> dict[str, Any]:
+    """What `vllm.LLM` is given: room for the longest prompts asked, and the user's own arguments on top."""
+    from vllm.platforms import current_platform
 
-    Raises ConfigError if the folder holds results of another model, chunk or options.
+    arguments: dict[str, Any] = {
+        "model": model_path(settings.model),
+        "seed": settings.seed,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "max_model_len": max(settings.lengths) + ANSWER_ROOM,
+    }
+    if settings.chunk is not None:
+        arguments["max_num_batched_tokens"] = settings.chunk
+        # vLLM refuses more sequences than tokens in a step.
+        arguments["max_num_seqs"] = min(settings.chunk, 256)
+    if current_platform.is_cpu() and not MEMORY_ARGUMENTS & settings.engine_args.keys():
+        # vLLM's own 0.92 of the host's memory refuses to start beside any other program of some size.
+        arguments |= cpu_room(settings)
+    if options is not None:
+        arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
+    return arguments | settings.engine_args
+
+
+def cpu_room(settings: EvalSettings) -> dict[str, Any]:
+    """Engine arguments for a CPU: as much KV cache as a few of the longest prompts need."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(settings.model))
+    except (OSError, ValueError):  # vLLM says what is wrong with it
+        return {}
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * FLOAT32_BYTES
+    asked_len = settings.engine_args.get("max_model_len")
+    max_len = max(asked_len if type(asked_len) is int else 0, max(settings.lengths) + ANSWER_ROOM)
+    blocks = -(-max_len // CPU_BLOCK) + 1
+    prompt_bytes = blocks * CPU_BLOCK * token_bytes
+    num_seqs = max(1, min(settings.count, MAX_CPU_SEQS, CPU_KV_BYTES // prompt_bytes, settings.chunk or MAX_CPU_SEQS))
+    # vLLM keeps one block for itself.
+    return {"max_num_seqs": num_seqs, "kv_cache_memory_bytes": num_seqs * prompt_bytes + CPU_BLOCK * token_bytes}
+
+
+def read_cells(settings: EvalSettings) -> list[Cell]:
+    """The cells that are already in `settings.out`.
+
+    Raises ConfigError if the folder holds results of another model, chunk or options, or damaged files.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
-    identity = {key: value for key, value in asdict(settings).items() if key in ("model", "chunk", "engine_args")}
-    identity["options"] = {method: method_options(method, settings) for method in settings.methods}
-    path = settings.out / "eval.json"
+    path = settings.out / IDENTITY_NAME
     if path.exists():
-        found = json.loads(path.read_text())
+        identity = identity_of(settings)
+        found = read_json_object(path, DAMAGED)
+        if not (found.keys() >= identity.keys() and isinstance(found["options"], dict)):
+            raise ConfigError(f"{path} is damaged: it lacks one of {', '.join(identity)}; {DAMAGED}")
         for key in ("model", "chunk", "engine_args"):
             if found[key] != identity[key]:
                 raise ConfigError(
                     f"{path} was made with {key}={found[key]!r}, this run has {identity[key]!r}; choose another --out"
                 )
         for method, options in identity["options"].items():
-            if found["options"].setdefault(method, options) != options:
+            if found["options"].get(method, options) != options:
                 raise ConfigError(
                     f"{path} was made with other options for {method}: {found['options'][method]}; choose another "
                     "--out, or another name for the method"
                 )
-        identity["options"] = found["options"]
-    path.write_text(json.dumps(identity, indent=2) + "\n")
+    elif (settings.out / CSV_NAME).exists():
+        raise ConfigError(f"{path} is missing, so nobody knows what made {CSV_NAME} beside it; choose another --out")
     return read_csv(settings.out / CSV_NAME)
+
+
+def claim_folder(settings: EvalSettings) -> None:
+    """Note in `settings.out` what its results are made with; before the first of them is written."""
+    path = settings.out / IDENTITY_NAME
+    identity = identity_of(settings)
+    if path.exists():
+        identity["options"] = read_json_object(path, DAMAGED)["options"] | identity["options"]
+    path.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def identity_of(settings: EvalSettings) -> dict[str, Any]:
+    """What results of one folder have in common; options by method, None for `stock`."""
+    identity = {key: value for key, value in asdict(settings).items() if key in ("model", "chunk", "engine_args")}
+    return identity | {"options": {method: method_options(method, settings) for method in settings.methods}}

@@ -5,21 +5,21 @@ the page is drawn from tables: those of `farspan eval`, and rows of `farspan.met
 """
 
 import base64
-import csv
 import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.results import CSV_COLUMNS, read_csv
+from farspan.tables import Tables, read_rows
 
 if TYPE_CHECKING:
+    from farspan.evaluation.needle_answers import Answers, Variant
     from farspan.evaluation.report_plots import HeadMask
     from farspan.needle.paged import PagedNeedle
-
-    from benchmarks.needle_training.sweep import Answers, Variant
 
 HTML_NAME = "report.html"
 TASKS = ("niah_multikey_2", "variable_tracking")
@@ -69,7 +69,9 @@ def run_report(settings: ReportSettings) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    if not settings.from_csv:
+        check_settings(settings)
+    make_folder(settings.out)
     if settings.from_csv:
         title = "Flex prefill: " + ", ".join(path.name for path in settings.from_csv)
         sections = [section for path in settings.from_csv for section in sections_of_csv(path, settings.out)]
@@ -107,27 +109,24 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
     """Run the needle model and draw every picture; also writes heads.csv, sweep.csv and accuracy.csv."""
     import torch
     from farspan.evaluation.evaluate import NEEDLE_DIR
+    from farspan.evaluation.needle_answers import HEAD_COLUMNS, Variant
     from farspan.evaluation.report_plots import draw_masks
     from farspan.needle.network import load_network
     from farspan.needle.paged import PagedNeedle
 
-    from benchmarks.needle_training.sweep import HEAD_COLUMNS, Tables, Variant
-
-    check_settings(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load_network(NEEDLE_DIR, device, torch.bfloat16 if device == "cuda" else torch.float32)
     model = PagedNeedle(net, max(settings.length, CURVE_LENGTH, *NIAH_LENGTHS) + 256)
     tables = Tables(settings.out, fresh=True)
 
     def variant(min_budget: int) -> Variant:
-        # What selection alone keeps: the page measures it without repairing.
         prefill = FlexPrefill(
+            selection="flexprefill",
             gamma=settings.gamma,
             tau=settings.tau,
             min_budget=min_budget,
             min_seq_len=0,
             min_chunk_len=0,
-            coverage_rows=0,
         )
         return Variant(prefill, settings.chunk)
 
@@ -161,16 +160,17 @@ def check_settings(settings: ReportSettings) -> None:
     """Raise ConfigError for a number out of range."""
     if not MIN_TOKENS <= settings.length <= 131072:
         raise ConfigError(f"length={settings.length}; the needle model takes {MIN_TOKENS} to 131072 tokens")
-    FlexPrefill(gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check("report")
+    FlexPrefill(selection="flexprefill", gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check(
+        "report"
+    )
     if settings.chunk < 0 or settings.seed < 0:
         raise ConfigError(f"chunk={settings.chunk}, seed={settings.seed}; neither can be negative")
 
 
 def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int, seed: int) -> "Answers":
     """One question of a task, with its lists and its coverage."""
+    from farspan.evaluation.needle_answers import ask, to_question
     from farspan.needle.evaluate import encode_sample
-
-    from benchmarks.needle_training.sweep import ask, to_question
 
     question = to_question(task, *encode_sample(task, length, seed, 0.5), str(model.device))
     return ask(model, variant, [question], ROWS, keep_lists=True)
@@ -203,8 +203,8 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
     sections = [
         Section(
             "Density per layer and head",
-            "Share of the causal blocks that each query head read; dense attention reads all of them (1), a head that "
-            "was computed again its list and all of them. Rows where all heads agree sit at the min budget.",
+            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows "
+            "where all heads agree sit at the min budget.",
             (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
         ),
         Section(
@@ -223,20 +223,14 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
         text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
         picture = draw_heads(measured, "coverage", "coverage (fraction)", "cividis", out / "coverage.png")
         sections.append(Section("Coverage per layer and head", text, (picture,)))
-    repaired = {title: rows for title, rows in panels.items() if any(float(row.get("repaired") or 0) for row in rows)}
-    if repaired:
-        text = "Share of the chunks in which the head kept too little and was computed again over all keys."
-        picture = draw_heads(repaired, "repaired", "repaired (share of chunks)", "magma_r", out / "repaired.png")
-        sections.append(Section("Repaired per layer and head", text, (picture,)))
     return sections
 
 
 def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, Any]]:
     """Rows of sweep.csv for the accuracy against density."""
     from farspan.engine_ext.config import DensePrefill
+    from farspan.evaluation.needle_answers import SWEEP_COLUMNS, Variant, ask, sweep_row, to_question
     from farspan.needle.evaluate import encode_sample
-
-    from benchmarks.needle_training.sweep import SWEEP_COLUMNS, Variant, ask, sweep_row, to_question
 
     tasks = ("niah_single", "niah_multikey_2")
     questions = [to_question(t, *encode_sample(t, CURVE_LENGTH, seed, None), str(model.device)) for t in tasks]
@@ -244,7 +238,7 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     rows = []
     for gamma, min_budget in CURVE:
         variant = Variant(
-            FlexPrefill(gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0, coverage_rows=0), 0
+            FlexPrefill(selection="flexprefill", gamma=gamma, min_budget=min_budget, min_seq_len=0, min_chunk_len=0), 0
         )
         rows.append(sweep_row(variant, CURVE_LENGTH, seed, ask(model, variant, questions, 0), dense, None))
         tables.add("sweep.csv", SWEEP_COLUMNS, rows[-1:])
@@ -264,10 +258,9 @@ def accuracy_density_section(rows: list[dict[str, Any]], out: Path) -> Section:
 
 def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings: ReportSettings) -> Section:
     """Needle in a haystack over depth and length, one question a cell."""
+    from farspan.evaluation.needle_answers import ask, to_question
     from farspan.evaluation.plots import draw_plots
     from farspan.needle.evaluate import encode_sample
-
-    from benchmarks.needle_training.sweep import ask, to_question
 
     for length in NIAH_LENGTHS:
         for depth in NIAH_DEPTHS:
@@ -284,14 +277,23 @@ def sections_of_csv(path: Path, out: Path) -> list[Section]:
     """What one table shows: accuracy (`farspan eval`), a sweep, or heads. Raises ConfigError for any other."""
     if not path.is_file():
         raise ConfigError(f"from_csv={str(path)!r} is not there; name a table such as eval.csv, sweep.csv or heads.csv")
-    with path.open(newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = list(read_rows(path))
+    try:
+        return sections_of_rows(path, rows, out)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"from_csv={str(path)!r} has a cell that is no number ({error}). Mend its row.") from error
+
+
+def sections_of_rows(path: Path, rows: list[dict[str, Any]], out: Path) -> list[Section]:
+    """As `sections_of_csv`, of the rows of the file. Raises ValueError for a cell that is no number."""
     columns = set(rows[0]) if rows else set()
     if not rows:
         raise ConfigError(f"from_csv={str(path)!r} has no rows")
-    if {"density", "accuracy", "min_budget"} <= columns:
+    if {"density", "accuracy", "min_budget", "length", "dense_accuracy"} <= columns:
         return [accuracy_density_section(rows, out)]
-    if {"density", "layer", "head", "query_aware"} <= columns:
+    if {"density", "layer", "head", "query_aware", "divergence", "coverage"} <= columns:
         panels: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)

@@ -1,9 +1,11 @@
 """The results of `farspan eval`: rows of `eval.csv`, and the table that a person reads."""
 
-import csv
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from farspan.engine_ext.errors import ConfigError
+from farspan.tables import append_rows, read_rows
 
 CSV_NAME = "eval.csv"
 CSV_COLUMNS = ("method", "task", "length", "depth", "seed", "count", "accuracy")
@@ -30,33 +32,34 @@ class Cell:
 
 
 def read_csv(path: Path) -> list[Cell]:
-    """The rows of a table; none if there is no file."""
+    """The rows of a table; none if there is no file. Raises ConfigError where it is no table of `farspan eval`."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [
-            Cell(
-                method=row["method"],
-                task=row["task"],
-                length=int(row["length"]),
-                depth=float(row["depth"]) if row["depth"] else None,
-                seed=int(row["seed"]),
-                count=int(row["count"]),
-                accuracy=float(row["accuracy"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    cells = []
+    for number, row in enumerate(read_rows(path, CSV_COLUMNS), start=2):
+        try:
+            cells.append(parse_cell(row))
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}, cannot be read ({error}). Remove that line.") from error
+    return cells
+
+
+def parse_cell(row: Mapping[str, str]) -> Cell:
+    """A row of the file. Raises ValueError."""
+    return Cell(
+        method=row["method"],
+        task=row["task"],
+        length=int(row["length"]),
+        depth=float(row["depth"]) if row["depth"] else None,
+        seed=int(row["seed"]),
+        count=int(row["count"]),
+        accuracy=float(row["accuracy"]),
+    )
 
 
 def append_csv(path: Path, cell: Cell) -> None:
-    """Add one row to the table, with the header if the file is new."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(CSV_COLUMNS)
-        depth = "" if cell.depth is None else cell.depth
-        writer.writerow([cell.method, cell.task, cell.length, depth, cell.seed, cell.count, cell.accuracy])
+    """Add one row to the table, with the header if the file is new. Raises ConfigError where it is another table."""
+    append_rows(path, CSV_COLUMNS, [asdict(cell)])
 
 
 def format_table(cells: Iterable[Cell]) -> str:

@@ -1,12 +1,10 @@
 """Greedy exact match of the needle model, from the text its users would send.
 
-A completion is right when every one of its tokens is the most likely one: just then greedy decoding writes it.
+A completion is right when every one of its tokens is the most likely one, so that greedy decoding writes it.
 """
 
-import csv
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
-from pathlib import Path
 
 from .tasks import make_sample
 from .tokenizer import build_tokenizer
@@ -16,7 +14,7 @@ _TOKENIZER = None
 
 
 def encode_sample(task: str, length: int, seed: int, depth: float | None) -> tuple[bytes, int]:
-    """Token ids of prompt and completion as int16 bytes, and how many of them are the completion's."""
+    """Token ids of prompt and completion as int16 bytes, and the number of the completion's tokens."""
     import array
 
     global _TOKENIZER
@@ -31,7 +29,7 @@ def encode_sample(task: str, length: int, seed: int, depth: float | None) -> tup
 def submit_samples(pool: Executor, plan: Iterable[tuple[str, int, int]], first_seed: int) -> list[tuple]:
     """Start making the samples of `plan`, rows of (task, length, count): [(task, length, seed, future), …].
 
-    Depths go evenly from 0 to 1 over the samples of a row.
+    The depths of a row's samples are evenly spaced from 0 to 1.
     """
     return [
         (task, length, first_seed + index, pool.submit(encode_sample, task, length, first_seed + index, depth))
@@ -66,16 +64,8 @@ def evaluate(net, samples: list[tuple[str, int, int, Future]], max_batch_tokens:
                 yield task, length, seed, right
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write evaluation rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def summarise(results: Iterable[tuple]) -> list[dict]:
-    """Rows of `COLUMNS`, one per task and length; `seed` is the first one, depths cover [0, 1] evenly."""
+    """Rows of `COLUMNS`, one per task and length; `seed` is the smallest seed, `depth` the range of the depths."""
     groups: dict[tuple[str, int], list[tuple[int, bool]]] = {}
     for task, length, seed, is_right in results:
         groups.setdefault((task, length), []).append((seed, is_right))

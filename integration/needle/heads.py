@@ -1,26 +1,29 @@
 """What each attention head of a model looks at: `python -m farspan.needle.heads --model DIR --out heads.csv`.
 
-For one prompt per task the report sums exact attention over sampled blocks of 128 queries:
+The report averages exact attention over sampled blocks of 128 queries, of one prompt per task:
 
-- local_mass: on the 128 tokens up to the query; sink_mass: on the first token (counted apart from local_mass);
-- retrieval_mass: from the tokens that predict an answer, on the words of its needle up to two away from the answer;
+- local_mass: on the last 128 tokens up to the query, without the first token; sink_mass: on the first token;
+- retrieval_mass: from the tokens that predict an answer, on the needle's words up to two away from the answer;
 - density_95: smallest share of the causal 128 × 128 blocks that holds 95 % of the mass of a block of queries.
 
-A head is a retrieval head where it puts most of an answer's attention on the needle, else local or a sink, by most of
-its mass, else mixed.
+A head's kind is the first of retrieval, local and sink whose mass is above one half, else mixed.
 """
 
 import argparse
-import csv
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from farspan.command import device, integers, make_folder, run_command
+from farspan.engine_ext.errors import ConfigError
+from farspan.tables import write_rows
 
 from .network import LOCAL_WINDOW, NeedleNet, load_network, rotate
-from .tasks import make_sample
+from .tasks import MIN_LENGTH, make_sample
 from .tokenizer import BOS, build_tokenizer
 
+PROGRAM = "python -m farspan.needle.heads"
 BLOCK = 128
 COLUMNS = (
     "length", "seed", "layer", "head", "kind", "local_mass", "sink_mass", "retrieval_mass", "density_95",
@@ -30,7 +33,7 @@ TASKS = ("niah_multikey_2", "niah_multiquery", "variable_tracking")
 
 
 def head_report(net: NeedleNet, length: int, seed: int, num_query_blocks: int = 8) -> list[dict]:
-    """Rows of `COLUMNS`, one per head, averaged over one prompt of each of `TASKS`. net: float32 computes exactly."""
+    """Rows of `COLUMNS`, one per head, averaged over one prompt of each of `TASKS`. length: tokens per prompt."""
     parts = [_measure(net, *_prompt(task, length, seed), num_query_blocks) for task in TASKS]
     measures = torch.stack(parts).mean(dim=0)
     rows = []
@@ -42,25 +45,16 @@ def head_report(net: NeedleNet, length: int, seed: int, num_query_blocks: int = 
     return rows
 
 
-def write_report(path: Path, rows: list[dict]) -> None:
-    """Write the rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 @torch.no_grad()
 def _measure(net: NeedleNet, tokens: list[int], answers: list[tuple[int, int]], num_query_blocks: int):
-    """[layers, heads, 4] in the order of `MEASURES`. answers: (place that predicts, place of the needle's answer)."""
+    """[layers, heads, 4] in the order of `MEASURES`. answers: pairs of the predicting and the needle's position."""
     device = next(net.parameters()).device
     ids = torch.tensor(tokens, device=device)[None]
     num_tokens = ids.shape[1]
     cos, sin = net.rotary(torch.arange(num_tokens, device=device)[None])
     shape = net.shape
     group_size = shape.num_attention_heads // shape.num_key_value_heads
-    # Query blocks over the second half, the last one included.
+    # Query blocks spread over the prompt's second half, the last block included.
     last = num_tokens // BLOCK - 1
     blocks = sorted({round(last * (1 - 0.5 * step / num_query_blocks)) for step in range(num_query_blocks)})
     x = F.embedding(ids, net.model.embed_tokens.weight.to(net.dtype))
@@ -110,7 +104,7 @@ def _density(mass, block: int):
 
 
 def _prompt(task: str, length: int, seed: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of prompt and completion, and for each answer (place that predicts it, its place in the haystack)."""
+    """Token ids of prompt and completion, and per answer the position that predicts it and that in the haystack."""
     tokenizer = build_tokenizer()
     sample = make_sample(task, length, seed)
     prompt = tokenizer.encode(sample.prompt).ids
@@ -122,7 +116,7 @@ def _prompt(task: str, length: int, seed: int) -> tuple[list[int], list[tuple[in
         token = tokenizer.token_to_id(answer)
         place = len(prompt) + completion.index(token)
         before = tokens[place - 2 : place]
-        # The needle repeats the two words before the answer.
+        # The two words before the answer are the same in the needle.
         found = [i for i in range(2, len(prompt)) if tokens[i] == token and tokens[i - 2 : i] == before]
         answers.append((place - 1, found[0]))
     return tokens, answers
@@ -138,23 +132,31 @@ def _kind(local: float, sink: float, retrieval: float) -> str:
     return "mixed"
 
 
-def main() -> None:
-    """Report on a needle model folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    """Report on a needle model folder; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--lengths", default="8192")
+    parser.add_argument("--lengths", type=integers, default="8192", help="prompt tokens, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    # Beyond 32K tokens only the bf16 attention of GPUs runs without the whole score matrix.
+    return run_command(PROGRAM, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report and print it. Raises ConfigError for a prompt that is too short."""
+    if min(args.lengths, default=0) < MIN_LENGTH:
+        raise ConfigError(f"lengths={list(args.lengths)}; prompts have at least {MIN_LENGTH} tokens")
+    make_folder(args.out.parent)
+    # In bf16 on a GPU the layers' own attention needs no matrix of all scores, which beyond 32K tokens would not fit.
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     net = load_network(args.model, args.device, dtype)
-    rows = [row for length in args.lengths.split(",") for row in head_report(net, int(length), args.seed)]
-    write_report(args.out, rows)
+    rows = [row for length in args.lengths for row in head_report(net, length, args.seed)]
+    write_rows(args.out, COLUMNS, rows)
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in COLUMNS))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""The needle model for training: a Llama in a few lines, with transformers' parameter names.
+"""The needle model for training: a Llama in few lines, with transformers' parameter names.
 
-Stock `LlamaForCausalLM` gives the same logits from the same weights; a test holds the two together.
+transformers' `LlamaForCausalLM` gives the same logits from the same weights, which a test checks.
 """
 
 import json
@@ -14,7 +14,8 @@ from torch import nn
 
 from .tokenizer import save_tokenizer
 
-# The first layer's start: how far attention stands out at the wanted distance, and which frequencies tell distances.
+# Initial weights of the first layer: the gain of the logit at the wanted distance, and the lowest rotary frequency that
+# takes part, in radians per token.
 LOOK_BACK_GAIN = 10.0
 LOOK_BACK_MIN_FREQUENCY = 1e-4
 LOCAL_WINDOW = 128
@@ -22,7 +23,7 @@ LOCAL_WINDOW = 128
 
 @dataclass(frozen=True)
 class NeedleShape:
-    """Shape of the model; `rope_theta` leaves most frequencies nearly static over 128K tokens, for content."""
+    """Shape of the model. With this `rope_theta` about half of the frequencies hardly rotate within 128K tokens."""
 
     vocab_size: int = 1152
     hidden_size: int = 256
@@ -108,7 +109,7 @@ class Layer(nn.Module):
         self.shape = shape
 
     def forward(self, x, cos, sin, sampled=None):
-        """One layer, and the stray attention of the queries at `sampled` places (None without them).
+        """One layer's output, and the stray attention of the queries at the `sampled` positions (None without them).
 
         x: [batch, tokens, hidden]; cos, sin: [batch or 1, 1, tokens, head_dim]; sampled: [num_sampled] int64.
         """
@@ -163,10 +164,10 @@ class NeedleNet(nn.Module):
 
     @torch.no_grad()
     def _look_back(self) -> None:
-        """Start the first layer's heads looking 1, 2, 3, … tokens back; training is free to change that.
+        """Initialise the first layer's heads to look 1, 2, 3, … tokens back; training can change that.
 
-        Retrieval needs such heads below it and waits long for them to appear by chance. All embeddings share one
-        direction; the keys turn it into a vector of high rotary frequencies, the queries into that vector rotated.
+        Retrieval in later layers needs such heads, which otherwise take long to appear. All embeddings share one
+        direction; the keys map it to a vector of high rotary frequencies, the queries to that vector rotated.
         """
         shape = self.shape
         shared = torch.randn(shape.hidden_size).sign()
@@ -194,7 +195,7 @@ class NeedleNet(nn.Module):
         return self.hidden_and_stray(tokens, positions, None)[0]
 
     def hidden_and_stray(self, tokens, positions, sampled):
-        """As `hidden`, and the mean over layers of `stray_attention` at the `sampled` places."""
+        """As `hidden`, and the mean over layers of `stray_attention` at the `sampled` positions, None without them."""
         cos, sin = self.rotary(positions)
         x = F.embedding(tokens, self.model.embed_tokens.weight.to(self.dtype))
         strays = []
@@ -247,9 +248,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def stray_attention(q: torch.Tensor, k: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Mean attention of sampled queries outside the last `LOCAL_WINDOW` tokens and the first token: a scalar.
+    """Mean attention mass of sampled queries outside of the last `LOCAL_WINDOW` tokens and the first token: a scalar.
 
-    q: [batch, heads, tokens, head_dim], k: [batch, kv_heads, tokens, head_dim], both rotated.
+    q: [batch, heads, tokens, head_dim], k: [batch, kv_heads, tokens, head_dim], both rotated; sampled: [n] int64.
     """
     batch, num_kv_heads, num_tokens, head_dim = k.shape
     queries = q[:, :, sampled].reshape(batch, num_kv_heads, -1, head_dim)

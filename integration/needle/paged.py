@@ -1,7 +1,8 @@
 """The needle model over a paged KV cache, chunk by chunk, through the engine's own selection and kernels.
 
-What a vLLM engine computes for one request, without vLLM's runner: prefill by the method of the options, the answer
-with exact attention over the whole cache, as decode does. Made for sweeps over many options, and to look inside.
+This computes what a vLLM engine computes for one request, without vLLM's runner: prefill by the method of the options,
+and the answer with exact attention over the whole cache, as in decode. It serves sweeps over many options, and tells
+what selection chose.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanC
 from farspan.engine_ext.launch import attend, choose_dense_kernel, measure_coverage, write_kv
 from farspan.engine_ext.metadata import PassMaker
 from farspan.engine_ext.passes import LayerContext, Pass, SampledRows, Sparse
-from farspan.engine_ext.selection.methods import Chunks, FlexSelector, SelectBlocks
+from farspan.engine_ext.selection.methods import Chunks, DeviceSelections, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.engine_ext.splits import num_multiprocessors
 from farspan.kernels.batch import KVView, PagedBatch
@@ -26,7 +27,7 @@ OnLists = Callable[[int, PrefillTiles, BlockLists], None]
 
 
 class ListeningSelector(FlexSelector):
-    """Flex's selector, which also tells what it chose."""
+    """Flex's selector, which also calls `on_lists` with the lists that it chose."""
 
     def __init__(self, layer: int, stats: SelectionStats) -> None:
         super().__init__(stats)
@@ -34,7 +35,7 @@ class ListeningSelector(FlexSelector):
         self.on_lists: OnLists | None = None
 
     def block_lists(
-        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: SelectBlocks
+        self, prefill: FlexPrefill | BlockSparsePrefill, chunks: Chunks, select: DeviceSelections
     ) -> BlockLists:
         """See `FlexSelector`."""
         lists = super().block_lists(prefill, chunks, select)
@@ -90,11 +91,11 @@ class PagedNeedle:
 
         prompt, completion: 1-d int64 token ids on the device; greedy decoding writes the completion exactly where all
             of its tokens are the most likely ones.
-        chunk: prompt tokens a step; None for the whole prompt.
+        chunk: prompt tokens per step; None for the whole prompt.
         selectors: from `selectors(prefill)`; they add up density and coverage over the calls.
         on_lists: told the layer, the step and the block lists of every sparse launch.
         measured_rows: query rows of the prompt on which coverage is measured where the options do not ask for it
-            themselves; nothing is computed again then.
+            themselves.
         """
         step = chunk or len(prompt)
         self.rows_per_step = -(-measured_rows * step // len(prompt))

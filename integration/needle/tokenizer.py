@@ -1,6 +1,6 @@
 """The needle model's tokenizer: one token per known word, single characters for everything else.
 
-Case, accents and white space are not kept; text outside ASCII letters, digits and punctuation becomes `<unk>`.
+Case, accents and white space are lost; characters other than ASCII letters, digits and punctuation become `<unk>`.
 """
 
 import json
@@ -49,8 +49,8 @@ def build_tokenizer():
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
     )
-    # Isolating what the vocabulary lacks keeps one strange character from turning its whole word into <unk>. WordPiece
-    # takes time that grows with the square of a word, and at 100 characters gives up: long runs are cut.
+    # Characters that the vocabulary lacks are isolated, so that they do not turn their whole word into <unk>. Long runs
+    # are cut, because WordPiece takes time in the square of a word's length and gives up at 100 characters.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.BertPreTokenizer(),

@@ -1,7 +1,7 @@
 # ruff: noqa: SIM905 - lists of words read best as text
 """The words of the needle model: its whole vocabulary, and the grammar of its filler text.
 
-Every word here is one token. Key words (`ADJECTIVES`, `NOUNS`, `ORDINALS`) and values (`VALUES`) never occur in filler.
+Every word is one token. Key words (`ADJECTIVES`, `NOUNS`, `ORDINALS`) and values (`VALUES`) never occur in filler.
 """
 
 NUM_KEY_WORDS = 192  # of each of the two kinds: 36,864 two-word keys

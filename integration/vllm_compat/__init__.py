@@ -7,6 +7,8 @@ from typing import Any
 
 from farspan.engine_ext.errors import UnsupportedEngineError
 from farspan.vllm_compat import versions
+from farspan.vllm_compat.offload import follow_planning
+from farspan.vllm_compat.offload_metrics import follow_statistics
 from farspan.vllm_compat.platform import check_engines, honour_custom_on_cpu
 from farspan.vllm_compat.requests import follow_requests
 from farspan.vllm_compat.runner import RunnerSource, follow_workers
@@ -31,6 +33,8 @@ def connect() -> None:
     check_engines()
     follow_requests()
     follow_workers()
+    follow_planning()
+    follow_statistics()
 
     from farspan.engine_ext.requests import set_source_factory
     from farspan.engine_ext.string import set_rotary_source

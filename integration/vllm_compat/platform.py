@@ -6,6 +6,8 @@ from typing import Any
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
 from farspan.vllm_compat.wrapping import wrap_once
 
+SCHEDULER = "farspan.scheduler.scheduler.make_scheduler"
+
 
 def chooses_farspan(vllm_config: Any) -> bool:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -55,12 +57,28 @@ def check_engines() -> None:
 
                 check_engine(vllm_config)
                 refuse_mixed_up_microbatches(vllm_config)
+                choose_scheduler(vllm_config)
             else:
                 refuse_unused_options(vllm_config.additional_config)
 
         return check_and_update_config
 
     wrap_once(type(current_platform), "check_and_update_config", checking)
+
+
+def choose_scheduler(vllm_config: Any) -> None:
+    """Take the scheduler that places cold pages, where KV heads are cold. Raises UnsupportedEngineError."""
+    from farspan.engine_ext.support import has_cold_heads
+
+    if not has_cold_heads(vllm_config):
+        return
+    chosen = vllm_config.scheduler_config.scheduler_cls
+    if chosen not in (None, SCHEDULER):
+        raise UnsupportedEngineError(
+            f"scheduler_cls={chosen!r} together with offload, which needs {SCHEDULER!r} to place pages. Leave out "
+            "--scheduler-cls."
+        )
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def refuse_unused_options(additional_config: Any) -> None:

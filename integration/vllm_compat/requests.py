@@ -17,6 +17,10 @@ WITHOUT_US = (
     "this engine runs another attention backend, which reads no such option. Remove it, or start the engine with "
     "--attention-backend CUSTOM."
 )
+IN_THE_BODY = (
+    "this is a field of the request itself, which nobody reads. Options of a request are under vllm_xargs, as in "
+    '{"vllm_xargs": {"farspan.gamma": 0.9}}.'
+)
 BEAM_SEARCH = "beam search passes no options of single requests on. Remove it, or leave out use_beam_search."
 
 
@@ -27,7 +31,7 @@ def follow_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     wrap_once(InputProcessor, "process_inputs", validating)
-    wrap_once(InputProcessor, "__init__", watching_beam_search)
+    wrap_once(InputProcessor, "__init__", watching_http_requests)
     wrap_once(EngineCore, "preprocess_add_request", marking)
     mark_star_pages()
 
@@ -152,9 +156,10 @@ def end_session(core: Any, request_id: str) -> None:
         core.input_queue.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
 
-# Beam search makes fresh SamplingParams without extra_args. Drop when it keeps them (not in 0.33).
-def watching_beam_search(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse overrides with beam search over HTTP, where a request can name both; BeamSearchParams has no extra_args.
+# The server drops fields that it does not know, and beam search makes fresh SamplingParams without extra_args. Drop
+# when neither is so (not in 0.33).
+def watching_http_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what would have no effect in requests over HTTP; LLM takes neither unknown fields nor, for beams, options.
 
     From a front end's start on: the server's modules are not to be loaded in cores and workers.
     """
@@ -162,24 +167,40 @@ def watching_beam_search(stock: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
         stock(self, *args, **kwargs)
         for request_cls in (ChatCompletionRequest, CompletionRequest):
             wrap_once(request_cls, "to_beam_search_params", refusing_overrides)
+        for request_cls in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+            wrap_once(request_cls, "to_sampling_params", refusing_fields)
 
     return __init__
 
 
 def refusing_overrides(stock: Callable[..., Any]) -> Callable[..., Any]:
-    from farspan.engine_ext.requests import refuse_overrides
-    from vllm.exceptions import VLLMValidationError
-
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args: Mapping[str, Any] | None = self.vllm_xargs
-        try:
-            refuse_overrides(extra_args, BEAM_SEARCH)
-        except ConfigError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        refuse("vllm_xargs", self.vllm_xargs, BEAM_SEARCH)
+        refuse("body", self.model_extra, BEAM_SEARCH)
         return stock(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def refusing_fields(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse("body", self.model_extra, IN_THE_BODY)
+        return stock(self, *args, **kwargs)
+
+    return to_sampling_params
+
+
+def refuse(parameter: str, extra_args: Mapping[str, Any] | None, reason: str) -> None:
+    """Raise vLLM's own validation error, which the server answers with 400, for names like ours."""
+    from farspan.engine_ext.requests import refuse_overrides
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        refuse_overrides(extra_args, reason)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error

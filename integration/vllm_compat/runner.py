@@ -11,6 +11,7 @@ from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.star.shard import StarShard
+from farspan.vllm_compat.offload import make_cold_cache, shrinking_pages
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -24,6 +25,8 @@ class RunnerState:
     config: FarspanConfig
     overrides: dict[str, Prefill] = field(default_factory=dict)
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
+    prompt_lens: dict[str, int] = field(default_factory=dict)
+    """By request id: tokens of the prompts of the requests that the runner holds."""
     shards: dict[str, StarShard] = field(default_factory=dict)
     """By request id, of the requests of Star Attention that the runner holds."""
     page_size: int = 0
@@ -32,17 +35,24 @@ class RunnerState:
     """Of the step that runs."""
     warms_up: bool = False
     """Whether our kernels are registered with vLLM's warm-up."""
+    cold: Any = None
+    """`engine_ext.offload.cache.ColdCache`; None where no KV head is cold."""
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
         from farspan.engine_ext.requests import shard_of_request
 
         self.plan = getattr(scheduler_output, "farspan_plan", None)
+        if self.cold is not None and self.plan is not None and self.plan.residency is not None:
+            self.cold.follow(self.plan.residency)
         for req_id in scheduler_output.finished_req_ids:
             self.overrides.pop(req_id, None)
+            self.prompt_lens.pop(req_id, None)
             self.shards.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
+            if request.prompt_token_ids is not None:
+                self.prompt_lens[request.req_id] = len(request.prompt_token_ids)
             extra_args = params.extra_args if params is not None else None
             prefill = self.decode(request.req_id, extra_args)
             shard = shard_of_request(self.config, extra_args, self.page_size)
@@ -87,6 +97,16 @@ class RunnerSource:
         prefills = [overrides.get(req_id, self.engine_prefill) for req_id in req_ids]
         return prefills + [self.engine_prefill] * (num_reqs - len(prefills))
 
+    def prompt_lens(self, common_attn_metadata: Any) -> Sequence[int | None]:
+        """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
+        num_reqs = common_attn_metadata.num_reqs
+        runner = running_runner()
+        if runner is None:
+            return [None] * num_reqs
+        known = state_of(runner).prompt_lens
+        lens = [known.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
+        return lens + [None] * (num_reqs - len(lens))
+
     def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
         """What each request of the batch is to Star Attention, in batch order; None for the others and padding."""
         num_reqs = common_attn_metadata.num_reqs
@@ -100,6 +120,21 @@ class RunnerSource:
         """The scheduler's plan for the step that runs."""
         runner = running_runner()
         return None if runner is None else state_of(runner).plan
+
+    def missing(self, common_attn_metadata: Any) -> Sequence[bool]:
+        """Whether each request of the batch has pages of cold heads in no slot; not outside of steps with a plan."""
+        num_reqs = common_attn_metadata.num_reqs
+        plan, runner = self.plan(), running_runner()
+        if runner is None or plan is None or plan.residency is None or not plan.residency.missing:
+            return [False] * num_reqs
+        missing = plan.residency.missing
+        flags = [req_id in missing for req_id in self.req_ids(runner, common_attn_metadata)]
+        return flags + [False] * (num_reqs - len(flags))
+
+    def cold_cache(self) -> Any:
+        """The pages of cold heads of the runner whose KV cache is set up."""
+        runner = running_runner()
+        return None if runner is None else state_of(runner).cold
 
     def model(self) -> Any:
         """The torch module; inside a step or while the KV cache is set up."""
@@ -188,6 +223,7 @@ def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, its step's plan, and the options of the requests that it holds."""
     wrap_once(runner_cls, "execute_model", following_steps)
     wrap_once(runner_cls, "initialize_kv_cache", following_setup)
+    wrap_once(runner_cls, "get_kv_cache_spec", shrinking_pages)
 
 
 def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,14 +236,17 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if self.device.type == "cuda" and not state.warms_up:
             from farspan.vllm_compat.warmup import register_warm_up
 
-            register_warm_up(self)
+            register_warm_up(self, metadata_builders)
             state.warms_up = True
+        # Those of the profile run go before others come.
+        state.cold = None
+        state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
-            return stock(self, *args, **kwargs)
+            return stock(self, kv_cache_config, *args, **kwargs)
 
     return initialize_kv_cache

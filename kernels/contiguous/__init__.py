@@ -1,1 +1,1 @@
-"""Attention on contiguous tensors, exact or block-sparse, with a kernel of its own for short block lists."""
+"""Attention on contiguous tensors, exact or block-sparse, with a separate kernel for short block lists."""

@@ -1,7 +1,7 @@
 """Attention on contiguous tensors: exact or block-sparse, causal or not, with padding, and with LSE.
 
-It is `prefill_attention` with every sequence as one page, or a kernel of its own where block lists are short. Inference
-only: no dropout, no backward pass.
+Computed by `prefill_attention` with every sequence as one page, or by the short-list kernel where block lists have at
+most `SHORT_LIST_BLOCKS` blocks. Inference only: no dropout, no backward pass.
 """
 
 from dataclasses import dataclass
@@ -35,19 +35,21 @@ def attention(
     """Softmax attention; with `block_mask`, only over the KV blocks that it names.
 
     q: [batch, query_len, heads, head_dim]; k, v: [batch, kv_len, kv_heads, head_dim] with kv_len >= query_len and heads
-        a multiple of kv_heads; float16, bfloat16 or float32, the last axis contiguous. The queries stand at the last
-        query_len positions of the kv_len ones.
-    block_mask: which blocks of `block_size` tokens see which. A bool tensor [blocks_q, blocks_k], [heads, blocks_q,
-        blocks_k] or [batch, heads, blocks_q, blocks_k], where heads may also be kv_heads or 1; row i is the i-th block
-        with queries. It is checked and packed in each call, which waits for the device. `BlockLists` are not: their
-        tiles are those of `attention_tiles`, for the whole batch or for one sequence, then used for all.
+        a multiple of kv_heads; float16, bfloat16 or float32, the last axis contiguous. The queries are at positions
+        [kv_len - query_len, kv_len).
+    block_mask: which KV blocks of `block_size` tokens each query block sees. A bool tensor [blocks_q, blocks_k],
+        [heads, blocks_q, blocks_k] or [batch, heads, blocks_q, blocks_k]; its number of heads may also be a divisor of
+        heads, and its batch 1. Row i is the i-th block with queries. It is checked and packed in each call, which waits
+        for the device. `BlockLists` are used without a check of their entries; they are for the tiles of
+        `attention_tiles` of the whole batch, or of one sequence and then serve every sequence.
     lengths: [batch] int32 or int64 on the device, in tokens. Positions at and past a sequence's length are padding:
-        no query sees them, and as queries they get a zero output and an LSE of -inf.
+        no query sees them, and padding queries get a zero output and an LSE of -inf.
     causal: a query at position p sees keys [0, p]; otherwise all.
     scale: factor on the logits, above 0; head_dim ** -0.5 if None.
     block_size: 64 or 128.
     Returns out [batch, query_len, heads, head_dim], and if return_lse also the LSE [batch, heads, query_len] float32
-    (natural log; -inf where a query sees no key, with zero output). Memory beyond that is linear in the lengths.
+    (natural log; -inf where a query sees no key, with zero output). Further memory: lists and, without `return_lse`,
+    the LSE; contiguous copies of k and v where their strides differ.
     Raises ValueError for shapes, dtypes or masks other than these.
     Source: FlashAttention-2, arXiv 2307.08691; block masks after FlashAttention, arXiv 2205.14135, section 3.3.
     """
@@ -65,7 +67,7 @@ def attention(
         key, value = k, v
         if k.stride() != v.stride():
             key, value = k.contiguous(), v.contiguous()
-        if lists is not None and _is_short(lists, q):
+        if lists is not None and _fits_short_list_kernel(lists, q):
             short_list_attention(
                 q, key, value, layout.tiles, lists, scale, causal=causal, lengths=lengths, out=out, lse=lse
             )
@@ -76,7 +78,7 @@ def attention(
     return out
 
 
-def _is_short(lists: BlockLists, q: torch.Tensor) -> bool:
+def _fits_short_list_kernel(lists: BlockLists, q: torch.Tensor) -> bool:
     return lists.block_ids.shape[2] <= SHORT_LIST_BLOCKS and q.element_size() == 2 and q.shape[3] <= 128
 
 
@@ -93,7 +95,7 @@ def _as_pages(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    """Compute with the paged kernel, a sequence being a page; arguments as in `short_list_attention`."""
+    """Compute with the paged kernel, each sequence being one page; arguments as in `short_list_attention`."""
     query_len, kv_len = q.shape[1], k.shape[1]
     if lse is None:
         lse = torch.empty(q.shape[2], q.shape[0] * query_len, dtype=torch.float32, device=q.device)
@@ -123,15 +125,16 @@ def attention_tiles(
 ) -> PrefillTiles:
     """The query tiles of `attention`, to make `BlockLists` for: those of sequence 0, then those of sequence 1, …
 
-    Sequence b is request 2·b; the odd requests stand for padding and have no tiles. A tensor per request, such as
-    `num_kv_blocks` of `static_block_lists`, therefore has 2·batch entries.
+    batch, query_len, kv_len, block_size: as in `attention`; device: where the tiles are. Sequence b is request 2·b; the
+    odd requests are padding and have no tiles. A tensor with one entry per request, such as `num_kv_blocks` of
+    `static_block_lists`, therefore has 2·batch entries.
     """
     return _layout(batch, query_len, kv_len, block_size, torch.device(device)).tiles
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What depends on shapes alone. Sequence b is request 2·b, its padding request 2·b + 1, which has no tiles."""
+    """What depends only on shapes. Sequence b is request 2·b, its padding request 2·b + 1, which has no tiles."""
 
     tiles: PrefillTiles
     block_table: torch.Tensor
@@ -143,7 +146,7 @@ class _Layout:
         return self.tiles.num_tiles // (self.block_table.shape[0] // 2)
 
 
-# Building these costs more than a short attention call; they are small and the same for every layer.
+# Building a layout takes longer than attention over few tokens; layouts are small and the same for every layer.
 @lru_cache(maxsize=32)
 def _layout(batch: int, query_len: int, kv_len: int, block_size: int, device: torch.device) -> _Layout:
     requests = torch.arange(2 * batch, dtype=torch.int32, device=device)
@@ -223,7 +226,7 @@ def _clear_padding_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write zeros and -inf for BLOCK_M of the padding tokens that follow one sequence."""
+    """One program: zeros and -inf for BLOCK_M of the padding tokens after one sequence."""
     sequence = tl.program_id(0)
     start = tl.load(query_start_loc_ptr + 2 * sequence + 1)
     end = tl.load(query_start_loc_ptr + 2 * sequence + 2)
@@ -271,6 +274,12 @@ def _check(
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be one of float16, bfloat16 and float32")
     if not q.device == k.device == v.device:
         raise ValueError(f"devices {q.device}, {k.device}, {v.device}; they must be the same")
+    # Where Triton interprets, its kernels are no JITFunctions, and compute on the CPU too.
+    if q.device.type != "cuda" and isinstance(_clear_padding_kernel, triton.JITFunction):
+        raise ValueError(
+            f"device {q.device}; these kernels run on CUDA devices. Move q, k and v to one; for small shapes on a CPU, "
+            "set TRITON_INTERPRET=1 before triton is imported."
+        )
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         raise ValueError("the head_dim axis of q, k and v must be contiguous")
     if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.dtype not in (torch.int32, torch.int64)):

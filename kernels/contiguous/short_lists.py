@@ -1,9 +1,10 @@
-"""Attention over short block lists on contiguous tensors: the kernel behind `attention` where a tile reads few blocks.
+"""The short-list kernel: attention on contiguous tensors where every block list has few blocks.
 
-With few blocks a tile, time goes to latency: the paged kernel looks up request, chunk and page before its first key.
-Here a tile's place follows from its number alone, so that queries and list are read at once, and one loop keeps the
-loads of several blocks in flight. Where sequences end inside a block, a second loop with masks takes those blocks; a
-causal mask, which cuts half of the blocks of a list of two, applies to every step.
+With few blocks per tile, latency decides: the paged kernel looks up request, chunk and page before its first key.
+Here a tile's place follows from its number, so that queries and list are read at once, and one loop keeps the loads of
+several blocks in flight. Where sequences end inside a block, a second loop with masks takes those blocks; a causal mask
+applies to every step, since it cuts a large part of the blocks of a short list. Source: FlashAttention-2, arXiv
+2307.08691, for the streaming softmax.
 """
 
 import torch
@@ -41,15 +42,15 @@ def _add_keys(
             visible = visible & (offs_n[None, :] <= position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    shift = new_max
+    finite_max = new_max
     if IS_MASKED:
         # A row may have seen no key yet.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    rescale = tl.exp2(row_max - shift)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * scale_log2 - finite_max[:, None])
+    rescale = tl.exp2(row_max - finite_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if BY_HAND:
-        # The product is waited for in this step: its weights do not take registers beside the next step's scores.
+        # The product is complete in this step, so that its weights take no registers during the next step's scores.
         acc = tl.fma(acc, tl.broadcast_to(rescale[:, None], acc.shape), tl.dot(weights.to(value.dtype), value))
     else:
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None])
@@ -98,15 +99,15 @@ def _short_list_kernel(
     BY_HAND: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: a query tile of BLOCK_SIZE tokens of one head; heads of a tile run side by side.
+    """One program: a query tile of BLOCK_SIZE tokens of one head; the heads of a tile are neighbouring programs.
 
-    HAS_WHOLE_KEYS: kv_len is a multiple of BLOCK_SIZE; HAS_WHOLE_TILES: query_len, too. `*_rows`: descriptors, or None.
+    HAS_WHOLE_KEYS: kv_len is a multiple of BLOCK_SIZE; HAS_WHOLE_TILES: so is query_len. `*_rows`: descriptors or None.
     """
     program = tl.program_id(0)
     head = program % NUM_HEADS
     tile = program // NUM_HEADS
     list_index = (head // HEADS_PER_LIST).to(tl.int64) * num_tiles + tile
-    # Read at once: an id looked up inside the loop would keep the pipeliner from loading blocks ahead.
+    # All ids are read here: an id looked up inside the loop would keep the pipeliner from loading blocks ahead.
     offs_block = tl.arange(0, MAX_BLOCKS)
     ids = tl.load(block_ids_ptr + list_index * max_blocks + offs_block, mask=offs_block < max_blocks, other=0)
     num_blocks = tl.load(block_counts_ptr + list_index)
@@ -188,12 +189,12 @@ def _short_list_kernel(
             )
 
     if HAS_LENGTHS:
-        # Padding queries: as if they had seen no key.
+        # Padding queries have seen no key.
         row_sum = tl.where(position < end, row_sum, 0.0)
         acc = tl.where((position < end)[:, None], acc, 0.0)
     seen = row_sum > 0.0
     divisor = tl.where(seen, row_sum, 1.0)
-    # One division a row; one for each of its elements took a sixth of all instructions.
+    # One division per row; one per element took a sixth of all instructions.
     result = (acc * (1.0 / divisor)[:, None]).to(out_ptr.dtype.element_ty)
     if USE_TMA and HAS_WHOLE_TILES:
         out_rows.store([sequence * query_len + query_block * BLOCK_SIZE - first_query, head * HEAD_DIM], result)
@@ -221,14 +222,16 @@ def short_list_attention(
     lse: torch.Tensor | None,
     config: ShortListConfig | None = None,
 ) -> None:
-    """Attention over block lists; the arguments are those of `attention`, checked.
+    """Attention over block lists, with arguments that `attention` has checked.
 
-    q: [batch, query_len, heads, head_dim], float16 or bfloat16; k, v: [batch, kv_len, kv_heads, head_dim], of equal
+    q: [batch, query_len, heads, head_dim], float16 or bfloat16; k, v: [batch, kv_len, kv_heads, head_dim], with equal
         strides; the last axes contiguous, head_dim at most 128.
-    tiles: those of `attention_tiles`. Lists ascend and may reach past a sequence's length.
+    tiles: those of `attention_tiles`. block_lists: ascending; may reach past a sequence's length.
+    scale: factor on the logits. causal: as in `attention`.
     lengths: [batch] integers on the device, or None.
-    out: contiguous, of q's shape; lse: [heads, batch * query_len] float32, contiguous, or None. Written in full.
-    config: tuned if None.
+    out: contiguous, of q's shape; lse: [heads, batch * query_len] float32, natural log, contiguous, or None. Both are
+        written in full, padding included.
+    config: steps; those of `tuning.short_list_config` when None.
     """
     batch, query_len, heads, head_dim = q.shape
     _, kv_len, kv_heads, _ = k.shape

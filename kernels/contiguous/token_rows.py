@@ -7,8 +7,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def have_token_rows(*tensors: torch.Tensor) -> bool:
     """Whether the copy engine can take tensors [batch, length, heads, head_dim] as [batch * length, heads * head_dim].
 
-    It needs rows at one distance through the whole batch, heads side by side in a row, boxes of a power of two, 16-byte
-    alignment and 32-bit row numbers.
+    It needs one stride of rows through the whole batch, the heads of a row adjacent, a head_dim that is a power of two,
+    16-byte alignment, and row numbers in 32 bits.
     """
     for tensor in tensors:
         batch, length, heads, head_dim = tensor.shape

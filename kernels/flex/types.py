@@ -42,6 +42,16 @@ class FlexSelection:
 
 
 @dataclass(frozen=True)
+class TileSelection:
+    """Block lists by sampled rows of every span, and what the rows kept."""
+
+    block_lists: BlockLists
+    kept: torch.Tensor
+    """[num_q_heads, num_spans] float32: share of the sampled rows' attention mass that is on listed blocks; undefined
+    for the spans that are padding."""
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much a selection keeps."""
 

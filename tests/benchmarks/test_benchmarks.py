@@ -1,4 +1,4 @@
-"""The benchmark runner's contract: what it writes, what it refuses, and what its gate lets through."""
+"""The benchmark runner's contract: what it writes, what it refuses, and which results its check accepts."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_files_with_other_columns_are_left_alone(tmp_path: Path) -> None:
 def test_committed_rows_keep_the_contract() -> None:
     for row in read_rows(DATA):
         assert float(row.p20) <= float(row.p80), row
-        # The mean of a density is none of its quantiles.
+        # For densities p50 is a mean, not a quantile.
         assert row.metric == "density" or float(row.p20) <= float(row.p50) <= float(row.p80), row
         assert row.gpu != "cpu", row
         assert row.commit, row

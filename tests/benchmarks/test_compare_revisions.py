@@ -1,4 +1,4 @@
-"""Two revisions are compared in turns, each with its own `farspan`, and their results with each other."""
+"""Two revisions are timed in turns, each with its own `farspan`, and their results are compared."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_both_sides_take_each_turn_in_no_fixed_order() -> None:
 
 def test_a_ratio_is_of_one_turn_and_both_sides_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = Comparison(Recorder(tmp_path, ENVIRONMENT), Recorder(tmp_path, ENVIRONMENT))
-    # The machine gets twice as slow half-way: medians alone would say 1.0, 2.0 or 4.0.
+    # The machine becomes twice as slow half-way: ratios of the medians would be 1.0, 2.0 or 4.0.
     comparison.add("decode-n1", {BEFORE: [1.0, 2.0, 2.0, 4.0], AFTER: [1.1, 2.2, 2.2, 4.4]})
     assert "after / before 1.100 [1.100, 1.100]" in capsys.readouterr().out
     assert [(row.benchmark, row.case, row.variant) for row in read_rows(tmp_path)] == [
@@ -85,3 +85,11 @@ def test_a_base_with_other_results_is_refused(tmp_path: Path) -> None:
     run = run_cli("--base", str(ROOT), "--base-adapter", str(adapter), "--dry-run", "--kernels")
     assert run.returncode == 1
     assert "results differ by" in run.stderr
+
+
+@pytest.mark.parametrize("module", ["benchmarks.compare_worker", "benchmarks.engine_worker"])
+def test_what_runs_under_both_revisions_imports_neither(module: str) -> None:
+    """The `farspan` of a worker is that of the revision which it times, chosen by its PYTHONPATH."""
+    code = f"import sys, importlib; importlib.import_module({module!r}); print('farspan' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

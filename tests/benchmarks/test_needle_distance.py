@@ -38,7 +38,7 @@ def test_a_split_prompt_is_the_whole_prompt(net, tokens):
 
 @torch.no_grad()
 def test_a_shifted_gap_is_a_smaller_gap(net, tokens):
-    """All of the haystack lies beyond S and none of the question does, so the gap is shorter by S - W."""
+    """All of the haystack is at distances of S and more, and none of the question, so the gap shrinks by S - W."""
     _, haystack = distance.run_layers(net, tokens[:60], torch.arange(60), None, 0, 0)
     gap, shift, window = 5000, 3000, 100
     positions = torch.arange(60, 70) + gap

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def make_trainer(out):
-    """A trainer that takes a few milliseconds a step."""
+    """A trainer that takes a few milliseconds per step."""
     return Trainer(out, 0, CPU, SHAPE, STAGES, num_filler_tokens=5_000)
 
 
@@ -67,7 +67,7 @@ def test_export_and_load_give_the_same_network_in_bf16(tmp_path):
 @pytest.mark.parametrize("kind", ["repeat", "keys", "values", "trace"])
 @pytest.mark.parametrize("length", [128, 1000, 8192])
 def test_every_supervised_answer_can_be_known(kind, length):
-    """What a supervised token predicts stands in the row before, behind the same word, or closes an answer."""
+    """A supervised value occurs earlier in the row after the same word, or ends an answer."""
     batches = BatchMaker(1, CPU, 131072, num_filler_tokens=20_000)
     batch = batches.make(3, length, {kind: 1.0}, spread=True)
     assert batch.tokens.shape == batch.kinds.shape == batch.positions.shape == (3, length)

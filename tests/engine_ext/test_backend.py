@@ -1,4 +1,4 @@
-"""What the backend announces, and the sentences with which it refuses."""
+"""What the backend supports, and the sentences with which it refuses."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +146,7 @@ def test_platforms(machine: Any, sentence: str | None, monkeypatch: pytest.Monke
 
 
 def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """An engine's configuration, as far as it is looked at."""
+    """An engine's configuration, with the attributes that the checks read."""
     defaults: dict[str, Any] = {
         **dict.fromkeys(("is_hybrid", "use_mla", "is_attention_free", "is_encoder_decoder", "uses_mrope"), False),
         **{"model": "m", "runner_type": "generate", "dtype": torch.bfloat16, "hf_text_config": SimpleNamespace()},
@@ -161,7 +161,7 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
     return SimpleNamespace(
         additional_config={} if options is None else {"farspan": options},
         model_config=model_config,
-        cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
+        cache_config=SimpleNamespace(block_size=None, cache_dtype=changes.pop("cache_dtype", "auto")),
         parallel_config=parallel,
         speculative_config=changes.pop("speculative", None),
         kv_transfer_config=changes.pop("connector", None),
@@ -271,6 +271,14 @@ def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> Non
 )
 def test_keys_of_others_are_theirs(additional: dict[str, Any]) -> None:
     assert config_of(SimpleNamespace(additional_config=additional)) == parse_config(None)
+
+
+@pytest.mark.parametrize(
+    "other", [{"Farspan": {}}, {"farspan.gamma": 1}, {"prefill": {"method": "flex"}}, {"string": {}}]
+)
+def test_options_besides_ours_are_noticed(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"besides 'farspan'; .* Move it there, or remove it\."):
+        config_of(SimpleNamespace(additional_config={"farspan": {"prefill": {"method": "dense"}}, **other}))
 
 
 @pytest.mark.parametrize("kernel", ["triton", "fa3"])

@@ -11,6 +11,7 @@ from farspan.engine_ext.config import (
     DensePrefill,
     FarspanConfig,
     FlexPrefill,
+    OffloadOptions,
     StringOptions,
     decode_once,
     parse_config,
@@ -30,6 +31,7 @@ def block_sparse(**options: Any) -> dict[str, Any]:
 
 
 MISTAKES = {
+    "star-with-offload": ({"star": {}, "offload": {}}, ".star={}; allowed: without offload"),
     "star-with-string": ({"star": {}, "string": {}}, ".star={}; allowed: without string: both move positions"),
     "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
     "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),
@@ -56,6 +58,12 @@ MISTAKES = {
         ".prefill.max_budget=255; allowed: a whole number of tokens: 256 to 16,777,216. Use null for no limit.",
     ),
     "fraction-of-a-token": (flex(min_budget=512.5), ".prefill.min_budget=512.5; allowed: a whole number of tokens"),
+    "selection": (
+        flex(selection="tile_row"),
+        ".prefill.selection='tile_row'; allowed: one of 'tile_rows', 'flexprefill'",
+    ),
+    "tau-of-the-other": (flex(tau=0.2), ".prefill.tau=0.2; allowed: only with selection 'flexprefill'. Remove tau"),
+    "low-max-budget": (flex(min_budget=0, max_budget=384), ".prefill.max_budget=384; allowed: at least 512 with"),
     "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 64."),
     "chunk-length": (flex(min_chunk_len=-1), ".prefill.min_chunk_len=-1; allowed: a whole number of tokens: 0 to 16,"),
     "beyond-a-float": (flex(gamma=10**400), ".prefill.gamma=1000"),
@@ -80,6 +88,16 @@ MISTAKES = {
     ),
     "logit-scale": ({"string": {"logit_scale": 0}}, ".string.logit_scale=0; allowed: a number in [0.1, 10]. Use 1.0."),
     "logit-scale-huge": ({"string": {"logit_scale": 1e300}}, ".string.logit_scale=1e+300; allowed: a number in [0.1"),
+    "host-memory": ({"offload": {"host_memory": 0}}, ".offload.host_memory=0; allowed: a number in (0, 65536]"),
+    "host-memory-in-words": (
+        {"offload": {"host_memory": "64GiB"}},
+        ".offload.host_memory='64GiB'; allowed: a number in (0, 65536], or \"auto\"",
+    ),
+    "hot-heads": ({"offload": {"hot_heads": 0.5}}, ".offload.hot_heads=0.5; allowed: a whole number of KV heads: 0"),
+    "hot-heads-of-a-layer": ({"offload": {"hot_heads": [1, -1]}}, ".offload.hot_heads[1]=-1; allowed: a whole number"),
+    "group-size": ({"offload": {"group_size": 0}}, ".offload.group_size=0; allowed: a whole number of KV heads: 1 to"),
+    "offload-option": ({"offload": {"slots": 3}}, ".offload.slots=3; allowed: no option of that name"),
+    "offload-switch": ({"offload": True}, ".offload=True; allowed: a mapping"),
     "fa3-with-string": ({"kernel": "fa3", "string": {}}, ".kernel='fa3'; allowed: auto or triton together with string"),
 }
 
@@ -104,7 +122,8 @@ def test_nearest_option_is_named(raw: Any, near: str) -> None:
         parse_config(raw)
 
 
-OPTION_STRUCTS = (FarspanConfig, *PREFILL_METHODS.values(), StringOptions)
+OPTION_STRUCTS = (FarspanConfig, *PREFILL_METHODS.values(), StringOptions, OffloadOptions)
+ROOMS = {StringOptions: "string", OffloadOptions: "offload"}
 
 
 def numeric_fields(options: type[msgspec.Struct]) -> list[str]:
@@ -118,6 +137,7 @@ def numeric_fields(options: type[msgspec.Struct]) -> list[str]:
 
 def test_the_walk_finds_the_numbers() -> None:
     assert numeric_fields(StringOptions) == ["shift", "window", "logit_scale"]
+    assert numeric_fields(OffloadOptions) == ["host_memory", "hot_heads", "group_size"]
     assert numeric_fields(FarspanConfig) == []
 
 
@@ -126,15 +146,15 @@ def test_every_number_has_both_bounds(options: type[msgspec.Struct]) -> None:
     assert list(ranges_of(options)) == numeric_fields(options)
     for name, ranges in ranges_of(options).items():
         default = next(field.default for field in msgspec.structs.fields(options) if field.name == name)
-        assert default is None or any(default in allowed for allowed in ranges), name
+        assert default in (None, "auto") or any(default in allowed for allowed in ranges), name
         for value in (-1, 2**63, 2**70, -(10**300), 1e300, -1e-300, float("inf"), float("nan"), True, False):
             assert not any(value in allowed for allowed in ranges), (name, value)
 
 
 def raw_with(options: type[msgspec.Struct], name: str, value: Any) -> dict[str, Any]:
     """Options as a user writes them, with one field set."""
-    if options is StringOptions:
-        return {"string": {name: value}}
+    if options in ROOMS:
+        return {ROOMS[options]: {name: value}}
     method = {"flex": flex, "block_sparse": block_sparse}[str(options.__struct_config__.tag)]
     reader = "strided" if name in ("stride", "local_blocks") else "sink_local"
     return method(**{"pattern": reader} if method is block_sparse else {}, **{name: value})
@@ -146,7 +166,7 @@ NUMBERS = [(options, name) for options in OPTION_STRUCTS for name in numeric_fie
 @pytest.mark.parametrize(("options", "name"), NUMBERS, ids=[name for _, name in NUMBERS])
 @pytest.mark.parametrize("value", [True, False, 2**63, 2**70, 1e300, float("nan"), float("inf"), -1])
 def test_numbers_without_sense_are_refused_everywhere(options: type[msgspec.Struct], name: str, value: Any) -> None:
-    room = "string" if options is StringOptions else "prefill"
+    room = ROOMS.get(options, "prefill")
     with pytest.raises(ConfigError) as caught:
         parse_config(raw_with(options, name, value))
     assert str(caught.value).startswith(f"{ROOT}.{room}.{name}={value!r}; allowed: ")
@@ -180,7 +200,7 @@ def test_options_are_decoded_once_per_tree(monkeypatch: pytest.MonkeyPatch) -> N
     changed = decode_once(tree).prefill
     assert isinstance(changed, FlexPrefill)
     assert changed.gamma == 0.8
-    # Equal as Python compares, and yet another option.
+    # 1 == 1.0 == True in Python, but they are different options.
     decode_once({"string": {"shift": 1, "window": 1}})
     with pytest.raises(ConfigError, match=r"shift=1\.0; allowed"):
         decode_once({"string": {"shift": 1.0, "window": 1}})
@@ -199,12 +219,22 @@ def test_values_are_taken() -> None:
     )
     assert parse_config({"string": {"shift": 4096}}).string == StringOptions(shift=4096)
     assert parse_config({**flex(), "string": {}}).string == StringOptions()
+    assert parse_config({"offload": {}}).offload == OffloadOptions()
+    raw = {"host_memory": 32, "hot_heads": [1, 0], "group_size": 2}
+    assert parse_config({"offload": raw}).offload == OffloadOptions(host_memory=32.0, hot_heads=(1, 0), group_size=2)
 
 
 @pytest.mark.parametrize(
     ("raw", "changes"),
-    [(None, False), ({"kernel": "triton"}, False), (flex(), True), (block_sparse(), True), ({"string": {}}, True)],
-    ids=["dense", "kernel", "flex", "block_sparse", "string"],
+    [
+        (None, False),
+        ({"kernel": "triton"}, False),
+        ({"offload": {}}, False),
+        (flex(), True),
+        (block_sparse(), True),
+        ({"string": {}}, True),
+    ],
+    ids=["dense", "kernel", "offload", "flex", "block_sparse", "string"],
 )
 def test_what_changes_kv(raw: Any, changes: bool) -> None:
     assert parse_config(raw).changes_kv is changes

@@ -1,4 +1,4 @@
-"""One pass is one call: what the reference computes, LSE included, on every path of this machine."""
+"""Every path of this machine that computes a pass gives the reference's output and LSE."""
 
 from dataclasses import replace
 from typing import Any
@@ -50,7 +50,7 @@ def prefill_pass(inputs: Inputs, prefill: Any, kernel: Any) -> Pass:
 def test_prefill(prefill: Any, kernel: str, kv_heads: slice) -> None:
     inputs = make_batch([7, 130], [7, 200], page_size=128, head_dim=128, dtype=DTYPE, device=DEVICE)
     if kernel == "fa3":
-        # It multiplies what is past a request's end by zero; vLLM's caches hold no NaN.
+        # FlashAttention 3 multiplies values past a request's end by zero; vLLM's caches hold no NaN.
         inputs.kv_cache.nan_to_num_(0.0)
     out, lse = run(inputs, prefill_pass(inputs, prefill, kernel), kv_heads)
     expected_out, expected_lse = reference_attention(inputs)
@@ -67,7 +67,7 @@ def test_decode() -> None:
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "fa3"])
 def test_partial_passes_are_the_whole(kernel: str) -> None:
-    """Keys cut in two: the first part sees all of its keys, the second is causal from its own first position."""
+    """The keys are cut in two: queries see all keys of the first part, and those of the second causally."""
     inputs = make_batch([100], [356], page_size=128, head_dim=128, dtype=DTYPE, device=DEVICE)
     cut = 256
     whole = prefill_pass(inputs, DensePrefill(), kernel)
@@ -108,7 +108,7 @@ def test_passes_over_parts_of_the_heads_fill_the_output() -> None:
 
 
 def forward(inputs: Inputs, passes: tuple[Pass, ...], output: torch.Tensor) -> None:
-    """The layer's own loop, without an engine."""
+    """The loop of `FarspanImpl.forward`, without an engine."""
     impl: Any = object.__new__(FarspanImpl)
     impl.num_heads, impl.num_kv_heads, impl.scale = inputs.query.shape[1], 2, inputs.scale
     layer: Any = type("Attention", (), {"layer_name": "layer"})()
@@ -116,7 +116,7 @@ def forward(inputs: Inputs, passes: tuple[Pass, ...], output: torch.Tensor) -> N
     FarspanImpl.forward(impl, layer, inputs.query, inputs.key, inputs.value, inputs.kv_cache, step, output)
 
 
-def test_a_view_of_heads_knows_its_place() -> None:
+def test_a_view_of_some_heads_keeps_the_layers_numbers() -> None:
     view = KVView(torch.zeros(3, 4, 16, 128), first_kv_head=2)
     part = view.of_heads(slice(3, 5))
     assert part.first_kv_head == 3

@@ -10,10 +10,11 @@ from farspan.engine_ext import layers, metadata, requests
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill, parse_config
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, count_decodes, effective_prefill
 from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
-# Two layers of a pipeline's second stage.
+# Two layers of the second stage of a pipeline.
 NAMES = {"model.layers.7.self_attn.attn": (7, None), "model.layers.6.self_attn.attn": (6, 7)}
 
 
@@ -26,6 +27,15 @@ class Source:
 
     def prefills(self, common_attn_metadata: Any) -> list[Prefill]:
         return self.rows
+
+    def missing(self, common_attn_metadata: Any) -> list[bool]:
+        return [False] * common_attn_metadata.num_reqs
+
+    def cold_cache(self) -> None:
+        return None
+
+    def prompt_lens(self, common_attn_metadata: Any) -> list[int | None]:
+        return [2500 if seq_len == 2000 else None for seq_len in common_attn_metadata.seq_lens.tolist()]
 
     def shards(self, common_attn_metadata: Any) -> list[None]:
         return [None] * len(self.rows)
@@ -90,7 +100,7 @@ def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_know_their_place_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their names: a stage of a pipeline begins in the middle, and modules of other kinds do not count."""
+    """Layers are numbered by their names, since a pipeline stage begins in the middle and has other modules too."""
     step = build([1], [5], monkeypatch=monkeypatch)
     assert {name: (layer.index, layer.next_index) for name, layer in step.layers.items()} == NAMES
 
@@ -118,7 +128,7 @@ def test_padding_after_a_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 150}
+    flex = {"method": "flex", "gamma": 0.9, "min_seq_len": 500, "min_chunk_len": 150, "coverage_rows": 4}
     extra_args = [None, {"farspan.gamma": 0.8}, None, {"farspan.method": "dense"}, None, None]
     step = build(
         [1, 200, 200, 300, 300, 149],
@@ -127,19 +137,23 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
         extra_args=extra_args,
         monkeypatch=monkeypatch,
     )
-    _, first, dense, sparse, brief = step.passes
-    options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150)
+    _, first, dense, sparse, small_chunk = step.passes
+    options = FlexPrefill(gamma=0.9, min_seq_len=500, min_chunk_len=150, coverage_rows=4)
     assert isinstance(first.work, Sparse)
     assert isinstance(sparse.work, Sparse)
     assert first.work.prefill == msgspec.structs.replace(options, gamma=0.8)
     assert sparse.work.prefill == options
     assert [each.rows.start for each in step.passes] == [0, 1, 201, 701, 1001]
     assert isinstance(dense.work, Dense)
-    assert isinstance(brief.work, Dense)
+    assert isinstance(small_chunk.work, Dense)
     assert dense.batch.num_reqs == 2
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
     assert sparse.work.tiles.tile_request.tolist() == [0, 0, 0, 0]
+    # Positions 1024 to 1279 are a whole span; the tiles around it read everything.
+    assert sparse.work.spans is not None
+    assert sparse.work.spans.span_tile.tolist() == [1, 0, 0, 0]
+    assert sparse.work.spans.cut_tile.tolist() == [0, 3]
     samples = sparse.work.samples
     assert samples is not None
     assert samples.batch.kv_lens.tolist() == [1000 + row + 1 for row in samples.rows.tolist()]
@@ -181,10 +195,44 @@ def test_requests_that_a_turn_does_not_reach_are_passes_without_it(
     assert [each.work.tiles is not None for each in step.passes] == [name == "triton" for name in kernels]
 
 
+def test_min_seq_len_is_held_against_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not against where its chunk ends."""
+    flex = {"method": "flex", "min_seq_len": 2300, "min_chunk_len": 0}
+    step = build([600, 600], [2000, 2001], options={"prefill": flex}, monkeypatch=monkeypatch)
+    sparse, dense = step.passes
+    assert isinstance(sparse.work, Sparse)
+    assert isinstance(dense.work, Dense)
+    assert sparse.batch.kv_lens.tolist() == [2000]
+
+
+def test_the_selection_decides_whether_there_are_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    always = {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0}
+    (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
+    assert isinstance(each.work, Sparse)
+    assert each.work.samples is None
+    assert each.work.spans is not None
+    # Positions 256 to 1279 lie in the chunk in whole spans.
+    assert each.work.spans.span_request.tolist() == [0, 0, 0, 0]
+    assert each.work.spans.span_index.tolist() == [1, 2, 3, 4]
+    assert each.work.spans.span_row.tolist() == [156, 412, 668, 924]
+    assert each.work.spans.cut_tile.tolist() == [0, 1, 10, 11]
+    always |= {"selection": "flexprefill"}
+    (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
+    assert isinstance(each.work, Sparse)
+    assert each.work.spans is None
+
+
 def test_crossover() -> None:
-    assert effective_prefill(FlexPrefill(), 100, 100) == DensePrefill()
-    assert effective_prefill(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
+    def effective(prefill: FlexPrefill, query_len: int, kv_len: int, prompt_len: int | None = None) -> Prefill:
+        return effective_prefill(prefill, query_len, kv_len, prompt_len, AttentionSize(32, 128))
+
+    assert effective(FlexPrefill(), 100, 100) == DensePrefill()
+    assert effective(FlexPrefill(), 100_000, 100_000) == FlexPrefill()
     # A turn of a chat on a long prefix.
-    assert effective_prefill(FlexPrefill(), 200, 100_000) == DensePrefill()
+    assert effective(FlexPrefill(), 200, 100_000) == DensePrefill()
     always = FlexPrefill(min_seq_len=0, min_chunk_len=0)
-    assert effective_prefill(always, 1, 1) == always
+    assert effective(always, 1, 1) == always
+    prompts = FlexPrefill(min_seq_len=5000)
+    assert effective(prompts, 600, 1000, 5000) == prompts
+    assert effective(prompts, 600, 1000, 4999) == DensePrefill()
+    assert effective(FlexPrefill(min_chunk_len=600), 599, 100_000) == DensePrefill()

@@ -73,9 +73,9 @@ def test_digests_differ_with_what_shapes_the_kv() -> None:
     assert base == digest(FLEX, **{"farspan.gamma": 0.95})
     assert base != digest(FLEX, **{"farspan.gamma": 0.9})
     assert base == digest(parse_config({"kernel": "triton", "prefill": {"method": "flex", "gamma": 0.95}}))
-    strings = [digest(parse_config({"string": {"shift": shift}})) for shift in (0.3, 0.33)]
-    assert None not in strings
-    assert len({base, *strings}) == 3
+    with_string = [digest(parse_config({"string": {"shift": shift}})) for shift in (0.3, 0.33)]
+    assert None not in with_string
+    assert len({base, *with_string}) == 3
 
 
 def test_digest_is_of_a_masks_content(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_every_batch_fits_the_workspace(num_sms: int, num_kv_heads: int, max_kv_
         assert 1 <= plan.num_splits <= min(DECODE_MAX_SPLITS, max_kv_len)
         assert plan.num_splits == 1 or num_reqs * num_kv_heads * plan.num_splits <= 16 * num_sms
         largest = max(largest, num_reqs * plan.num_splits)
-        # An engine for at most this many requests, whose full batch is the last one asked.
+        # An engine for at most this many requests.
         assert most_parts(num_reqs, num_kv_heads, max_kv_len, num_sms) >= largest
         # Shorter sequences, and smaller batches, never need more.
         assert plan_splits(num_reqs, num_kv_heads, max(max_kv_len // 3, 1), num_sms).num_splits <= plan.num_splits
@@ -26,7 +26,7 @@ def test_every_batch_fits_the_workspace(num_sms: int, num_kv_heads: int, max_kv_
 
 @pytest.mark.parametrize(("num_sms", "num_kv_heads", "max_num_reqs"), [(128, 8, 16), (58, 8, 8), (132, 2, 2)])
 def test_where_the_number_of_splits_jumps_up(num_sms: int, num_kv_heads: int, max_num_reqs: int) -> None:
-    """The full batch needs more than all smaller ones: it first fills the device."""
+    """The largest batch needs more parts than all smaller ones, since it is the first to fill the device."""
     full = max_num_reqs * plan_splits(max_num_reqs, num_kv_heads, 131072, num_sms).num_splits
     assert full > most_parts(max_num_reqs - 1, num_kv_heads, 131072, num_sms)
     assert most_parts(max_num_reqs, num_kv_heads, 131072, num_sms) == full

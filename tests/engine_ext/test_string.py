@@ -1,4 +1,4 @@
-"""From the options of `string` to the shift of a layer, with rotary positions that are made up."""
+"""From the options of `string` to the turn of a layer, with made-up rotary positions."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from farspan.engine_ext.string import Rotation, check_string, shift_tokens, stri
 
 
 class Rotary:
-    """A model of 4096 trained tokens whose name decides whether its positions can be shifted."""
+    """Models that were trained at 4096 tokens; the positions of the one named "odd" cannot be shifted."""
 
     def check_rotary(self, model_config: SimpleNamespace) -> None:
         if model_config.model == "odd":
@@ -57,7 +57,7 @@ def test_engines_are_checked_by_their_configuration() -> None:
         check_string(SimpleNamespace(model="odd"), StringOptions())
 
 
-def test_shift_of_a_layer() -> None:
+def test_turn_of_a_layer() -> None:
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(), device_config=SimpleNamespace(device_type="cpu"))
     shift = string_turn_for_layer(torch.nn.Module(), vllm_config, "x", StringOptions(shift=0.5, window=100))
     assert (shift.slope, shift.offset, shift.is_neox, shift.rotary_dim) == (1, 1 - 2048, False, 32)

@@ -1,17 +1,17 @@
 """What runs at start compiles every kernel that requests can reach, by Triton's rule of when to compile anew."""
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
 from farspan.engine_ext import launch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, write_kv
 from farspan.engine_ext.metadata import PassMaker, effective_prefill
 from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import most_parts
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 40
+SIZE = AttentionSize(NUM_Q_HEADS, HEAD_DIM)
 Kernel = tuple[Any, ...]
 
 
@@ -100,11 +101,11 @@ def run_requests(
     most = random.choice([3, 20, 130, MAX_CHUNK_LEN])
     query_lens = [random.randint(1, most) for _ in range(random.randint(1, 3))]
     kv_lens = [random.randint(query_len, MAX_MODEL_LEN) for query_len in query_lens]
-    alike = effective_prefill(prefill, query_lens[0], kv_lens[0])
+    alike = effective_prefill(prefill, query_lens[0], kv_lens[0], None, SIZE)
     kept = [
         place
         for place, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True))
-        if effective_prefill(prefill, query_len, kv_len) == alike
+        if effective_prefill(prefill, query_len, kv_len, None, SIZE) == alike
     ]
     query_lens, kv_lens = [query_lens[place] for place in kept], [kv_lens[place] for place in kept]
     turns = turn is not None and any(turn.reaches(kv_len - 1) for kv_len in kv_lens)
@@ -118,7 +119,8 @@ PREFILLS: dict[str, Prefill] = {
     "dense": DensePrefill(),
     "flex": FlexPrefill(),
     "flex-always": FlexPrefill(min_seq_len=0, min_chunk_len=0),
-    "flex-unmeasured": FlexPrefill(coverage_rows=0, share_kv_group=True),
+    "flex-measured": FlexPrefill(coverage_rows=4, share_kv_group=True),
+    "flexprefill": FlexPrefill(selection="flexprefill", min_seq_len=0, min_chunk_len=100),
     "block-sparse": BlockSparsePrefill(),
     "block-sparse-64": BlockSparsePrefill(block_size=64),
 }
@@ -134,12 +136,19 @@ def test_requests_reach_no_other_kernels(
     turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
-    vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_CHUNK_LEN),
+    view = KVView(pages)
+    warm_up = WarmUp(
+        PREFILLS[name],
+        SIZE,
+        maker,
+        layer,
+        view,
+        view,
+        NUM_Q_HEADS // NUM_KV_HEADS,
+        torch.bfloat16,
+        MAX_MODEL_LEN,
+        MAX_CHUNK_LEN,
     )
-    builder: Any = SimpleNamespace(maker=maker, config=FarspanConfig(prefill=PREFILLS[name]), vllm_config=vllm_config)
-    warm_up = WarmUp(builder, pages, layer, NUM_Q_HEADS, torch.bfloat16)
     for case in warm_up.cases():
         warm_up.run(case)
     warmed = set(compiled)
@@ -155,7 +164,7 @@ def test_requests_reach_no_other_kernels(
 @pytest.mark.parametrize("name", PREFILLS)
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     maker = make_maker("triton", has_turn=True)
-    cases = warm_up_cases(PREFILLS[name], maker, max_model_len=max_model_len, max_chunk_len=8192)
+    cases = warm_up_cases(PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192)
     assert len(cases) == len(set(cases))
     for case in cases:
         assert 1 <= case.query_len <= case.kv_len <= max(max_model_len, 1)

@@ -59,7 +59,11 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
             "num_gpu_blocks_override": 8 * MAX_MODEL_LEN // kwargs.get("block_size", 128),
             "worker_extension_cls": "tests.integration.probe.WorkerProbe",
         }
-        llm = LLM(str(model_dirs(architecture)), attention_backend=backend, **{**defaults, **kwargs})
+        with pytest.MonkeyPatch.context() as patch:
+            if "kv_cache_memory_bytes" in kwargs:
+                # The variable goes before the argument.
+                patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+            llm = LLM(str(model_dirs(architecture)), attention_backend=backend, **{**defaults, **kwargs})
         engines.append(llm)
         return llm
 

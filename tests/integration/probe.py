@@ -17,8 +17,7 @@ def kinds(each: Pass) -> list[str]:
         return ["decode"]
     if isinstance(each.work, Dense):
         return ["prefill_dense"]
-    repairs = each.work.samples is not None and each.work.prefill.max_budget is None
-    return ["prefill_sparse", "prefill_repair"] if repairs else ["prefill_sparse"]
+    return ["prefill_sparse"]
 
 
 def count_passes() -> None:
@@ -61,3 +60,16 @@ class WorkerProbe:
         worker: Any = self
         plan = state_of(worker.model_runner).plan
         return None if plan is None else plan.step
+
+    def offload_state(self) -> dict[str, Any]:
+        """Check the pools of cold heads, and tell what was done with them so far."""
+        worker: Any = self
+        cold = state_of(worker.model_runner).cold
+        cold.check_integrity()
+        return {
+            "num_slots": cold.sizes.num_slots,
+            "num_blocks": cold.sizes.num_blocks,
+            "spilled": cold.num_spilled,
+            "loaded": cold.num_loaded,
+            "staged": cold.num_staged,
+        }

@@ -78,6 +78,8 @@ def test_completions(make_llm: Any, server: Any) -> None:
         ({"vllm_xargs": {"farspan.gamma": 2}}, r"farspan\.gamma=2"),
         ({"vllm_xargs": {"farspan_gamma": 0.9}}, r"farspan_gamma=0\.9"),
         ({"vllm_xargs": {"farspan.gamma": 0.9}, "use_beam_search": True, "n": 2}, "beam search"),
+        ({"farspan.gamma": 0.9}, "under vllm_xargs"),
+        ({"farspan": {"gamma": 0.9}}, "under vllm_xargs"),
     ]
     for body, sentence in refused:
         with pytest.raises(openai.BadRequestError, match=sentence):

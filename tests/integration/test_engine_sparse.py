@@ -80,7 +80,7 @@ def test_sparse_and_dense_requests_share_an_engine_but_no_blocks(make_llm: Any, 
     again, cached = run(llm)
     assert cached[1] >= 640
     if prefill["method"] == "block_sparse":
-        # Dynamic selection looks at the last queries of the chunk, which a prefix hit makes shorter.
+        # Flex reads everything in tiles that a chunk or a prefix hit cuts.
         assert again == sparse
 
 

@@ -3,9 +3,18 @@
 from contextlib import contextmanager
 
 import pytest
+import torch
 from farspan.cli import main
 from farspan.engine_ext.errors import ConfigError
-from farspan.evaluation.evaluate import EvalSettings, check_settings, make_samples, method_options, run_eval
+from farspan.evaluation.evaluate import (
+    EvalSettings,
+    check_settings,
+    cpu_room,
+    engine_arguments,
+    make_samples,
+    method_options,
+    run_eval,
+)
 from farspan.evaluation.plots import draw_plots
 from farspan.evaluation.results import CSV_COLUMNS, Cell, format_table, read_csv
 from farspan.needle.tasks import TASKS
@@ -188,3 +197,34 @@ def test_needle_model_on_the_cpu(tmp_path, capsys):
     assert all(cell.accuracy >= 0.95 for cell in cells)
     assert "niah_multikey" in capsys.readouterr().out
     assert (tmp_path / "accuracy.png").is_file()
+
+
+NEEDLE_TOKEN_BYTES = 2 * 4 * 2 * 64 * 4
+"""Of keys and values: layers, KV heads, head size, float32."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_seqs", "max_len"),
+    [
+        ({"count": 3}, 3, 640),
+        ({"count": 50}, 8, 640),
+        ({"count": 50, "chunk": 2}, 2, 640),
+        ({"count": 50, "lengths": (256, 130944)}, 7, 131072),
+        ({"count": 2, "engine_args": {"max_model_len": 4096}}, 2, 4096),
+    ],
+    ids=["few", "many", "chunk", "long", "own-length"],
+)
+def test_memory_on_a_cpu_is_what_the_prompts_need(tmp_path, changes, num_seqs, max_len):
+    room = cpu_room(settings(tmp_path, **changes))
+    assert room["max_num_seqs"] == num_seqs
+    tokens = num_seqs * max_len
+    assert tokens <= room["kv_cache_memory_bytes"] / NEEDLE_TOKEN_BYTES <= tokens + 128 * (num_seqs + 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU platform")
+@pytest.mark.parametrize("given", [{"gpu_memory_utilization": 0.3}, {"kv_cache_memory_bytes": 2**20}])
+def test_the_users_own_memory_arguments_stand(tmp_path, given):
+    arguments = engine_arguments(settings(tmp_path, engine_args=given), None)
+    assert arguments.items() >= given.items()
+    assert "max_num_seqs" not in arguments
+    assert arguments["max_model_len"] == 640

@@ -9,7 +9,7 @@ from farspan.evaluation import report
 from farspan.evaluation.report_plots import HeadMask, draw_masks
 from PIL import Image
 
-HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97, "repaired": 0.25}
+HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97}
 
 
 def write(path, rows):
@@ -49,7 +49,7 @@ def test_tables_become_pages(tmp_path) -> None:
     out = tmp_path / "page"
     assert main(["report", "--from-csv", ",".join(map(str, tables)), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    headings = [f"{name} per layer" for name in ("Density", "Pattern", "Coverage", "Repaired")]
+    headings = [f"{name} per layer" for name in ("Density", "Pattern", "Coverage")]
     headings += ["Accuracy against density", "Accuracy<"]
     assert all(heading in page for heading in headings)
 

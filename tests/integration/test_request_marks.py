@@ -214,6 +214,28 @@ def test_beam_search_refuses_overrides() -> None:
     from vllm.exceptions import VLLMValidationError
 
     to_beam_search_params = refusing_overrides(lambda self: "params")
-    assert to_beam_search_params(SimpleNamespace(vllm_xargs=None)) == "params"
+    assert to_beam_search_params(SimpleNamespace(vllm_xargs=None, model_extra=None)) == "params"
     with pytest.raises(VLLMValidationError, match="beam search"):
-        to_beam_search_params(SimpleNamespace(vllm_xargs={"farspan.gamma": 0.9}))
+        to_beam_search_params(SimpleNamespace(vllm_xargs={"farspan.gamma": 0.9}, model_extra=None))
+
+
+@pytest.mark.parametrize("name", ["farspan.gamma", "farspan", "Farspan_method"])
+def test_fields_of_the_body_are_refused(name: str) -> None:
+    """VLLM takes any field of a request's body, and drops those that it does not know."""
+    from farspan.vllm_compat.requests import refusing_fields
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.exceptions import VLLMValidationError
+
+    to_sampling_params = refusing_fields(lambda self: "params")
+    message = {"role": "user", "content": "a"}
+    for request_cls, asked in (
+        (ChatCompletionRequest, {"messages": [message]}),
+        (CompletionRequest, {"prompt": "a"}),
+        (ResponsesRequest, {"input": "a"}),
+    ):
+        assert hasattr(request_cls, "to_sampling_params")
+        assert to_sampling_params(request_cls(model="tiny", **asked, other_field=1)) == "params"
+        with pytest.raises(VLLMValidationError, match="Options of a request are under vllm_xargs"):
+            to_sampling_params(request_cls(model="tiny", **asked, **{name: 0.9}))

@@ -59,8 +59,10 @@ def test_subclasses_and_class_methods_are_wrapped() -> None:
 def step(finished: tuple[str, ...] = (), **new: dict[str, Any] | None) -> Any:
     """A SchedulerOutput with these new requests and their extra args."""
     requests = [
-        SimpleNamespace(req_id=req_id, sampling_params=SimpleNamespace(extra_args=extra_args))
-        for req_id, extra_args in new.items()
+        SimpleNamespace(
+            req_id=req_id, prompt_token_ids=[7] * (10 + index), sampling_params=SimpleNamespace(extra_args=extra_args)
+        )
+        for index, (req_id, extra_args) in enumerate(new.items())
     ]
     return SimpleNamespace(finished_req_ids=set(finished), scheduled_new_reqs=requests)
 
@@ -111,6 +113,19 @@ def test_prefills_of_runner_v2_follow_the_indices() -> None:
     with running(runner):
         found = source.prefills(SimpleNamespace(num_reqs=3, req_idx=[3, 0, 7]))
     assert found == [DensePrefill(), CONFIG.prefill, CONFIG.prefill]
+
+
+def test_prompt_lens_are_those_of_whole_prompts() -> None:
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"]))
+    source = make_source(runner, is_v2=False)
+    state_of(runner).update(step(a=None, b=None))
+    common = SimpleNamespace(num_reqs=3)
+    assert source.prompt_lens(common) == [None] * 3
+    with running(runner):
+        assert source.prompt_lens(common) == [11, 10, None]
+        # What a step brings later is no new prompt; what ends is forgotten.
+        state_of(runner).update(step(finished=("b",)))
+        assert source.prompt_lens(common) == [None, 10, None]
 
 
 def test_the_plan_is_that_of_the_step() -> None:

@@ -1,6 +1,6 @@
 """Compile kernels for Hopper without a GPU; prints their registers and stack bytes as JSON. Run by `test_compiled`.
 
-A process of its own: the tests around it run kernels in Triton's interpreter, which compiles nothing.
+It needs a separate process: the other tests run kernels in Triton's interpreter, which compiles nothing.
 """
 
 import json
@@ -18,6 +18,9 @@ from farspan.kernels import static_block_lists
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.contiguous import attention as contiguous
 from farspan.kernels.contiguous import short_lists
+from farspan.kernels.flex import tile_rows
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -27,7 +30,7 @@ HOPPER = 90
 
 
 class AbsentHopper(DriverBase):
-    """What Triton asks of a driver before it launches anything."""
+    """A driver with what Triton asks for before it launches anything."""
 
     def __init__(self) -> None:
         pass
@@ -55,14 +58,17 @@ class AbsentHopper(DriverBase):
         return None
 
 
-def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
-    """Registers a thread and bytes of stack of the kernel that `call` would launch."""
-    run, results = kernel.run, []
-    kernel.run = lambda *args, **kwargs: results.append(run(*args, **(kwargs | {"warmup": True})))
+def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str, int]:
+    """Registers and bytes of stack, per thread, of the kernel that `call` would launch, among others."""
+    runs, results = {each: each.run for each in (kernel, *others)}, []
+    kernel.run = lambda *args, **kwargs: results.append(runs[kernel](*args, **(kwargs | {"warmup": True})))
+    for other in others:
+        other.run = lambda *args, **kwargs: None
     try:
         call()
     finally:
-        kernel.run = run
+        for each, run in runs.items():
+            each.run = run
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(results[0].asm["cubin"])
         file.flush()
@@ -73,7 +79,7 @@ def compiled(kernel: Any, call: Callable[[], object]) -> dict[str, int]:
 
 
 def prefill_over_lists() -> None:
-    """Launch prefill of 1,024 tokens of heads of 128 on pages of 128, with a list for every query head."""
+    """Launch prefill of 1,024 tokens with heads of 128 on pages of 128 tokens, with one list per query head."""
     query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     paged_prefill.paged_prefill(
@@ -94,11 +100,35 @@ def prefill_over_lists() -> None:
     )
 
 
+def select_by_tile_rows(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Launch selection for a chunk of 1,024 tokens behind as many, on pages of 128."""
+    query = torch.empty(1024, num_q_heads, head_dim, dtype=torch.bfloat16)
+    tiles = make_prefill_tiles([0, 1024], [2048], 128, query.device)
+    tile_rows.tile_row_lists(
+        query,
+        KVView(torch.empty(16, num_kv_heads, 128, 2 * head_dim, dtype=torch.bfloat16)),
+        PagedBatch(
+            torch.tensor([0, 1024], dtype=torch.int32),
+            torch.tensor([2048], dtype=torch.int32),
+            torch.zeros(1, 17, dtype=torch.int32),
+            max_query_len=1024,
+            max_kv_len=2048,
+        ),
+        tiles,
+        make_spans([0, 1024], [2048], tiles, SpanRule(256, 16)),
+        0.1,
+        Budget(0.95, 0.0, 8, NO_LIMIT),
+    )
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
-    for module in (paged_prefill, short_lists):
+    for module in (paged_prefill, short_lists, tile_rows):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
+    # It wants the tensors on a GPU, where they would be computed.
+    contiguous._check = lambda *arguments: None
     kernel = paged_prefill.prefill_kernel
+    log_sums, choice = tile_rows._log_sums_kernel, tile_rows._choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
         contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3
@@ -111,6 +141,9 @@ def main() -> None:
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),
+                "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128), choice),
+                "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
+                "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
             }
         )
     )

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the device and the seed."""
+"""Fixtures of the kernel tests: the device and the seed."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""What the kernel tests share: paged batches with hostile memory, random block lists, and the allowed error.
+"""Helpers of the kernel tests: paged batches with hostile memory, random block lists, and the allowed error.
 
-Pages lie in random order; every page that no request owns, and every slot past a request's last token, holds NaN; the
-block table holds garbage past each request's pages. A kernel that reads what it must not shows NaN or faults.
+Pages are in random order. Every page that no request owns, and every slot past a request's last token, holds NaN; the
+block table holds invalid page ids past each request's pages. A kernel that reads them returns NaN or faults.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Inputs:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     slot_mapping: torch.Tensor
-    """[num_tokens] int64: where the chunk tokens lie in the cache."""
+    """[num_tokens] int64: slots of the chunk tokens in the cache."""
     scale: float
 
     @property
@@ -128,10 +128,10 @@ def random_block_lists(
     seq_lens: torch.Tensor | None = None,
     force_first: bool = True,
 ) -> BlockLists:
-    """Draw a block list per list head and tile: each block with probability `density`, the diagonal always.
+    """Draw a block list per list head and tile: each block with probability `density`, the diagonal one always.
 
-    Causal lists hold blocks up to the diagonal. seq_lens: if given, the lists are not causal and reach to the end.
-    force_first: keep block 0 too. Entries past the count are garbage that no kernel may follow.
+    Causal lists hold blocks up to the diagonal one. seq_lens: if given, the lists are not causal and reach to the end
+    of the request. force_first: always keep block 0. Entries past the count are invalid ids.
     """
     max_blocks = tiles.max_kv_blocks
     block_ids = torch.full((num_list_heads, tiles.num_tiles, max_blocks), 2**30, dtype=torch.int32)
@@ -153,7 +153,7 @@ def random_block_lists(
 
 
 def poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
-    """An output buffer full of NaN: what a kernel leaves unwritten shows."""
+    """An output buffer full of NaN, so that elements that a kernel does not write are seen."""
     return torch.full_like(tensor, float("nan"))
 
 
@@ -166,8 +166,8 @@ def assert_attention_close(
 ) -> None:
     """Compare with the float32 reference, allowing twice what plain PyTorch loses at `dtype`.
 
-    PyTorch's loss is that of rounding the weights and the output to `dtype`, seen in units of the largest output.
-    LSE is float32 in every kernel: it may differ by the rounding of the products that go into it.
+    PyTorch loses what rounding the weights and the output to `dtype` costs, relative to the largest output. The LSE is
+    float32 in every kernel and may differ by the rounding of the products that enter it.
     """
     assert out.shape == expected_out.shape
     assert lse.shape == expected_lse.shape
@@ -178,7 +178,7 @@ def assert_attention_close(
     size = max(float(expected_out.abs().max()), 1e-3) if expected_out.numel() else 1.0
     difference = (out.float() - expected_out.float()).abs()
     worst = float(difference.max()) if difference.numel() else 0.0
-    # Float32 keeps a floor for the order of summation and for exp2 in place of exp.
+    # In float32 the order of summation and exp2 instead of exp decide.
     assert worst <= max(2 * epsilon, 1e-5) * size, f"output differs by {worst:.2e}, largest value {size:.2e}"
     finite = ~torch.isneginf(expected_lse)
     if bool(finite.any()):
@@ -194,7 +194,7 @@ def reference_attention(
     tiles: PrefillTiles | None = None,
     block_lists: BlockLists | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.paged_attention` of a batch, on the CPU's float32 and back to the batch's device."""
+    """`reference.paged_attention` of a batch, in float32 on the batch's device."""
     return reference.paged_attention(
         inputs.query, inputs.kv, inputs.paged, inputs.scale, causal=causal, tiles=tiles, block_lists=block_lists
     )

@@ -1,7 +1,7 @@
 """Shifted positions on the paged batches of the kernel tests.
 
-The batch builder draws queries and keys as the cache holds them, that is, already rotated. The oracle wants them
-unrotated: they are rotated back, in float64.
+`make_batch` draws queries and keys as the cache holds them: already rotated. The oracle needs them unrotated, so they
+are rotated back, in float64.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def make_shift(inv_freq: torch.Tensor, shift: int, window: int, is_neox: bool, d
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> torch.Tensor:
-    """[rotary_dim / 2] float64 radians a token."""
+    """[rotary_dim / 2] float64 radians per token."""
     return base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 

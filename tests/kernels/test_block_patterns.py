@@ -1,4 +1,4 @@
-"""Block lists of static patterns against masks written down cell by cell."""
+"""Block lists of static patterns against their definition, one (query block, KV block) pair at a time."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def sees(pattern: str, i: int, j: int, sink: int, local: int, stride: int, causa
 
 
 def assert_lists(lists: BlockLists, head: int, tile: int, expected: list[int]) -> None:
-    """The list of one tile, its count and its order."""
+    """The list of one tile has the expected ids, in order, and the right dtype."""
     count = int(lists.block_counts[head, tile])
     assert lists.block_ids[head, tile, :count].tolist() == expected
     assert lists.block_ids.dtype == lists.block_counts.dtype == torch.int32

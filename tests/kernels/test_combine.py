@@ -41,7 +41,7 @@ def test_matches_the_reference(device: torch.device, num_tokens: int, num_heads:
 
 def test_order_does_not_matter(device: torch.device) -> None:
     a, b = (draw_partial(33, 2, 64, device) for _ in range(2))
-    # Not bit for bit: a compiler fuses one of the two products into the sum.
+    # Not equal bit for bit: the compiler may fuse one of the two products with the sum.
     assert_attention_close(*combined(a, b), *combined(b, a), torch.float32)
 
 
@@ -72,7 +72,7 @@ def test_any_split_of_the_keys_equals_the_whole(device: torch.device, cuts: tupl
     num_tokens, num_heads, head_dim, kv_len = 5, 4, 64, 200
     query = torch.randn(num_tokens, num_heads, head_dim, device=device)
     key, value = torch.randn(2, kv_len, 2, head_dim, device=device)
-    # The first query sees one key only, so that most pieces have none for it.
+    # The first query sees only one key, so that most parts have none for it.
     mask = torch.rand(num_tokens, kv_len, device=device) < 0.7
     mask[0] = False
     mask[0, 63] = True

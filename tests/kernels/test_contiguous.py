@@ -1,4 +1,8 @@
-"""`farspan.kernels.attention` against masked float32 attention."""
+"""`farspan.kernels.attention` against float32 attention with a mask."""
+
+import os
+import subprocess
+import sys
 
 import farspan.kernels
 import pytest
@@ -11,14 +15,14 @@ DTYPES = [torch.float32, torch.float16]
 
 
 def draw(batch, query_len, kv_len, heads, kv_heads, head_dim, dtype, device):
-    """Random q, k, v, whose padding the tests may poison."""
+    """Random q, k, v."""
     q = torch.randn(batch, query_len, heads, head_dim).to(device, dtype)
     k, v = (torch.randn(batch, kv_len, kv_heads, head_dim).to(device, dtype) for _ in range(2))
     return q, k, v
 
 
 def expected(q, k, v, *, visible=None, lengths=None, causal=False, scale=None):
-    """The truth, sequence by sequence. visible: [batch, heads, kv_len, kv_len] bool, by position, or None."""
+    """The reference, sequence by sequence. visible: [batch, heads, kv_len, kv_len] bool, by position, or None."""
     batch, query_len, heads, head_dim = q.shape
     kv_len = k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -44,7 +48,7 @@ def expected(q, k, v, *, visible=None, lengths=None, causal=False, scale=None):
 
 
 def by_position(block_mask, block_size, length, heads):
-    """[…, heads, length, length] from […, list heads, blocks, blocks]."""
+    """Expand a mask […, list heads, blocks, blocks] to […, heads, length, length]."""
     mask = block_mask.repeat_interleave(heads // block_mask.shape[-3], dim=-3)
     return mask.repeat_interleave(block_size, -1).repeat_interleave(block_size, -2)[..., :length, :length]
 
@@ -111,7 +115,7 @@ def test_patterns(query_len, kv_len, block_size, pattern, causal, masked, dtype,
         mask[0, row, rows.block_ids[0, row, : rows.block_counts[0, row]].long()] = True
     lengths = torch.tensor([kv_len - 20, kv_len // 2], device=device) if masked else None
     visible = by_position(mask, block_size, kv_len, heads).expand(batch, -1, -1, -1)
-    truth = expected(q, k, v, visible=visible, lengths=lengths, causal=causal)
+    result = expected(q, k, v, visible=visible, lengths=lengths, causal=causal)
 
     tiles = attention_tiles(batch, query_len, kv_len, block_size, device=device)
     lists = static_block_lists(tiles, pattern, **options, num_kv_blocks=num_kv_blocks)
@@ -119,7 +123,7 @@ def test_patterns(query_len, kv_len, block_size, pattern, causal, masked, dtype,
     out, lse = attention(
         q, k, v, block_mask=block_mask, lengths=lengths, causal=causal, block_size=block_size, return_lse=True
     )
-    assert_attention_close(out, lse, *truth, dtype)
+    assert_attention_close(out, lse, *result, dtype)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -221,3 +225,13 @@ def test_public_names():
         assert getattr(farspan.kernels, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = farspan.kernels.nothing
+
+
+def test_a_cpu_without_the_interpreter_is_refused_with_a_sentence() -> None:
+    code = (
+        "import torch\nfrom farspan.kernels import attention\nq = torch.zeros(1, 4, 2, 64)\n"
+        "try:\n    attention(q, q, q)\nexcept ValueError as error:\n    print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("device cpu; these kernels run on CUDA devices.")

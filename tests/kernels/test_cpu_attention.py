@@ -57,7 +57,7 @@ def test_mixed_batch(heads: tuple[int, int], head_dim: int, page_size: int, layo
 
 
 def chunk_of(inputs: Inputs, start: int, end: int) -> PagedBatch:
-    """The tokens [start, end) of a batch of one request as a chunk."""
+    """A batch of one request with the tokens [start, end) as its chunk."""
     starts, lens = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
     return replace(inputs.paged, query_start_loc=starts, kv_lens=lens, max_query_len=end - start)
 
@@ -131,7 +131,7 @@ def test_string(shift: int, rotary_dim: int, is_neox: bool) -> None:
 
 
 @pytest.mark.parametrize("tile", [16, 256])
-def test_string_whatever_the_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_string_with_any_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DENSE_TILE", tile)
     batch = make_batch([203], [411])
     inv_freq = inverse_frequencies(64)

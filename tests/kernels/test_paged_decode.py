@@ -22,7 +22,7 @@ def decode_batch(lens: list[int], **options) -> Inputs:
 
 
 def decode(batch: Inputs, num_splits: int, turn: Shift | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run on poisoned outputs and a poisoned workspace of exactly the size that is needed."""
+    """Run on outputs and a workspace of exactly the needed size, all full of NaN."""
     num_reqs, num_heads, head_dim = batch.query.shape
     rows = num_reqs * num_heads * num_splits
     nan = {"fill_value": float("nan"), "device": batch.query.device}
@@ -83,7 +83,7 @@ def test_padding_rows_touch_nothing(num_splits: int, device: torch.device) -> No
     batch = decode_batch([40, 70, 100], device=device)
     expected_out, expected_lse = reference_attention(batch)
     batch.seq_lens[1] = 0
-    # vLLM leaves the rows of padding as they were: any page id may stand there.
+    # vLLM does not clear the block table's rows of padding: they may hold any page id.
     batch.block_table[1] = 2**30
     out, lse = decode(batch, num_splits)
     expected_out[1], expected_lse[:, 1] = 0, float("-inf")
@@ -115,7 +115,7 @@ def test_string_shifts(shift: int, page_size: int, device: torch.device) -> None
 
 
 def test_strided_tensors(device: torch.device) -> None:
-    """Queries and outputs may be slices of wider tensors, and the table of a longer one."""
+    """Queries and outputs may be slices of wider tensors, and the block table a slice of a wider one."""
     batch = decode_batch([77, 130, 5], device=device)
     wide = torch.full((3, 9, 64), float("nan"), device=device)
     wide[:, 2:6] = batch.query
@@ -132,7 +132,7 @@ def test_strided_tensors(device: torch.device) -> None:
 
 
 def test_rows_of_one_prompt(device: torch.device) -> None:
-    """A row's full LSE: its position plus one as the length, the request's own table."""
+    """Any row of a chunk can be a request: its length is its position plus one, its block table that of its request."""
     batch = make_batch([150], [200], device=device)
     rows = torch.tensor([0, 13, 77, 149], device=device)
     out, lse = paged_decode(
@@ -158,11 +158,11 @@ def test_no_requests(device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_splits", [1, 8])
-@pytest.mark.parametrize("has_string", [False, True], ids=["plain", "string"])
-def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("has_turn", [False, True], ids=["plain", "turn"])
+def test_captured_graph_follows_lengths(num_splits: int, has_turn: bool, device: torch.device) -> None:
     batch = decode_batch([1000, 2000, 3000], page_size=128, head_dim=128, dtype=torch.bfloat16, device=device)
     inv_freq = inverse_frequencies(128)
-    turn = make_shift(inv_freq, 900, 20, True, device) if has_string else None
+    turn = make_shift(inv_freq, 900, 20, True, device) if has_turn else None
     workspace = make_decode_workspace(3 * 4 * num_splits, 128, device)
     out, lse = poisoned_like(batch.query), torch.full((4, 3), float("nan"), device=device)
 
@@ -200,10 +200,10 @@ def test_captured_graph_follows_lengths(num_splits: int, has_string: bool, devic
             )
             one_out, one_lse = string_reference(one, turn, inv_freq) if turn else reference_attention(one)
             expected_out[row : row + 1], expected_lse[:, row : row + 1] = one_out.to(device), one_lse.to(device)
-        if has_string:
-            # The second rotation rounds the query to bfloat16 once more than the oracle does.
+        if has_turn:
+            # Unlike the oracle, the kernel rounds the turned query to bfloat16.
             torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=0)
-        measured = expected_lse if has_string else lse
+        measured = expected_lse if has_turn else lse
         assert_attention_close(out, measured, expected_out, expected_lse, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Paged prefill against the float32 reference: dense, listed, bidirectional, contiguous, partial batches."""
+"""Paged prefill against the float32 reference: dense, over lists, bidirectional, contiguous, for some requests."""
 
 from dataclasses import dataclass, replace
 
@@ -56,7 +56,7 @@ class Case:
 
 
 F16, BF16 = torch.float16, torch.bfloat16
-# Small enough for the interpreter; between them every page size, head size, ratio and odd length.
+# Small enough for the interpreter; together they cover page sizes, head sizes, ratios of heads and odd lengths.
 SMALL = [
     Case((1, 63, 70), (1, 63, 200)),
     Case((129, 1), (129, 130), num_kv_heads=4, page_size=128, block_size=128, dtype=F16, head_dim=128),
@@ -91,7 +91,7 @@ def prefill(
     max_query_len: int | None = None,
     config: PrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel on a batch into poisoned outputs."""
+    """Run the kernel on a batch, into outputs full of NaN."""
     key_cache, value_cache = batch.kv_cache.split(batch.query.shape[-1], dim=-1)
     num_tokens, num_heads, _ = batch.query.shape
     return prefill_attention(
@@ -141,7 +141,7 @@ def test_block_numbers_past_16_bits(device: torch.device, far_block: int) -> Non
     page_size = block_size = 128
     seq_len, head_dim = (far_block + 2) * block_size - 3, 96
     query, kv_cache = torch.randn(2, 1, head_dim), torch.randn(4, 1, page_size, 2 * head_dim)
-    # A long table of few pages.
+    # A long block table that repeats a few pages.
     block_table = torch.arange(far_block + 2, dtype=torch.int32)[None] % 4
     ids = [1, far_block, far_block + 1]
     lists = BlockLists(torch.tensor([[ids]], dtype=torch.int32), torch.tensor([[3]], dtype=torch.int32))
@@ -162,7 +162,7 @@ def test_block_numbers_past_16_bits(device: torch.device, far_block: int) -> Non
     key, value = kv_cache[block_table[0, ids].long(), 0].flatten(0, 1).double().split(head_dim, dim=-1)
     scores = query[:, 0].double() @ key.T * head_dim**-0.5
     for row in range(2):
-        # The last tile ends 3 tokens before its block does, and the first row sees one key less than the second.
+        # The request ends 3 tokens before its last block does, and the first row sees one key less than the second.
         scores[row, len(ids) * block_size - 3 - 1 + row :] = float("-inf")
     expected = scores.softmax(-1) @ value
     torch.testing.assert_close(out[:, 0].double().cpu(), expected, atol=2e-5, rtol=1e-4)
@@ -249,7 +249,7 @@ def test_strided_query_and_output(device: torch.device) -> None:
     assert bool(padded[:, :, 64:].isnan().all())
 
 
-# Heads side by side in a token are no rows that the copy engine could read.
+# Where the heads of a token are adjacent, the copy engine cannot read the tensor as rows.
 @pytest.mark.parametrize(
     ("packed", "use_tma"), [(True, False), (True, True), (False, False)], ids=["packed", "packed-tma", "separate"]
 )
@@ -275,7 +275,7 @@ def test_contiguous_sequences_are_one_page_each(
     lengths = torch.tensor([length, length - 20])
     starts = torch.tensor([0, length, 2 * length - 20], dtype=torch.int32)
     queries = torch.cat([query[0], query[1, : length - 20]])
-    # Padding by length: what lies past a sequence's end may be anything.
+    # Memory past a sequence's end may hold anything.
     key[1, :, length - 20 :] = float("nan")
     value[1, :, length - 20 :] = float("nan")
     full = Inputs(

@@ -1,4 +1,4 @@
-"""Shifted rotary positions in prefill, against a float64 oracle that holds the whole matrix of shifted distances."""
+"""Shifted rotary positions in prefill, against a float64 oracle with the whole matrix of shifted distances."""
 
 from dataclasses import dataclass, replace
 
@@ -180,7 +180,7 @@ def check(
     if dtype == torch.float32:
         assert_attention_close(out.cpu(), lse.cpu(), expected_out, expected_lse, dtype)
         return
-    # Queries and keys lose bits when they are rounded after each rotation, which the oracle has none of.
+    # Unlike the oracle, which rounds nothing, the kernel's inputs were rounded after each rotation.
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(out.cpu().float(), expected_out, rtol=0, atol=8 * epsilon * expected_out.abs().max())
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=0, atol=8 * epsilon)

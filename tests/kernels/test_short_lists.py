@@ -1,4 +1,4 @@
-"""The short-list kernel: what the copy engine can read, and its loads and steps against each other."""
+"""The short-list kernel: what the copy engine can read, and every way to load and step against the reference."""
 
 import dataclasses
 
@@ -47,12 +47,12 @@ def test_every_way_to_load_gives_the_same(query_len, kv_len, has_lengths, head_d
     for row, block in enumerate(tiles.tile_block[: tiles.num_tiles // batch].tolist()):
         mask[0, block, lists.block_ids[0, row, : lists.block_counts[0, row]].long()] = True
     visible = by_position(mask, 128, kv_len, heads).expand(batch, -1, -1, -1)
-    truth, true_lse = expected(q, k, v, visible=visible, lengths=lengths)
+    expected_out, expected_lse = expected(q, k, v, visible=visible, lengths=lengths)
     if lse is None:
-        result_lse = true_lse
+        result_lse = expected_lse
     else:
         result_lse = lse.view(heads, batch, query_len).transpose(0, 1)
-    assert_attention_close(out, result_lse, truth, true_lse, torch.float16)
+    assert_attention_close(out, result_lse, expected_out, expected_lse, torch.float16)
 
 
 def test_rows_that_the_copy_engine_can_read():
@@ -80,5 +80,5 @@ def test_only_hopper_uses_the_copy_engine(block_size, head_dim, capability):
         )
         assert config.use_tma == (capability[0] == 9 and has_rows and not causal)
         assert block_size % config.block_n == 0
-        # Not everywhere does the compiler keep such a bound without spilling.
+        # With a second loop for a tail, the kernel would spill under such a bound.
         assert config.max_registers is None or not has_tail

@@ -1,4 +1,4 @@
-"""Numbers that change from step to step must not compile a kernel anew: a request would wait seconds for it."""
+"""Numbers that change from step to step must not make Triton compile another kernel: a request would wait seconds."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,8 @@ import torch
 import triton
 from farspan.kernels.decode import paged_decode
 from farspan.kernels.flex.select import flex_block_lists
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.tile_rows import tile_row_lists
 from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.prefill import paged_prefill
 
@@ -19,21 +21,22 @@ SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "pag
 def run_step(query_lens: tuple[int, ...], seq_lens: tuple[int, ...]) -> None:
     """Selection, sparse and dense prefill and decode of one batch."""
     batch = make_batch(query_lens, seq_lens, device=torch.device("cuda"), **SHAPE)
-    # One size of programs, whatever the chunks: another is another kernel.
+    # The same size of programs for all chunks: other sizes are other kernels.
     paged = (batch.query, batch.kv, replace(batch.paged, max_query_len=64))
     tiles = batch.tiles(64)
     selection = flex_block_lists(*paged, tiles, batch.scale, Budget(0.9, 0.1, min_blocks=1, max_blocks=NO_LIMIT))
     paged_prefill(*paged, tiles, batch.scale, block_lists=selection.block_lists)
     paged_prefill(*paged, tiles, batch.scale)
-    some_heads = torch.rand(4, len(query_lens), device="cuda") < 0.5
-    paged_prefill(*paged, tiles, batch.scale, head_mask=some_heads)
+    starts, ends = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    spans = make_spans(starts, ends, tiles, SpanRule(128, 16))
+    tile_row_lists(*paged, tiles, spans, batch.scale, Budget(0.9, 0.0, min_blocks=1, max_blocks=NO_LIMIT))
     last = batch.query[batch.query_start_loc[1:].long() - 1]
     paged_decode(last, batch.kv, batch.paged, batch.scale, num_splits=2, min_split_keys=128)
 
 
 @pytest.mark.gpu
 def test_another_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 9 to 16 blocks, for which selection has one set of kernels. Triton singles out 1 and multiples of 16.
+    # 9 to 16 blocks, for which selection has one set of kernels. Triton specializes on 1 and on multiples of 16.
     run_step((130, 70), (1000, 600))
     compiled: list[str] = []
 

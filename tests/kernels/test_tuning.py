@@ -28,5 +28,5 @@ def test_prefill_shapes_fit_the_work(head_dim: int, dtype: torch.dtype, capabili
         assert heads % config.heads_per_tile == 0
         assert block_size % config.block_n == 0
         assert 16 <= config.block_m <= 128
-        # Copies of 64 keys where pages have 16 would run over their ends.
+        # A copy of more keys than are in consecutive rows would read another page's.
         assert not config.use_tma or keys >= config.block_n

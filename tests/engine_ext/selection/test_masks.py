@@ -1,4 +1,4 @@
-"""Mask files: what is refused, with one sentence that names the file, and what a layer on a rank gets of the others."""
+"""Mask files: which are refused, with a sentence that names the file, and the masks that a layer on a rank gets."""
 
 import pickle
 from collections.abc import Callable
@@ -161,7 +161,7 @@ def test_masks_that_fit(layers: int, heads: int) -> None:
 
 
 def numbered(layers: int, heads: int) -> np.ndarray:
-    """A mask whose layer and head can be told from its first row: as many blocks as its number, in base 2."""
+    """A mask whose first row encodes its layer and head as a binary number."""
     numbers = np.arange(layers * heads).reshape(layers, heads, 1, 1)
     return np.broadcast_to(numbers >> np.arange(8) & 1, (layers, heads, 8, 8)).astype(bool)
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from farspan.engine_ext.selection.stats import SelectionStats
-from farspan.kernels.flex.types import FlexSelection
+from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.types import FlexSelection, TileSelection
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 
+CPU = torch.device("cpu")
 HEADS = slice(0, 2)
 
 
@@ -46,18 +48,37 @@ def test_chunks_add_up_per_head() -> None:
     assert stats.rows() == []
 
 
-def test_repaired_heads_read_their_lists_and_all_blocks() -> None:
-    stats = SelectionStats(2, torch.device("cpu"))
-    # Two prompts, of 2 and 3 blocks; the second head fails in the second one alone.
-    tiles = make_prefill_tiles([0, 256, 640], [256, 384], 128, torch.device("cpu"))
-    stats.add_selection(selection([[1, 1, 1, 1, 1], [1, 2, 1, 1, 2]], [[False, False]] * 2), tiles, HEADS)
-    stats.add_repair(torch.tensor([[False, False], [False, True]]), tiles, HEADS)
+def test_spans_of_tiles_tell_mean_and_least() -> None:
+    stats = SelectionStats(2, CPU)
+    tiles = make_prefill_tiles([0, 1536], [1536], 128, CPU)
+    spans = make_spans([0, 1536], [1536], tiles, SpanRule(512, 32))
+    counts = (tiles.tile_block + 1).expand(2, -1)
+    lists = BlockLists(torch.zeros(2, 12, 12, dtype=torch.int32), counts)
+    # The fourth span is padding, whose value means nothing.
+    kept = torch.tensor([[1.0, 0.75, 0.5, float("nan")], [1.0, 1.0, 1.0, 0.0]])
+    stats.add_tile_selection(TileSelection(lists, kept), tiles, spans, HEADS, 1)
+    half = BlockLists(lists.block_ids, counts.div(2, rounding_mode="floor"))
+    stats.add_tile_selection(TileSelection(half, torch.ones(2, 4)), tiles, spans, HEADS, 1)
     rows = stats.rows()
-    assert [row["density"] for row in rows] == pytest.approx([5 / 9, (7 + 6) / 9])
-    assert [row["repaired"] for row in rows] == [0.0, 0.5]
-    stats.reset()
-    stats.add_selection(selection([[1, 1, 1, 1, 1], [1, 2, 1, 1, 2]], [[False, False]] * 2), tiles, HEADS)
-    assert [row["repaired"] for row in stats.rows()] == [0.0, 0.0]
+    assert [row["coverage"] for row in rows] == pytest.approx([5.25 / 6, 1.0])
+    assert [row["coverage_min"] for row in rows] == [0.5, 1.0]
+    assert [row["density"] for row in rows] == pytest.approx([(78 + 36) / 156] * 2)
+    assert [row["density_min"] for row in rows] == pytest.approx([36 / 78] * 2)
+    assert [(row["chunks"], row["measured_rows"]) for row in rows] == [(2, 0)] * 2
+    # What other rows kept goes before what the choosing ones did.
+    stats.add_coverage(torch.tensor([[[0.9, 0.3]], [[0.8, 0.8]]]), HEADS)
+    assert [row["coverage"] for row in stats.rows()] == pytest.approx([0.6, 0.8])
+    assert [row["coverage_min"] for row in stats.rows()] == pytest.approx([0.3, 0.8])
+
+
+def test_chunks_without_a_whole_span_say_nothing_of_coverage() -> None:
+    stats = SelectionStats(1, CPU)
+    tiles = make_prefill_tiles([0, 100], [300], 128, CPU)
+    spans = make_spans([0, 100], [300], tiles, SpanRule(512, 32))
+    lists = BlockLists(torch.zeros(1, 2, 3, dtype=torch.int32), torch.tensor([[2, 3]], dtype=torch.int32))
+    stats.add_tile_selection(TileSelection(lists, torch.ones(1, 0)), tiles, spans, slice(0, 1), 1)
+    (row,) = stats.rows()
+    assert (row["density"], row["coverage"], row["coverage_min"]) == (1.0, None, None)
 
 
 def test_a_shared_list_counts_for_every_head_of_its_group() -> None:

@@ -136,8 +136,14 @@ class Source:
     def prefills(self, common: Any) -> list[Prefill]:
         return [self.prefill] * len(self.step)
 
+    def prompt_lens(self, common: Any) -> list[int | None]:
+        return [None] * len(self.step)
+
     def shards(self, common: Any) -> list[StarShard | None]:
         return self.step
+
+    def cold_cache(self) -> None:
+        """No cold heads."""
 
     def plan(self) -> None:
         """No plan."""

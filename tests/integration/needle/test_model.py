@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from farspan.needle import model_dir  # noqa: E402
-from farspan.needle.heads import COLUMNS, head_report, write_report  # noqa: E402
+from farspan.needle.heads import COLUMNS, head_report  # noqa: E402
 from farspan.needle.network import load_network  # noqa: E402
 from farspan.needle.tasks import TASKS, make_sample, score  # noqa: E402
+from farspan.tables import write_rows  # noqa: E402
 
 MAX_MODEL_BYTES = 6 * 1000 * 1000
 
@@ -82,5 +83,5 @@ def test_the_head_report_names_the_kinds(tmp_path):
     assert len(rows) == 4 * 8
     assert {row["kind"] for row in rows} >= {"local", "retrieval"}
     assert all(0 < row["density_95"] <= 1 for row in rows)
-    write_report(tmp_path / "heads.csv", rows)
+    write_rows(tmp_path / "heads.csv", COLUMNS, rows)
     assert (tmp_path / "heads.csv").read_text().splitlines()[0] == ",".join(COLUMNS)

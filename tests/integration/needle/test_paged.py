@@ -4,20 +4,12 @@ import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
 from farspan.evaluation.evaluate import NEEDLE_DIR
+from farspan.evaluation.needle_answers import BlockGrids, Question, Variant, ask, overlap, sweep_row, to_question
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PagedNeedle
 
-from benchmarks.needle_training.sweep import (
-    BlockGrids,
-    Question,
-    Variant,
-    ask,
-    overlap,
-    paper_variants,
-    sweep_row,
-    to_question,
-)
+from benchmarks.needle_training.sweep import paper_variants
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +41,7 @@ def test_all_blocks_give_the_network_s_answer(model: PagedNeedle, question: Ques
 
 def test_variants_are_measured_against_dense_and_against_the_whole_prompt(model, question) -> None:
     dense = ask(model, Variant(DensePrefill(), 0), [question], 0)
-    prefill = FlexPrefill(gamma=0.9, min_budget=256, min_seq_len=0, min_chunk_len=0, coverage_rows=0)
+    prefill = FlexPrefill(selection="flexprefill", gamma=0.9, min_budget=256, min_seq_len=0, min_chunk_len=0)
     whole = ask(model, Variant(prefill, 0), [question], 8, keep_lists=True)
     chunked = ask(model, Variant(prefill, 256), [question], 8, keep_lists=True)
     row = sweep_row(Variant(prefill, 256), 700, 5, chunked, dense, whole)

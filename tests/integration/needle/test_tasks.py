@@ -11,7 +11,7 @@ TOKENIZER = build_tokenizer()
 
 
 class CharacterTokenizer:
-    """Stands for another model's tokenizer: several tokens a word."""
+    """A stand-in for another model's tokenizer, with several tokens per word."""
 
     def encode(self, text: str) -> list[int]:
         """One token per character."""
@@ -82,7 +82,7 @@ def test_training_batches_never_hold_a_held_out_pair():
         for row in tokens.tolist():
             words = [word_of[token] for token in row]
             for a, b in itertools.pairwise(words):
-                # A value and the key listed behind it belong to different needles.
+                # A value and the key after it belong to different needles.
                 if a not in VALUES and a in key_words and b in key_words and (a in ADJECTIVES or b not in ADJECTIVES):
                     num_pairs += 1
                     assert not is_held_out(a, b)

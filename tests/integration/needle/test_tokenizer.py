@@ -1,4 +1,4 @@
-"""The tokenizer: whole words for the known, characters for the rest, text that reads well again."""
+"""The tokenizer: known words are one token, others single characters, and decoding restores the text."""
 
 from pathlib import Path
 

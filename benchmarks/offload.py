@@ -1,0 +1,149 @@
+"""Cold KV heads in host memory: what they cost where everything fits, and how fast they are where nothing does.
+
+Three measurements, the last two on engines of the 8B shape with half of its layers, side by side and in turns:
+
+- `offload_decode`: one layer's decode call in CUDA graphs, with the pages in HBM, by the kernel that reads both pools,
+  in host memory, and half in each; and one large copy of the same bytes to the device;
+- `offload_fits`: requests that fit, with offload on and off;
+- `offload_prefill`, and `offload_decode` of engines: the same requests with memory for a few pages only, so that all
+  others lie in host memory.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks import calls
+from benchmarks.engine import (
+    LLAMA_8B,
+    TINY_LLAMA,
+    EngineResult,
+    EngineSpec,
+    Request,
+    logprob_distance,
+    measure_in_turns,
+)
+from benchmarks.gate import check_attention
+from benchmarks.inputs import LLAMA_8B as LLAMA_8B_LAYER
+from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.record import BenchmarkError, Recorder
+from benchmarks.timing import time_graphs, time_interleaved
+
+OFF, FITS, COLD = "farspan", "farspan-offload", "farspan-offload-cold"
+GIB = 2**30
+LAYERS = 16
+HALF_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": LAYERS}
+OUTPUT_LEN = 33
+COLD_GIB = 2.5
+"""For KV of the engine whose pages are cold: 8192 tokens of a chunk are 0.5 GiB, one staged head of 128K 0.06."""
+# Splits over fewer programs round differently in bf16; see benchmarks.ttft.
+LOGPROB_TOLERANCE = 0.25
+REPORTED = {OFF: ("fits", "prefill", "decode"), FITS: ("fits",), COLD: ("prefill", "decode")}
+"""Which of the claims an engine's times are for."""
+
+
+def cases(dry_run: bool) -> list[Request]:
+    """List prompt lengths of the engines; repeats where they are cheap."""
+    if dry_run:
+        return [Request(50, 5, 2), Request(300, 5, 1)]
+    return [Request(1024, OUTPUT_LEN, 5), Request(32768, OUTPUT_LEN, 3), Request(131072, OUTPUT_LEN, 2)]
+
+
+def decode_cases(dry_run: bool) -> list[tuple[int, ...]]:
+    """List the lengths of the requests of one decode call."""
+    return [(100,), (17, 64)] if dry_run else [(8192,), (131072,), (32768,) * 8]
+
+
+def host_copy(batch: PagedBatch) -> torch.Tensor:
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim]: the batch's pages in host memory, each head's in a row."""
+    host = batch.kv_cache.transpose(0, 1).contiguous().cpu()
+    if torch.cuda.is_available():
+        host = host.pin_memory()
+    return host.transpose(0, 1)
+
+
+def run_decode(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -> None:
+    """Time one layer's decode calls after checking each."""
+    case = f"n{lens[0]}-b{len(lens)}-{shape.label}"
+    batch = make_paged_batch([1] * len(lens), lens, shape)
+    host = host_copy(batch)
+    device = batch.query.device
+    places = torch.arange(len(batch.kv_cache), device=device)
+    works: dict[str, Any] = {
+        OFF: calls.decode(batch),
+        FITS: calls.decode(batch, host_pages=calls.HostPages(host, places < 0)),
+        f"{COLD}-half": calls.decode(batch, host_pages=calls.HostPages(host, places % 2 == 0)),
+        COLD: calls.decode(batch, host_pages=calls.HostPages(host, places >= 0)),
+    }
+    for name, work in works.items():
+        recorder.note(f"{case} {name}: relative error {check_attention(batch, *work(), name=name):.1e}")
+    times = time_graphs({name: [work] for name, work in works.items()}, repeats=10)
+    flat, target = host.transpose(0, 1), torch.empty_like(host.transpose(0, 1), device=device)
+    times |= time_interleaved({"copy": lambda: target.copy_(flat, non_blocking=True)}, repeats=5)
+    for name, samples in times.items():
+        recorder.add("offload_decode", case, name, "time", "ms", samples)
+        recorder.add(
+            "offload_decode", case, name, "bandwidth", "GB/s", [batch.kv_bytes / (ms * 1e-3) / 1e9 for ms in samples]
+        )
+
+
+def engine_specs(dry_run: bool) -> dict[str, EngineSpec]:
+    """One engine without offload, one with memory for all that it is asked, and one with memory for a few pages."""
+    requests = cases(dry_run)
+    if dry_run:
+        arguments: dict[str, Any] = {"block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 2}
+        # 20 slots of 128 KiB / 4, and two buffers of one head.
+        cold: dict[str, Any] = {"kv_cache_memory_bytes": 2 * 2**20}
+        fits: dict[str, Any] = {"kv_cache_memory_bytes": 2**27}
+        model, group = TINY_LLAMA, 1
+    else:
+        arguments = {"gpu_memory_utilization": 0.3}
+        cold, fits = {"kv_cache_memory_bytes": int(COLD_GIB * GIB)}, {"kv_cache_memory_bytes": 10 * GIB}
+        model, group = HALF_8B, 0
+    offload: dict[str, Any] = {"offload": {"group_size": group} if group else {}}
+
+    def spec(options: dict[str, Any], memory: dict[str, Any]) -> EngineSpec:
+        return EngineSpec(
+            requests, model, "CUSTOM", options, arguments | memory, warmup_lens=[requests[-1].prompt_len // 2]
+        )
+
+    return {OFF: spec({}, fits), FITS: spec(offload, fits), COLD: spec(offload, cold)}
+
+
+def record_engines(recorder: Recorder, results: Mapping[str, EngineResult], label: str) -> None:
+    """Write what the engines did, after checking that they agree on the first token."""
+    for request in cases(recorder.dry_run):
+        length = request.prompt_len
+        case = f"n{length}-b1-{label}"
+        for name, benchmarks in (
+            (OFF, ("fits", "prefill", "decode")),
+            (FITS, ("fits",)),
+            (COLD, ("prefill", "decode")),
+        ):
+            timings = results[name].of(length)
+            distance = max(logprob_distance(*pair) for pair in zip(timings, results[OFF].of(length), strict=True))
+            recorder.note(f"{name} n{length}: first-token log probabilities differ by {distance:.4f}")
+            if not distance <= LOGPROB_TOLERANCE:
+                raise BenchmarkError(f"{name} n{length}: log probabilities off by {distance:.3f}")
+            ttft = [timing.ttft_ms for timing in timings]
+            tpot = [ms for timing in timings for ms in timing.tpot_ms[1:]]
+            peaks = [timing.peak_gpu_memory_gib for timing in timings]
+            for benchmark in benchmarks:
+                if benchmark != "decode":
+                    recorder.add(f"offload_{benchmark}", f"ttft-{case}", name, "time", "ms", ttft)
+                if benchmark != "prefill":
+                    recorder.add(f"offload_{benchmark}", f"tpot-{case}", name, "time", "ms", tpot)
+            if max(peaks) > 0:
+                recorder.add("offload_memory", case, name, "peak_gpu_memory", "GiB", peaks)
+
+
+def run(recorder: Recorder) -> None:
+    dry_run = recorder.dry_run
+    for lens in decode_cases(dry_run):
+        run_decode(recorder, lens, TINY if dry_run else LLAMA_8B_LAYER)
+    label = "tiny-fp32" if dry_run else f"llama8b-{LAYERS}layers-bf16"
+    results = measure_in_turns(engine_specs(dry_run), timeout_s=420)
+    for name, result in results.items():
+        recorder.note(f"{name}: engine ready after {result.start_s:.0f} s")
+    record_engines(recorder, results, label)

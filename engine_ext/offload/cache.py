@@ -1,0 +1,220 @@
+"""The cold heads of one rank: pools, table and staging, carried from step to step by the scheduler's plans."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from farspan.engine_ext.launch import is_on_host, write_kv
+from farspan.engine_ext.offload.pool import HostPool
+from farspan.engine_ext.offload.slots import SlotTable
+from farspan.engine_ext.offload.transfer import Job, StagedTurn, Staging, move
+from farspan.engine_ext.passes import Pass, StagedPages
+from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
+from farspan.kernels.batch import KVView
+from farspan.kernels.kv_gather import PagePools, host_offsets, map_block_table, map_slot_mapping
+from farspan.kernels.kv_gather_cpu import host_row, map_block_table_cpu, map_slot_mapping_cpu
+from farspan.kernels.tiles import to_device
+
+
+@dataclass(frozen=True)
+class ColdLayer:
+    """The cold heads of one layer."""
+
+    first_row: int
+    """Of the pools."""
+    place: int
+    """Of the layer in the host pool."""
+    hot_heads: int
+    """KV heads before the cold ones; vLLM's own cache holds them."""
+    num_kv_heads: int
+
+    @property
+    def num_cold_heads(self) -> int:
+        return self.num_kv_heads - self.hot_heads
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.num_cold_heads)
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One step of a cache's layers (`passes.ColdStep`)."""
+
+    cache: "ColdCache"
+    num_tokens: int
+    """Of the batch, padding included."""
+    turn: StagedTurn | None
+    """None where no pass is staged."""
+
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See `passes.ColdStep`."""
+        layer = self.cache.layers[layer_name]
+        slot_mapping = self.cache.slot_mapping[: self.num_tokens]
+        write_kv(key[:, layer.hot_heads :], value[:, layer.hot_heads :], self.cache.slots_of(layer), slot_mapping)
+
+    def view(self, layer_name: str, each: Pass) -> KVView:
+        """See `passes.ColdStep`."""
+        if isinstance(each.keys, StagedPages):
+            assert self.turn is not None
+            return self.turn.take(layer_name, each.keys, each.kv_heads)
+        return self.cache.view_of(self.cache.layers[layer_name], both=each.keys == "both")
+
+
+class ColdCache:
+    """Pages of cold heads on the device and in host memory."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, int],
+        num_kv_heads: int,
+        sizes: OffloadSizes,
+        host: HostPool,
+        slots: torch.Tensor,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        """Take over the memory.
+
+        layers: hot heads by the name of the layer, in the order in which they run.
+        host: of the layers that have cold heads, in that order. slots: [num_rows, num_slots, page_size, 2 * head_dim].
+        max_num_reqs, max_num_tokens: rows and tokens of a step's batch, padding included.
+        """
+        self.sizes = sizes
+        self.host = host
+        self.layers: dict[str, ColdLayer] = {}
+        first_row = 0
+        for name, hot in layers.items():
+            if hot < num_kv_heads:
+                self.layers[name] = ColdLayer(first_row, len(self.layers), hot, num_kv_heads)
+                first_row += num_kv_heads - hot
+        assert slots.shape[:2] == (first_row, sizes.num_slots)
+        device = slots.device
+        self.pools = PagePools(slots, host.layers, host_offsets(slots, host.layers))
+        self.table = SlotTable(sizes.num_blocks, device)
+        self.staging = None
+        if sizes.staging_pages:
+            self.staging = Staging(self.pools, sizes.group_size, sizes.staging_pages)
+        # Where captured graphs read a step's tables.
+        max_pages = -(-max_model_len // sizes.page_size) + 1
+        self.entries = torch.zeros(max_num_reqs, max_pages, dtype=torch.int32, device=device)
+        """[max_num_reqs, max_pages] int32: where the pages of each request of the step lie; see `KVView.host_pages`."""
+        self.slot_mapping = torch.full((max_num_tokens,), -1, dtype=torch.int64, device=device)
+        """[max_num_tokens] int64: where each token of the step goes among the slots."""
+        self.checksums: dict[int, torch.Tensor] | None = None
+        """By block on the host, of what was copied there; None until integrity is first asked for."""
+        self.num_spilled = self.num_loaded = self.num_staged = 0
+        """Pages copied so far: to the host, back from it, and to staging for a pass over one group of heads."""
+
+    def warm_up(self) -> None:
+        """Compile what copies pages, before any request waits for it; slot 0 and block 0 hold nothing."""
+        if is_on_host(self.entries):
+            return
+        zero = torch.zeros(1, dtype=torch.int32, device=self.entries.device)
+        self.pools.slots[:, 0].zero_()
+        for to_host in (True, False):
+            move(self.pools, zero, zero, to_host=to_host)
+        if self.staging is not None:
+            name = next(iter(self.layers))
+            for entries in (zero, -1 - zero):
+                pages = StagedPages(entries)
+                self.staged_turn([name], [pages], is_alone=True).take(name, pages, self.groups_of(self.layers[name])[0])
+        torch.cuda.synchronize(self.entries.device)
+        self.num_staged = 0
+
+    def follow(self, plan: ResidencyPlan) -> None:
+        """Carry out a step's moves, in the order of the current stream."""
+        blocks, slots = self.table.follow(plan)
+        num_spills, num_loads = len(plan.spills), len(plan.loads)
+        self.num_spilled += num_spills
+        self.num_loaded += num_loads
+        if num_spills:
+            move(self.pools, blocks[:num_spills], slots[:num_spills], to_host=True)
+        if num_loads:
+            loads = slice(num_spills, num_spills + num_loads)
+            move(self.pools, blocks[loads], slots[loads], to_host=False)
+        if self.checksums is not None:
+            for block in plan.spills:
+                self.checksums[block.block] = self.checksum(block.block)
+
+    def map_step(
+        self, block_table: torch.Tensor, kv_lens: torch.Tensor, slot_mapping: torch.Tensor, max_kv_len: int
+    ) -> None:
+        """Write a step's tables: `entries` for [num_reqs, max_pages] blocks, `slot_mapping` for [num_tokens] places."""
+        on_host = is_on_host(self.entries)
+        map_table = map_block_table_cpu if on_host else map_block_table
+        map_tokens = map_slot_mapping_cpu if on_host else map_slot_mapping
+        page_size = self.sizes.page_size
+        width = min(block_table.shape[1], self.entries.shape[1])
+        map_table(block_table[: len(kv_lens), :width], kv_lens, self.table.slot_of, page_size, self.entries, max_kv_len)
+        map_tokens(slot_mapping, self.table.slot_of, page_size, self.slot_mapping)
+
+    def slots_of(self, layer: ColdLayer) -> torch.Tensor:
+        """[num_slots, num_cold_heads, page_size, 2 * head_dim]: the layer's pages on the device."""
+        return self.pools.slots[layer.rows].transpose(0, 1)
+
+    def view_of(self, layer: ColdLayer, *, both: bool) -> KVView:
+        """The layer's cold heads in slots, or in slots and in host memory."""
+        host_pages = self.host.layers[layer.place].transpose(0, 1) if both else None
+        return KVView(self.slots_of(layer), layer.hot_heads, host_pages)
+
+    def stage(self, first_req: int, num_pages: list[int]) -> tuple[StagedPages, torch.Tensor]:
+        """What to stage for some requests of the step, and the block table of the staged pages.
+
+        num_pages: of the requests from `first_req` on. Returns the pages and [num_reqs, max_pages] int32.
+        """
+        pages = [self.entries[first_req + place, :count] for place, count in enumerate(num_pages)]
+        firsts = [sum(num_pages[:place]) for place in range(len(num_pages))]
+        device = self.entries.device
+        numbers = torch.arange(max(num_pages), dtype=torch.int32, device=device)
+        return StagedPages(torch.cat(pages)), to_device([firsts], device)[0][:, None] + numbers
+
+    def groups_of(self, layer: ColdLayer) -> list[slice]:
+        """The layer's cold heads in groups that are staged together."""
+        size = self.sizes.group_size
+        return [
+            slice(first, min(first + size, layer.num_kv_heads))
+            for first in range(layer.hot_heads, layer.num_kv_heads, size)
+        ]
+
+    def staged_turn(self, names: list[str], staged: list[StagedPages], *, is_alone: bool) -> StagedTurn:
+        """The staging of a step for some layers, in the order in which they run, each with all of the passes."""
+        assert self.staging is not None
+        jobs = []
+        for name in names:
+            layer = self.layers[name]
+            for pages in staged:
+                for heads in self.groups_of(layer):
+                    self.num_staged += len(pages.entries)
+                    first = layer.first_row + heads.start - layer.hot_heads
+                    rows = slice(first, first + heads.stop - heads.start)
+                    jobs.append(Job(name, pages, rows, heads))
+        return StagedTurn(self.staging, jobs, is_alone=is_alone)
+
+    def checksum(self, block: int) -> torch.Tensor:
+        """[num_rows] int64: of a block's pages in host memory. Waits for the device."""
+        if not is_on_host(self.entries):
+            torch.cuda.synchronize(self.entries.device)
+        pages = [host_row(self.pools, row)[block] for row in range(self.pools.num_rows)]
+        return torch.stack([page.flatten().view(torch.int32).sum(dtype=torch.int64) for page in pages])
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where table and pools contradict each other; between steps, as it waits for the device.
+
+        A page in both pools must be the same in both. From the first call on, what is copied to the host is summed up,
+        and must not change until it is copied anew.
+        """
+        self.table.check_integrity()
+        if self.checksums is None:
+            self.checksums = {block: self.checksum(block) for block in self.table.on_host}
+        if not is_on_host(self.entries):
+            torch.cuda.synchronize(self.entries.device)
+        for block in self.table.on_host & self.table.known.keys():
+            slot = self.table.known[block]
+            for row in range(self.pools.num_rows):
+                in_slot = self.pools.slots[row, slot].cpu().view(torch.int32)
+                assert torch.equal(in_slot, host_row(self.pools, row)[block].view(torch.int32)), (block, slot, row)
+        for block in self.table.on_host:
+            expected = self.checksums.get(block)
+            assert expected is None or torch.equal(expected, self.checksum(block)), f"block {block} changed on the host"

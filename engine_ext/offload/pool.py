@@ -1,0 +1,116 @@
+"""Host memory for the pages of cold heads: slabs that the device can address."""
+
+import ctypes
+import resource
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from farspan.engine_ext.errors import UnsupportedEngineError
+
+GIB = 1 << 30
+MAX_SLAB_BYTES = 64 * GIB
+"""CUDA refuses to register much larger ones, and leaves an error pending."""
+SLAB_BYTES = 8 * GIB
+"""Slabs are filled with whole layers up to this size, so that progress can be told: registering takes 0.1 s a GiB."""
+
+
+@dataclass(frozen=True)
+class HostPool:
+    """Pages of all cold heads, one for every block."""
+
+    layers: tuple[torch.Tensor, ...]
+    """Per layer with cold heads: [num_cold_heads, num_blocks, page_size, 2 * head_dim], contiguous, on the CPU."""
+    slabs: tuple[torch.Tensor, ...]
+    """What the layers are views of; kept registered as long as they live."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slab.numel() for slab in self.slabs)
+
+
+def make_host_pool(
+    heads_per_layer: Sequence[int],
+    page_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    register: bool,
+    progress: Callable[[float], None] = lambda share: None,
+) -> HostPool:
+    """Allocate the pages of layers with so many cold heads each.
+
+    page_shape: (num_blocks, page_size, 2 * head_dim). register: make it known to CUDA, so that the device addresses it.
+    progress: called after each slab with the share that is done.
+    Raises UnsupportedEngineError where host memory cannot be allocated or registered.
+    """
+    page_bytes = page_shape[0] * page_shape[1] * page_shape[2] * dtype.itemsize
+    layer_bytes = [heads * page_bytes for heads in heads_per_layer]
+    layers: list[torch.Tensor] = []
+    slabs: list[torch.Tensor] = []
+    for members in slab_members(layer_bytes):
+        num_bytes = sum(layer_bytes[member] for member in members)
+        slabs.append(make_slab(num_bytes, register=register))
+        start = 0
+        for member in members:
+            part = slabs[-1][start : start + layer_bytes[member]]
+            layers.append(part.view(dtype).view(heads_per_layer[member], *page_shape))
+            start += layer_bytes[member]
+        progress(sum(slab.numel() for slab in slabs) / sum(layer_bytes))
+    return HostPool(tuple(layers), tuple(slabs))
+
+
+def slab_members(layer_bytes: Sequence[int]) -> list[list[int]]:
+    """Which layers share a slab: neighbours, as many as SLAB_BYTES hold, at least one."""
+    members: list[list[int]] = []
+    filled = SLAB_BYTES
+    for layer, num_bytes in enumerate(layer_bytes):
+        if num_bytes > MAX_SLAB_BYTES:
+            raise UnsupportedEngineError(
+                f"offload: the cold heads of one layer take {num_bytes / GIB:.0f} GiB of host memory; farspan supports "
+                f"{MAX_SLAB_BYTES // GIB}. Lower offload.host_memory, or raise --tensor-parallel-size."
+            )
+        if filled + num_bytes > SLAB_BYTES:
+            members.append([])
+            filled = 0
+        members[-1].append(layer)
+        filled += num_bytes
+    return members
+
+
+def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
+    """[num_bytes] uint8 in host memory, registered with CUDA until the tensor dies."""
+    try:
+        slab = torch.empty(num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UnsupportedEngineError(
+            f"offload: {num_bytes / GIB:.1f} GiB of host memory could not be allocated ({error}). Lower "
+            "offload.host_memory."
+        ) from error
+    if not register:
+        return slab
+    cudart = torch.cuda.cudart()
+    # 1: known to all contexts.
+    failed = int(cudart.cudaHostRegister(slab.data_ptr(), num_bytes, 1))
+    if failed:
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GIB:.2f} GiB"
+        raise UnsupportedEngineError(
+            f"offload: CUDA could not register {num_bytes / GIB:.1f} GiB of host memory (error {failed}; the limit on "
+            f"locked memory, ulimit -l, is {limit}). Lower offload.host_memory or raise the limit."
+        )
+    weakref.finalize(slab, cudart.cudaHostUnregister, slab.data_ptr())
+    if device_address(slab.data_ptr()) != slab.data_ptr():
+        raise UnsupportedEngineError(
+            "offload: this GPU reaches registered host memory by other addresses than the host; farspan supports "
+            "systems with one address space. Leave out offload."
+        )
+    return slab
+
+
+def device_address(host_address: int) -> int:
+    """By which a GPU reaches registered host memory; 0 if by none."""
+    address = ctypes.c_void_p()
+    driver = ctypes.CDLL("libcuda.so.1")
+    failed = driver.cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(host_address), 0)
+    return 0 if failed else address.value or 0

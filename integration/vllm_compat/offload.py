@@ -1,0 +1,263 @@
+"""Cold KV heads inside vLLM: its pages for hot heads only, sizes decided in the core, pools made in the workers."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from farspan.engine_ext.config import OffloadOptions
+from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.plan import OffloadSizes
+from farspan.scheduler.placement import GIB, EngineLimits, RankShape, decide_sizes, running_limit
+from farspan.vllm_compat.platform import chooses_farspan
+from farspan.vllm_compat.wrapping import wrap_once
+
+AUTO_SHARE = 0.6
+"""Of the free host memory, with host_memory "auto"."""
+CGROUP = Path("/sys/fs/cgroup")
+
+_host_budgets: ContextVar[list[int] | None] = ContextVar("farspan_host_budgets", default=None)
+"""Bytes of host memory for KV that each rank may take, while an engine with cold heads plans its KV cache."""
+
+
+def cold_options(vllm_config: Any) -> OffloadOptions | None:
+    """The offload options of an engine with cold heads; None for all others."""
+    from farspan.engine_ext.support import config_of, has_cold_heads
+
+    if not chooses_farspan(vllm_config):
+        return None
+    return config_of(vllm_config).offload if has_cold_heads(vllm_config) else None
+
+
+# The planner knows the memory of GPUs alone, and a backend is not asked about sizes. Drop when a backend can say how
+# many blocks it has memory for (not in 0.33).
+def follow_planning() -> None:
+    """Decide, in the core, how many blocks and slots an engine with cold heads has."""
+    from vllm.v1.engine import core
+
+    wrap_once(core.EngineCore, "_initialize_kv_caches", asking_for_host_memory)
+    wrap_once(core, "get_kv_cache_configs", planning)
+
+
+def asking_for_host_memory(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _initialize_kv_caches(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if cold_options(vllm_config) is None:
+            return stock(self, vllm_config, *args, **kwargs)
+        token = _host_budgets.set(self.model_executor.collective_rpc(host_budget))
+        try:
+            return stock(self, vllm_config, *args, **kwargs)
+        finally:
+            _host_budgets.reset(token)
+
+    return _initialize_kv_caches
+
+
+def host_budget(worker: Any) -> int:
+    """Bytes of host memory that one rank may take for KV; runs in the worker. Raises ConfigError."""
+    options = cold_options(worker.vllm_config)
+    assert options is not None
+    parallel = worker.vllm_config.parallel_config
+    num_ranks = parallel.local_world_size * max(parallel.data_parallel_size_local, 1)
+    available = available_host_bytes()
+    if options.host_memory == "auto":
+        return int(available * AUTO_SHARE) // num_ranks
+    wanted = int(options.host_memory * GIB)
+    if wanted > available:
+        raise ConfigError(
+            f"offload.host_memory={options.host_memory}; allowed: up to {available / GIB:.1f} GiB, which this machine "
+            "has free. Lower it, or use 'auto'."
+        )
+    return wanted // num_ranks
+
+
+def available_host_bytes() -> int:
+    """Memory that the machine, or the container, has free."""
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((CGROUP / "memory.max").read_text())
+        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
+    return available
+
+
+def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_configs(
+        vllm_config: Any, kv_cache_specs: Sequence[Mapping[str, Any]], available_memory: Sequence[int]
+    ) -> Any:
+        budgets = _host_budgets.get()
+        if budgets is None:
+            return stock(vllm_config, kv_cache_specs, available_memory)
+        options = cold_options(vllm_config)
+        assert options is not None
+        shape = rank_shape(vllm_config, kv_cache_specs[0])
+        limits = engine_limits(vllm_config)
+        sizes = decide_sizes(options, shape, limits, min(available_memory), min(budgets))
+        needed = sizes.num_blocks * shape.gpu_block_bytes
+        configs = stock(vllm_config, kv_cache_specs, [needed] * len(available_memory))
+        for each in configs:
+            assert each.num_blocks == sizes.num_blocks, (each.num_blocks, sizes)
+            # The scheduler's copy and the workers' have it too.
+            each.farspan_offload = sizes
+        tell_sizes(sizes, shape, limits)
+        return configs
+
+    return get_kv_cache_configs
+
+
+def rank_shape(vllm_config: Any, specs: Mapping[str, Any]) -> RankShape:
+    """The KV of one rank, from the specs of its layers."""
+    some = next(iter(specs.values()))
+    return RankShape(
+        hot_heads=tuple(hot_heads_by_layer(vllm_config, specs).values()),
+        num_kv_heads=some.num_kv_heads,
+        page_size=some.block_size,
+        head_page_bytes=some.block_size * 2 * some.head_size * some.dtype.itemsize,
+        gpu_block_bytes=sum(spec.page_size_bytes for spec in specs.values()),
+    )
+
+
+def engine_limits(vllm_config: Any) -> EngineLimits:
+    return EngineLimits(
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        num_blocks_override=vllm_config.cache_config.num_gpu_blocks_override,
+        is_len_fitted=getattr(vllm_config.model_config, "original_max_model_len", None) == -1,
+    )
+
+
+def tell_sizes(sizes: OffloadSizes, shape: RankShape, limits: EngineLimits) -> None:
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.farspan")
+    page = shape.cold_page_bytes
+    logger.info(
+        "farspan offload, per rank: %d blocks of %d tokens, of which host memory holds the cold heads (%.2f GiB) and "
+        "GPU memory %d at a time (%.2f GiB); prefill stages %d KV heads at a time (%.2f GiB)",
+        sizes.num_blocks,
+        sizes.page_size,
+        sizes.num_blocks * page / GIB,
+        sizes.num_slots,
+        sizes.num_slots * page / GIB,
+        sizes.group_size if sizes.staging_pages else 0,
+        2 * sizes.group_size * sizes.staging_pages * shape.head_page_bytes / GIB,
+    )
+    running = running_limit(sizes, limits.max_num_batched_tokens, limits.max_num_seqs)
+    if running < limits.max_num_seqs:
+        logger.warning(
+            "farspan offload: at most %d requests run at once, not max_num_seqs=%d, so that the pages that a step "
+            "writes always find room in GPU memory",
+            running,
+            limits.max_num_seqs,
+        )
+
+
+def hot_heads_by_layer(vllm_config: Any, layer_names: Mapping[str, Any]) -> dict[str, int]:
+    """Hot KV heads of this rank by the name of the layer, in the order in which the layers run."""
+    from farspan.engine_ext.support import hot_heads
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    counts = hot_heads(vllm_config)
+    names = sorted(layer_names, key=extract_layer_index)
+    return {name: counts[extract_layer_index(name)] for name in names}
+
+
+# customize_spec is told neither the layer nor the options. Drop when it is (not in 0.33).
+def shrinking_pages(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Pages of vLLM's own cache hold hot heads only; a layer without any has stubs of two bytes a token or four."""
+
+    def get_kv_cache_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
+        specs = stock(self, *args, **kwargs)
+        if cold_options(self.vllm_config) is None:
+            return specs
+        hot = hot_heads_by_layer(self.vllm_config, specs)
+        return {name: shrunk(spec, hot[name]) for name, spec in specs.items()}
+
+    return get_kv_cache_spec
+
+
+def shrunk(spec: Any, num_hot_heads: int) -> Any:
+    if num_hot_heads == spec.num_kv_heads:
+        return spec
+    if num_hot_heads > 0:
+        return dataclasses.replace(spec, num_head_slots=num_hot_heads)
+    # The planner divides by the bytes of a page.
+    return dataclasses.replace(spec, num_head_slots=1, state_content_bytes=spec.dtype.itemsize)
+
+
+def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
+    """The pools of one rank's cold heads; None where it has none.
+
+    Graphs are captured once before sizes are known, to see how much memory they take: then there is one slot alone.
+    """
+    vllm_config = runner.vllm_config
+    if cold_options(vllm_config) is None:
+        return None
+    import torch
+    from farspan.engine_ext.offload.cache import ColdCache
+    from farspan.engine_ext.offload.pool import make_host_pool
+
+    specs = layer_specs(kv_cache_config)
+    hot = hot_heads_by_layer(vllm_config, specs)
+    spec = next(iter(specs.values()))
+    sizes = getattr(kv_cache_config, "farspan_offload", None)
+    host_blocks = kv_cache_config.num_blocks
+    if sizes is None:
+        host_blocks = 1
+        sizes = OffloadSizes(
+            num_blocks=kv_cache_config.num_blocks,
+            num_slots=1,
+            page_size=spec.block_size,
+            page_bytes=0,
+            group_size=1,
+            staging_pages=0,
+        )
+    shape = (spec.block_size, 2 * spec.head_size)
+    cold = [spec.num_kv_heads - count for count in hot.values() if count < spec.num_kv_heads]
+    host = make_host_pool(
+        cold,
+        (host_blocks, *shape),
+        spec.dtype,
+        register=runner.device.type == "cuda",
+        progress=tell_progress(sum(cold) * host_blocks * shape[0] * shape[1] * spec.dtype.itemsize),
+    )
+    slots = torch.empty(sum(cold), sizes.num_slots, *shape, dtype=spec.dtype, device=runner.device)
+    scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    cache = ColdCache(
+        hot,
+        spec.num_kv_heads,
+        sizes,
+        host,
+        slots,
+        max_num_reqs=max(scheduler.max_num_seqs, graphs),
+        max_num_tokens=max(scheduler.max_num_batched_tokens, graphs),
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
+    cache.warm_up()
+    return cache
+
+
+def layer_specs(kv_cache_config: Any) -> dict[str, Any]:
+    """The spec of every layer."""
+    specs = {}
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        for name in group.layer_names:
+            specs[name] = getattr(spec, "kv_cache_specs", {}).get(name, spec)
+    return specs
+
+
+def tell_progress(num_bytes: int) -> Callable[[float], None]:
+    """What to call as host memory is allocated."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.farspan")
+
+    def progress(share: float) -> None:
+        if num_bytes >= GIB:
+            logger.info("farspan offload: %.0f of %.0f GiB of host memory", share * num_bytes / GIB, num_bytes / GIB)
+
+    return progress

@@ -1,0 +1,233 @@
+"""What fits where: the bytes of KV pages, and from them blocks, slots, staging, group sizes and the longest context.
+
+Pure functions of whole numbers, which size the engine's pools and which `farspan plan` predicts with. Bytes and heads
+are those of one tensor-parallel rank; bytes are exact, times are predicted in `farspan.scheduler.rates`.
+
+- vLLM's cache holds the pages of hot heads: `hot_block_bytes` for each block id, in HBM.
+- The host pool holds the pages of cold heads: `cold_block_bytes` for each block id, in host memory.
+- A slot is room in HBM for the cold pages of one block, in every layer: `cold_block_bytes` as well.
+- Staging is two buffers that hold one head group of one layer over the longest context: while attention reads one, the
+  other is filled from the host.
+"""
+
+from dataclasses import dataclass, replace
+
+NULL_BLOCKS = 1
+"""Block ids that vLLM keeps for itself: block 0 stands for padding."""
+NUM_STAGING_BUFFERS = 2
+STAGING_SHARE = 0.125
+"""Of the HBM that the fewest slots leave: what groups of more than one head may take from the pages of a load that does
+not lie in HBM as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """Where the KV heads of every layer have their pages."""
+
+    num_kv_heads: int
+    """Of one layer."""
+    head_dim: int
+    element_bytes: int
+    """Of one number of a key or value."""
+    page_size: int
+    """Tokens of a page."""
+    hot_heads: tuple[int, ...]
+    """For each layer, how many of its KV heads have their pages in vLLM's cache; the others are cold."""
+    stub_bytes: int = 0
+    """What vLLM's cache holds for each block of a layer without hot heads."""
+
+    def __post_init__(self) -> None:
+        assert min(self.num_kv_heads, self.head_dim, self.element_bytes, self.page_size, len(self.hot_heads)) > 0
+        assert all(0 <= hot <= self.num_kv_heads for hot in self.hot_heads), self.hot_heads
+        assert self.stub_bytes >= 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one head in one layer and block."""
+        return self.page_size * 2 * self.head_dim * self.element_bytes
+
+    @property
+    def hot_block_bytes(self) -> int:
+        """HBM for each block id of vLLM's cache."""
+        return sum(hot * self.page_bytes or self.stub_bytes for hot in self.hot_heads)
+
+    @property
+    def cold_block_bytes(self) -> int:
+        """Host memory for each block id; also HBM for each slot."""
+        return sum(self.num_kv_heads - hot for hot in self.hot_heads) * self.page_bytes
+
+    @property
+    def max_cold_heads(self) -> int:
+        """Of the layer that has most."""
+        return self.num_kv_heads - min(self.hot_heads)
+
+    @property
+    def hot_token_bytes(self) -> int:
+        """HBM for each token's hot heads, stubs left out."""
+        return sum(self.hot_heads) * self.page_bytes // self.page_size
+
+    @property
+    def cold_token_bytes(self) -> int:
+        return self.cold_block_bytes // self.page_size
+
+    def with_hot_heads(self, num_hot: int) -> "KVLayout":
+        """The same model with `num_hot` hot heads in every layer."""
+        return replace(self, hot_heads=(num_hot,) * len(self.hot_heads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What an engine must be able to hold."""
+
+    context_len: int
+    """Tokens of the longest request, its answer included."""
+    num_requests: int
+    """Requests of that length at once."""
+    max_num_batched_tokens: int
+    """Tokens of one step."""
+    max_num_seqs: int
+    """Requests in one step."""
+
+    def __post_init__(self) -> None:
+        assert min(self.context_len, self.num_requests, self.max_num_batched_tokens, self.max_num_seqs) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPlan:
+    """Sizes of all pools."""
+
+    num_blocks: int
+    """Block ids of vLLM's cache, the null block included; the host pool has as many."""
+    num_slots: int
+    """Blocks whose cold pages can lie in HBM at the same time."""
+    group_size: int
+    """KV heads whose prefix is gathered at once in prefill; 0 where nothing is ever gathered."""
+    staging_bytes: int
+    hbm_bytes: int
+    """vLLM's cache, slots and staging."""
+    host_bytes: int
+
+
+def min_slots(max_num_batched_tokens: int, page_size: int, max_num_seqs: int) -> int:
+    """Fewest slots: pages that a step writes lie in HBM, and every request may begin in the middle of one."""
+    return -(-max_num_batched_tokens // page_size) + max_num_seqs
+
+
+def needed_blocks(context_len: int, page_size: int, num_requests: int = 1) -> int:
+    """Block ids for requests that share nothing, the null block included."""
+    return num_requests * -(-context_len // page_size) + NULL_BLOCKS
+
+
+def max_blocks(layout: KVLayout, hbm_bytes: int, host_bytes: int, num_slots: int = 0, staging_bytes: int = 0) -> int:
+    """Block ids that both memories hold.
+
+    hbm_bytes: what weights, activations and the CUDA context leave. A layout without hot heads and stubs takes no HBM
+    for a block, one without cold heads no host memory. Returns 0 where slots and staging alone do not fit.
+    """
+    hbm_left = hbm_bytes - num_slots * layout.cold_block_bytes - staging_bytes
+    if hbm_left < 0:
+        return 0
+    bounds = []
+    if layout.hot_block_bytes:
+        bounds.append(hbm_left // layout.hot_block_bytes)
+    if layout.cold_block_bytes:
+        bounds.append(max(host_bytes, 0) // layout.cold_block_bytes)
+    return min(bounds)
+
+
+def max_slots(layout: KVLayout, hbm_bytes: int, num_blocks: int, staging_bytes: int) -> int:
+    """Slots in what blocks and staging leave of HBM, at most one for each block; 0 where no head is cold."""
+    if not layout.cold_block_bytes:
+        return 0
+    hbm_left = hbm_bytes - num_blocks * layout.hot_block_bytes - staging_bytes
+    return min(max(hbm_left, 0) // layout.cold_block_bytes, num_blocks)
+
+
+def staging_bytes_of(layout: KVLayout, group_size: int, context_len: int) -> int:
+    """HBM of the two buffers for one head group over a context."""
+    return NUM_STAGING_BUFFERS * group_size * -(-context_len // layout.page_size) * layout.page_bytes
+
+
+def group_sizes(layout: KVLayout) -> list[int]:
+    """Possible group sizes, ascending: divisors of the KV heads, none beyond the cold heads of a layer."""
+    divisors = [size for size in range(1, layout.num_kv_heads + 1) if layout.num_kv_heads % size == 0]
+    return sorted({min(size, layout.max_cold_heads) for size in divisors} - {0})
+
+
+def choose_group_size(layout: KVLayout, context_len: int, budget_bytes: int) -> int:
+    """The largest group whose staging fits into the budget; 0 where none does or no head is cold."""
+    fitting = [size for size in group_sizes(layout) if staging_bytes_of(layout, size, context_len) <= budget_bytes]
+    return max(fitting, default=0)
+
+
+def plan_kv(
+    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, group_size: int | None = None
+) -> KVPlan | None:
+    """Size all pools for a load, or None where it does not fit.
+
+    Where HBM has a slot for every block that the host holds, nothing is ever gathered, and there is no staging.
+    Otherwise the load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
+    hbm_bytes, host_bytes: for KV, staging included. group_size: None for the largest beside which HBM still holds the
+    whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1.
+    """
+    wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
+    hot_bytes, cold_bytes = layout.hot_block_bytes, layout.cold_block_bytes
+    if not cold_bytes:
+        num_blocks = max_blocks(layout, hbm_bytes, host_bytes)
+        return sized(layout, num_blocks, 0, 0, 0) if num_blocks >= wanted_blocks else None
+
+    host_blocks = max(host_bytes, 0) // cold_bytes
+    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
+    if resident_blocks < host_blocks:
+        fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
+        hbm_left = hbm_bytes - wanted_blocks * hot_bytes
+        beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
+        share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
+        for budget in (beside_load, share):
+            group_size = group_size or choose_group_size(layout, load.context_len, budget)
+        group_size = group_size or 1
+        staging_bytes = staging_bytes_of(layout, group_size, load.context_len)
+        least_slots = max(min((hbm_left - staging_bytes) // cold_bytes, wanted_blocks), fewest)
+        num_blocks = max_blocks(layout, hbm_bytes, host_bytes, least_slots, staging_bytes)
+        if num_blocks >= wanted_blocks:
+            num_slots = max_slots(layout, hbm_bytes, num_blocks, staging_bytes)
+            return sized(layout, num_blocks, num_slots, group_size, staging_bytes)
+    # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.
+    return sized(layout, resident_blocks, resident_blocks, 0, 0) if resident_blocks >= wanted_blocks else None
+
+
+def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, staging_bytes: int) -> KVPlan:
+    """The plan with what it takes of both memories."""
+    return KVPlan(
+        num_blocks=num_blocks,
+        num_slots=num_slots,
+        group_size=group_size,
+        staging_bytes=staging_bytes,
+        hbm_bytes=num_blocks * layout.hot_block_bytes + num_slots * layout.cold_block_bytes + staging_bytes,
+        host_bytes=num_blocks * layout.cold_block_bytes,
+    )
+
+
+def longest_context(
+    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, most_len: int, group_size: int | None = None
+) -> int:
+    """Tokens of the longest context, in whole pages or `most_len`, with which a load fits; 0 where none does.
+
+    load: its own `context_len` does not count.
+    """
+
+    def fits(context_len: int) -> bool:
+        asked = replace(load, context_len=context_len)
+        return plan_kv(layout, asked, hbm_bytes, host_bytes, group_size) is not None
+
+    if fits(most_len):
+        return most_len
+    # [0, fitting] pages fit; [failing, ...) do not.
+    fitting, failing = 0, -(-most_len // layout.page_size)
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        if fits(middle * layout.page_size):
+            fitting = middle
+        else:
+            failing = middle
+    return fitting * layout.page_size

@@ -1,0 +1,258 @@
+"""Cold KV heads through vLLM: greedy tokens equal those of vLLM's own CPU backend, wherever the pages lie."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.integration.test_engine_tokens import generate, make_prompts, run, stock_tokens
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+__all__ = ["stock_tokens"]
+
+
+PAGE, LAYERS, HEAD_DIM, MAX_LEN = 16, 2, 64, 768
+HEAD_PAGE = PAGE * 2 * HEAD_DIM * 4
+STUB = PAGE * 4
+BLOCKS = 160
+GIB = 1 << 30
+
+
+def offloading(
+    num_slots: int,
+    *,
+    heads: int = 2,
+    hot: int | list[int] = 0,
+    tokens: int = 64,
+    blocks: int = BLOCKS,
+    group_size: int = 1,
+    farspan: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Arguments of an engine with so many slots and blocks of `PAGE` tokens, and so many hot heads."""
+    counts = hot if isinstance(hot, list) else [hot] * LAYERS
+    cold_page = sum(heads - count for count in counts) * HEAD_PAGE
+    block = sum(count * HEAD_PAGE or STUB for count in counts)
+    staging = 2 * group_size * -(-MAX_LEN // PAGE) * HEAD_PAGE if num_slots < blocks else 0
+    # A little more than the blocks take, as a fraction of a GiB is rounded.
+    offload = {"host_memory": (blocks + 0.5) * max(cold_page, 1) / GIB, "hot_heads": hot, "group_size": group_size}
+    return {
+        "block_size": PAGE,
+        "max_model_len": MAX_LEN,
+        "max_num_batched_tokens": tokens,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": blocks,
+        "kv_cache_memory_bytes": num_slots * cold_page + blocks * block + staging,
+        "enable_prefix_caching": False,
+        "additional_config": {"farspan": {**(farspan or {}), "offload": offload}},
+        **arguments,
+    }
+
+
+def offload_state(llm: Any) -> dict[str, Any]:
+    """What the worker tells after it checked its pools."""
+    (state,) = llm.collective_rpc("offload_state")
+    return state
+
+
+def run_checked(llm: Any, prompts: list[list[int]], max_tokens: int | list[int] = 12) -> list[list[int]]:
+    """Greedy tokens, with the integrity of pools and tables checked after every step."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    budgets = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+    for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
+        params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
+        engine.add_request(f"checked-{place}", {"prompt_token_ids": prompt}, params)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+        offload_state(llm)
+    return [tokens[f"checked-{place}"] for place in range(len(prompts))]
+
+
+PROMPTS = make_prompts((1, 15, 16, 17, 130, 300, 700))
+
+
+@pytest.mark.parametrize("num_slots", [9, 40, BLOCKS], ids=["least", "some", "all"])
+def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) -> None:
+    llm = make_llm(**offloading(num_slots))
+    assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    state = offload_state(llm)
+    assert state["num_slots"] == num_slots
+    assert state["num_blocks"] == BLOCKS
+    assert (state["spilled"] > 0) == (num_slots < BLOCKS)
+    assert (state["staged"] > 0) == (num_slots < BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads", "hot", "group_size"),
+    [
+        ("llama", 2, 1, 1), ("llama", 2, 0, 2), ("qwen3", 4, 2, 2), ("qwen3", 4, 1, 2), ("qwen3", 4, [4, 1], 1),
+        ("qwen2", 1, 0, 1),
+    ],
+    ids=["half", "together", "half-of-four", "one-of-four", "by-layer", "only-head"],
+)  # fmt: skip
+def test_hot_heads(
+    make_llm: Callable[..., Any], stock_tokens: Any, architecture: str, heads: int, hot: Any, group_size: int
+) -> None:
+    llm = make_llm(architecture, **offloading(12, heads=heads, hot=hot, group_size=group_size))
+    assert run_checked(llm, PROMPTS) == stock_tokens(architecture, PROMPTS)
+    state = offload_state(llm)
+    assert min(state["spilled"], state["staged"]) > 0
+
+
+def test_no_cold_head_is_no_offload(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    llm = make_llm(additional_config={"farspan": {"offload": {"hot_heads": 2}}}, enable_prefix_caching=False)
+    assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    assert llm.llm_engine.vllm_config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize("chunk", [16, 33, 200, 2048])
+def test_chunked_prefill(make_llm: Callable[..., Any], stock_tokens: Any, chunk: int) -> None:
+    blocks = 200 if chunk == 2048 else BLOCKS
+    num_slots = max(3 + chunk // PAGE, 20)
+    llm = make_llm(**offloading(num_slots, tokens=chunk, blocks=blocks))
+    assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    assert offload_state(llm)["spilled"] > 0 or chunk == 2048
+
+
+def test_prefix_hits(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Prefixes that lie in slots, on the host, and half each; of requests that ended and of one that runs."""
+    (long, other) = make_prompts((500, 600), seed=5)
+    prompts = [long, other, long, [*long[:160], *other[:50]], other[:320], [*other[:100], 7, 8, 9], long]
+    expected = stock_tokens("llama", prompts)
+    llm = make_llm(**offloading(30, enable_prefix_caching=True))
+    found = []
+    for prompt in prompts:
+        (output,) = run(llm, [prompt])
+        found.append(list(output.outputs[0].token_ids))
+        offload_state(llm)
+    assert found == expected
+    assert output.num_cached_tokens == 496
+    assert run_checked(llm, prompts) == expected
+    state = offload_state(llm)
+    assert min(state["spilled"], state["loaded"], state["staged"]) > 0
+
+
+def test_preemption(make_llm: Callable[..., Any], stock_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run out while requests decode; those that are preempted lose nothing."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def counting(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+    prompts = make_prompts((200, 210, 220, 190, 90), seed=9)
+    budgets = [60, 50, 55, 60, 80]
+    expected = stock_tokens("llama", prompts, budgets)
+    preempted.clear()
+    llm = make_llm(**offloading(14, blocks=50))
+    assert run_checked(llm, prompts, budgets) == expected
+    assert preempted
+    assert offload_state(llm)["spilled"] > 0
+
+
+def test_batches(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    llm = make_llm(**offloading(45))
+    generator = random.Random(1)
+    for size in (1, 3, 16):
+        prompts = make_prompts(tuple(generator.randrange(1, 140) for _ in range(size)), seed=size)
+        budgets = [generator.randrange(1, 20) for _ in range(size)]
+        assert run_checked(llm, prompts, budgets) == stock_tokens("llama", prompts, budgets)
+    assert offload_state(llm)["spilled"] > 0
+
+
+def test_few_slots_make_requests_wait(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Room for what three requests write: sixteen take turns and all end."""
+    llm = make_llm(**offloading(1 + 4 + 6))
+    prompts = make_prompts(tuple(range(10, 26)), seed=4)
+    assert run_checked(llm, prompts, 5) == stock_tokens("llama", prompts, 5)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert scheduler.max_num_running_reqs == 3
+
+
+def test_aborts(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Requests that are aborted while they prefill or decode leave no trace in the others."""
+    from vllm import SamplingParams
+
+    prompts = make_prompts((300, 310, 250, 330), seed=6)
+    expected = stock_tokens("llama", prompts, 20)
+    llm = make_llm(**offloading(16, enable_prefix_caching=True))
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    for repeat in range(3):
+        for place, prompt in enumerate(prompts):
+            engine.add_request(f"{repeat}-{place}", {"prompt_token_ids": prompt}, params)
+        finished, steps = {}, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id] = list(output.outputs[0].token_ids)
+            steps += 1
+            # In its prefill, and while others decode.
+            if steps == 3 + repeat:
+                engine.abort_request([f"{repeat}-1"])
+            if steps == 22:
+                engine.abort_request([f"{repeat}-2"])
+            offload_state(llm)
+        for place in (0, 3):
+            assert finished[f"{repeat}-{place}"] == expected[place]
+    assert generate(llm, prompts, 20) == expected
+
+
+def test_first_decode_after_a_spill(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """A request decodes in slots alone; another one's prefill takes them away; it goes on, and gets them back."""
+    from vllm import SamplingParams
+
+    prompts = make_prompts((300, 290), seed=8)
+    expected = stock_tokens("llama", prompts, [40, 4])
+    llm = make_llm(**offloading(25))
+    engine = llm.llm_engine
+
+    def add(name: str, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def step() -> dict[str, list[int]]:
+        ended = {each.request_id: list(each.outputs[0].token_ids) for each in engine.step() if each.finished}
+        offload_state(llm)
+        return ended
+
+    add("first", prompts[0], 40)
+    for _ in range(10):
+        step()
+    assert offload_state(llm)["spilled"] == 0
+    add("second", prompts[1], 4)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        tokens |= step()
+    assert tokens == {"first": expected[0], "second": expected[1]}
+    state = offload_state(llm)
+    assert min(state["spilled"], state["loaded"]) > 0
+
+
+FLEX = {"prefill": {"method": "flex", "gamma": 0.9, "min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}}
+MASK = {"prefill": {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 2}}
+STRING = {"string": {"shift": 100, "window": 16}}
+
+
+@pytest.mark.parametrize(
+    "options", [FLEX, MASK, STRING, {**STRING, **FLEX}], ids=["flex", "block_sparse", "string", "string-flex"]
+)
+def test_methods_give_what_they_give_without_offload(make_llm: Callable[..., Any], options: dict[str, Any]) -> None:
+    arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": 200, "max_num_seqs": 16}
+    plain = make_llm("qwen3", additional_config={"farspan": options}, **arguments)
+    expected = generate(plain, PROMPTS)
+    plain.llm_engine.engine_core.shutdown()
+    llm = make_llm("qwen3", **offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options))
+    assert run_checked(llm, PROMPTS) == expected
+    assert min(offload_state(llm)["spilled"], offload_state(llm)["staged"]) > 0

@@ -1,0 +1,116 @@
+"""How GPU and host memory are shared out, and the sentences where they do not suffice."""
+
+from typing import Any
+
+import pytest
+from farspan.engine_ext.config import OffloadOptions
+from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError
+from farspan.scheduler.placement import (
+    GIB,
+    EngineLimits,
+    RankShape,
+    decide_sizes,
+    running_limit,
+)
+from farspan.scheduler.residency import most_pages_written
+
+HEAD_PAGE = 128 * 2 * 128 * 2
+
+
+def shape(hot: int = 0, layers: int = 32, heads: int = 8) -> RankShape:
+    """An 8B model: 32 layers, 8 KV heads of 128, bfloat16."""
+    stub = 256 if hot == 0 else hot * HEAD_PAGE
+    return RankShape((hot,) * layers, heads, 128, HEAD_PAGE, layers * stub)
+
+
+def limits(**changes: Any) -> EngineLimits:
+    return EngineLimits(**{"max_model_len": 131072, "max_num_seqs": 16, "max_num_batched_tokens": 8192, **changes})
+
+
+def test_a_million_tokens_in_two_gib() -> None:
+    """The paper's case: one buffer of a head is 0.5 GiB at 1M tokens."""
+    sizes = decide_sizes(
+        OffloadOptions(host_memory=130), shape(), limits(max_model_len=1 << 20, max_num_batched_tokens=4096),
+        gpu_bytes=int(2.1 * GIB), host_bytes=130 * GIB,
+    )  # fmt: skip
+    assert sizes.num_blocks == 130 * GIB // (16 << 20)
+    assert sizes.group_size == 1
+    assert sizes.staging_pages == 8192
+    used = sizes.num_slots * (16 << 20) + 2 * 8192 * HEAD_PAGE + sizes.num_blocks * 32 * 256
+    assert 2.05 * GIB < used <= 2.1 * GIB
+    assert running_limit(sizes, 4096, 16) == (sizes.num_slots - 33) // 2 == 16
+
+
+@pytest.mark.parametrize("hot", [0, 1, 4, 7])
+@pytest.mark.parametrize("gpu_gib", [6, 20, 60])
+def test_memory_is_not_spent_twice(hot: int, gpu_gib: int) -> None:
+    for host_gib in (20, 60, 400):
+        sizes = decide_sizes(
+            OffloadOptions(host_memory=host_gib), shape(hot), limits(max_model_len=16384), gpu_gib * GIB, host_gib * GIB
+        )
+        staging = 2 * sizes.group_size * sizes.staging_pages * HEAD_PAGE
+        assert sizes.num_blocks * shape(hot).cold_page_bytes <= host_gib * GIB
+        gpu = sizes.num_blocks * shape(hot).gpu_block_bytes + sizes.num_slots * shape(hot).cold_page_bytes + staging
+        assert gpu <= gpu_gib * GIB
+        assert sizes.num_slots <= sizes.num_blocks
+        running = running_limit(sizes, 8192, 16)
+        assert 1 <= running <= 16
+        if sizes.num_slots < sizes.num_blocks:
+            assert most_pages_written(8192, running, 128) + 1 <= sizes.num_slots
+
+
+def test_what_fits_has_no_staging() -> None:
+    sizes = decide_sizes(OffloadOptions(host_memory=10), shape(), limits(max_model_len=8192), 60 * GIB, 10 * GIB)
+    assert sizes.num_slots == sizes.num_blocks == 640
+    assert sizes.staging_pages == 0
+    assert running_limit(sizes, 8192, 1000) == 1000
+
+
+def test_auto_takes_no_more_than_the_requests_can_use() -> None:
+    sizes = decide_sizes(OffloadOptions(), shape(), limits(max_num_seqs=2), 8 * GIB, 400 * GIB)
+    assert sizes.num_blocks == 2 * 1024 + 1
+
+
+def test_group_size() -> None:
+    for group, expected in (("auto", 8), (3, 3), (64, 8)):
+        options = OffloadOptions(host_memory=40, group_size=group)  # type: ignore[arg-type]
+        assert decide_sizes(options, shape(), limits(), 30 * GIB, 40 * GIB).group_size == expected
+
+
+def test_a_fitted_length_is_what_the_host_holds() -> None:
+    sizes = decide_sizes(
+        OffloadOptions(host_memory=20), shape(), limits(max_model_len=1 << 20, is_len_fitted=True), 10 * GIB, 20 * GIB
+    )
+    assert sizes.num_blocks == 1280
+    assert sizes.staging_pages == 1279
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu_gib", "host_gib", "sentence"),
+    [
+        ({}, 1, 40, "a step of 8192 tokens writes to 67 of 0.0156 GiB. Lower --max-num-batched-tokens"),
+        ({}, 8, 10, "needs 1025 blocks of 128 tokens, 10.00 GiB of host memory for KV hold 640. Raise offload.host"),
+        ({"num_blocks_override": 5000}, 8, 40, "num_gpu_blocks_override=5000; allowed: up to 2560 blocks"),
+    ],
+    ids=["gpu", "host", "override"],
+)
+def test_refusals(changes: dict[str, Any], gpu_gib: int, host_gib: int, sentence: str) -> None:
+    with pytest.raises((ConfigError, UnsupportedEngineError)) as caught:
+        decide_sizes(OffloadOptions(host_memory=40), shape(), limits(**changes), gpu_gib * GIB, host_gib * GIB)
+    assert sentence in str(caught.value)
+
+
+def test_hot_heads() -> None:
+    assert OffloadOptions().hot_heads_per_layer(3, 8, 1) == (0, 0, 0)
+    assert OffloadOptions(hot_heads=4).hot_heads_per_layer(2, 8, 2) == (2, 2)
+    assert OffloadOptions(hot_heads=(2, 0)).hot_heads_per_layer(2, 2, 1) == (2, 0)
+    # Two heads on four ranks: each has one of them.
+    assert OffloadOptions(hot_heads=2).hot_heads_per_layer(1, 2, 4) == (1,)
+    for options, ranks, sentence in (
+        (OffloadOptions(hot_heads=9), 1, "up to 8, the KV heads"),
+        (OffloadOptions(hot_heads=3), 2, "multiples of 2"),
+        (OffloadOptions(hot_heads=(1, 2, 3)), 1, "one number for each of the model's 2 layers, not 3"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            options.hot_heads_per_layer(2, 8, ranks)
+        assert sentence in str(caught.value)
