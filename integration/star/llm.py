@@ -137,7 +137,8 @@ class StarLLM:
         )
         self.num_hosts = hosts
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
-        self.restart_s = 0.0
+        self.restart_s = self.phase_1_s = 0.0
+        """Of the running request."""
         try:
             self.start()
         except BaseException:
@@ -455,10 +456,19 @@ def sampling_params(**arguments: Any) -> Any:
 
 
 def checked_params(params: Any) -> Any:
-    """A copy whose tokens all hosts choose alike. Raises ConfigError for several answers at once."""
+    """A copy whose tokens all hosts choose alike. Raises ConfigError for what needs the whole prompt on one host."""
     params = sampling_params() if params is None else params.clone()
     if params.n != 1:
         raise ConfigError(f"n={params.n}; allowed: 1, one answer to a query. Call generate several times.")
+    if params.repetition_penalty != 1:
+        raise ConfigError(
+            f"repetition_penalty={params.repetition_penalty}; allowed: 1, as it counts the prompt's tokens, of which every "
+            "host has others. Use presence_penalty or frequency_penalty, which count new tokens."
+        )
+    if params.prompt_logprobs is not None:
+        raise ConfigError(
+            f"prompt_logprobs={params.prompt_logprobs}; allowed: None, as no host has the whole prompt. Leave it out."
+        )
     if params.seed is None and params.temperature > 0:
         params.seed = random.getrandbits(63)
     return params

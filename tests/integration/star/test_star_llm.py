@@ -113,6 +113,8 @@ def test_streaming_and_abort(star: StarLLM) -> None:
 
 
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
+    from vllm import SamplingParams
+
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"context": [*CONTEXT, 512]}, "token 512; allowed: whole numbers from 0 to 511"),
         ({"context": [*CONTEXT, "t1"]}, "token 't1'; allowed: whole numbers"),
@@ -120,6 +122,9 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
         ({"context": "no marker", "query": None}, "a prompt without"),
         ({"context": CONTEXT * 6}, "host 0 needs"),
         ({"block_len": 40}, "block_len=40; allowed: a multiple of the page size, 16 tokens"),
+        ({"sampling_params": greedy(repetition_penalty=1.2)}, "repetition_penalty=1.2; allowed: 1"),
+        ({"sampling_params": greedy(prompt_logprobs=1)}, "prompt_logprobs=1; allowed: None"),
+        ({"sampling_params": SamplingParams(n=2, temperature=1.0)}, "n=2; allowed: 1"),
         ({"anchor_len": 24}, "anchor_len=24; allowed: a multiple of the page size"),
     ]
     for changes, sentence in mistakes:
