@@ -462,8 +462,8 @@ def checked_params(params: Any) -> Any:
         raise ConfigError(f"n={params.n}; allowed: 1, one answer to a query. Call generate several times.")
     if params.repetition_penalty != 1:
         raise ConfigError(
-            f"repetition_penalty={params.repetition_penalty}; allowed: 1, as it counts the prompt's tokens, of which every "
-            "host has others. Use presence_penalty or frequency_penalty, which count new tokens."
+            f"repetition_penalty={params.repetition_penalty}; allowed: 1, as it counts the prompt's tokens, of which "
+            "every host has others. Use presence_penalty or frequency_penalty, which count new tokens."
         )
     if params.prompt_logprobs is not None:
         raise ConfigError(
