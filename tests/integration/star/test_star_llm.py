@@ -158,7 +158,7 @@ def test_a_host_lost_in_phase_1_is_replaced(
     ("rank", "action", "sentence"),
     [
         (1, "kill", "phase 2: host 1 is dead"),
-        (0, "sleep", "phase 2: host 0 made no progress for 8 s"),
+        (0, "sleep", "phase 2: host 0 made no progress for 12 s"),
     ],
     ids=["kill", "late"],
 )
