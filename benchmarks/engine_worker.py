@@ -6,6 +6,7 @@ Answer for every (Request, repeat) that it receives, and ends when the other sid
 
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -101,6 +102,9 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
     if spec.model_dir is None:
         arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
+        if "kv_cache_memory_bytes" in spec.engine:
+            # The CPU platform takes the variable before the argument.
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         del arguments["compilation_config"]
         arguments |= {"enforce_eager": True, "dtype": "float32"}
     return LLM(spec.model_dir or model_dir, **(arguments | spec.engine))

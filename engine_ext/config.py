@@ -150,8 +150,8 @@ class OffloadOptions(Options, frozen=True):
     """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
     The GPU memory that they leave holds pages of the cold ones."""
     group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
-    """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as two
-    buffers in a quarter of the memory for KV have room for."""
+    """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
+    for the longest request, or for more than an eighth of the memory for KV."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also each number of a list."""

@@ -12,7 +12,10 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ResidencyPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the cold pages of a step lie. Workers carry it out in the order of the fields, before the forward."""
+    """Where the cold pages of a step lie.
+
+    Workers carry it out before the forward, in the order of the fields; the copies run beside it.
+    """
 
     spills: tuple[Move, ...] = ()
     """Copied from their slots to the host; the slots are free after that."""
@@ -22,6 +25,9 @@ class ResidencyPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Copied from the host into free slots."""
     assignments: tuple[Move, ...] = ()
     """Get a free slot without a copy, as this step writes them from their first token on."""
+    copies: tuple[Move, ...] = ()
+    """Copied to the host beside the forward, and still in their slots: the next step may push them out. None of them is
+    written."""
     written: tuple[int, ...] = ()
     """Blocks that this step writes to; all of them are in slots, and what the host has of them is out of date."""
     missing: frozenset[str] = frozenset()

@@ -113,50 +113,59 @@ def _stage_pages_kernel(
                 _copy_page(slot_ptr, staging_page_ptr, PAGE_WORDS, BLOCK)
 
 
-@triton.jit(do_not_specialize_on_alignment=INDEX_POINTERS)
-def _map_table_kernel(
+@triton.jit(
+    do_not_specialize=["num_table_programs", "page_blocks", "num_tokens"],
+    do_not_specialize_on_alignment=INDEX_POINTERS,
+)
+def _map_step_kernel(
     block_table_ptr,
     kv_lens_ptr,
+    slot_mapping_ptr,
     slot_of_ptr,
     entries_ptr,
+    mapped_ptr,
+    num_table_programs,
+    page_blocks,
+    num_tokens,
     stride_block_table,
     stride_entries,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK pages of one request."""
-    request = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    used = offs * PAGE_SIZE < tl.load(kv_lens_ptr + request)
-    block = tl.load(block_table_ptr + request * stride_block_table + offs, mask=used, other=0)
-    slot = tl.load(slot_of_ptr + block, mask=used, other=0)
-    tl.store(entries_ptr + request * stride_entries + offs, tl.where(slot >= 0, slot, -1 - block), mask=used)
+    """One program: BLOCK pages of one request, or BLOCK tokens."""
+    program = tl.program_id(0)
+    if program < num_table_programs:
+        request = (program // page_blocks).to(tl.int64)
+        offs = program % page_blocks * BLOCK + tl.arange(0, BLOCK)
+        used = offs * PAGE_SIZE < tl.load(kv_lens_ptr + request)
+        block = tl.load(block_table_ptr + request * stride_block_table + offs, mask=used, other=0)
+        slot = tl.load(slot_of_ptr + block, mask=used, other=0)
+        tl.store(entries_ptr + request * stride_entries + offs, tl.where(slot >= 0, slot, -1 - block), mask=used)
+    else:
+        token = (program - num_table_programs) * BLOCK + tl.arange(0, BLOCK)
+        is_in_step = token < num_tokens
+        place = tl.load(slot_mapping_ptr + token, mask=is_in_step, other=-1).to(tl.int64)
+        is_token = place >= 0
+        slot_of_token = tl.load(slot_of_ptr + place // PAGE_SIZE, mask=is_token, other=-1).to(tl.int64)
+        mapped = tl.where(slot_of_token >= 0, slot_of_token * PAGE_SIZE + place % PAGE_SIZE, -1)
+        tl.store(mapped_ptr + token, mapped, mask=is_in_step)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=INDEX_POINTERS)
-def _map_tokens_kernel(
-    slot_mapping_ptr, slot_of_ptr, mapped_ptr, num_tokens, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program: BLOCK tokens."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    used = offs < num_tokens
-    place = tl.load(slot_mapping_ptr + offs, mask=used, other=-1).to(tl.int64)
-    is_token = place >= 0
-    slot = tl.load(slot_of_ptr + place // PAGE_SIZE, mask=is_token, other=-1).to(tl.int64)
-    mapped = tl.where(slot >= 0, slot * PAGE_SIZE + place % PAGE_SIZE, -1)
-    tl.store(mapped_ptr + offs, mapped, mask=used)
-
-
-def move_pages(pools: PagePools, blocks: torch.Tensor, slots: torch.Tensor, *, to_host: bool) -> None:
+def move_pages(
+    pools: PagePools, blocks: torch.Tensor, slots: torch.Tensor, *, to_host: bool, is_alone: bool = True
+) -> None:
     """Copy pages of all rows between their slots and their places in host memory.
 
-    blocks, slots: [num_moves] int32 on the device: each page's block, and its slot.
+    blocks, slots: [num_moves] int32 on the device: each page's block, and its slot. is_alone: whether nothing else runs
+    on the device meanwhile; otherwise few programs copy.
     """
     num_moves = len(blocks)
     if num_moves == 0:
         return
     words = pools.slots.view(torch.int32)
-    _move_pages_kernel[(num_copy_programs(pools.slots, num_moves * pools.num_rows),)](
+    num_pages = num_moves * pools.num_rows
+    num_programs = num_copy_programs(pools.slots, num_pages) if is_alone else min(STAGING_PROGRAMS, num_pages)
+    _move_pages_kernel[(num_programs,)](
         words,
         pools.host_offsets,
         blocks,
@@ -203,41 +212,43 @@ def stage_pages(
     )
 
 
-def map_block_table(
+def map_step(
     block_table: torch.Tensor,
     kv_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
     slot_of: torch.Tensor,
     page_size: int,
-    entries: torch.Tensor,
     max_kv_len: int,
+    entries: torch.Tensor,
+    mapped: torch.Tensor,
 ) -> None:
-    """Write where the pages of each request lie; what lies past its last page stays as it is.
+    """Write where the pages of each request of a step lie, and where each of its tokens goes among the slots.
 
-    block_table: [num_reqs, max_pages] int32, rows contiguous; kv_lens: [num_reqs] int32; slot_of: [num_blocks] int32,
-        the slot of each block or -1; entries: [at least num_reqs, at least max_pages] int32, rows contiguous: a slot,
-        or -1 - block. max_kv_len: upper bound of `kv_lens`, known on the host.
+    block_table: [num_reqs, max_pages] int32, rows contiguous; kv_lens: [num_reqs] int32; slot_mapping: [num_tokens]
+        int, block * page_size + offset or negative; slot_of: [num_blocks] int32, the slot of each block or -1.
+    max_kv_len: upper bound of `kv_lens`, known on the host.
+    entries: [at least num_reqs, at least max_pages] int32, rows contiguous: a slot, or -1 - block; what lies past a
+        request's last page stays as it is.
+    mapped: [at least num_tokens] int64: slot * page_size + offset, or -1 where a token is not to be written.
     """
     num_pages = min(-(-max_kv_len // page_size), block_table.shape[1])
-    _map_table_kernel[(len(kv_lens), triton.cdiv(num_pages, TABLE_BLOCK))](
+    page_blocks = triton.cdiv(num_pages, TABLE_BLOCK)
+    num_table_programs = len(kv_lens) * page_blocks
+    num_tokens = len(slot_mapping)
+    _map_step_kernel[(num_table_programs + triton.cdiv(num_tokens, TABLE_BLOCK),)](
         block_table,
         kv_lens,
+        slot_mapping,
         slot_of,
         entries,
+        mapped,
+        num_table_programs,
+        page_blocks,
+        num_tokens,
         block_table.stride(0),
         entries.stride(0),
         PAGE_SIZE=page_size,
         BLOCK=TABLE_BLOCK,
-    )
-
-
-def map_slot_mapping(slot_mapping: torch.Tensor, slot_of: torch.Tensor, page_size: int, mapped: torch.Tensor) -> None:
-    """Write where each token goes among the slots: slot * page_size + offset, or -1 where it is not to be written.
-
-    slot_mapping: [num_tokens] int, block * page_size + offset or negative; mapped: [at least num_tokens] int64.
-    """
-    num_tokens = len(slot_mapping)
-    _map_tokens_kernel[(triton.cdiv(num_tokens, TABLE_BLOCK),)](
-        slot_mapping, slot_of, mapped, num_tokens, PAGE_SIZE=page_size, BLOCK=TABLE_BLOCK
     )
 
 

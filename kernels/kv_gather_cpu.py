@@ -37,27 +37,23 @@ def host_row(pools: PagePools, row: int) -> torch.Tensor:
     raise IndexError(row)
 
 
-def map_block_table_cpu(
+def map_step_cpu(
     block_table: torch.Tensor,
     kv_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
     slot_of: torch.Tensor,
     page_size: int,
-    entries: torch.Tensor,
     max_kv_len: int,
+    entries: torch.Tensor,
+    mapped: torch.Tensor,
 ) -> None:
-    """See `kv_gather.map_block_table`."""
+    """See `kv_gather.map_step`."""
     num_pages = min(-(-max_kv_len // page_size), block_table.shape[1])
     used = torch.arange(num_pages) * page_size < kv_lens[:, None]
     blocks = block_table[:, :num_pages][used]
     slots = slot_of[blocks.long()]
     entries[: len(kv_lens), :num_pages][used] = torch.where(slots >= 0, slots, -1 - blocks)
-
-
-def map_slot_mapping_cpu(
-    slot_mapping: torch.Tensor, slot_of: torch.Tensor, page_size: int, mapped: torch.Tensor
-) -> None:
-    """See `kv_gather.map_slot_mapping`."""
     place = slot_mapping.long()
-    slots = slot_of[(place // page_size).clamp_min(0)].long()
-    is_token = (place >= 0) & (slots >= 0)
-    mapped[: len(place)] = torch.where(is_token, slots * page_size + place % page_size, -1)
+    slots_of_tokens = slot_of[(place // page_size).clamp_min(0)].long()
+    is_token = (place >= 0) & (slots_of_tokens >= 0)
+    mapped[: len(place)] = torch.where(is_token, slots_of_tokens * page_size + place % page_size, -1)

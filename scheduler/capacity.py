@@ -12,6 +12,8 @@ are those of one tensor-parallel rank; bytes are exact, times are predicted in `
 
 from dataclasses import dataclass, replace
 
+from farspan.scheduler.residency import most_pages_written
+
 NULL_BLOCKS = 1
 """Block ids that vLLM keeps for itself: block 0 stands for padding."""
 NUM_STAGING_BUFFERS = 2
@@ -109,8 +111,8 @@ class KVPlan:
 
 
 def min_slots(max_num_batched_tokens: int, page_size: int, max_num_seqs: int) -> int:
-    """Fewest slots: pages that a step writes lie in HBM, and every request may begin in the middle of one."""
-    return -(-max_num_batched_tokens // page_size) + max_num_seqs
+    """Fewest slots: the pages that a step writes lie in HBM, and so does the null block."""
+    return most_pages_written(max_num_batched_tokens, max_num_seqs, page_size) + NULL_BLOCKS
 
 
 def needed_blocks(context_len: int, page_size: int, num_requests: int = 1) -> int:
@@ -179,21 +181,38 @@ def plan_kv(
     host_blocks = max(host_bytes, 0) // cold_bytes
     resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
     if resident_blocks < host_blocks:
-        fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
-        hbm_left = hbm_bytes - wanted_blocks * hot_bytes
-        beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
-        share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
-        for budget in (beside_load, share):
-            group_size = group_size or choose_group_size(layout, load.context_len, budget)
-        group_size = group_size or 1
-        staging_bytes = staging_bytes_of(layout, group_size, load.context_len)
-        least_slots = max(min((hbm_left - staging_bytes) // cold_bytes, wanted_blocks), fewest)
-        num_blocks = max_blocks(layout, hbm_bytes, host_bytes, least_slots, staging_bytes)
-        if num_blocks >= wanted_blocks:
-            num_slots = max_slots(layout, hbm_bytes, num_blocks, staging_bytes)
-            return sized(layout, num_blocks, num_slots, group_size, staging_bytes)
+        first_blocks = [wanted_blocks]
+        if not any(layout.hot_heads) and hbm_bytes < (hot_bytes + cold_bytes) * wanted_blocks:
+            # The load takes all slots that there are: stubs are so small that no host memory should be idle for them.
+            first_blocks.insert(0, max(host_blocks, wanted_blocks))
+        for num_first in first_blocks:
+            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, num_first, group_size)
+            if plan is not None:
+                return plan
     # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.
     return sized(layout, resident_blocks, resident_blocks, 0, 0) if resident_blocks >= wanted_blocks else None
+
+
+def plan_gathering(
+    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, num_first: int, group_size: int | None
+) -> KVPlan | None:
+    """Size pools that do not hold everything in HBM; see `plan_kv`. num_first: blocks that come before slots."""
+    wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
+    cold_bytes = layout.cold_block_bytes
+    fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
+    hbm_left = hbm_bytes - num_first * layout.hot_block_bytes
+    beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
+    share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
+    for budget in (beside_load, share):
+        group_size = group_size or choose_group_size(layout, load.context_len, budget)
+    group_size = group_size or 1
+    staging_bytes = staging_bytes_of(layout, group_size, load.context_len)
+    least_slots = max(min((hbm_left - staging_bytes) // cold_bytes, wanted_blocks), fewest)
+    num_blocks = max_blocks(layout, hbm_bytes, host_bytes, least_slots, staging_bytes)
+    if num_blocks < wanted_blocks:
+        return None
+    num_slots = max_slots(layout, hbm_bytes, num_blocks, staging_bytes)
+    return sized(layout, num_blocks, num_slots, group_size, staging_bytes)
 
 
 def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, staging_bytes: int) -> KVPlan:

@@ -1,12 +1,13 @@
 """Which pages of cold KV heads lie in slots of GPU memory, step by step; what has no slot lies in the host pool.
 
 The slots are a write-back cache: a page being written is always in a slot, and goes to the host only when its slot is
-needed for another. So requests that fit cost no copy at all. One page here is a block of vLLM's in all layers and cold
-heads of a rank, and all ranks follow the same plan.
+needed for another, or probably will be in the next step. So requests that fit cost no copy at all. One page here is a
+block of vLLM's in all layers and cold heads of a rank, and all ranks follow the same plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from farspan.engine_ext.plan import VIEW_PRIME, Move, OffloadSizes, ResidencyPlan, view_term
 
@@ -89,6 +90,10 @@ class Residency:
         self._told = Counters()
         self._version = 0
         """Counts the pages that went to the host alone or came back from there."""
+        self._num_ended = 0
+        """Requests that were let go of."""
+        self._without_gain: tuple[int, int, tuple[str, ...]] | None = None
+        """When `_promote` last found nothing to do: the version, the requests ended, and those that decoded."""
         self._missing_of: dict[str, tuple[int, int]] = {}
         """Per request: `_num_missing` when the version was that."""
         self._put(0, RESERVED_SLOT)
@@ -104,6 +109,7 @@ class Residency:
         for req_id in ended:
             self.blocks_of.pop(req_id, None)
             self._missing_of.pop(req_id, None)
+            self._num_ended += 1
         for each in scheduled:
             blocks = self.blocks_of.setdefault(each.req_id, [])
             if each.replaces:
@@ -124,9 +130,10 @@ class Residency:
         for block in written:
             self.on_host[block] = 0
         loads += self._promote(scheduled, written, is_live, room)
+        copies = self._copy_ahead(len(fresh) + len(partial), written, is_live)
         num_missing = {each.req_id: self._num_missing(each) for each in scheduled} if self.num_host_only > 0 else {}
         missing = frozenset(req_id for req_id, count in num_missing.items() if count > 0)
-        self.counters.spilled += len(room.spills)
+        self.counters.spilled += len(room.spills) + len(copies)
         self.counters.dropped += len(room.drops)
         self.counters.loaded += len(loads)
         self.counters.read += sum(num_missing.values())
@@ -137,6 +144,7 @@ class Residency:
             drops=tuple(room.drops),
             loads=tuple(loads),
             assignments=tuple(assignments),
+            copies=tuple(copies),
             written=tuple(written),
             missing=missing,
             view=self.view,
@@ -225,17 +233,32 @@ class Residency:
         room: "Room",
     ) -> list[Move]:
         """Bring pages of decoding requests back into slots that no request needs, shortest requests first."""
-        if self.num_host_only == 0:
+        names = tuple(each.req_id for each in scheduled if each.count == 1)
+        situation = (self._version, self._num_ended, names)
+        if self.num_host_only == 0 or situation == self._without_gain:
             return []
         decoding = sorted((self._pages(each) for each in scheduled if each.count == 1), key=len)
         pages = (block for blocks in decoding for block in reversed(blocks))
         wanted = list(dict.fromkeys(block for block in pages if self.slot_of[block] < 0))
-        if not wanted:
-            return []
         limit = min(max(len(wanted) // PROMOTED_SHARE, MIN_PROMOTED), len(wanted))
         reserve = self.sizes.num_slots // RESERVE_SHARE
-        room.make(limit + reserve, self._unowned({**written, **dict.fromkeys(wanted)}, is_live))
-        return [self._load(block) for block in wanted[: max(min(limit, len(self.free_slots) - reserve), 0)]]
+        if limit > 0:
+            room.make(limit + reserve, self._unowned({**written, **dict.fromkeys(wanted)}, is_live))
+        loads = [self._load(block) for block in wanted[: max(min(limit, len(self.free_slots) - reserve), 0)]]
+        if not loads:
+            self._without_gain = situation
+        return loads
+
+    def _copy_ahead(self, num_wanted: int, written: Mapping[int, None], is_live: Callable[[int], bool]) -> list[Move]:
+        """Pages that go to the host beside this step, as the next one will push them out if it needs as many slots."""
+        copies: list[Move] = []
+        if self.sizes.num_slots >= self.sizes.num_blocks:
+            return copies
+        for block in islice(self._victims(written, is_live), max(num_wanted - len(self.free_slots), 0)):
+            if is_live(block) and not self.on_host[block]:
+                self.on_host[block] = 1
+                copies.append(Move(block, self.slot_of[block]))
+        return copies
 
     def _num_missing(self, each: Scheduled) -> int:
         """Pages of a request that lie on the host alone; what it writes is in slots, so others than before are not."""

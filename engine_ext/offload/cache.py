@@ -7,12 +7,12 @@ import torch
 from farspan.engine_ext.launch import is_on_host, write_kv
 from farspan.engine_ext.offload.pool import HostPool
 from farspan.engine_ext.offload.slots import SlotTable
-from farspan.engine_ext.offload.transfer import Job, StagedTurn, Staging, move
+from farspan.engine_ext.offload.transfer import Copier, Job, StagedTurn, Staging, move
 from farspan.engine_ext.passes import Pass, StagedPages
 from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
 from farspan.kernels.batch import KVView
-from farspan.kernels.kv_gather import PagePools, host_offsets, map_block_table, map_slot_mapping
-from farspan.kernels.kv_gather_cpu import host_row, map_block_table_cpu, map_slot_mapping_cpu
+from farspan.kernels.kv_gather import PagePools, host_offsets, map_step
+from farspan.kernels.kv_gather_cpu import map_step_cpu
 from farspan.kernels.tiles import to_device
 
 
@@ -93,6 +93,7 @@ class ColdCache:
         device = slots.device
         self.pools = PagePools(slots, host.layers, host_offsets(slots, host.layers))
         self.table = SlotTable(sizes.num_blocks, device)
+        self.copier = Copier(self.pools)
         self.staging = None
         if sizes.staging_pages:
             self.staging = Staging(self.pools, sizes.group_size, sizes.staging_pages)
@@ -102,7 +103,7 @@ class ColdCache:
         """[max_num_reqs, max_pages] int32: where the pages of each request of the step lie; see `KVView.host_pages`."""
         self.slot_mapping = torch.full((max_num_tokens,), -1, dtype=torch.int64, device=device)
         """[max_num_tokens] int64: where each token of the step goes among the slots."""
-        self.checksums: dict[int, torch.Tensor] | None = None
+        self.checksums: dict[int, int] | None = None
         """By block on the host, of what was copied there; None until integrity is first asked for."""
         self.num_spilled = self.num_loaded = self.num_staged = 0
         """Pages copied so far: to the host, back from it, and to staging for a pass over one group of heads."""
@@ -115,6 +116,8 @@ class ColdCache:
         self.pools.slots[:, 0].zero_()
         for to_host in (True, False):
             move(self.pools, zero, zero, to_host=to_host)
+        self.copier.copy(zero, zero)
+        self.copier.wait()
         if self.staging is not None:
             name = next(iter(self.layers))
             for entries in (zero, -1 - zero):
@@ -125,30 +128,37 @@ class ColdCache:
 
     def follow(self, plan: ResidencyPlan) -> None:
         """Carry out a step's moves, in the order of the current stream."""
+        self.copier.wait()
         blocks, slots = self.table.follow(plan)
-        num_spills, num_loads = len(plan.spills), len(plan.loads)
-        self.num_spilled += num_spills
-        self.num_loaded += num_loads
-        if num_spills:
+        num_spills, num_moved = len(plan.spills), len(plan.spills) + len(plan.loads)
+        if plan.spills:
             move(self.pools, blocks[:num_spills], slots[:num_spills], to_host=True)
-        if num_loads:
-            loads = slice(num_spills, num_spills + num_loads)
-            move(self.pools, blocks[loads], slots[loads], to_host=False)
+        if plan.loads:
+            move(self.pools, blocks[num_spills:num_moved], slots[num_spills:num_moved], to_host=False)
+        if plan.copies:
+            copies = slice(num_moved, num_moved + len(plan.copies))
+            self.copier.copy(blocks[copies], slots[copies])
+        self.num_spilled += len(plan.spills) + len(plan.copies)
+        self.num_loaded += len(plan.loads)
         if self.checksums is not None:
-            for block in plan.spills:
-                self.checksums[block.block] = self.checksum(block.block)
+            self.copier.wait()
+            self.note_checksums([each.block for each in (*plan.spills, *plan.copies)])
 
     def map_step(
         self, block_table: torch.Tensor, kv_lens: torch.Tensor, slot_mapping: torch.Tensor, max_kv_len: int
     ) -> None:
         """Write a step's tables: `entries` for [num_reqs, max_pages] blocks, `slot_mapping` for [num_tokens] places."""
-        on_host = is_on_host(self.entries)
-        map_table = map_block_table_cpu if on_host else map_block_table
-        map_tokens = map_slot_mapping_cpu if on_host else map_slot_mapping
-        page_size = self.sizes.page_size
         width = min(block_table.shape[1], self.entries.shape[1])
-        map_table(block_table[: len(kv_lens), :width], kv_lens, self.table.slot_of, page_size, self.entries, max_kv_len)
-        map_tokens(slot_mapping, self.table.slot_of, page_size, self.slot_mapping)
+        (map_step_cpu if is_on_host(self.entries) else map_step)(
+            block_table[: len(kv_lens), :width],
+            kv_lens,
+            slot_mapping,
+            self.table.slot_of,
+            self.sizes.page_size,
+            max_kv_len,
+            self.entries,
+            self.slot_mapping,
+        )
 
     def slots_of(self, layer: ColdLayer) -> torch.Tensor:
         """[num_slots, num_cold_heads, page_size, 2 * head_dim]: the layer's pages on the device."""
@@ -192,12 +202,17 @@ class ColdCache:
                     jobs.append(Job(name, pages, rows, heads))
         return StagedTurn(self.staging, jobs, is_alone=is_alone)
 
-    def checksum(self, block: int) -> torch.Tensor:
-        """[num_rows] int64: of a block's pages in host memory. Waits for the device."""
+    def host_words(self, blocks: list[int]) -> torch.Tensor:
+        """[num_rows, num_blocks, words] int32: the pages of some blocks in host memory. Waits for the device."""
         if not is_on_host(self.entries):
             torch.cuda.synchronize(self.entries.device)
-        pages = [host_row(self.pools, row)[block] for row in range(self.pools.num_rows)]
-        return torch.stack([page.flatten().view(torch.int32).sum(dtype=torch.int64) for page in pages])
+        pages = torch.cat([layer[:, blocks] for layer in self.host.layers])
+        return pages.flatten(2).view(torch.int32)
+
+    def note_checksums(self, blocks: list[int]) -> None:
+        assert self.checksums is not None
+        sums = self.host_words(blocks).sum((0, 2), dtype=torch.int64)
+        self.checksums.update(zip(blocks, sums.tolist(), strict=True))
 
     def check_integrity(self) -> None:
         """Raise AssertionError where table and pools contradict each other; between steps, as it waits for the device.
@@ -206,15 +221,15 @@ class ColdCache:
         and must not change until it is copied anew.
         """
         self.table.check_integrity()
+        blocks = sorted(self.table.on_host)
         if self.checksums is None:
-            self.checksums = {block: self.checksum(block) for block in self.table.on_host}
-        if not is_on_host(self.entries):
-            torch.cuda.synchronize(self.entries.device)
-        for block in self.table.on_host & self.table.known.keys():
-            slot = self.table.known[block]
-            for row in range(self.pools.num_rows):
-                in_slot = self.pools.slots[row, slot].cpu().view(torch.int32)
-                assert torch.equal(in_slot, host_row(self.pools, row)[block].view(torch.int32)), (block, slot, row)
-        for block in self.table.on_host:
-            expected = self.checksums.get(block)
-            assert expected is None or torch.equal(expected, self.checksum(block)), f"block {block} changed on the host"
+            self.checksums = {}
+            self.note_checksums(blocks)
+        sums = self.host_words(blocks).sum((0, 2), dtype=torch.int64).tolist()
+        for block, found in zip(blocks, sums, strict=True):
+            assert self.checksums.get(block, found) == found, f"block {block} changed on the host"
+        both = [block for block in blocks if block in self.table.known]
+        in_slots = self.pools.slots[:, [self.table.known[block] for block in both]].cpu()
+        assert torch.equal(in_slots.flatten(2).view(torch.int32), self.host_words(both)), (
+            "a page is not that on the host"
+        )

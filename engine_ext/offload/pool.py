@@ -1,5 +1,6 @@
 """Host memory for the pages of cold heads: slabs that the device can address."""
 
+import contextlib
 import ctypes
 import resource
 import weakref
@@ -93,6 +94,9 @@ def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
     # 1: known to all contexts.
     failed = int(cudart.cudaHostRegister(slab.data_ptr(), num_bytes, 1))
     if failed:
+        # The error stays pending until some launch reports it: have one that nobody minds.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GIB:.2f} GiB"
         raise UnsupportedEngineError(

@@ -30,7 +30,8 @@ class SlotTable:
     def follow(self, plan: ResidencyPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Take over a step's table.
 
-        Returns blocks and slots of all its moves, [num_moves] int32 on the device: spills, loads, drops, assignments.
+        Returns blocks and slots of all its moves, [num_moves] int32 on the device: spills, loads, copies, drops,
+        assignments.
         Raises RuntimeError where the scheduler's table is another one.
         """
         if not self.known:
@@ -46,14 +47,15 @@ class SlotTable:
             self.view = (self.view + view_term(move.block, move.slot)) % VIEW_PRIME
         if self.view != plan.view:
             raise RuntimeError("farspan offload: the worker and the scheduler do not agree on which pages lie where")
-        self.on_host.update(move.block for move in (*plan.spills, *plan.loads))
+        self.on_host.update(move.block for move in (*plan.spills, *plan.loads, *plan.copies))
         self.on_host.difference_update(plan.written)
         self.on_host.difference_update(move.block for move in plan.assignments)
-        moves: tuple[Move, ...] = (*plan.spills, *plan.loads, *plan.drops, *plan.assignments)
+        moves: tuple[Move, ...] = (*plan.spills, *plan.loads, *plan.copies, *plan.drops, *plan.assignments)
         if not moves:
             empty = self.slot_of[:0]
             return empty, empty
-        now = dict.fromkeys((move.block for move in leaving), -1) | {move.block: move.slot for move in entering}
+        staying = {move.block: move.slot for move in (*plan.copies, *entering)}
+        now = dict.fromkeys((move.block for move in leaving), -1) | staying
         uploaded = to_device(
             [[move.block for move in moves], [move.slot for move in moves], [now[move.block] for move in moves]],
             self.slot_of.device,

@@ -18,8 +18,36 @@ from farspan.kernels.kv_gather_cpu import move_pages_cpu, stage_pages_cpu
 
 def move(pools: PagePools, blocks: torch.Tensor, slots: torch.Tensor, *, to_host: bool) -> None:
     """`move_pages` on the device of the pools."""
-    copy = move_pages_cpu if is_on_host(pools.slots) else move_pages
-    copy(pools, blocks, slots, to_host=to_host)
+    if is_on_host(pools.slots):
+        move_pages_cpu(pools, blocks, slots, to_host=to_host)
+    else:
+        move_pages(pools, blocks, slots, to_host=to_host)
+
+
+class Copier:
+    """Copies pages to the host on a stream of its own, beside the forward of a step that does not write them."""
+
+    def __init__(self, pools: PagePools) -> None:
+        self.pools = pools
+        self.stream = None if is_on_host(pools.slots) else torch.cuda.Stream(pools.slots.device)
+        self.held: tuple[torch.Tensor, ...] = ()
+        """What the stream still reads."""
+
+    def copy(self, blocks: torch.Tensor, slots: torch.Tensor) -> None:
+        """Begin after all that the current stream has been given; see `move_pages`."""
+        if self.stream is None:
+            move_pages_cpu(self.pools, blocks, slots, to_host=True)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.pools.slots.device))
+        self.held = (blocks, slots)
+        with torch.cuda.stream(self.stream):
+            move_pages(self.pools, blocks, slots, to_host=True, is_alone=False)
+
+    def wait(self) -> None:
+        """Let the current stream wait until the copies have ended."""
+        if self.stream is not None and self.held:
+            torch.cuda.current_stream(self.pools.slots.device).wait_stream(self.stream)
+            self.held = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 from farspan.engine_ext.config import OffloadOptions
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
-from farspan.scheduler.placement import GIB, EngineLimits, RankShape, decide_sizes, running_limit
+from farspan.scheduler.capacity import KVLayout, staging_bytes_of
+from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -92,31 +93,35 @@ def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(vllm_config, kv_cache_specs, available_memory)
         options = cold_options(vllm_config)
         assert options is not None
-        shape = rank_shape(vllm_config, kv_cache_specs[0])
+        layout = kv_layout(vllm_config, kv_cache_specs[0])
         limits = engine_limits(vllm_config)
-        sizes = decide_sizes(options, shape, limits, min(available_memory), min(budgets))
-        needed = sizes.num_blocks * shape.gpu_block_bytes
+        sizes = decide_sizes(options, layout, limits, min(available_memory), min(budgets))
+        needed = sizes.num_blocks * layout.hot_block_bytes
         configs = stock(vllm_config, kv_cache_specs, [needed] * len(available_memory))
         for each in configs:
             assert each.num_blocks == sizes.num_blocks, (each.num_blocks, sizes)
             # The scheduler's copy and the workers' have it too.
             each.farspan_offload = sizes
-        tell_sizes(sizes, shape, limits)
+        tell_sizes(sizes, layout, limits)
         return configs
 
     return get_kv_cache_configs
 
 
-def rank_shape(vllm_config: Any, specs: Mapping[str, Any]) -> RankShape:
+def kv_layout(vllm_config: Any, specs: Mapping[str, Any]) -> KVLayout:
     """The KV of one rank, from the specs of its layers."""
     some = next(iter(specs.values()))
-    return RankShape(
-        hot_heads=tuple(hot_heads_by_layer(vllm_config, specs).values()),
+    element_bytes = some.dtype.itemsize
+    layout = KVLayout(
         num_kv_heads=some.num_kv_heads,
+        head_dim=some.head_size,
+        element_bytes=element_bytes,
         page_size=some.block_size,
-        head_page_bytes=some.block_size * 2 * some.head_size * some.dtype.itemsize,
-        gpu_block_bytes=sum(spec.page_size_bytes for spec in specs.values()),
+        hot_heads=tuple(hot_heads_by_layer(vllm_config, specs).values()),
+        stub_bytes=some.block_size * element_bytes,
     )
+    assert layout.hot_block_bytes == sum(spec.page_size_bytes for spec in specs.values())
+    return layout
 
 
 def engine_limits(vllm_config: Any) -> EngineLimits:
@@ -129,11 +134,11 @@ def engine_limits(vllm_config: Any) -> EngineLimits:
     )
 
 
-def tell_sizes(sizes: OffloadSizes, shape: RankShape, limits: EngineLimits) -> None:
+def tell_sizes(sizes: OffloadSizes, layout: KVLayout, limits: EngineLimits) -> None:
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.farspan")
-    page = shape.cold_page_bytes
+    page = layout.cold_block_bytes
     logger.info(
         "farspan offload, per rank: %d blocks of %d tokens, of which host memory holds the cold heads (%.2f GiB) and "
         "GPU memory %d at a time (%.2f GiB); prefill stages %d KV heads at a time (%.2f GiB)",
@@ -143,7 +148,7 @@ def tell_sizes(sizes: OffloadSizes, shape: RankShape, limits: EngineLimits) -> N
         sizes.num_slots,
         sizes.num_slots * page / GIB,
         sizes.group_size if sizes.staging_pages else 0,
-        2 * sizes.group_size * sizes.staging_pages * shape.head_page_bytes / GIB,
+        staging_bytes_of(layout, sizes.group_size, sizes.staging_pages * sizes.page_size) / GIB,
     )
     running = running_limit(sizes, limits.max_num_batched_tokens, limits.max_num_seqs)
     if running < limits.max_num_seqs:

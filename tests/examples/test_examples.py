@@ -1,5 +1,6 @@
 """The examples run, and the demo says what it promises."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,19 @@ def test_star_demo_answers_in_blocks() -> None:
     assert re.search(r"^blocks of N/2: 4 of 4 right", demo.stdout, flags=re.MULTILINE), demo.stdout
     for share in (4, 8):
         assert f"blocks of N/{share}: " in demo.stdout
+
+
+@pytest.mark.e2e
+@pytest.mark.ray
+def test_engines_under_ray_answer_a_file(tmp_path: Path) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the grass is {word}"}) + "\n" for word in ("green", "dry")))
+    options = ["--engines", "1", "--host-memory", "0.2", "--gpus-per-engine", "0", "--max-tokens", "4"]
+    example = run("examples/offload_batch.py", str(prompts), str(answers), "--max-model-len", "2048", *options)
+    assert example.returncode == 0, example.stderr[-3000:]
+    found = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert sorted(answer["number"] for answer in found) == [0, 1]
+    assert all(answer["text"] for answer in found)
 
 
 def test_demo_refuses_an_unknown_option() -> None:

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flex": {"prefill": {"method": "flex", "gamma": 0.9, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}},
     "block_sparse": {"prefill": {"method": "block_sparse", "local_blocks": 2}},
     "string": {"string": {"shift": 64, "window": 16}},
+    "offload": {"offload": {"host_memory": 1}},
 }
 
 

@@ -240,9 +240,38 @@ def test_first_decode_after_a_spill(make_llm: Callable[..., Any], stock_tokens: 
     assert min(state["spilled"], state["loaded"]) > 0
 
 
+def test_metrics(make_llm: Callable[..., Any]) -> None:
+    llm = make_llm(**offloading(20, disable_log_stats=False))
+    generate(llm, PROMPTS)
+    found = {each.name: each.value for each in llm.get_metrics() if each.name.startswith("vllm:farspan_offload_")}
+    told = {name.removeprefix("vllm:farspan_offload_"): value for name, value in found.items()}
+    page_bytes = LAYERS * 2 * HEAD_PAGE
+    assert told["slots"] == 20
+    assert told["host_pages"] == BLOCKS
+    assert told["bytes_to_host"] == offload_state(llm)["spilled"] * page_bytes > 0
+    assert told["bytes_from_host"] > 0
+    assert told["steps"] > told["steps_that_read"] > 0
+
+
+def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Each has one of the two heads, and both follow the same plan."""
+    arguments = offloading(20, heads=1)
+    arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
+    llm = make_llm(**arguments, tensor_parallel_size=2)
+    assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    one, other = llm.collective_rpc("offload_state")
+    assert one == other
+    assert min(one["spilled"], one["staged"]) > 0
+
+
 FLEX = {"prefill": {"method": "flex", "gamma": 0.9, "min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}}
 MASK = {"prefill": {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 2}}
 STRING = {"string": {"shift": 100, "window": 16}}
+
+
+def one_by_one(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Each prompt alone: what flex selects depends on the chunks, and those on how many requests run."""
+    return [tokens for prompt in prompts for tokens in generate(llm, [prompt])]
 
 
 @pytest.mark.parametrize(
@@ -251,8 +280,9 @@ STRING = {"string": {"shift": 100, "window": 16}}
 def test_methods_give_what_they_give_without_offload(make_llm: Callable[..., Any], options: dict[str, Any]) -> None:
     arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": 200, "max_num_seqs": 16}
     plain = make_llm("qwen3", additional_config={"farspan": options}, **arguments)
-    expected = generate(plain, PROMPTS)
+    expected = one_by_one(plain, PROMPTS)
     plain.llm_engine.engine_core.shutdown()
     llm = make_llm("qwen3", **offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options))
-    assert run_checked(llm, PROMPTS) == expected
+    assert one_by_one(llm, PROMPTS) == expected
+    assert run_checked(llm, PROMPTS)
     assert min(offload_state(llm)["spilled"], offload_state(llm)["staged"]) > 0

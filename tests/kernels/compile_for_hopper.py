@@ -8,13 +8,14 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from farspan.kernels import decode, kv_gather, static_block_lists
 from farspan.kernels import prefill as paged_prefill
-from farspan.kernels import static_block_lists
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.contiguous import attention as contiguous
 from farspan.kernels.contiguous import short_lists
@@ -121,6 +122,45 @@ def select_by_tile_rows(num_q_heads: int, num_kv_heads: int, head_dim: int) -> N
     )
 
 
+def decode_from_both_pools() -> None:
+    """Launch decode of heads of 128 over pages of 128, some of which lie in host memory."""
+    pages = torch.empty(16, 8, 128, 256, dtype=torch.bfloat16)
+    decode.paged_decode(
+        torch.empty(1, 32, 128, dtype=torch.bfloat16),
+        KVView(pages, 0, torch.empty_like(pages)),
+        PagedBatch(
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([1024], dtype=torch.int32),
+            torch.zeros(1, 16, dtype=torch.int32),
+            max_query_len=1,
+            max_kv_len=1024,
+        ),
+        0.1,
+        num_splits=1,
+        min_split_keys=128,
+    )
+
+
+def page_copies() -> dict[str, tuple[Any, Callable[[], object]]]:
+    """Kernels that move pages and tell where they lie, and calls of each."""
+    slots, host = torch.empty(4, 8, 128, 256, dtype=torch.bfloat16), torch.empty(4, 9, 128, 256, dtype=torch.bfloat16)
+    pools = kv_gather.PagePools(slots, (host,), torch.zeros(4, dtype=torch.int64))
+    ids, staging = torch.zeros(4, dtype=torch.int32), torch.empty(2, 4, 128, 256, dtype=torch.bfloat16)
+    table = torch.zeros(2, 16, dtype=torch.int32)
+
+    def map_step() -> None:
+        mapped = torch.zeros(8, dtype=torch.int64)
+        kv_gather.map_step(table, ids[:2], mapped.clone(), ids, 128, 2048, table.clone(), mapped)
+
+    calls: dict[str, tuple[Any, Callable[[], object]]] = {"map-step": (kv_gather._map_step_kernel, map_step)}
+    for flag in (True, False):
+        move = partial(kv_gather.move_pages, pools, ids, ids, to_host=flag)
+        calls[f"move-pages-{flag}"] = (kv_gather._move_pages_kernel, move)
+        stage = partial(kv_gather.stage_pages, pools, ids, slice(1, 3), staging, from_host=flag)
+        calls[f"stage-pages-{flag}"] = (kv_gather._stage_pages_kernel, stage)
+    return calls
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
     for module in (paged_prefill, short_lists, tile_rows):
@@ -144,6 +184,8 @@ def main() -> None:
                 "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128), choice),
                 "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
                 "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
+                "decode-both-pools": compiled(decode._decode_kernel, decode_from_both_pools),
+                **{name: compiled(*copy) for name, copy in page_copies().items()},
             }
         )
     )

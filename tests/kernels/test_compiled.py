@@ -28,3 +28,5 @@ def test_kernels_keep_their_registers() -> None:
     for name in ("tile-rows-d128", "tile-rows-d64", "tile-rows-choice"):
         assert kernels[name]["registers"] <= 255
         assert kernels[name]["stack"] == 0
+    assert kernels["decode-both-pools"]["stack"] == 0
+    assert all(kernels[name]["stack"] == 0 for name in kernels if name.startswith(("map-", "move-", "stage-")))

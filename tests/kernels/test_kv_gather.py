@@ -10,12 +10,11 @@ from farspan.kernels.decode import paged_decode
 from farspan.kernels.kv_gather import (
     PagePools,
     host_offsets,
-    map_block_table,
-    map_slot_mapping,
+    map_step,
     move_pages,
     stage_pages,
 )
-from farspan.kernels.kv_gather_cpu import map_block_table_cpu, map_slot_mapping_cpu, move_pages_cpu, stage_pages_cpu
+from farspan.kernels.kv_gather_cpu import map_step_cpu, move_pages_cpu, stage_pages_cpu
 
 from tests.kernels.helpers import GARBAGE_PAGE, Inputs, assert_attention_close, make_batch, reference_attention
 
@@ -92,17 +91,33 @@ def test_tables(device: torch.device) -> None:
     slot_of = ints([0, -1, 3, -1, 1], device)
     block_table = ints([[4, 3, 2, GARBAGE_PAGE], [1, GARBAGE_PAGE, 5, 5], [GARBAGE_PAGE] * 4], device).view(3, 4)
     kv_lens = ints([33, 16, 0], device)
-    for mapping, where in ((map_block_table, device), (map_block_table_cpu, torch.device("cpu"))):
+    slot_mapping = torch.tensor([4 * 16 + 5, -1, 16, 2 * 16 + 15, 0], device=device)
+    for mapping, where in ((map_step, device), (map_step_cpu, torch.device("cpu"))):
         entries = torch.full((4, 6), 77, dtype=torch.int32, device=where)
-        mapping(block_table.to(where), kv_lens.to(where), slot_of.to(where), 16, entries, max_kv_len=64)
+        mapped = torch.full((6,), 77, device=where)
+        inputs = [each.to(where) for each in (block_table, kv_lens, slot_mapping, slot_of)]
+        mapping(*inputs, 16, 64, entries, mapped)
         assert entries[:3, :3].tolist() == [[1, -4, 3], [-2, 77, 77], [77, 77, 77]]
         assert (entries[:, 3:] == 77).all()
         assert (entries[3] == 77).all()
-    slot_mapping = torch.tensor([4 * 16 + 5, -1, 16, 2 * 16 + 15, 0], device=device)
-    for mapping, where in ((map_slot_mapping, device), (map_slot_mapping_cpu, torch.device("cpu"))):
-        mapped = torch.full((6,), 77, device=where)
-        mapping(slot_mapping.to(where), slot_of.to(where), 16, mapped)
         assert mapped.tolist() == [16 + 5, -1, -1, 3 * 16 + 15, 0, 77]
+
+
+def test_long_tables(device: torch.device) -> None:
+    """More pages and tokens than one program takes."""
+    generator = torch.Generator().manual_seed(0)
+    slot_of = torch.randint(-1, 500, (3000,), generator=generator).int()
+    block_table = torch.randint(0, 3000, (3, 2100), generator=generator).int()
+    kv_lens = torch.tensor([2100 * 16 - 3, 5, 1025 * 16], dtype=torch.int32)
+    slot_mapping = torch.randint(-2, 3000 * 16, (2500,), generator=generator)
+    found = []
+    for mapping, where in ((map_step, device), (map_step_cpu, torch.device("cpu"))):
+        entries, mapped = torch.zeros(3, 2101, dtype=torch.int32, device=where), torch.zeros(2500, device=where).long()
+        inputs = [each.to(where) for each in (block_table, kv_lens, slot_mapping, slot_of)]
+        mapping(*inputs, 16, 2100 * 16, entries, mapped)
+        found.append((entries.cpu(), mapped.cpu()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def half_on_the_host(batch: Inputs) -> tuple[KVView, torch.Tensor]:

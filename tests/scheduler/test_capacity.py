@@ -186,8 +186,8 @@ def test_bytes_of_an_8b_model() -> None:
     assert KV_8B.hot_block_bytes == 0
     # One head group of one head over a million tokens, twice.
     assert staging_bytes_of(KV_8B, 1, 2**20) == NUM_STAGING_BUFFERS * 512 * 2**20 == GIB
-    assert min_slots(8192, 128, 1) == 65
-    assert min_slots(8193, 128, 4) == 69
+    assert min_slots(8192, 128, 1) == 67
+    assert min_slots(8193, 128, 4) == 73
 
 
 def test_blocks_are_bounded_by_both_memories() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from farspan.engine_ext.config import OffloadOptions
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError
+from farspan.scheduler.capacity import KVLayout
 from farspan.scheduler.placement import (
     GIB,
     EngineLimits,
-    RankShape,
     decide_sizes,
     running_limit,
 )
@@ -17,10 +17,9 @@ from farspan.scheduler.residency import most_pages_written
 HEAD_PAGE = 128 * 2 * 128 * 2
 
 
-def shape(hot: int = 0, layers: int = 32, heads: int = 8) -> RankShape:
+def layout(hot: int = 0) -> KVLayout:
     """An 8B model: 32 layers, 8 KV heads of 128, bfloat16."""
-    stub = 256 if hot == 0 else hot * HEAD_PAGE
-    return RankShape((hot,) * layers, heads, 128, HEAD_PAGE, layers * stub)
+    return KVLayout(num_kv_heads=8, head_dim=128, element_bytes=2, page_size=128, hot_heads=(hot,) * 32, stub_bytes=256)
 
 
 def limits(**changes: Any) -> EngineLimits:
@@ -30,7 +29,7 @@ def limits(**changes: Any) -> EngineLimits:
 def test_a_million_tokens_in_two_gib() -> None:
     """The paper's case: one buffer of a head is 0.5 GiB at 1M tokens."""
     sizes = decide_sizes(
-        OffloadOptions(host_memory=130), shape(), limits(max_model_len=1 << 20, max_num_batched_tokens=4096),
+        OffloadOptions(host_memory=130), layout(), limits(max_model_len=1 << 20, max_num_batched_tokens=4096),
         gpu_bytes=int(2.1 * GIB), host_bytes=130 * GIB,
     )  # fmt: skip
     assert sizes.num_blocks == 130 * GIB // (16 << 20)
@@ -46,11 +45,15 @@ def test_a_million_tokens_in_two_gib() -> None:
 def test_memory_is_not_spent_twice(hot: int, gpu_gib: int) -> None:
     for host_gib in (20, 60, 400):
         sizes = decide_sizes(
-            OffloadOptions(host_memory=host_gib), shape(hot), limits(max_model_len=16384), gpu_gib * GIB, host_gib * GIB
+            OffloadOptions(host_memory=host_gib),
+            layout(hot),
+            limits(max_model_len=16384),
+            gpu_gib * GIB,
+            host_gib * GIB,
         )
         staging = 2 * sizes.group_size * sizes.staging_pages * HEAD_PAGE
-        assert sizes.num_blocks * shape(hot).cold_page_bytes <= host_gib * GIB
-        gpu = sizes.num_blocks * shape(hot).gpu_block_bytes + sizes.num_slots * shape(hot).cold_page_bytes + staging
+        assert sizes.num_blocks * layout(hot).cold_block_bytes <= host_gib * GIB
+        gpu = sizes.num_blocks * layout(hot).hot_block_bytes + sizes.num_slots * layout(hot).cold_block_bytes + staging
         assert gpu <= gpu_gib * GIB
         assert sizes.num_slots <= sizes.num_blocks
         running = running_limit(sizes, 8192, 16)
@@ -60,26 +63,26 @@ def test_memory_is_not_spent_twice(hot: int, gpu_gib: int) -> None:
 
 
 def test_what_fits_has_no_staging() -> None:
-    sizes = decide_sizes(OffloadOptions(host_memory=10), shape(), limits(max_model_len=8192), 60 * GIB, 10 * GIB)
+    sizes = decide_sizes(OffloadOptions(host_memory=10), layout(), limits(max_model_len=8192), 60 * GIB, 10 * GIB)
     assert sizes.num_slots == sizes.num_blocks == 640
     assert sizes.staging_pages == 0
     assert running_limit(sizes, 8192, 1000) == 1000
 
 
 def test_auto_takes_no_more_than_the_requests_can_use() -> None:
-    sizes = decide_sizes(OffloadOptions(), shape(), limits(max_num_seqs=2), 8 * GIB, 400 * GIB)
+    sizes = decide_sizes(OffloadOptions(), layout(), limits(max_num_seqs=2), 8 * GIB, 400 * GIB)
     assert sizes.num_blocks == 2 * 1024 + 1
 
 
 def test_group_size() -> None:
     for group, expected in (("auto", 8), (3, 3), (64, 8)):
         options = OffloadOptions(host_memory=40, group_size=group)  # type: ignore[arg-type]
-        assert decide_sizes(options, shape(), limits(), 30 * GIB, 40 * GIB).group_size == expected
+        assert decide_sizes(options, layout(), limits(), 30 * GIB, 40 * GIB).group_size == expected
 
 
 def test_a_fitted_length_is_what_the_host_holds() -> None:
     sizes = decide_sizes(
-        OffloadOptions(host_memory=20), shape(), limits(max_model_len=1 << 20, is_len_fitted=True), 10 * GIB, 20 * GIB
+        OffloadOptions(host_memory=20), layout(), limits(max_model_len=1 << 20, is_len_fitted=True), 10 * GIB, 20 * GIB
     )
     assert sizes.num_blocks == 1280
     assert sizes.staging_pages == 1279
@@ -88,15 +91,15 @@ def test_a_fitted_length_is_what_the_host_holds() -> None:
 @pytest.mark.parametrize(
     ("changes", "gpu_gib", "host_gib", "sentence"),
     [
-        ({}, 1, 40, "a step of 8192 tokens writes to 67 of 0.0156 GiB. Lower --max-num-batched-tokens"),
-        ({}, 8, 10, "needs 1025 blocks of 128 tokens, 10.00 GiB of host memory for KV hold 640. Raise offload.host"),
+        ({}, 1, 40, "1.18 needed: 1025 blocks of hot heads, the 67 pages that a step of 8192 tokens writes"),
+        ({}, 8, 10, "needs 1025 blocks of 128 tokens, 10.00 GiB of host memory a rank hold 640. Raise offload."),
         ({"num_blocks_override": 5000}, 8, 40, "num_gpu_blocks_override=5000; allowed: up to 2560 blocks"),
     ],
     ids=["gpu", "host", "override"],
 )
 def test_refusals(changes: dict[str, Any], gpu_gib: int, host_gib: int, sentence: str) -> None:
     with pytest.raises((ConfigError, UnsupportedEngineError)) as caught:
-        decide_sizes(OffloadOptions(host_memory=40), shape(), limits(**changes), gpu_gib * GIB, host_gib * GIB)
+        decide_sizes(OffloadOptions(host_memory=40), layout(), limits(**changes), gpu_gib * GIB, host_gib * GIB)
     assert sentence in str(caught.value)
 
 

@@ -151,6 +151,11 @@ class Engine:
             for place in range(each.start, each.start + each.count):
                 assert blocks[place // PAGE] in plan.written
                 self.pools.write(blocks[place // PAGE], place % PAGE, stamps[place])
+        for move in plan.copies:
+            # Whenever it happens beside the step.
+            assert move.block not in plan.written
+            assert self.pools.table[move.block] == move.slot
+            self.pools.host[move.block] = list(self.pools.slots[move.slot])
         for each, stamps, blocks in scheduled:
             end = each.start + each.count
             found = [stamp for block in blocks[: -(-end // PAGE)] for stamp in self.pools.read(block)]
@@ -208,10 +213,15 @@ def test_spills_the_oldest_pages_of_the_longest_request_and_none_that_is_written
     assert not residency.plan([Scheduled("long", 24, 1, (9,))], [], lambda block: True).spills
     plan = residency.plan([Scheduled("new", 0, 12, (10, 11, 12))], [], lambda block: True)
     assert [move.block for move in plan.spills] == [1, 2]
+    # Three more may be wanted next.
+    assert [move.block for move in plan.copies] == [3, 4, 5]
+    plan = residency.plan([Scheduled("new", 12, 12, (13, 14, 15))], [], lambda block: True)
+    assert not plan.spills
+    assert [move.block for move in plan.drops] == [3, 4, 5]
     plan = residency.plan([Scheduled("long", 25, 1)], [], lambda block: True)
     assert plan.missing == {"long"}
     assert plan.written == (9,)
-    assert residency.counters.read == 2
+    assert residency.counters.read == 5
 
 
 def test_lost_pages_go_first_and_without_a_copy() -> None:
@@ -243,7 +253,8 @@ def test_statistics_tell_what_happened_since_they_were_asked() -> None:
     residency.plan([Scheduled("new", 0, 16, (10, 11, 12, 13))], [], lambda block: True)
     residency.plan([Scheduled("long", 24, 1, (9,))], [], lambda block: True)
     told = residency.statistics()
-    assert told["bytes_to_host"] == 300
+    # Two pages pushed out, and four copied as they may be next, of which one was.
+    assert told["bytes_to_host"] == 600
     assert told["bytes_from_host"] == 300
     assert told["host_pages_used"] == 3
     assert (told["slots"], told["slots_used"], told["host_pages"]) == (11, 11, 40)
