@@ -1,5 +1,4 @@
-"""Decode of Star requests from buffers that stay where they are, so that a captured graph, its exchange included, is
-valid at every step.
+"""Decode of Star requests from buffers that stay where they are, as captured graphs that hold the exchange need.
 
 Every step of such an engine with one token a request is a step of all hosts. What a replayed graph reads is only the
 content of these buffers, written before it.

@@ -15,6 +15,8 @@ from tests.integration.star.conftest import PAGE, TIMEOUT_S, start_hosts
 from tests.integration.star_oracle import StarLlama
 from tests.integration.test_engine_tokens import make_prompts
 
+pytest.importorskip("ray")
+
 pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 (PROMPT,) = make_prompts((420,), seed=5)
