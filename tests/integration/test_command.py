@@ -196,7 +196,7 @@ def test_a_wrong_command_line_gets_a_sentence(
     assert "Traceback" not in said
     sentence = said.rstrip().splitlines()[-1]
     if program == "farspan" and status == 2:
-        assert sentence.startswith(("farspan: error: ", "farspan eval: ", "farspan report: "))
+        assert sentence.startswith(("farspan: error: ", "farspan eval: ", "farspan report: ", "farspan star: "))
     assert {path: path.read_bytes() for path in before} == before, "it changed what an earlier run left"
 
 
