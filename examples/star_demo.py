@@ -5,6 +5,7 @@ Without GPUs both hosts are processes of this CPU: the tokens are those of two G
 
 import argparse
 import os
+import sys
 import time
 from typing import Any
 
@@ -20,36 +21,45 @@ SHARES = (1, 2, 4, 8)
 """Blocks of the context; one is exact attention, and two on two hosts see as much."""
 
 
-def main() -> None:
+def main() -> int:
+    from farspan.command import run_command
+
     parser = argparse.ArgumentParser(description="Ask one long question on two hosts, in blocks of several sizes.")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the question's prompt (default: 2048)")
     parser.add_argument("--hosts", type=int, default=2, help="engines that share the context (default: 2)")
     arguments = parser.parse_args()
     for name, value in ENGINE_ENV.items():
         os.environ.setdefault(name, value)
+    return run_command("examples/star_demo.py", lambda: compare(arguments.length, arguments.hosts))
 
+
+def compare(length: int, hosts: int) -> None:
+    """Ask the question with every number of blocks."""
     import torch
+    from farspan.engine_ext.errors import ConfigError
     from farspan.needle import model_dir
-    from farspan.needle.tasks import make_sample
+    from farspan.needle.tasks import MIN_LENGTH, make_sample
     from farspan.star import StarLLM
     from farspan.star.command import Bar, describe, split_question
     from vllm import SamplingParams
 
-    sample = make_sample("niah_multiquery", arguments.length, seed=7)
+    if length < MIN_LENGTH:
+        raise ConfigError(f"--length {length}; prompts have at least {MIN_LENGTH} tokens. Use 2048.")
+    sample = make_sample("niah_multiquery", length, seed=7)
     context, query = split_question(sample.prompt)
-    print(f"A question of {arguments.length} tokens: “{query}”", flush=True)
+    print(f"A question of {length} tokens: “{query}”", flush=True)
     print(f"expected: {' '.join(sample.answers)}", flush=True)
     params = SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens)
     engine: dict[str, Any] = {} if torch.cuda.is_available() else {"dtype": "float32"}
     started = time.monotonic()
     with StarLLM(
-        str(model_dir()), arguments.hosts, enforce_eager=True, max_model_len=arguments.length + 256, block_size=32,
+        str(model_dir()), hosts, enforce_eager=True, max_model_len=length + 256, block_size=32,
         max_num_batched_tokens=512, seed=0, **engine,
     ) as llm:  # fmt: skip
-        print(f"{arguments.hosts} hosts started in {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{hosts} hosts started in {time.monotonic() - started:.0f} s", flush=True)
         page = llm.page_size
         for share in SHARES:
-            block = -(-arguments.length // (share * page)) * page
+            block = -(-length // (share * page)) * page
             bar = Bar(os.fdopen(os.dup(2), "w"))
             show = bar.show if bar.stream.isatty() else None
             output = llm.generate(context, query, params, block_len=block, on_progress=show)
@@ -61,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

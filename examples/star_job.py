@@ -8,14 +8,16 @@ itself.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+from farspan.command import run_command
 from farspan.star import StarLLM
 from farspan.star.command import describe
 from vllm import SamplingParams
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Answer a question about a long file on several GPUs.")
     parser.add_argument("model")
     parser.add_argument("--hosts", type=int, required=True, help="GPUs")
@@ -23,6 +25,11 @@ def main() -> None:
     parser.add_argument("--query", required=True)
     parser.add_argument("--max-model-len", type=int, help="tokens that one host can hold; the model's own if left out")
     arguments = parser.parse_args()
+    return run_command("examples/star_job.py", lambda: answer(arguments))
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    """Ask and print."""
     engine = {"max_model_len": arguments.max_model_len} if arguments.max_model_len else {}
     with StarLLM(arguments.model, arguments.hosts, address="auto", strategy="SPREAD", **engine) as llm:
         output = llm.generate(
@@ -33,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,8 +36,6 @@ class StarCommand:
 
 def run_star(command: StarCommand) -> int:
     """Ask, show how far the hosts are, print the answer and where the time went. Raises FarspanError."""
-    from vllm import SamplingParams
-
     engine = dict(command.engine)
     model = command.model
     if command.model == "needle":
@@ -50,6 +48,7 @@ def run_star(command: StarCommand) -> int:
         engine.setdefault("max_model_len", command.length + 2 * command.max_tokens)
     if command.listen is None:
         context, query, expected = read_question(command)
+    params = sampling_of(command)
     bar = Bar(sys.stderr)
     print(f"starting {command.hosts} host{'s' if command.hosts > 1 else ''} …", file=sys.stderr, flush=True)
     with StarLLM(
@@ -68,7 +67,6 @@ def run_star(command: StarCommand) -> int:
 
             serve(llm, command.model, *command.listen)
             return 0
-        params = SamplingParams(max_tokens=command.max_tokens, temperature=command.temperature)
         output = llm.generate(context, query, params, on_progress=bar.show)
         bar.end()
     print(output.text.strip())
@@ -76,6 +74,17 @@ def run_star(command: StarCommand) -> int:
         print(f"expected: {expected}")
     print(describe(output), file=sys.stderr)
     return 0
+
+
+def sampling_of(command: StarCommand) -> Any:
+    """VLLM's parameters. Raises ConfigError for those that vLLM refuses."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        return SamplingParams(max_tokens=command.max_tokens, temperature=command.temperature)
+    except (ValueError, VLLMValidationError) as error:
+        raise ConfigError(f"vLLM refuses --max-tokens or --temperature: {error}") from error
 
 
 def read_question(command: StarCommand) -> tuple[str, str | None, str]:
@@ -87,8 +96,10 @@ def read_question(command: StarCommand) -> tuple[str, str | None, str]:
             raise ConfigError(f"--context {command.context}: {error}. Give a text file in UTF-8.") from error
     if command.model != "needle":
         raise ConfigError("--context is missing; allowed: leaving it out with --model needle alone. Name a text file.")
-    from farspan.needle.tasks import make_sample
+    from farspan.needle.tasks import MIN_LENGTH, make_sample
 
+    if command.length < MIN_LENGTH:
+        raise ConfigError(f"--length {command.length}; prompts have at least {MIN_LENGTH} tokens. Use 2048.")
     sample = make_sample("niah_single", command.length, seed=1)
     context, question = split_question(sample.prompt)
     return context, question, " ".join(sample.answers)

@@ -120,6 +120,7 @@ class StarLLM:
         self.sizes = BlockSizes(block_len, anchor_len)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
+        self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
         self.hosts = Hosts(
             HostsSetup(
                 num_hosts=hosts,
@@ -136,7 +137,6 @@ class StarLLM:
             self.host_class,
         )
         self.num_hosts = hosts
-        self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
         self.restart_s = self.phase_1_s = 0.0
         """Of the running request."""
         try:
@@ -505,7 +505,15 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
 
 
 def load_tokenizer(model: str, engine: dict[str, Any]) -> Any:
+    """The model's tokenizer. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
     trust = bool(engine.get("trust_remote_code", False))
-    return AutoTokenizer.from_pretrained(engine.get("tokenizer") or model, trust_remote_code=trust)
+    name = engine.get("tokenizer") or model
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model={name!r} has no tokenizer that can be read ({' '.join(str(error).split())}). Give a folder or a "
+            "name with one, or skip_tokenizer_init=True and token ids."
+        ) from error

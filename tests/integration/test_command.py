@@ -110,6 +110,9 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("farspan", "report --min-budget 5", "report.min_budget=5", 2),
     ("farspan", "report --chunk -3", "chunk=-3", 2),
     ("farspan", "report --model other", "invalid choice: 'other'", 2),
+    ("farspan", "star --hosts 0", "hosts=0; allowed: a whole number from 1", 2),
+    ("farspan", "star --context missing.txt", "--context missing.txt: ", 2),
+    ("farspan", "star sing", "invalid choice: 'sing'", 2),
     (HEADS, "--out a-file/h.csv", "a-file is no folder", 2),
     (HEADS, "--out h.csv --model nowhere", "nowhere/config.json: No such file or directory", 2),
     (HEADS, "--out h.csv --lengths x", "must be whole numbers separated by commas", 2),
@@ -193,7 +196,7 @@ def test_a_wrong_command_line_gets_a_sentence(
     assert "Traceback" not in said
     sentence = said.rstrip().splitlines()[-1]
     if program == "farspan" and status == 2:
-        assert sentence.startswith(("farspan: error: ", "farspan eval: ", "farspan report: "))
+        assert sentence.startswith(("farspan: error: ", "farspan eval: ", "farspan report: ", "farspan star: "))
     assert {path: path.read_bytes() for path in before} == before, "it changed what an earlier run left"
 
 

@@ -74,8 +74,12 @@ def test_a_generated_prompt_is_split_before_its_question() -> None:
         (["--options", '{"string": {}}'], "without string: both move positions"),
         (["--engine-args", '{"tensor_parallel_size": 2}'], "allowed: 1, a host has one GPU"),
         (["--block-len", "100"], "block_len=100; allowed: a multiple of"),
+        (["--length", "100"], "--length 100; prompts have at least 256 tokens"),
+        (["--max-tokens", "0"], "vLLM refuses --max-tokens or --temperature"),
+        (["serve", "--model", "nowhere"], "model='nowhere' has no tokenizer that can be read"),
+        (["--timeout", "0"], "star.timeout_s=0.0; allowed: a number of seconds"),
     ],
-    ids=["hosts", "file", "no-context", "string", "tp", "block"],
+    ids=["hosts", "file", "no-context", "string", "tp", "block", "length", "tokens", "model", "timeout"],
 )
 def test_mistakes_are_sentences(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["star", *arguments]) == 2
