@@ -1,20 +1,17 @@
 """Cold KV heads in host memory: what they cost where everything fits, and how fast they are where nothing does.
 
-Three measurements, the last two on engines of the 8B shape with a quarter of its layers, side by side and in turns:
+Engines of the 8B shape with a quarter of its layers, side by side and in turns:
 
-- `offload_decode`: one layer's decode call in CUDA graphs, with the pages in HBM, by the kernel that reads both pools,
-  in host memory, and half in each; and one large copy of the same bytes to the device;
 - `offload_fits`: requests that fit, with offload on and off;
-- `offload_prefill`, and `offload_decode` of engines: the same requests with memory for a few pages only, so that all
-  others lie in host memory.
+- `offload_prefill` and `offload_decode`: the same requests with memory for a few pages only, so that all others lie in
+  host memory.
+
+`benchmarks.offload_decode` has the decode call of one layer.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from benchmarks import calls
 from benchmarks.engine import (
     LLAMA_8B,
     TINY_LLAMA,
@@ -24,11 +21,7 @@ from benchmarks.engine import (
     logprob_distance,
     measure_in_turns,
 )
-from benchmarks.gate import check_attention
-from benchmarks.inputs import LLAMA_8B as LLAMA_8B_LAYER
-from benchmarks.inputs import TINY, AttentionShape, PagedBatch, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
-from benchmarks.timing import time_graphs, time_interleaved
 
 OFF, FITS, COLD = "farspan", "farspan-offload", "farspan-offload-cold"
 GIB = 2**30
@@ -55,44 +48,6 @@ def cases(dry_run: bool) -> list[Request]:
         Request(131072, OUTPUT_LEN, 2),
         Request(262144, 9, 1),
     ]
-
-
-def decode_cases(dry_run: bool) -> list[tuple[int, ...]]:
-    """List the lengths of the requests of one decode call."""
-    return [(100,), (17, 64)] if dry_run else [(8192,), (131072,), (32768,) * 8]
-
-
-def host_copy(batch: PagedBatch) -> torch.Tensor:
-    """[num_pages, num_kv_heads, page_size, 2 * head_dim]: the batch's pages in host memory, each head's in a row."""
-    host = batch.kv_cache.transpose(0, 1).contiguous().cpu()
-    if torch.cuda.is_available():
-        host = host.pin_memory()
-    return host.transpose(0, 1)
-
-
-def run_decode(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -> None:
-    """Time one layer's decode calls after checking each."""
-    case = f"n{lens[0]}-b{len(lens)}-{shape.label}"
-    batch = make_paged_batch([1] * len(lens), lens, shape)
-    host = host_copy(batch)
-    device = batch.query.device
-    places = torch.arange(len(batch.kv_cache), device=device)
-    works: dict[str, Any] = {
-        OFF: calls.decode(batch),
-        FITS: calls.decode(batch, host_pages=calls.HostPages(host, places < 0)),
-        f"{COLD}-half": calls.decode(batch, host_pages=calls.HostPages(host, places % 2 == 0)),
-        COLD: calls.decode(batch, host_pages=calls.HostPages(host, places >= 0)),
-    }
-    for name, work in works.items():
-        recorder.note(f"{case} {name}: relative error {check_attention(batch, *work(), name=name):.1e}")
-    times = time_graphs({name: [work] for name, work in works.items()}, repeats=10)
-    flat, target = host.transpose(0, 1), torch.empty_like(host.transpose(0, 1), device=device)
-    times |= time_interleaved({"copy": lambda: target.copy_(flat, non_blocking=True)}, repeats=5)
-    for name, samples in times.items():
-        recorder.add("offload_decode", case, name, "time", "ms", samples)
-        recorder.add(
-            "offload_decode", case, name, "bandwidth", "GB/s", [batch.kv_bytes / (ms * 1e-3) / 1e9 for ms in samples]
-        )
 
 
 def engine_specs(dry_run: bool) -> dict[str, EngineSpec]:
@@ -153,8 +108,6 @@ def record_engines(recorder: Recorder, results: Mapping[str, EngineResult], labe
 
 def run(recorder: Recorder) -> None:
     dry_run = recorder.dry_run
-    for lens in decode_cases(dry_run):
-        run_decode(recorder, lens, TINY if dry_run else LLAMA_8B_LAYER)
     label = "tiny-fp32" if dry_run else f"llama8b-{LAYERS}layers-bf16"
     results = measure_in_turns(engine_specs(dry_run), timeout_s=420)
     for name, result in results.items():

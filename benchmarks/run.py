@@ -27,6 +27,7 @@ MODULES = (
     "flex_ttft",
     "prefill_block_sparse",
     "string_e2e",
+    "offload_decode",
     "offload",
     "star",
     "star_accuracy",

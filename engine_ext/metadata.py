@@ -341,6 +341,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             shards = self.requests.shards(common)
             if self.lockstep is not None and common.max_query_len <= 1:
                 return self.build_lockstep(common, shards)
+            if self.lockstep is not None:
+                self.lockstep.forget()
             if any(shard is not None for shard in shards):
                 return self.build_star(common, shards)
         num_decodes, chunks = common.num_reqs, None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import attend, write_kv
+from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, Pass
 from farspan.engine_ext.selection.crossover import AttentionSize
@@ -29,7 +29,7 @@ BLOCK_TABLE_TOKENS = 128
 class WarmUpCase:
     """One pass that compiles kernels no other case compiles."""
 
-    kind: Literal["write", "decode", "prefill"]
+    kind: Literal["write", "decode", "prefill", "star"]
     turns: bool = False
     num_splits: int = 1
     """Of a decode."""
@@ -111,9 +111,10 @@ class WarmUp:
 
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
-        return warm_up_cases(
+        cases = warm_up_cases(
             self.prefill, self.size, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
         )
+        return [*cases, WarmUpCase("star")] if self.layer.turns is not None else cases
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
@@ -123,6 +124,14 @@ class WarmUp:
             write_kv(token, token, view.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
             return
         num_q_heads = view.num_kv_heads * self.group_size
+        if case.kind == "star":
+            for num_heads in (num_q_heads, view.num_kv_heads):
+                heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
+                at_true_positions(heads, [(slice(0, 2), 1)], self.layer.turns)
+            parts = torch.zeros(2, 1, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+            lse = torch.zeros(2, num_q_heads, 1, device=device)
+            combine(parts, lse, torch.empty_like(parts[0]), torch.empty_like(lse[0]))
+            return
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
         keys = self.decode_view if case.kind == "decode" else view
         attend(self.make_pass(case), query, keys, self.layer, 1.0, torch.empty_like(query))

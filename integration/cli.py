@@ -151,6 +151,7 @@ def _add_star(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("action", nargs="?", choices=["ask", "serve"], default="ask", help="one question, or an OpenAI-like server")
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
@@ -162,6 +163,8 @@ def _add_star(subcommands: Any) -> None:
     add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
     add("--address", help="of a Ray cluster")
+    add("--host", default="127.0.0.1", help="serve: address to listen on")
+    add("--port", type=int, default=8000, help="serve: port to listen on")
     add(
         "--strategy",
         choices=["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"],
@@ -192,6 +195,7 @@ def _run_star(arguments: argparse.Namespace) -> int:
             strategy=arguments.strategy,
             options=arguments.options,
             engine=arguments.engine_args,
+            listen=(arguments.host, arguments.port) if arguments.action == "serve" else None,
         )
     )
 

@@ -14,6 +14,7 @@ from farspan.scheduler.capacity import (
     longest_context,
     needed_blocks,
     plan_kv,
+    stub_bytes_of,
 )
 from farspan.scheduler.footprint import activation_bytes, fixed_bytes, kv_heads_of_rank, weight_bytes
 from farspan.scheduler.rates import GPUS, MEASURED_GPU, Rates, decode_seconds, override, prefill_seconds, rates_of
@@ -161,6 +162,7 @@ class Planner:
             element_bytes=self.element_bytes,
             page_size=settings.page_size,
             hot_heads=(num_kv_heads,) * self.shape.num_layers,
+            stub_bytes=stub_bytes_of(settings.page_size, self.element_bytes),
         )
         hot_heads = hot_heads_of_rank(settings, self.shape.num_kv_heads, num_kv_heads)
         self.offloaded = self.all_hot.with_hot_heads(hot_heads) if settings.host_memory else None

@@ -110,6 +110,13 @@ class KVPlan:
     host_bytes: int
 
 
+def stub_bytes_of(page_size: int, element_bytes: int) -> int:
+    """What vLLM's cache holds for each block of a layer without hot heads: an element a token, as its planner divides
+    by the bytes of a page.
+    """
+    return page_size * element_bytes
+
+
 def min_slots(max_num_batched_tokens: int, page_size: int, max_num_seqs: int) -> int:
     """Fewest slots: the pages that a step writes lie in HBM, and so does the null block."""
     return most_pages_written(max_num_batched_tokens, max_num_seqs, page_size) + NULL_BLOCKS

@@ -1,16 +1,17 @@
-"""Decode of Star requests from buffers that stay where they are, so that a captured graph, its exchange included, is
-valid at every step.
+"""Decode of Star requests from buffers that stay where they are, as captured graphs that hold the exchange need.
 
 Every step of such an engine with one token a request is a step of all hosts. What a replayed graph reads is only the
 content of these buffers, written before it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from farspan.engine_ext.star.pieces import Piece, batch_of
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import PagedBatch
+from farspan.kernels.tiles import to_device
 
 
 class LockstepBuffers:
@@ -23,6 +24,8 @@ class LockstepBuffers:
         self.starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.turns = turns
         self.distances: list[int] = []
+        self.pages: list[Any] = []
+        """What `table` was filled with: pages of requests, which stay while they decode."""
         for each in turns:
             each.make_rows(max_num_reqs)
 
@@ -45,11 +48,19 @@ class LockstepBuffers:
         self.kv_lens[len(pieces) : num_rows].zero_()
         if not pieces:
             return
-        batch = batch_of(pieces, block_table, page_size)
-        self.table[: len(pieces), : batch.block_table.shape[1]].copy_(batch.block_table)
-        self.kv_lens[: len(pieces)].copy_(batch.kv_lens)
+        pages = [(piece.request, piece.shard.name, piece.pages(page_size)) for piece in pieces]
+        if pages != self.pages:
+            self.pages = pages
+            table = batch_of(pieces, block_table, page_size).block_table
+            self.table[: len(pieces), : table.shape[1]].copy_(table)
+        lens = to_device([[piece.kv_len for piece in pieces]], self.kv_lens.device)
+        self.kv_lens[: len(pieces)].copy_(lens[0])
         distances = [piece.distance for piece in pieces]
         if distances != self.distances:
             self.distances = distances
             for each in self.turns:
                 each.fill_rows(distances)
+
+    def forget(self) -> None:
+        """Requests may have other pages from here on, as after a step with a prompt."""
+        self.pages = []

@@ -33,6 +33,10 @@ class Piece:
     def kv_len(self) -> int:
         return sum(stop - start for start, stop in self.segment.keys)
 
+    def pages(self, page_size: int) -> list[tuple[int, int]]:
+        """Ranges of the request's pages that hold the keys, by their places in its row of the block table."""
+        return [(start // page_size, -(-stop // page_size)) for start, stop in self.segment.keys]
+
     @property
     def distance(self) -> int:
         """From the first row's position in the request to its true one."""
@@ -62,10 +66,7 @@ def batch_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int)
     block_table: [num_reqs, max_pages] int32 of vLLM's batch, on the device.
     """
     device = block_table.device
-    columns = [
-        [page for start, stop in piece.segment.keys for page in range(start // page_size, -(-stop // page_size))]
-        for piece in pieces
-    ]
+    columns = [[page for start, stop in piece.pages(page_size) for page in range(start, stop)] for piece in pieces]
     width = max(1, *map(len, columns)) if len(columns) > 1 else max(1, len(columns[0]))
     table = to_device(
         [[piece.request, *row, *[0] * (width - len(row))] for piece, row in zip(pieces, columns, strict=True)], device

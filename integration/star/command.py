@@ -1,4 +1,4 @@
-"""`farspan star`: one question about a long context over several hosts, with a bar of blocks."""
+"""`farspan star`: one question about a long context over several hosts, with a bar of blocks; or a server."""
 
 import sys
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class StarCommand:
     strategy: Any
     options: dict[str, Any]
     engine: dict[str, Any]
+    listen: tuple[str, int] | None = None
+    """Address and port of a server; None to ask one question."""
 
 
 def run_star(command: StarCommand) -> int:
@@ -37,7 +39,7 @@ def run_star(command: StarCommand) -> int:
     from vllm import SamplingParams
 
     engine = dict(command.engine)
-    model, expected = command.model, ""
+    model = command.model
     if command.model == "needle":
         import torch
         from farspan.needle import model_dir
@@ -46,7 +48,8 @@ def run_star(command: StarCommand) -> int:
             engine.setdefault("dtype", "float32")
         model = str(model_dir())
         engine.setdefault("max_model_len", command.length + 2 * command.max_tokens)
-    context, query, expected = read_question(command)
+    if command.listen is None:
+        context, query, expected = read_question(command)
     bar = Bar(sys.stderr)
     print(f"starting {command.hosts} host{'s' if command.hosts > 1 else ''} …", file=sys.stderr, flush=True)
     with StarLLM(
@@ -60,6 +63,11 @@ def run_star(command: StarCommand) -> int:
         options=command.options,
         **engine,
     ) as llm:
+        if command.listen is not None:
+            from farspan.star.serve import serve
+
+            serve(llm, command.model, *command.listen)
+            return 0
         params = SamplingParams(max_tokens=command.max_tokens, temperature=command.temperature)
         output = llm.generate(context, query, params, on_progress=bar.show)
         bar.end()

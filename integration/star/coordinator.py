@@ -65,7 +65,12 @@ class Hosts:
 
     def __init__(self, setup: HostsSetup, host_class: type[StarHost] = StarHost) -> None:
         """host_class: of the actors; a subclass can prepare its process in `start`."""
-        import ray
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise UnsupportedEngineError(
+                "Star Attention needs Ray to start its hosts. pip install farspan[ray]."
+            ) from error
 
         self.setup, self.host_class = setup, host_class
         self.owns_ray = False

@@ -121,8 +121,18 @@ class StarHost:
         """The request's parameters with our option in them."""
         import msgspec
         from farspan.engine_ext.star.shard import NAME
+        from vllm.sampling_params import RequestOutputKind
 
         sampling = ask.sampling.clone()
+        # All tokens so far at every step, whatever the front end asks for.
+        sampling.output_kind = RequestOutputKind.CUMULATIVE
+        if self.setup.device_type == "cpu" and sampling.seed is not None:
+            # A request's own generator does not survive a prompt in chunks there (vLLM rewinds it as CUDA's). The
+            # process's does as well: one request runs at a time.
+            import torch
+
+            torch.manual_seed(sampling.seed)
+            sampling.seed = None
         if ask.shard is not None:
             sampling.extra_args = {**(sampling.extra_args or {}), NAME: msgspec.to_builtins(ask.shard)}
         return sampling

@@ -3,8 +3,8 @@
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -57,6 +57,8 @@ class StarOutput:
     shards: list[StarShard] | None
     """Who had which blocks; None with exact attention on one host."""
     times: StarTimes
+    num_prompt_tokens: int = 0
+    """Of context and query."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class StarLLM:
         )
         self.num_hosts = hosts
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
-        self.restart_s = 0.0
+        self.restart_s = self.phase_1_s = 0.0
+        """Of the running request."""
         try:
             self.start()
         except BaseException:
@@ -190,8 +193,13 @@ class StarLLM:
                 on_progress(progress)
         return result[0]
 
-    def stream(self, context: Tokens, query: Tokens | None = None, sampling_params: Any = None) -> Iterator[list[int]]:
-        """`generate`, yielding new token ids as they come. Closing the iterator aborts the request on all hosts."""
+    def stream(
+        self, context: Tokens, query: Tokens | None = None, sampling_params: Any = None
+    ) -> Generator[list[int], None, StarOutput]:
+        """`generate`, yielding new token ids as they come; the generator's return value is the StarOutput.
+
+        Closing it aborts the request on all hosts.
+        """
         result: list[StarOutput] = []
         num_seen = 0
         for progress in self.work(context, query, sampling_params, self.sizes, result):
@@ -200,6 +208,7 @@ class StarLLM:
                 num_seen = len(progress.token_ids)
         if len(result[0].token_ids) > num_seen:
             yield result[0].token_ids[num_seen:]
+        return result[0]
 
     def work(
         self,
@@ -242,7 +251,8 @@ class StarLLM:
         else:
             yield from self.ask_all(context_ids, query_ids, params, shards, collected)
         total_s = time.perf_counter() - started
-        result.append(self.make_output(collected, shards, total_s))
+        num_prompt_tokens = len(context_ids) + len(query_ids)
+        result.append(replace(self.make_output(collected, shards, total_s), num_prompt_tokens=num_prompt_tokens))
 
     def ask_one(
         self, name: str, prompt: list[int], params: Any, collected: dict[str, dict[int, Answer]]
@@ -446,10 +456,19 @@ def sampling_params(**arguments: Any) -> Any:
 
 
 def checked_params(params: Any) -> Any:
-    """A copy whose tokens all hosts choose alike. Raises ConfigError for several answers at once."""
+    """A copy whose tokens all hosts choose alike. Raises ConfigError for what needs the whole prompt on one host."""
     params = sampling_params() if params is None else params.clone()
     if params.n != 1:
         raise ConfigError(f"n={params.n}; allowed: 1, one answer to a query. Call generate several times.")
+    if params.repetition_penalty != 1:
+        raise ConfigError(
+            f"repetition_penalty={params.repetition_penalty}; allowed: 1, as it counts the prompt's tokens, of which "
+            "every host has others. Use presence_penalty or frequency_penalty, which count new tokens."
+        )
+    if params.prompt_logprobs is not None:
+        raise ConfigError(
+            f"prompt_logprobs={params.prompt_logprobs}; allowed: None, as no host has the whole prompt. Leave it out."
+        )
     if params.seed is None and params.temperature > 0:
         params.seed = random.getrandbits(63)
     return params

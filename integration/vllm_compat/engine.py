@@ -16,10 +16,21 @@ def num_linear_weights(llm: Any) -> int:
     """Weights that every token is multiplied with, embeddings left out."""
 
     def count(worker: Any) -> int:
-        model = worker.model_runner.get_model()
-        named = model.named_parameters()
+        embeds = ("embed", "head")
         return sum(
-            each.numel() for name, each in named if each.dim() > 1 and "embed" not in name and "head" not in name
+            each.numel()
+            for name, each in worker.model_runner.get_model().named_parameters()
+            if each.dim() > 1 and not any(part in name for part in embeds)
         )
 
-    return int(llm.collective_rpc(count)[0])
+    # The CPU platform packs weights away.
+    return int(llm.collective_rpc(count)[0]) or weights_by_config(llm.llm_engine.model_config)
+
+
+def weights_by_config(model_config: Any) -> int:
+    """The same from a dense model's configuration."""
+    config = model_config.hf_text_config
+    hidden = config.hidden_size
+    heads = config.num_attention_heads + model_config.get_total_num_kv_heads()
+    attention = 2 * hidden * heads * model_config.get_head_size()
+    return int(config.num_hidden_layers * (attention + 3 * hidden * getattr(config, "intermediate_size", 4 * hidden)))

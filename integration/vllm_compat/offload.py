@@ -10,7 +10,7 @@ from typing import Any
 from farspan.engine_ext.config import OffloadOptions
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
-from farspan.scheduler.capacity import KVLayout, staging_bytes_of
+from farspan.scheduler.capacity import KVLayout, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
@@ -118,7 +118,7 @@ def kv_layout(vllm_config: Any, specs: Mapping[str, Any]) -> KVLayout:
         element_bytes=element_bytes,
         page_size=some.block_size,
         hot_heads=tuple(hot_heads_by_layer(vllm_config, specs).values()),
-        stub_bytes=some.block_size * element_bytes,
+        stub_bytes=stub_bytes_of(some.block_size, element_bytes),
     )
     assert layout.hot_block_bytes == sum(spec.page_size_bytes for spec in specs.values())
     return layout

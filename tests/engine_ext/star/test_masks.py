@@ -180,6 +180,33 @@ def test_decode_from_buffers_that_stay_where_they_are(monkeypatch: pytest.Monkey
             torch.testing.assert_close(out[1], expected[1][step], atol=2e-5, rtol=1e-4)
 
 
+def test_buffers_are_filled_anew_after_a_step_with_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was preempted comes back with other pages, under the same name and in the same row."""
+    layout = LAYOUTS["two-hosts"]
+    tokens = make_tokens(layout.context_len + 10)
+    expected = oracle(tokens, star_mask(layout, len(tokens.query))).float()[layout.context_len :]
+    meet_in_threads(2, monkeypatch)
+    hosts = [Host(PAGE, 64, None, monkeypatch, graphs=True) for _ in range(2)]
+
+    def work(rank: int) -> list[torch.Tensor]:
+        host, shard = hosts[rank], layout.shards()[rank]
+        own, context = shard_tokens(tokens, shard), shard.local_len
+        outs = []
+        for first in (2, 5):
+            host.tables.clear()
+            host.step([(0, shard, first_of(own, context), 0)])
+            host.step([(0, shard, first_of(own, context + first), context)])
+            # No page's end in between.
+            outs += [
+                host.step([(0, shard, first_of(own, context + at + 1), context + at)])[0] for at in (first, first + 1)
+            ]
+        return outs
+
+    for outs in run_hosts(2, work):
+        for out, at in zip(outs, (2, 3, 5, 6), strict=True):
+            torch.testing.assert_close(out[0], expected[at], atol=2e-5, rtol=1e-4)
+
+
 def test_a_host_that_decodes_in_graphs_refuses_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = LAYOUTS["two-hosts"]
     meet_in_threads(2, monkeypatch)

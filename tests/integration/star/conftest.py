@@ -12,7 +12,7 @@ from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
 from tests.integration.tiny_models import write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-TIMEOUT_S = 8.0
+TIMEOUT_S = 12.0
 ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -32,6 +32,7 @@ def star_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any) -> FaultyStarLLM:
+    """Hosts of the tiny model; arguments are StarLLM's."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     engine = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": PAGE,

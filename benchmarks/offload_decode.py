@@ -1,0 +1,60 @@
+"""Decode of one layer from host memory, in CUDA graphs: pages in HBM, in host memory, and half in each.
+
+`farspan` is the kernel that knows one pool, `farspan-offload` the one that reads both, all pages on the device;
+`copy` is one large copy of the same bytes to the device. `benchmarks.offload` has whole engines.
+"""
+
+from typing import Any
+
+import torch
+
+from benchmarks import calls
+from benchmarks.gate import check_attention
+from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_paged_batch
+from benchmarks.record import Recorder
+from benchmarks.timing import time_graphs, time_interleaved
+
+OFF, FITS, COLD = "farspan", "farspan-offload", "farspan-offload-cold"
+
+
+def cases(dry_run: bool) -> list[tuple[int, ...]]:
+    """List the lengths of the requests of one decode call."""
+    return [(100,), (17, 64)] if dry_run else [(8192,), (131072,), (32768,) * 8]
+
+
+def host_copy(batch: PagedBatch) -> torch.Tensor:
+    """[num_pages, num_kv_heads, page_size, 2 * head_dim]: the batch's pages in host memory, each head's in a row."""
+    host = batch.kv_cache.transpose(0, 1).contiguous().cpu()
+    if torch.cuda.is_available():
+        host = host.pin_memory()
+    return host.transpose(0, 1)
+
+
+def run_case(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -> None:
+    """Time one layer's decode calls after checking each."""
+    case = f"n{lens[0]}-b{len(lens)}-{shape.label}"
+    batch = make_paged_batch([1] * len(lens), lens, shape)
+    host = host_copy(batch)
+    device = batch.query.device
+    places = torch.arange(len(batch.kv_cache), device=device)
+    works: dict[str, Any] = {
+        OFF: calls.decode(batch),
+        FITS: calls.decode(batch, host_pages=calls.HostPages(host, places < 0)),
+        f"{COLD}-half": calls.decode(batch, host_pages=calls.HostPages(host, places % 2 == 0)),
+        COLD: calls.decode(batch, host_pages=calls.HostPages(host, places >= 0)),
+    }
+    for name, work in works.items():
+        recorder.note(f"{case} {name}: relative error {check_attention(batch, *work(), name=name):.1e}")
+    times = time_graphs({name: [work] for name, work in works.items()}, repeats=10)
+    flat, target = host.transpose(0, 1), torch.empty_like(host.transpose(0, 1), device=device)
+    times |= time_interleaved({"copy": lambda: target.copy_(flat, non_blocking=True)}, repeats=5)
+    for name, samples in times.items():
+        recorder.add("offload_decode", case, name, "time", "ms", samples)
+        recorder.add(
+            "offload_decode", case, name, "bandwidth", "GB/s", [batch.kv_bytes / (ms * 1e-3) / 1e9 for ms in samples]
+        )
+
+
+def run(recorder: Recorder) -> None:
+    for lens in cases(recorder.dry_run):
+        run_case(recorder, lens, TINY if recorder.dry_run else LLAMA_8B)
