@@ -170,14 +170,20 @@ def choose_group_size(layout: KVLayout, context_len: int, budget_bytes: int) -> 
 
 
 def plan_kv(
-    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, group_size: int | None = None
+    layout: KVLayout,
+    load: Load,
+    hbm_bytes: int,
+    host_bytes: int,
+    group_size: int | None = None,
+    num_first: int | None = None,
 ) -> KVPlan | None:
     """Size all pools for a load, or None where it does not fit.
 
     Where HBM has a slot for every block that the host holds, nothing is ever gathered, and there is no staging.
     Otherwise the load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
     hbm_bytes, host_bytes: for KV, staging included. group_size: None for the largest beside which HBM still holds the
-    whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1.
+    whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1. num_first: blocks that come
+    before slots; None for those of the load.
     """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
     hot_bytes, cold_bytes = layout.hot_block_bytes, layout.cold_block_bytes
@@ -189,11 +195,13 @@ def plan_kv(
     resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
     if resident_blocks < host_blocks:
         first_blocks = [wanted_blocks]
-        if not any(layout.hot_heads) and hbm_bytes < (hot_bytes + cold_bytes) * wanted_blocks:
+        if num_first is not None:
+            first_blocks = [max(num_first, wanted_blocks)]
+        elif not any(layout.hot_heads) and hbm_bytes < (hot_bytes + cold_bytes) * wanted_blocks:
             # The load takes all slots that there are: stubs are so small that no host memory should be idle for them.
             first_blocks.insert(0, max(host_blocks, wanted_blocks))
-        for num_first in first_blocks:
-            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, num_first, group_size)
+        for blocks in first_blocks:
+            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group_size)
             if plan is not None:
                 return plan
     # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.

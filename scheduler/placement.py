@@ -68,7 +68,7 @@ def decide_sizes(
         context_len = longest_context(layout, limits.load(1), gpu_bytes, host_bytes, context_len, group_size)
     plan = None
     if context_len > 0:
-        plan = plan_kv(layout, limits.load(context_len), gpu_bytes, host_bytes, group_size)
+        plan = plan_kv(layout, limits.load(context_len), gpu_bytes, host_bytes, group_size, override)
     if plan is None:
         raise UnsupportedEngineError(refusal(layout, limits, gpu_bytes, host_bytes, group_size or 1))
     if override is not None and plan.num_blocks < override:

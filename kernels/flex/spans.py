@@ -29,15 +29,16 @@ class SpanRule:
 
         span_index: any int tensor of absolute span numbers. One row lies in each of `rows_per_span` equal parts, at
         another place from part to part and span to span: heads that look a few tokens back keep all or nothing by that
-        place alone.
+        place alone. From part to part the place moves by one, so that no run of queries longer than a part and a token
+        goes unseen: what a few tokens in a row look for, as where text is copied, is found by one of them.
         """
         part_len = self.span_len // self.rows_per_span
         part = torch.arange(self.rows_per_span, device=span_index.device)
         return part * part_len + (part * PART_STEP + span_index[..., None].long() * SPAN_STEP) % part_len
 
 
-# Odd, so that the places within parts, whose length is a power of two, take every value in turn.
-PART_STEP = 7
+PART_STEP = 1
+# Odd, so that the first places of spans, whose parts have a power of two of tokens, take every value in turn.
 SPAN_STEP = 5
 
 

@@ -316,5 +316,6 @@ def test_sampled_places(span_len: int, rows: int) -> None:
     places = SpanRule(span_len, rows).places(torch.arange(50))
     part = span_len // rows
     assert torch.equal(places // part, torch.arange(rows).expand(50, -1))
+    assert int(places.diff(dim=1).max()) <= part + 1
     # Every place within a part is taken by some rows.
     assert len((places % part).unique()) == part

@@ -1,5 +1,6 @@
 """How GPU and host memory are shared out, and the sentences where they do not suffice."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,16 @@ def test_group_size() -> None:
     for group, expected in (("auto", 8), (3, 3), (64, 8)):
         options = OffloadOptions(host_memory=40, group_size=group)  # type: ignore[arg-type]
         assert decide_sizes(options, layout(), limits(), 30 * GIB, 40 * GIB).group_size == expected
+
+
+def test_blocks_that_the_user_names_come_before_slots() -> None:
+    options, few = OffloadOptions(host_memory=40), limits(max_model_len=16384, max_num_seqs=1)
+    freely = decide_sizes(options, layout(4), few, 6 * GIB, 40 * GIB)
+    named = decide_sizes(options, layout(4), replace(few, num_blocks_override=680), 6 * GIB, 40 * GIB)
+    assert named.num_blocks == 680 > freely.num_blocks
+    assert named.num_slots < freely.num_slots
+    with pytest.raises(ConfigError, match=r"override=4000; allowed: up to \d+ blocks, as 6\.00 GiB of GPU"):
+        decide_sizes(options, layout(4), replace(few, num_blocks_override=4000), 6 * GIB, 400 * GIB)
 
 
 def test_a_fitted_length_is_what_the_host_holds() -> None:
