@@ -21,6 +21,9 @@ GRACE_S = 5.0
 """How much longer than the hosts' own time-out the coordinator waits, so that their errors arrive."""
 ACTOR_THREADS = 4
 ACTOR_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""For hosts without a GPU, where the user sets nothing: each would take nearly all of the machine's memory, and the
+same cores as the others."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class HostLost(StarError):
     def __init__(self, rank: int, sentence: str) -> None:
         super().__init__(sentence)
         self.rank = rank
+
+
+class HostFailed(StarError):
+    """A host raised something of its own; others may have waited for it in vain."""
 
 
 @dataclass
@@ -139,6 +146,8 @@ class Hosts:
             options=setup.options,
             engine=setup.engine,
         )
+        defaults = CPU_ENV if self.device_type == "cpu" else {}
+        env = {**ACTOR_ENV, **{name: os.environ.get(name, value) for name, value in defaults.items()}, **setup.env}
         return (
             ray.remote(self.host_class)
             .options(
@@ -146,7 +155,7 @@ class Hosts:
                 num_gpus=1 if self.device_type == "cuda" else 0,
                 max_concurrency=ACTOR_THREADS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
-                runtime_env={"env_vars": {**ACTOR_ENV, **setup.env}},
+                runtime_env={"env_vars": env},
             )
             .remote(host)
         )
@@ -180,7 +189,7 @@ class Hosts:
             cause = error.cause
             if isinstance(cause, StarError | ValueError | VLLMValidationError):
                 raise cause from None
-            raise StarError(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
+            raise HostFailed(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
 
     def run(self, asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[dict[int, HostStatus]]:
         """Let hosts work, and yield how far they are until all have put their answers into `answers`.
@@ -306,8 +315,8 @@ def choose_device(num_hosts: int, resources: dict[str, float]) -> Literal["cpu",
 
 
 def worst(errors: dict[int, BaseException]) -> BaseException:
-    """The error that tells most: a lost host, then any other of farspan's, then the first."""
-    ranked: Sequence[type[BaseException]] = (HostLost, StarError, BaseException)
+    """The error that tells most: a lost host, then one that failed, then one that waited, then the first."""
+    ranked: Sequence[type[BaseException]] = (HostLost, HostFailed, StarError, BaseException)
     for kind in ranked:
         for _, error in sorted(errors.items()):
             if isinstance(error, kind):

@@ -5,7 +5,7 @@ import sys
 import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
-from farspan.star.coordinator import HostLost, choose_device, worst
+from farspan.star.coordinator import HostFailed, HostLost, choose_device, worst
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -19,6 +19,8 @@ def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:
     waited, lost, bad = StarError("waited"), HostLost(2, "lost"), ValueError("bad")
     assert worst({0: waited, 1: bad, 2: lost}) is lost
     assert worst({0: bad, 1: waited}) is waited
+    failed = HostFailed("failed")
+    assert worst({0: waited, 1: failed}) is failed
     assert worst({1: bad}) is bad
 
 
