@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 if torch.cuda.is_available():
     pytestmark.append(pytest.mark.multi_gpu)
 
-PROMPTS = make_prompts((1, 129, 700), seed=21)
+PROMPTS = make_prompts((1, 129, 1800), seed=21)
 MASK_BLOCKS = 32
 
 
@@ -33,7 +33,7 @@ def mask_file(tmp_path: Path) -> Path:
 
 def prefill_options(method: str, mask_file: Path) -> dict[str, Any]:
     if method == "flex":
-        return {"method": "flex", "gamma": 0.8, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
+        return {"method": "flex", "gamma": 0.3, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
     return {"method": "block_sparse", "pattern": "file", "block_size": 64, "mask_file": str(mask_file)}
 
 
@@ -54,7 +54,8 @@ def test_two_ranks_give_the_tokens_of_one(make_llm: Any, mask_file: Path, archit
     def engine(num_ranks: int) -> Any:
         return make_llm(
             architecture,
-            max_num_batched_tokens=256,
+            # Chunks that hold whole spans of tile rows.
+            max_num_batched_tokens=700,
             max_num_seqs=8,
             enable_prefix_caching=False,
             additional_config={"farspan": {"prefill": prefill_options(method, mask_file)}},
