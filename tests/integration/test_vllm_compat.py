@@ -92,7 +92,8 @@ def test_a_bad_override_does_not_end_the_worker(caplog: pytest.LogCaptureFixture
 def make_source(runner: Any, *, is_v2: bool) -> RunnerSource:
     source = RunnerSource.__new__(RunnerSource)
     source.engine_prefill, source.is_v2 = CONFIG.prefill, is_v2
-    runner.vllm_config = SimpleNamespace(additional_config={"farspan": FLEX})
+    cache_config = SimpleNamespace(block_size=128)
+    runner.vllm_config = SimpleNamespace(additional_config={"farspan": FLEX}, cache_config=cache_config)
     return source
 
 
