@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from farspan.engine_ext import launch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import DenseKernel, LayerContext, Pass
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.launch import measure_coverage
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.selection.methods import TILE_ROWS_RULE, flex_budget
 from farspan.engine_ext.splits import num_multiprocessors
 from farspan.kernels.flex.select import flex_block_lists

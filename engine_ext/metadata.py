@@ -6,20 +6,20 @@ vLLM puts them first because of `reorder_batch_threshold`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.config import DensePrefill, FarspanConfig, Prefill
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
-from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Part, Pass, SampledRows, Sparse, StepMetadata
+from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
+from farspan.engine_ext.passes import Part, Pass, StepMetadata
 from farspan.engine_ext.requests import source_of
-from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
-from farspan.engine_ext.selection.methods import TILE_ROWS_RULE
-from farspan.engine_ext.splits import most_parts, num_multiprocessors, plan_splits
+from farspan.engine_ext.selection.crossover import AttentionSize
+from farspan.engine_ext.splits import most_parts, num_multiprocessors
 from farspan.engine_ext.star.exchange import Exchange, exchange_of
 from farspan.engine_ext.star.exchange import current as current_exchange
 from farspan.engine_ext.star.lockstep import LockstepBuffers
@@ -27,19 +27,12 @@ from farspan.engine_ext.star.pieces import Piece, batch_of, cut_chunk, digest_of
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.support import config_of
 from farspan.kernels.batch import PagedBatch
-from farspan.kernels.block_patterns import static_block_lists
-from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace
-from farspan.kernels.flex.coverage import sample_places
-from farspan.kernels.flex.spans import make_spans
-from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
+from farspan.kernels.decode import make_decode_workspace
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-
-TILE_SIZE = 128
-"""Tokens of a query tile and of a KV block where the method does not say otherwise."""
 
 
 def count_decodes(query_lens: list[int]) -> int:
@@ -48,143 +41,6 @@ def count_decodes(query_lens: list[int]) -> int:
         if query_len > 1:
             return request
     return len(query_lens)
-
-
-def effective_prefill(
-    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
-) -> Prefill:
-    """How a chunk prefills: densely where flex would not pay.
-
-    kv_len: keys up to the chunk's end; prompt_len: tokens of the whole prompt, None where nobody knows.
-    size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
-    batch.
-    """
-    if not isinstance(prefill, FlexPrefill):
-        return prefill
-    if prefill.min_seq_len is None and prefill.min_chunk_len is None:
-        is_sparse = sparse_pays(size, query_len, kv_len)
-    else:
-        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
-        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
-    return prefill if is_sparse else DensePrefill()
-
-
-@dataclass(frozen=True)
-class PassMaker:
-    """Makes passes for the layers of one KV cache group."""
-
-    num_kv_heads: int
-    dense_kernel: DenseKernel
-    num_sms: int
-    workspace: DecodeWorkspace | None
-    has_turn: bool
-    device: torch.device
-    first_kv_head: int = 0
-    """The passes are for the `num_kv_heads` KV heads of a layer from this one on."""
-
-    @property
-    def kv_heads(self) -> slice:
-        return slice(self.first_kv_head, self.first_kv_head + self.num_kv_heads)
-
-    def decode(self, batch: PagedBatch, first_row: int = 0) -> Pass:
-        """The pass of requests with one row each, the first of them `first_row` of the step."""
-        splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
-        return Pass(
-            rows=slice(first_row, first_row + batch.num_reqs),
-            kv_heads=self.kv_heads,
-            batch=batch,
-            work=Decode(splits, self.workspace),
-            turns=self.has_turn,
-        )
-
-    def prefill(
-        self,
-        prefill: Prefill,
-        batch: PagedBatch,
-        query_start_loc: list[int],
-        chunk_ends: list[int],
-        first_row: int,
-        *,
-        turns: bool,
-    ) -> Pass:
-        """The pass of adjacent requests that prefill alike.
-
-        query_start_loc, chunk_ends: of the batch, on the host, the first one from 0; first_row: of the step.
-        """
-        work: Dense | Sparse
-        if isinstance(prefill, DensePrefill):
-            kernel = "triton" if turns and self.dense_kernel == "fa3" else self.dense_kernel
-            tiles = None
-            if kernel == "triton":
-                tiles = make_prefill_tiles(query_start_loc, chunk_ends, TILE_SIZE, self.device)
-            work = Dense(kernel, tiles)
-        else:
-            block_size = prefill.block_size if isinstance(prefill, BlockSparsePrefill) else TILE_SIZE
-            tiles = make_prefill_tiles(query_start_loc, chunk_ends, block_size, self.device)
-            samples = spans = None
-            if isinstance(prefill, FlexPrefill):
-                if prefill.coverage_rows > 0:
-                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
-                if prefill.selection == "tile_rows":
-                    spans = make_spans(query_start_loc, chunk_ends, tiles, TILE_ROWS_RULE)
-            work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples, spans)
-        return Pass(
-            rows=slice(first_row, first_row + query_start_loc[-1]),
-            kv_heads=self.kv_heads,
-            batch=batch,
-            work=work,
-            turns=turns,
-        )
-
-    def star(self, prefill: Prefill, pieces: list[Piece], batch: PagedBatch) -> Pass:
-        """The pass of pieces with adjacent rows, all in one phase; those of phase 2 leave out the exchange."""
-        first_row = pieces[0].first_row
-        is_causal = pieces[0].segment.is_causal
-        if all(piece.query_len == 1 for piece in pieces):
-            made = self.decode(batch, first_row)
-        else:
-            starts = list(accumulate((piece.query_len for piece in pieces), initial=0))
-            ends = [piece.chunk_end for piece in pieces]
-            # FlashAttention 3 leaves undefined what a query without keys gives.
-            maker = self
-            if self.dense_kernel == "fa3" and any(piece.kv_len == 0 for piece in pieces):
-                maker = replace(self, dense_kernel="triton")
-            made = maker.prefill(prefill, batch, starts, ends, first_row, turns=False)
-        return replace(made, is_causal=is_causal)
-
-    def sample(
-        self, batch: PagedBatch, query_start_loc: list[int], chunk_ends: list[int], rows_per_request: int
-    ) -> SampledRows:
-        """Rows of every request's chunk, each with the keys up to its own."""
-        rows, lens = [], []
-        for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):
-            for place in sample_places(end - start, rows_per_request):
-                rows.append(start + place)
-                lens.append(chunk_end - (end - start) + place + 1)
-        both = to_device([rows, lens, list(range(len(rows)))], self.device)
-        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=self.device)
-        row_batch = PagedBatch(
-            query_start_loc=starts,
-            kv_lens=both[1],
-            block_table=batch.block_table.repeat_interleave(rows_per_request, dim=0),
-            max_query_len=1,
-            max_kv_len=max(lens),
-        )
-        splits = plan_splits(len(rows), self.num_kv_heads, row_batch.max_kv_len, self.num_sms)
-        return SampledRows(both[0], row_batch, splits)
-
-
-def shared_lists(prefill: FlexPrefill | BlockSparsePrefill, tiles: PrefillTiles) -> BlockLists | None:
-    """The lists of a named pattern, which all layers and heads share."""
-    if not isinstance(prefill, BlockSparsePrefill) or prefill.pattern == "file":
-        return None
-    return static_block_lists(
-        tiles,
-        prefill.pattern,
-        sink_blocks=prefill.sink_blocks,
-        local_blocks=prefill.local_blocks,
-        stride=prefill.stride,
-    )
 
 
 class ChunkKind(NamedTuple):
@@ -493,7 +349,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
     def passes_of(
         self,
-        maker: "PassMaker",
+        maker: PassMaker,
         common: CommonAttentionMetadata,
         block_table: torch.Tensor,
         num_decodes: int,
@@ -509,7 +365,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         return passes
 
     def prefill_pass(
-        self, maker: "PassMaker", common: CommonAttentionMetadata, block_table: torch.Tensor, run: "Run"
+        self, maker: PassMaker, common: CommonAttentionMetadata, block_table: torch.Tensor, run: "Run"
     ) -> Pass:
         """The pass of adjacent requests that prefill alike; block_table: of theirs alone."""
         starts = common.query_start_loc[run.first : run.stop + 1] - run.first_row
@@ -527,7 +383,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     def cold_passes(
         self,
         cache: ColdCache,
-        maker: "PassMaker",
+        maker: PassMaker,
         common: CommonAttentionMetadata,
         num_decodes: int,
         chunks: "HostChunks | None",

@@ -3,7 +3,7 @@
 import torch
 from farspan.engine_ext.config import FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, is_on_host
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors

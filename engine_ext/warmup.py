@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
-from farspan.engine_ext.metadata import TILE_SIZE, FarspanMetadataBuilder, PassMaker, effective_prefill
+from farspan.engine_ext.metadata import FarspanMetadataBuilder
+from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, Pass
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import SplitPlan

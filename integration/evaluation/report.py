@@ -178,7 +178,7 @@ def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int,
 
 def pick_masks(answers: "Answers") -> "list[HeadMask]":
     """The densest head of every layer, then query-aware ones, the densest first; at most `MAX_MASKS`."""
-    from farspan.engine_ext.metadata import TILE_SIZE
+    from farspan.engine_ext.pass_maker import TILE_SIZE
     from farspan.evaluation.report_plots import HeadMask
 
     ordered = sorted(answers.heads, key=lambda row: -row["density"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FarspanConfig, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, choose_dense_kernel, measure_coverage, write_kv
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext, Pass, SampledRows, Sparse
 from farspan.engine_ext.selection.methods import Chunks, DeviceSelections, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats

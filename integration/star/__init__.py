@@ -3,6 +3,7 @@
 `StarLLM` is the way in. Source: Star Attention, arXiv 2411.17116.
 """
 
-from farspan.star.llm import StarLLM, StarOutput, StarTimes
+from farspan.star.llm import StarLLM
+from farspan.star.output import StarOutput, StarTimes
 
 __all__ = ["StarLLM", "StarOutput", "StarTimes"]

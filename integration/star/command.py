@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from farspan.engine_ext.errors import ConfigError
-from farspan.star.llm import Progress, StarLLM, StarOutput
+from farspan.star.llm import StarLLM
+from farspan.star.output import Progress, StarOutput
 
 BAR_WIDTH = 30
 

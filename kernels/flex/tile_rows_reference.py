@@ -2,14 +2,11 @@
 
 import torch
 from farspan.kernels.batch import KVView, PagedBatch
-from farspan.kernels.flex.spans import Spans
+from farspan.kernels.flex.spans import MASS_UNIT, Spans
 from farspan.kernels.flex.types import Budget, TileSelection
 from farspan.kernels.reference import gather_kv
 from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-
-MASS_UNIT = 2**30
-"""As in `tile_rows`."""
 
 
 def tile_row_lists(

@@ -9,7 +9,7 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPref
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.impl import FarspanImpl
 from farspan.engine_ext.launch import attend, choose_dense_kernel, fa3_refusal
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import Decode, LayerContext, Part, Pass, StepMetadata
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend
-from farspan.engine_ext.metadata import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats

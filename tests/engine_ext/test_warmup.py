@@ -9,7 +9,7 @@ import triton.language as tl
 from farspan.engine_ext import launch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, write_kv
-from farspan.engine_ext.metadata import PassMaker, effective_prefill
+from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector

@@ -168,7 +168,7 @@ def main() -> None:
     # It wants the tensors on a GPU, where they would be computed.
     contiguous._check = lambda *arguments: None
     kernel = paged_prefill.prefill_kernel
-    log_sums, choice = tile_rows._log_sums_kernel, tile_rows._choice_kernel
+    log_sums, choice = tile_rows.log_sums_kernel, tile_rows.choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
         contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3

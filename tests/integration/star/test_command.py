@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from farspan.cli import main
 from farspan.star.command import Bar, describe, split_question
-from farspan.star.llm import Progress, StarOutput, StarTimes
+from farspan.star.output import Progress, StarOutput, StarTimes
 
 from tests.engine_ext.star.hosts import Layout
 

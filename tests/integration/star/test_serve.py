@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
-from farspan.star.llm import MARKER, StarOutput
+from farspan.star.llm import MARKER
+from farspan.star.output import StarOutput
 from farspan.star.serve import Queue, make_app
 
 from tests.integration.star.test_command import TIMES

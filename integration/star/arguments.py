@@ -1,0 +1,77 @@
+"""What `StarLLM` and its requests may be given; everything else is refused with a sentence."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from farspan.engine_ext.errors import ConfigError
+
+
+def sampling_params(**arguments: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**arguments)
+
+
+def checked_params(params: Any) -> Any:
+    """A copy whose tokens all hosts choose alike. Raises ConfigError for what needs the whole prompt on one host."""
+    params = sampling_params() if params is None else params.clone()
+    if params.n != 1:
+        raise ConfigError(f"n={params.n}; allowed: 1, one answer to a query. Call generate several times.")
+    if params.repetition_penalty != 1:
+        raise ConfigError(
+            f"repetition_penalty={params.repetition_penalty}; allowed: 1, as it counts the prompt's tokens, of which "
+            "every host has others. Use presence_penalty or frequency_penalty, which count new tokens."
+        )
+    if params.prompt_logprobs is not None:
+        raise ConfigError(
+            f"prompt_logprobs={params.prompt_logprobs}; allowed: None, as no host has the whole prompt. Leave it out."
+        )
+    if params.seed is None and params.temperature > 0:
+        params.seed = random.getrandbits(63)
+    return params
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise ConfigError unless all are token ids of the model."""
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"token {token!r}; allowed: whole numbers from 0 to {vocab_size - 1}, this model's tokens. Use its own "
+                "tokenizer."
+            )
+
+
+def check_engine_arguments(engine: dict[str, Any]) -> None:
+    """Raise ConfigError for arguments of `LLM` that StarLLM sets itself or that hosts cannot have."""
+    owned = {
+        "additional_config": "give farspan's options as options={...}",
+        "attention_backend": "leave it out: hosts need CUSTOM",
+        "distributed_executor_backend": "leave it out: a host is one process",
+    }
+    for name, remedy in owned.items():
+        if name in engine:
+            raise ConfigError(f"{name}={engine[name]!r}; allowed: not with StarLLM, which sets it. Instead, {remedy}.")
+    if engine.get("enable_prefix_caching", True) is not True:
+        raise ConfigError(
+            "enable_prefix_caching=False; allowed: True with StarLLM, whose second phase reads the pages of the first. "
+            "Leave it out."
+        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if engine.get(name, 1) != 1:
+            raise ConfigError(f"{name}={engine[name]!r}; allowed: 1, a host has one GPU. Use more hosts instead.")
+
+
+def load_tokenizer(model: str, engine: dict[str, Any]) -> Any:
+    """The model's tokenizer. Raises ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    trust = bool(engine.get("trust_remote_code", False))
+    name = engine.get("tokenizer") or model
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model={name!r} has no tokenizer that can be read ({' '.join(str(error).split())}). Give a folder or a "
+            "name with one, or skip_tokenizer_init=True and token ids."
+        ) from error
