@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tools.regions import Region
 
@@ -19,7 +20,7 @@ MODEL = "llama-8b"
 ARGUMENTS = (
     f"plan {MODEL} --gpu-memory 24GB --host-memory 200 --hf-overrides '{{\"max_position_embeddings\": 1048576}}'"
 )
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 14336,

@@ -98,13 +98,8 @@ def synchronising_raises() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_attention_never_waits_for_the_device(make_llm: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """PyTorch's own check, around what vLLM calls once per step and once per layer."""
-    from farspan.engine_ext.impl import FarspanImpl
-    from farspan.engine_ext.metadata import FarspanMetadataBuilder
-
-    llm = make_engine(make_llm, OPTIONS[name])
+def watch_waits(monkeypatch: pytest.MonkeyPatch, *methods: tuple[type[Any], str]) -> Counter[str]:
+    """From here on, raise where one of the methods waits for the device. Returns how often each is called, by name."""
     calls: Counter[str] = Counter()
 
     def watch(owner: type[Any], method: str) -> None:
@@ -117,9 +112,20 @@ def test_attention_never_waits_for_the_device(make_llm: Any, monkeypatch: pytest
 
         monkeypatch.setattr(owner, method, watched)
 
-    watch(FarspanMetadataBuilder, "build")
-    watch(FarspanImpl, "do_kv_cache_update")
-    watch(FarspanImpl, "forward")
+    for owner, method in methods:
+        watch(owner, method)
+    return calls
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_never_waits_for_the_device(make_llm: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """PyTorch's own check, around what vLLM calls once per step and once per layer."""
+    from farspan.engine_ext.impl import FarspanImpl
+    from farspan.engine_ext.metadata import FarspanMetadataBuilder
+
+    llm = make_engine(make_llm, OPTIONS[name])
+    per_layer = ((FarspanImpl, "do_kv_cache_update"), (FarspanImpl, "forward"))
+    calls = watch_waits(monkeypatch, (FarspanMetadataBuilder, "build"), *per_layer)
     prefill_every_way(llm)
     assert calls["forward"] >= calls["build"] > 0
     assert calls["do_kv_cache_update"] > 0

@@ -1,12 +1,11 @@
 """Cold KV heads on a GPU: decode from host memory in CUDA graphs, staging on a second stream, nobody waits."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.integration.test_engine_guards import GRAPHS, synchronising_raises
+from tests.integration.test_engine_guards import GRAPHS, watch_waits
 from tests.integration.test_engine_offload import BLOCKS, PROMPTS, offload_state, offloading, one_by_one, run_checked
 from tests.integration.test_engine_tokens import generate
 
@@ -60,21 +59,8 @@ def test_attention_never_waits_for_the_device(make_llm: Callable[..., Any], monk
     from farspan.engine_ext.offload.cache import ColdCache
 
     llm = make_llm(**offloading(12))
-    calls: Counter[str] = Counter()
-
-    def watch(owner: type[Any], method: str) -> None:
-        stock = getattr(owner, method)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            calls[method] += 1
-            with synchronising_raises():
-                return stock(*args, **kwargs)
-
-        monkeypatch.setattr(owner, method, watched)
-
-    watch(FarspanMetadataBuilder, "build")
-    watch(FarspanImpl, "forward")
-    watch(ColdCache, "follow")
+    per_step = ((FarspanMetadataBuilder, "build"), (ColdCache, "follow"))
+    calls = watch_waits(monkeypatch, *per_step, (FarspanImpl, "forward"))
     generate(llm, PROMPTS, 30)
     assert min(calls.values()) > 0
     assert len(calls) == 3

@@ -9,18 +9,8 @@ import pytest
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.model_shape import quantized_bits, read_model
 
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+from tools.capacity_example import CONFIG as LLAMA_8B
+
 QWEN_05B: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 896,
