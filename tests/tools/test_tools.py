@@ -11,6 +11,8 @@ from tools import lock, setup_env
 from tools.evaluation_tables import TABLES, all_tables, format_tables
 from tools.link_tree import ROOT, make_link_tree
 
+MAX_TRACKED_BYTES = 8 * 2**20
+
 
 @pytest.fixture(scope="module")
 def pins() -> dict[str, str]:
@@ -93,3 +95,12 @@ def test_a_sweep_becomes_tables() -> None:
     assert "| 0.95 | whole | 75.0 (0.200) | 100.0 (0.200) |" in tables
     assert "| 0.95 | 2K | 0.980 (0.930) |  |" in tables
     assert "table 6" not in tables
+
+
+def test_a_clone_stays_small() -> None:
+    """Machines that measure get the tree over slow links: figures have palettes, and large tables stay out."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("only a clone knows which files are tracked")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked.split("\0") if name and (ROOT / name).is_file()}
+    assert sum(sizes.values()) < MAX_TRACKED_BYTES, sorted(sizes, key=sizes.__getitem__)[-10:]
