@@ -78,7 +78,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             name = str(layer.layer_name)
             step = step_of(name)
             if step is not None:
-                key = at_true_positions(key, step.moved, step.layers[name].turns)
+                key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
         if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
             num_hot_heads = kv_cache.shape[1]
             write_kv(key[:, :num_hot_heads], value[:, :num_hot_heads], kv_cache, slot_mapping)
@@ -111,7 +111,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         group = self.num_heads // self.num_kv_heads
         if step.cold is not None:
             step.cold.write(name, key, value)
-        query = at_true_positions(query, step.moved, context.turns)
+        query = at_true_positions(query, step.moved, context.to_true_positions)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = output[each.rows, heads]

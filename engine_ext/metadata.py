@@ -142,7 +142,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if self.config.star is not None:
             self.bytes_per_row = num_q_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
             if decodes_in_graphs(self.config):
-                distinct = {id(layer.turns): layer.turns for layer in self.layers.values() if layer.turns is not None}
+                of_layers = [layer.to_true_positions for layer in self.layers.values()]
+                distinct = {id(each): each for each in of_layers if each is not None}
                 max_num_reqs = vllm_config.scheduler_config.max_num_seqs
                 max_pages = -(-self.max_model_len // self.page_size)
                 self.lockstep = LockstepBuffers(max_num_reqs, max_pages, list(distinct.values()), device)

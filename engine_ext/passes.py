@@ -117,8 +117,8 @@ class LayerContext:
     turn: Turn | None
     selector: Selector | None
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
-    turns: Turns | None = None
-    """Take queries and keys to their true positions; None without the option star."""
+    to_true_positions: Turns | None = None
+    """The turns of queries and keys by whole distances; None without the option star."""
 
 
 class ColdStep(Protocol):

@@ -40,7 +40,7 @@ def config_of(vllm_config: Any) -> FarspanConfig:
 def check_keys_besides(additional: Mapping[str, Any]) -> None:
     """Refuse keys besides `farspan` in an additional_config that can only be meant for us. Raises ConfigError."""
     for key in map(str, additional):
-        is_option = key in ("prefill", "string") and isinstance(additional[key], Mapping)
+        is_option = key in FarspanConfig.__struct_fields__ and isinstance(additional[key], Mapping)
         if key != OPTIONS_KEY and (is_option or key.lower().startswith(OPTIONS_KEY)):
             raise ConfigError(
                 f"additional_config has {key!r} besides {OPTIONS_KEY!r}; the options of this backend go under "

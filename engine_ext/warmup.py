@@ -115,7 +115,7 @@ class WarmUp:
         cases = warm_up_cases(
             self.prefill, self.size, self.maker, max_model_len=self.max_model_len, max_chunk_len=self.max_chunk_len
         )
-        return [*cases, WarmUpCase("star")] if self.layer.turns is not None else cases
+        return [*cases, WarmUpCase("star")] if self.layer.to_true_positions is not None else cases
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
@@ -128,7 +128,7 @@ class WarmUp:
         if case.kind == "star":
             for num_heads in (num_q_heads, view.num_kv_heads):
                 heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
-                at_true_positions(heads, [(slice(0, 2), 1)], self.layer.turns)
+                at_true_positions(heads, [(slice(0, 2), 1)], self.layer.to_true_positions)
             parts = torch.zeros(2, 1, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
             lse = torch.zeros(2, num_q_heads, 1, device=device)
             combine(parts, lse, torch.empty_like(parts[0]), torch.empty_like(lse[0]))

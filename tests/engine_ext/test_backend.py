@@ -274,7 +274,16 @@ def test_keys_of_others_are_theirs(additional: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"Farspan": {}}, {"farspan.gamma": 1}, {"prefill": {"method": "flex"}}, {"string": {}}]
+    "other",
+    [
+        {"Farspan": {}},
+        {"farspan.gamma": 1},
+        {"prefill": {"method": "flex"}},
+        {"string": {}},
+        {"offload": {}},
+        {"star": {}},
+    ],
+    ids=lambda other: next(iter(other)),
 )
 def test_options_besides_ours_are_noticed(other: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"besides 'farspan'; .* Move it there, or remove it\."):

@@ -237,8 +237,8 @@ def attend_step(
 ) -> torch.Tensor:
     """What the impl does with a step."""
     context, parts, out = step.layers[LAYER], launch.Parts(), torch.full_like(query, torch.nan)
-    launch.write_kv(launch.at_true_positions(key, step.moved, context.turns), value, pages, slots)
-    query = launch.at_true_positions(query, step.moved, context.turns)
+    launch.write_kv(launch.at_true_positions(key, step.moved, context.to_true_positions), value, pages, slots)
+    query = launch.at_true_positions(query, step.moved, context.to_true_positions)
     for each in step.passes:
         target = out[each.rows] if each.part is None else parts.new_out(out[each.rows])
         lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target)
