@@ -21,6 +21,7 @@ BENCHMARKS = frozenset(
         "prefill_dense",
         "prefill_flex",
         "select",
+        "host_side",
         "decode",
         "ttft",
         "tpot",

@@ -22,6 +22,7 @@ MODULES = (
     "prefill_dense",
     "prefill_flex",
     "select",
+    "host_side",
     "decode",
     "ttft",
     "flex_ttft",
