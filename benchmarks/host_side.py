@@ -1,6 +1,6 @@
-"""Host time of one layer's attention in a chunk of 8K tokens behind 8K to 128K, the 8B shape: nothing waits for the GPU.
+"""Host time of a layer's attention in a chunk of 8K tokens behind 8K to 120K, 8B shape; nothing waits for the GPU.
 
-`farspan-layer` writes the keys, selects and attends as one layer of vLLM does; `farspan-flex` is selection and attention
+`farspan-layer` writes the keys, selects and attends as a layer of vLLM does; `farspan-flex` is selection and attention
 alone, `farspan-first-layer` the same for the first layer of a step, which finds what the others use again.
 `farspan-dense` and `fa3` are dense attention. The goal is 0.15 ms for a layer.
 """
@@ -8,12 +8,13 @@ alone, `farspan-first-layer` the same for the first layer of a step, which finds
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from farspan.engine_ext import launch
 from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill
 from farspan.engine_ext.impl import FarspanImpl
-from farspan.engine_ext.passes import LayerContext, StepMetadata
+from farspan.engine_ext.passes import LayerContext, Pass, StepMetadata
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.kernels.batch import KVView
 
@@ -53,15 +54,15 @@ def works(batch: PagedBatch) -> dict[str, tuple[Callable[[], object], Callable[[
     positions = torch.cat([torch.arange(seq_len - query_len, seq_len) for query_len, seq_len in lens]).to(query.device)
     page_size = batch.shape.page_size
     slots = batch.block_table[0].long()[positions // page_size] * page_size + positions % page_size
-    impl, name = layer_of(batch), SimpleNamespace(layer_name="layer")
+    impl, name = layer_of(batch), cast(torch.nn.Module, SimpleNamespace(layer_name="layer"))
     step = StepMetadata((flex,), {"layer": context})
 
     def forward() -> None:
         impl.do_kv_cache_update(name, key, key, batch.kv_cache, slots)
         impl.forward(name, query, key, key, batch.kv_cache, step, out)
 
-    def attend(each: object) -> Callable[[], object]:
-        return lambda: launch.attend(each, query, kv, context, scale, out)  # type: ignore[arg-type]
+    def attend(each: Pass) -> Callable[[], object]:
+        return lambda: launch.attend(each, query, kv, context, scale, out)
 
     def forget() -> None:
         flex.batch.launches.clear()
@@ -70,7 +71,7 @@ def works(batch: PagedBatch) -> dict[str, tuple[Callable[[], object], Callable[[
         forget()
         launch.attend(flex, query, kv, context, scale, out)
 
-    found = {
+    found: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "farspan-layer": (forget, forward),
         "farspan-flex": (forget, attend(flex)),
         "farspan-first-layer": (forget, first_layer),
@@ -95,7 +96,7 @@ def host_ms(start: Callable[[], object], layer: Callable[[], object], layers: in
 
 
 def check_other_layers(batch: PagedBatch) -> None:
-    """Raise BenchmarkError where a layer that uses a step's launches again computes something else than a step alone."""
+    """Raise BenchmarkError where a layer that uses its step's launches again computes something else than alone."""
     context = LayerContext(0, None, None, FlexSelector())
     generator = torch.Generator(batch.query.device).manual_seed(1)
     flex = pass_of(batch, FLEX, "triton")
@@ -128,4 +129,3 @@ def run(recorder: Recorder) -> None:
         del batch, variants
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-

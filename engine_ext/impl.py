@@ -81,7 +81,9 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
                 key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
         if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
             num_hot_heads = kv_cache.shape[1]
-            write_kv(key[:, :num_hot_heads], value[:, :num_hot_heads], kv_cache, slot_mapping)
+            if num_hot_heads < key.shape[1]:
+                key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
+            write_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -114,17 +116,26 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         query = at_true_positions(query, step.moved, context.to_true_positions)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
-            out = output[each.rows, heads]
+            out = rows_of(output, each.rows, heads)
             target = out if each.part is None else parts.new_out(out)
             if each.keys == "cache":
                 kv = KVView(kv_cache)
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)
-            lse = attend(each, query[each.rows, heads], kv.of_heads(each.kv_heads), context, self.scale, target)
+            lse = attend(
+                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target
+            )
             if each.part is not None:
                 parts.add(each, lse, out)
         return output
+
+
+def rows_of(tensor: torch.Tensor, rows: slice, heads: slice) -> torch.Tensor:
+    """`tensor[rows, heads]` of [num_tokens, num_heads, head_dim]; the tensor itself where that is all of it."""
+    if rows.start == heads.start == 0 and (rows.stop, heads.stop) == tensor.shape[:2]:
+        return tensor
+    return tensor[rows, heads]
 
 
 def step_of(layer_name: str) -> StepMetadata | None:

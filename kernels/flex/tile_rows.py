@@ -54,10 +54,10 @@ def tile_row_lists(
     span list all that they may see. `budget.tau` is not used.
     """
     key_pages = kv.keys
-    inputs = (query.shape, query.stride(), query.dtype, key_pages.shape, key_pages.stride(), key_pages.dtype)
+    kinds = (query.shape, query.stride(), query.dtype, key_pages.shape, key_pages.stride(), key_pages.dtype)
     turned = None if turn is None else (turn.cos.shape, turn.is_neox, turn.slope, turn.offset)
     on_rows = key_pages.data_ptr() % 16 == 0
-    key = ("tile_rows", inputs, on_rows, turned, scale, budget, config)
+    key = ("tile_rows", kinds, on_rows, turned, scale, budget, config)
     made: _SpanLaunches | None = batch.launches.get(key)
     if made is None or made.spans is not spans or made.tiles is not tiles:
         made = _SpanLaunches(query, kv, batch, tiles, spans, scale, budget, turn, config)
@@ -68,7 +68,9 @@ def tile_row_lists(
     log_sums = query.new_empty(made.num_log_sums, dtype=torch.float32)
     mass = query.new_empty(made.num_masses, dtype=torch.int32)
     for part in made.parts:
-        part_query, part_keys = (query, key_pages) if part.is_all else (query[:, part.heads], key_pages[:, part.kv_heads])
+        part_query, part_keys = (
+            (query, key_pages) if part.is_all else (query[:, part.heads], key_pages[:, part.kv_heads])
+        )
         if part.log_sums is not None:
             part.log_sums(part_query, part_keys, turn, log_sums)
         lists = (ids, counts, kept)
@@ -245,9 +247,7 @@ class LogSumsLaunch:
             num_stages=config.num_stages,
         )
 
-    def __call__(
-        self, query: torch.Tensor, key_pages: torch.Tensor, turn: Turn | None, log_sums: torch.Tensor
-    ) -> None:
+    def __call__(self, query: torch.Tensor, key_pages: torch.Tensor, turn: Turn | None, log_sums: torch.Tensor) -> None:
         """Write [num_q_heads, num_spans, num_blocks, rows_per_span] float32, base 2, to the front of `log_sums`.
 
         Entries past a span's last block are undefined.

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from farspan.kernels.batch import PagedBatch
 from farspan.kernels.flex import oracle, tile_rows, tile_rows_reference
 from farspan.kernels.flex.spans import SpanRule, Spans, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget, TileSelection
