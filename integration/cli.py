@@ -67,6 +67,20 @@ def _add_eval(subcommands: Any) -> None:
     add("--seed", type=int, default=0, help="which questions; the same seed asks the same ones")
     add("--chunk", type=int, help="prompt tokens in one engine step (max_num_batched_tokens)")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add(
+        "--questions",
+        choices=["auto", "ruler", "words"],
+        default="auto",
+        help="RULER's form, or the bundled model's words; auto: RULER's for every other model",
+    )
+    add(
+        "--no-chat-template",
+        action="store_true",
+        help="RULER's form as plain text, also to models that have a template",
+    )
+    add(
+        "--haystack", type=_paths, default="", metavar="FILES", help="text files to hide needles in; else our own prose"
+    )
     add("--out", type=Path, default=Path("farspan-eval"), help="folder for the table and the pictures")
     add("--no-plots", action="store_true", help="leave the pictures out")
     parser.set_defaults(run=_run_eval)
@@ -74,7 +88,7 @@ def _add_eval(subcommands: Any) -> None:
 
 def _run_eval(arguments: argparse.Namespace) -> int:
     from farspan.evaluation.evaluate import EvalSettings, run_eval
-    from farspan.evaluation.results import CSV_NAME, format_table
+    from farspan.evaluation.results import CSV_NAME, format_table, remarks
 
     settings = EvalSettings(
         model=arguments.model,
@@ -88,6 +102,9 @@ def _run_eval(arguments: argparse.Namespace) -> int:
         chunk=arguments.chunk,
         options=arguments.options,
         engine_args=arguments.engine_args,
+        questions=arguments.questions,
+        chat_template=not arguments.no_chat_template,
+        haystack=arguments.haystack,
     )
     if not arguments.no_plots:
         need_matplotlib("leave the pictures out with --no-plots")
@@ -99,6 +116,8 @@ def _run_eval(arguments: argparse.Namespace) -> int:
         files += draw_plots(cells, settings.out)
     print(format_table(cells))
     print("written:", *files)
+    for remark in remarks(cells):
+        print(f"farspan eval: {remark}", file=sys.stderr)
     return 0
 
 

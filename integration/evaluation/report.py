@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
-from farspan.evaluation.results import CSV_COLUMNS, read_csv
+from farspan.evaluation.results import ACCURACY_COLUMNS, read_csv
 from farspan.tables import Tables, read_rows
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings
             raw = encode_sample("niah_single", length, settings.seed, depth)
             right = ask(model, variant, [to_question("niah_single", *raw, str(model.device))], 0).right
             values = (variant.name, "niah_single", length, depth, settings.seed, 1, float(right[0]))
-            tables.add("accuracy.csv", CSV_COLUMNS, [dict(zip(CSV_COLUMNS, values, strict=True))])
+            tables.add("accuracy.csv", ACCURACY_COLUMNS, [dict(zip(ACCURACY_COLUMNS, values, strict=True))])
     pictures = draw_plots(read_csv(settings.out / "accuracy.csv"), settings.out)
     heatmaps = tuple(path for path in pictures if path.name.startswith("heatmap"))
     return Section("Needle in a haystack", f"{variant.name}, one question a cell.", heatmaps)
@@ -298,7 +298,7 @@ def sections_of_rows(path: Path, rows: list[dict[str, Any]], out: Path) -> list[
         for row in rows:
             panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)
         return head_sections(dict(list(panels.items())[:3]), out)
-    if set(CSV_COLUMNS) <= columns:
+    if set(ACCURACY_COLUMNS) <= columns:
         from farspan.evaluation.plots import draw_plots
 
         pictures = tuple(draw_plots(read_csv(path), out))
