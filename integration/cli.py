@@ -130,13 +130,17 @@ def _add_report(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", choices=["needle"], default="needle", help="other models: give their tables by --from-csv")
+    add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--length", type=int, default=8192, help="prompt tokens")
     add("--gamma", type=float, default=0.95, help="attention mass to keep")
-    add("--tau", type=float, default=0.1, help="query-aware below this divergence")
+    add("--tau", type=float, default=0.1, help="query-aware below this divergence; of the needle model")
     add("--min-budget", type=int, default=1024, help="fewest KV tokens that a query block reads")
     add("--chunk", type=int, default=0, help="prompt tokens in one engine step; 0 for the whole prompt")
     add("--seed", type=int, default=0, help="which questions")
+    add("--count", type=int, default=4, help="questions for each γ of accuracy against density, of other models")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM, ditto")
+    add("--no-chat-template", action="store_true", help="ask other models in plain text")
+    add("--haystack", type=_paths, default="", metavar="FILES", help="text files to hide needles in, ditto")
     add("--from-csv", type=_paths, default="", metavar="FILES", help="draw these tables, separated by commas, instead")
     add("--out", type=Path, default=Path("farspan-report"), help="folder for the page")
     parser.set_defaults(run=_run_report)
@@ -155,6 +159,11 @@ def _run_report(arguments: argparse.Namespace) -> int:
         chunk=arguments.chunk,
         seed=arguments.seed,
         from_csv=arguments.from_csv,
+        model=arguments.model,
+        count=arguments.count,
+        engine_args=arguments.engine_args,
+        chat_template=not arguments.no_chat_template,
+        haystack=arguments.haystack,
     )
     print("written:", run_report(settings))
     return 0

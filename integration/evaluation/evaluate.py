@@ -67,8 +67,8 @@ FORMS = ("auto", "ruler", "words")
 class Model:
     """A model behind an engine."""
 
-    generate: "Callable[[Sequence[Sample]], list[str]]"
-    """The generated texts of some questions."""
+    generate: Callable[..., list[str]]
+    """The generated texts of some questions; a second argument is the requests' own options, as `extra_args`."""
     selection: Callable[[], list[dict[str, Any]]] | None = None
     """What flex read since the last call, as `read_selection` gives it; None where nobody collects it."""
 
@@ -371,8 +371,11 @@ def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterat
         reason = sentence_of(error) or one_line(str(error))
         raise ConfigError(f"vLLM refuses the engine of model {settings.model!r}: {reason}") from error
 
-    def generate(samples: "Sequence[Sample]") -> list[str]:
-        parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
+    def generate(samples: "Sequence[Sample]", extra_args: dict[str, Any] | None = None) -> list[str]:
+        parameters = [
+            SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens, extra_args=extra_args)
+            for sample in samples
+        ]
         prompts = [engine_prompt(sample) for sample in samples]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]

@@ -1,12 +1,13 @@
 """`farspan report`: what flex prefill reads and keeps, as one HTML page without anything beside it.
 
-For the bundled needle model everything is computed here, by the engine's own selection and kernels. For other models
-the page is drawn from tables: those of `farspan eval`, and rows of `farspan.metrics.read_selection` written as CSV.
+For the bundled needle model everything is computed here, by the engine's own selection and kernels; any other model
+answers questions in an engine, which adds up what it reads. Or the page is drawn from tables: those of `farspan eval`,
+and rows of `farspan.metrics.read_selection` written as CSV.
 """
 
 import base64
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class ReportSettings:
     """What to report on; see `farspan report --help`."""
 
     out: Path
+    model: str = "needle"
     length: int = 8192
     """Prompt tokens."""
     gamma: float = 0.95
@@ -49,7 +51,12 @@ class ReportSettings:
     """Prompt tokens a step; 0 for the whole prompt."""
     seed: int = 0
     from_csv: tuple[Path, ...] = ()
-    """Tables to draw instead of running the needle model."""
+    """Tables to draw instead of running a model."""
+    count: int = 4
+    """Of other models than needle: questions of each point of accuracy against density; also the following ones."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    chat_template: bool = True
+    haystack: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,42 @@ def run_report(settings: ReportSettings) -> Path:
     matplotlib.use("Agg")
     if not settings.from_csv:
         check_settings(settings)
-    make_folder(settings.out)
-    if settings.from_csv:
+    if settings.model != "needle" and not settings.from_csv:
+        title, sections = other_model(settings)
+    elif settings.from_csv:
+        make_folder(settings.out)
         title = "Flex prefill: " + ", ".join(path.name for path in settings.from_csv)
         sections = [section for path in settings.from_csv for section in sections_of_csv(path, settings.out)]
     else:
+        make_folder(settings.out)
         title = f"Flex prefill of the needle model, {settings.length} tokens, γ = {settings.gamma:g}"
         sections = needle_sections(settings)
     page = settings.out / HTML_NAME
     page.write_text(render(title, sections))
     return page
+
+
+def other_model(settings: ReportSettings) -> tuple[str, list[Section]]:
+    """Title and sections of a model that an engine runs."""
+    from farspan.evaluation.model_report import ModelReport, model_sections
+
+    report = ModelReport(
+        model=settings.model,
+        length=settings.length,
+        gamma=settings.gamma,
+        min_budget=settings.min_budget,
+        chunk=settings.chunk or None,
+        seed=settings.seed,
+        count=settings.count,
+        out=settings.out,
+        engine_args=settings.engine_args,
+        chat_template=settings.chat_template,
+        haystack=settings.haystack,
+    )
+    report.check()
+    make_folder(settings.out)
+    title = f"Flex prefill of {settings.model}, {settings.length} tokens, γ = {settings.gamma:g}"
+    return title, model_sections(report)
 
 
 def render(title: str, sections: list[Section]) -> str:
@@ -158,13 +191,15 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
 
 def check_settings(settings: ReportSettings) -> None:
     """Raise ConfigError for a number out of range."""
-    if not MIN_TOKENS <= settings.length <= 131072:
+    if settings.model == "needle" and not MIN_TOKENS <= settings.length <= 131072:
         raise ConfigError(f"length={settings.length}; the needle model takes {MIN_TOKENS} to 131072 tokens")
     FlexPrefill(selection="flexprefill", gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check(
         "report"
     )
     if settings.chunk < 0 or settings.seed < 0:
         raise ConfigError(f"chunk={settings.chunk}, seed={settings.seed}; neither can be negative")
+    if settings.count < 1:
+        raise ConfigError(f"count={settings.count}; it must be at least 1")
 
 
 def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int, seed: int) -> "Answers":
@@ -206,18 +241,20 @@ def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Se
             "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows "
             "where all heads agree sit at the min budget.",
             (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
-        ),
-        Section(
-            "Pattern per layer and head",
+        )
+    ]
+    # The selection by tile rows has no patterns.
+    if any(float(row["divergence"] or 0) > 0 for rows in panels.values() for row in rows):
+        text = (
             "Query-aware heads select blocks for each block of queries; vertical-slash heads extend the columns and "
             "diagonals of the last queries. The square root of the Jensen-Shannon divergence between the true and "
-            "the pooled block distribution decides: below τ a head is query-aware.",
-            (
-                draw_patterns(panels, out / "patterns.png"),
-                draw_heads(panels, "divergence", "sqrt(JSD), natural log", "magma_r", out / "divergence.png"),
-            ),
-        ),
-    ]
+            "the pooled block distribution decides: below τ a head is query-aware."
+        )
+        pictures = (
+            draw_patterns(panels, out / "patterns.png"),
+            draw_heads(panels, "divergence", "sqrt(JSD), natural log", "magma_r", out / "divergence.png"),
+        )
+        sections.append(Section("Pattern per layer and head", text, pictures))
     measured = {title: rows for title, rows in panels.items() if rows[0]["coverage"] not in (None, "")}
     if measured:
         text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
