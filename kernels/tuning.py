@@ -260,7 +260,8 @@ SAMPLE_FIRST_PLACE = 0.37
 # 0.1B to 8B models. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64 430 to 535. Sparse
 # attention of density 0.2, 0.4 and 0.7 takes 0.31, 0.62 and 1.02 of its time in heads of 128, 0.35 to 0.45, 0.70 to
 # 0.81 and 1.18 to 1.38 in heads of 64; selection takes 0.06 to 0.07 and, of a few keys, no less than 0.03 ms. The host
-# needs 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer.
+# needed 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer. Since then it
+# is 0.15 to 0.26 (benchmarks/data/host_side.csv), but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
 FLEX_SPEED = {64: 0.5, 128: 0.66}
 FLEX_SELECTION_SHARE = 0.08
