@@ -16,7 +16,7 @@ from farspan.evaluation.evaluate import (
     reads_selection,
     vllm_model,
 )
-from farspan.evaluation.report import Section, accuracy_density_section, head_sections
+from farspan.evaluation.report_sections import Section, accuracy_density_section, head_sections
 from farspan.evaluation.results import STOCK_FAILS_BELOW, Cell
 from farspan.tables import Tables
 
