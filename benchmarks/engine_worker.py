@@ -7,6 +7,7 @@ Answer for every (Request, repeat) that it receives, and ends when the other sid
 import itertools
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -142,12 +143,21 @@ def send(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
 
 
 def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
-    """Send one request and read its peak memory."""
+    """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     timing = send(llm, prompt, request, name)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return replace(timing, peak_gpu_memory_gib=peak)
+    peak = taken = 0.0
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak, taken = torch.cuda.max_memory_allocated() / 2**30, (total - free) / 2**30
+    return replace(
+        timing,
+        peak_gpu_memory_gib=peak,
+        device_memory_gib=taken,
+        host_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        max_model_len=llm.llm_engine.model_config.max_model_len,
+    )
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ MODULES = (
     "string_e2e",
     "offload_decode",
     "offload",
+    "offload_memory",
     "star",
     "star_accuracy",
 )
