@@ -45,7 +45,7 @@ def engine_specs(dry_run: bool) -> dict[str, EngineSpec]:
     request, million = cases(dry_run)
     if dry_run:
         engine: dict[str, Any] = {"block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 1}
-        few, plenty = engine | {"kv_cache_memory_bytes": 2**20}, engine | {"kv_cache_memory_bytes": 2**27}
+        few, plenty = engine | {"kv_cache_memory_bytes": 2**20}, {"kv_cache_memory_bytes": 2**27}
         cold = EngineSpec([request], TINY_LLAMA, "CUSTOM", {"offload": {"group_size": 1}}, few)
         return {
             "capped": cold,
