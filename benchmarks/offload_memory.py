@@ -111,6 +111,7 @@ def run(recorder: Recorder) -> None:
 
     capped = measured("capped")
     record_memory(recorder, COLD, capped, f"{case}-{cap}")
+    record_times(recorder, COLD, capped, case)
     stock = measured("stock")
     contexts = {COLD: capped.timings[0].max_model_len, STOCK: stock.timings[0].max_model_len}
     for name, context in contexts.items():
@@ -124,10 +125,9 @@ def run(recorder: Recorder) -> None:
     record_times(recorder, COLD, longest, f"n{million.prompt_len}-b1-{few}")
 
     resident = measured("resident")
-    record_memory(recorder, OFF, resident, case)
     distance = max(logprob_distance(*pair) for pair in zip(capped.timings, resident.timings, strict=True))
     recorder.note(f"n{request.prompt_len}: first-token log probabilities differ by {distance:.4f}")
     if not distance <= LOGPROB_TOLERANCE:
         raise BenchmarkError(f"n{request.prompt_len}: log probabilities off by {distance:.3f}")
-    for name, result in ((OFF, resident), (COLD, capped)):
-        record_times(recorder, name, result, case)
+    record_memory(recorder, OFF, resident, case)
+    record_times(recorder, OFF, resident, case)

@@ -15,8 +15,6 @@ from tools.regions import Region
 README = ROOT / "README.md"
 NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
 STAGES = ("-select", "-attention")
-MEDIAN_DENSITY_RUNS = frozenset({"20261122-e2c7e0"})
-"""Runs whose density rows hold the median head's density instead of the mean; the tables leave these densities out."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,16 @@ class Table:
 
 TABLES = (
     Table(
-        "ttft", "time", "Time to the first token in vLLM", cases=r"n(32768|131072)-", quality=("density", "coverage")
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, half of the layers of an 8B shape with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-llama8b-16layers-",
+    ),
+    Table(
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, shape of a 0.5B model with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
     ),
     Table("tpot", "time", "Time between tokens in vLLM"),
     Table(
@@ -75,18 +82,17 @@ TABLES = (
 
 
 def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
-    """Rows of the table's metrics from the run that was appended last."""
-    metrics = (table.metric, *table.quality)
-    matching = [row for row in rows if row.benchmark == table.benchmark and row.metric in metrics]
-    matching = [row for row in matching if row.run_id == matching[-1].run_id]
-    return [
+    """Rows that the table shows, from the run that was appended last."""
+    matching = [
         row
-        for row in matching
-        if re.match(table.cases, row.case)
+        for row in rows
+        if row.benchmark == table.benchmark
+        and row.metric in (table.metric, *table.quality)
+        and re.match(table.cases, row.case)
         and re.match(table.variants, row.variant)
         and not row.variant.endswith(STAGES)
-        and not (row.metric == "density" and row.run_id in MEDIAN_DENSITY_RUNS)
     ]
+    return [row for row in matching if row.run_id == matching[-1].run_id]
 
 
 def format_table(rows: Sequence[Row], table: Table) -> str:

@@ -45,6 +45,7 @@ UNITS = {
     "density": {"fraction"},
     "coverage": {"fraction"},
     "accuracy": {"fraction"},
+    "context": {"tokens"},
 }
 
 
