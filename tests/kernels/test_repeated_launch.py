@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 import torch
 from farspan.kernels import repeated_launch
+from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.repeated_launch import RepeatedLaunch
+
+from tests.kernels.helpers import make_batch
 
 
 class Compiled:
@@ -73,6 +76,21 @@ def test_unaligned_tensors_take_tritons_own_way(kernel: Kernel) -> None:
 def test_every_parameter_has_a_value(kernel: Kernel) -> None:
     with pytest.raises(AssertionError, match="BLOCK"):
         RepeatedLaunch(kernel, (5,), ("y_ptr", "x_ptr"), {"number": 3})
+
+
+def test_a_batch_keeps_a_launch_for_each_way_to_compute_it(device: torch.device) -> None:
+    """Layers use a batch's launches again; other tiles, a mask or another scale have launches of their own."""
+    inputs = make_batch([30, 40], [50, 90], head_dim=16, device=device)
+    shared = inputs.paged
+    tiles, first = inputs.tiles(64), inputs.tiles(64, requests=[0])
+    for each, scale, causal in [(tiles, 0.2, True), (first, 0.2, True), (tiles, 0.3, True), (tiles, 0.2, False)] * 2:
+        outs = []
+        for paged in (shared, inputs.paged):
+            out = torch.zeros_like(inputs.query)
+            paged_prefill(inputs.query, inputs.kv, paged, each, scale, causal=causal, out=out)
+            outs.append(out)
+        assert torch.equal(*outs)
+    assert len(shared.launches) == 3
 
 
 @pytest.mark.gpu
