@@ -28,6 +28,7 @@ MODULES = (
     "prefill_block_sparse",
     "string_e2e",
     "offload_decode",
+    "offload_select",
     "offload",
     "star",
     "star_accuracy",

@@ -53,6 +53,11 @@ def make_page_bounds(
     return PageBounds(ends.transpose(0, 1), cells.transpose(0, 1))
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether kernels on a device do; Triton's interpreter does not."""
+    return device.type != "cpu"
+
+
 @triton.jit
 def _cells_of(page_ptr, ends_ptr, offs_d, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr):
     """Cells of half of the channels, from FIRST on, [PAGE_SIZE, BLOCK_D] int32; writes their ends."""
@@ -229,14 +234,13 @@ def weigh_pages(
     query: [num_reqs, num_q_heads, head_dim], one token a request. bounds: of the KV heads that they share.
     block_table: [num_reqs, max_pages] int32, entries as `KVView.host_pages` has them; kv_lens: [num_reqs] int32.
     host_places: [num_reqs, max_pages] int32, num_host: [num_reqs] int32: as `list_host_pages` writes them.
-    estimates, upper: [num_reqs, num_q_heads, max_pages] float32, natural log: written for the pages of `host_places`, in
-        that order. The true value differs from the estimate by at most upper - estimate, either way.
+    estimates, upper: [num_reqs, num_q_heads, max_pages] float32, natural log: written for the pages of `host_places`,
+        in their order. The true value differs from the estimate by at most upper - estimate, either way.
     num_programs: that share the pages of a request and KV head.
     """
     num_reqs, num_q_heads, head_dim = query.shape
     page_size, num_kv_heads = bounds.cells.shape[2], bounds.cells.shape[1]
-    # Triton's interpreter multiplies no bfloat16.
-    is_wide = query.dtype == torch.float32 or query.device.type == "cpu"
+    is_wide = query.dtype == torch.float32 or not multiplies_bfloat16(query.device)
     _weigh_pages_kernel[(num_programs, num_kv_heads, num_reqs)](
         query,
         bounds.ends,

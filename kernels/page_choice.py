@@ -39,7 +39,7 @@ class Choice:
     num_host: torch.Tensor
     """[num_reqs] int32."""
     chosen: torch.Tensor
-    """[num_reqs, num_kv_heads, max_pages] int32: places in the block table, ascending."""
+    """[num_reqs, num_kv_heads, max_pages] int32: blocks, in the order of the block table."""
     num_chosen: torch.Tensor
     """[num_reqs, num_kv_heads] int32."""
 
@@ -95,8 +95,9 @@ def _shares_of(
     estimates_ptr, upper_ptr, places_ptr, first, num_host, recent_place, total, weight_offsets, mask_h,
     BY_BOUNDS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Pages [first, first + BLOCK_P): most they may hold and least they hold of each head's `total`, natural log, and
-    the share that orders them."""
+    """Of pages [first, first + BLOCK_P): the most and the least that they hold of each head's total, natural log, and
+    the share that orders them.
+    """
     index = first + tl.arange(0, BLOCK_P)
     is_page = index < num_host
     mask = mask_h[:, None] & is_page[None, :]
@@ -118,6 +119,7 @@ def _choose_pages_kernel(
     estimates_ptr,
     upper_ptr,
     part_lse_ptr,
+    block_table_ptr,
     kv_lens_ptr,
     host_places_ptr,
     num_host_ptr,
@@ -134,6 +136,7 @@ def _choose_pages_kernel(
     stride_part_lse,
     stride_part_lse_token,
     stride_part_lse_head,
+    stride_block_table,
     stride_host,
     stride_chosen_req,
     stride_chosen_head,
@@ -217,7 +220,8 @@ def _choose_pages_kernel(
         is_read = (order >= enough) & is_page
         target = count + tl.cumsum(is_read.to(tl.int32), 0) - 1
         place = tl.load(places_ptr + index, mask=is_page, other=0)
-        tl.store(chosen_ptr + target, place, mask=is_read)
+        entry = tl.load(block_table_ptr + request * stride_block_table + place, mask=is_page, other=0)
+        tl.store(chosen_ptr + target, -1 - entry, mask=is_read)
         count += tl.sum(is_read.to(tl.int32), 0)
         is_left = mask_h[:, None] & (is_page & (order < enough))[None, :]
         upper = tl.load(upper_ptr + weight_offsets[:, None] + index[None, :], mask=is_left, other=float("-inf"))
@@ -236,6 +240,7 @@ def choose_pages(
     estimates: torch.Tensor,
     upper: torch.Tensor,
     part_lse: torch.Tensor,
+    block_table: torch.Tensor,
     kv_lens: torch.Tensor,
     page_size: int,
     rule: Rule,
@@ -247,7 +252,7 @@ def choose_pages(
 
     estimates, upper: as `weigh_pages` writes them, of the pages of `choice.host_places`.
     part_lse: [num_parts, num_q_heads, num_reqs] float32, natural log: of keys that are read anyway, in parts.
-    kv_lens: [num_reqs] int32. choice: `chosen` and `num_chosen` are written.
+    block_table, kv_lens: as `list_host_pages` takes them. choice: `chosen` and `num_chosen` are written.
     left: [num_q_heads, num_reqs] float32, rows contiguous: upper bound of the log-sum-exp of the logits of what is not
         read, natural log; -inf where all is.
     totals: [2] int64: the pages read, and those in host memory, are added, once for every KV head.
@@ -261,6 +266,7 @@ def choose_pages(
         estimates,
         upper,
         part_lse,
+        block_table,
         kv_lens,
         choice.host_places,
         choice.num_host,
@@ -277,6 +283,7 @@ def choose_pages(
         part_lse.stride(0),
         part_lse.stride(2),
         part_lse.stride(1),
+        block_table.stride(0),
         choice.host_places.stride(0),
         choice.chosen.stride(0),
         choice.chosen.stride(1),

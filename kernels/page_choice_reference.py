@@ -1,4 +1,4 @@
-"""What `page_bounds`, `page_choice` and `selected_decode` do, in float32 PyTorch: their reference, and the CPU's path."""
+"""What `page_bounds`, `page_choice` and `selected_decode` do, in float32 PyTorch: their reference, and the CPU path."""
 
 import torch
 from farspan.kernels.batch import KVView, PagedBatch

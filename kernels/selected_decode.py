@@ -91,18 +91,18 @@ def _decode_chosen_kernel(
     row_max = tl.full([BLOCK_H], -1.0e30, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    # Two loads lead to a page, so they are done one step ahead of its keys.
-    next_place = tl.load(chosen_ptr + begin)
-    next_entry = tl.load(table_row_ptr + next_place)
+    # The last page of a request, which is always read where it is in host memory, may not be full.
+    num_full = num_chosen
+    if tl.load(table_row_ptr + (kv_len - 1) // PAGE_SIZE) < 0:
+        num_full -= 1
+    last_tokens = (kv_len - 1) % PAGE_SIZE + 1
+    next_block = tl.load(chosen_ptr + begin)
     for step in tl.range(begin * STEPS, end * STEPS, num_stages=NUM_STAGES):
-        position = next_place * PAGE_SIZE + step % STEPS * BLOCK_N + offs_n
-        page = -1 - next_entry.to(tl.int64)
-        key_ptrs = host_ptr + page * stride_host_page + (step % STEPS * BLOCK_N + offs_n)[:, None] * stride_token
-        key_ptrs += offs_d[None, :]
-        following = tl.minimum((step + 1) // STEPS, end - 1)
-        next_place = tl.load(chosen_ptr + following)
-        next_entry = tl.load(table_row_ptr + next_place)
-        in_reach = position < kv_len
+        page = next_block.to(tl.int64)
+        offset = step % STEPS * BLOCK_N + offs_n
+        key_ptrs = host_ptr + page * stride_host_page + offset[:, None] * stride_token + offs_d[None, :]
+        next_block = tl.load(chosen_ptr + tl.minimum((step + 1) // STEPS, end - 1))
+        in_reach = offset < tl.where(step // STEPS < num_full, PAGE_SIZE, last_tokens)
         mask_kv = in_reach[:, None] & mask_d[None, :]
         key = tl.load(key_ptrs, mask=mask_kv, other=0.0)
         value = tl.load(key_ptrs + HEAD_DIM, mask=mask_kv, other=0.0)
@@ -287,6 +287,7 @@ def selected_decode(
         used.estimates,
         used.upper,
         part_lse[on_device],
+        batch.block_table,
         batch.kv_lens,
         kv.page_size,
         rule,

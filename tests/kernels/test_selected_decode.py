@@ -88,7 +88,7 @@ class Case:
 def make_case(
     lens: tuple[int, ...], device: torch.device, *, host: str = "most", sharpness: float = 3.0, **shape: object
 ) -> Case:
-    """Of the pages of each request, `most` but the last, `all` or `none` lie in host memory; the others' memory is NaN."""
+    """Of the pages of each request `most`, but not the last, `all` or `none` are in host memory; elsewhere is NaN."""
     drawn = [max(length, 1) for length in lens]
     inputs = make_batch([1] * len(lens), drawn, sharpness=sharpness, device=device, **shape)  # type: ignore[arg-type]
     inputs = replace(inputs, seq_lens=torch.tensor(lens, dtype=torch.int32, device=device))
@@ -236,7 +236,8 @@ def test_pages_that_are_always_read(device: torch.device) -> None:
     )  # fmt: skip
     for head in range(2):
         count = int(buffers.choice.num_chosen.flatten()[head])
-        assert buffers.choice.chosen[0, head, :count].tolist() == [0, 16, 17, 18]
+        blocks = -1 - case.block_table[0, [0, 16, 17, 18]]
+        assert buffers.choice.chosen[0, head, :count].tolist() == blocks.tolist()
 
 
 def test_bounds_of_pages_that_come_again(device: torch.device) -> None:
