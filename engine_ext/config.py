@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.head_profile import check_profile, counts_by_score
 from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
@@ -167,6 +168,9 @@ class OffloadOptions(Options, frozen=True):
     ) = "auto"
     """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
     The GPU memory that they leave holds pages of the cold ones."""
+    head_profile: str | None = None
+    """A file that `farspan profile` wrote: the heads that look farthest back are the hot ones. `hot_heads` is then how
+    many of each layer, on average if it is one number; None: the first heads of each layer."""
     group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
     """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
     for the longest request, or for more than an eighth of the memory for KV."""
@@ -176,6 +180,13 @@ class OffloadOptions(Options, frozen=True):
         """See `Options.check`; also each number of a list."""
         super().check(path)
         self.cold_decode.check(f"{path}.cold_decode")
+        if self.head_profile is not None and self.hot_heads in ("auto", 0):
+            refuse(
+                f"{path}.head_profile",
+                self.head_profile,
+                "only with hot_heads of at least 1, as no head is hot without",
+                "Set hot_heads, such as to a quarter of the KV heads of a layer, or leave out head_profile",
+            )
         if isinstance(self.hot_heads, tuple):
             check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
 
@@ -195,6 +206,10 @@ class OffloadOptions(Options, frozen=True):
         # A rank has at least one KV head: fewer heads than ranks are repeated on them.
         per_rank = max(num_kv_heads // num_ranks, 1)
         counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        if self.head_profile is not None:
+            profile = check_profile(self.head_profile, num_layers, num_kv_heads)
+            if isinstance(hot, int) and hot <= num_kv_heads:
+                counts = counts_by_score(profile, hot, num_ranks)
         for count in counts:
             if count > num_kv_heads or count * per_rank % num_kv_heads:
                 refuse(
@@ -351,6 +366,10 @@ def check_raw_offload(path: str, offload: Any) -> None:
     check_known(path, offload, OffloadOptions.__struct_fields__)
     check_numbers(path, OffloadOptions, offload)
     for name, value in offload.items():
+        if name == "head_profile":
+            if value is not None and not isinstance(value, str):
+                refuse(f"{path}.{name}", value, "a path, or null", "Name a file that `farspan profile` wrote")
+            continue
         if name == "cold_decode":
             check_method(f"{path}.{name}", value, COLD_DECODE_METHODS)
             continue

@@ -138,6 +138,16 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class HeadOrder:
+    """Hot heads first: where each head of a layer on this rank comes from."""
+
+    kv_heads: torch.Tensor
+    """[num_kv_heads] int64."""
+    q_heads: torch.Tensor
+    """[num_q_heads] int64."""
+
+
+@dataclass(frozen=True)
 class LayerContext:
     """What a layer brings to its passes; made once, from the layer's name and the loaded model."""
 
@@ -150,6 +160,8 @@ class LayerContext:
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
     to_true_positions: Turns | None = None
     """The turns of queries and keys by whole distances; None without the option star."""
+    head_order: HeadOrder | None = None
+    """None where the first heads of the layer are the hot ones."""
 
 
 class ColdStep(Protocol):

@@ -142,8 +142,8 @@ def test_bounds_hold_every_key(shape: dict[str, object], device: torch.device) -
     width = (largest - least) / 15
     error = (estimated_keys(ends[full], cells[full]) - keys.float()).abs()
     assert (error <= 0.5001 * width.unsqueeze(-2) + 1e-6).all()
-    # The division may round otherwise on a GPU.
-    assert (cells[full] != expected[1]).float().mean() < (1e-3 if device.type == "cuda" else 1e-9)
+    # The division rounds otherwise on a GPU, and numbers of 16 bits lie between two cells often.
+    assert (cells[full] != expected[1]).float().mean() < (1e-2 if device.type == "cuda" else 1e-9)
 
 
 @SHAPES
