@@ -44,8 +44,8 @@ def make_layer_contexts(
         if config.string is not None:
             turn = string_turn_for_layer(model_of(), vllm_config, name, config.string)
         selector = make_selector(vllm_config, config, index, device)
-        order = head_order_of(vllm_config, config, index, device)
-        contexts[name] = LayerContext(index, following.get(index), turn, selector, turns.get(name), order)
+        heads = head_order_of(vllm_config, config, index, device)
+        contexts[name] = LayerContext(index, following.get(index), turn, selector, turns.get(name), heads)
     return contexts
 
 

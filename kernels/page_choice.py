@@ -209,7 +209,7 @@ def _choose_pages_kernel(
             short = tl.where(misses == 0, short, middle)
 
     chosen_ptr += request * stride_chosen_req + kv_head * stride_chosen_head
-    count = 0
+    count = num_host * 0
     left_most = tl.full([BLOCK_H], -1.0e30, tl.float32)
     left_mass = tl.zeros([BLOCK_H], tl.float32)
     for first in range(0, num_host, BLOCK_P):

@@ -111,6 +111,8 @@ class ColdCache:
         """Pages copied so far: to the host, back from it, and to staging for a pass over one group of heads."""
         self.selection: ColdSelection | None = None
         """None where decode reads all pages."""
+        self.indices: dict[int, str] = {}
+        """Names of layers by their index, where decode is selective."""
 
     def select(self, rule: Rule, indices: Mapping[str, int], group_size: int) -> None:
         """Let decode choose among the pages in host memory.
@@ -118,7 +120,8 @@ class ColdCache:
         indices: of the layers, by name; group_size: query heads per KV head.
         """
         rows = {indices[name]: layer.rows for name, layer in self.layers.items()}
-        sizes = SelectionSizes(*self.entries.shape, group_size)
+        max_num_reqs, max_pages = self.entries.shape
+        sizes = SelectionSizes(max_num_reqs, max_pages, group_size)
         self.selection = ColdSelection(rule, self.pools, self.sizes.num_blocks, rows, sizes)
         self.indices = {indices[name]: name for name in self.layers}
 

@@ -89,7 +89,8 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 def test_the_command(model_dirs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
-    text.write_text(" ".join(f"t{token % 500}" for token in range(300)))
+    # Of words that do not begin like a special token.
+    text.write_text(" ".join(f"t{300 + token * 7 % 200}" for token in range(300)))
     folder = str(model_dirs("qwen3"))
     sizes = ["--sink-tokens", "16", "--recent-tokens", "32", "--device", "cpu"]
     assert main(["profile", folder, "--text", str(text), str(text), "--out", str(out), *sizes]) == 0
