@@ -172,10 +172,11 @@ def _weigh_pages_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     kv_head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
-    num_host = tl.load(num_host_ptr + request)
+    kv_len = tl.load(kv_lens_ptr + request)
+    # Rows that pad a captured graph have no keys, whatever was listed for them before.
+    num_host = tl.load(num_host_ptr + request, mask=kv_len > 0, other=0)
     if tl.program_id(0) >= num_host:
         return
-    kv_len = tl.load(kv_lens_ptr + request)
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, PAGE_SIZE)

@@ -153,7 +153,9 @@ def _choose_pages_kernel(
     """One program: one request and KV head."""
     kv_head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
-    num_host = tl.load(num_host_ptr + request)
+    kv_len = tl.load(kv_lens_ptr + request)
+    # Rows that pad a captured graph have no keys, whatever was listed for them before.
+    num_host = tl.load(num_host_ptr + request, mask=kv_len > 0, other=0)
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < group_size
     head = (kv_head * group_size + offs_h).to(tl.int64)
@@ -165,7 +167,7 @@ def _choose_pages_kernel(
         return
     weight_offsets = request * stride_weight_req + head * stride_weight_head
     places_ptr = host_places_ptr + request * stride_host
-    recent_place = tl.maximum(tl.load(kv_lens_ptr + request) - RECENT, 0) // PAGE_SIZE
+    recent_place = tl.maximum(kv_len - RECENT, 0) // PAGE_SIZE
 
     # What is read anyway: the parts over pages in slots.
     offs_s = tl.arange(0, BLOCK_PARTS)

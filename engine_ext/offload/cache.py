@@ -150,11 +150,12 @@ class ColdCache:
         """Carry out a step's moves, in the order of the current stream."""
         self.copier.wait()
         if self.selection is not None and self.table.known:
-            views = {index: self.view_of(self.layers[name], both=True) for index, name in self.indices.items()}
-            self.selection.end_step(self.entries, views)
+            self.selection.end_step(
+                self.entries, lambda index: self.view_of(self.layers[self.indices[index]], both=True)
+            )
         blocks, slots = self.table.follow(plan)
         num_spills, num_moved = len(plan.spills), len(plan.spills) + len(plan.loads)
-        if self.selection is not None:
+        if self.selection is not None and (plan.spills or plan.copies):
             leaving = torch.cat([blocks[:num_spills], blocks[num_moved : num_moved + len(plan.copies)]])
             their_slots = torch.cat([slots[:num_spills], slots[num_moved : num_moved + len(plan.copies)]])
             self.selection.bound(leaving, their_slots)

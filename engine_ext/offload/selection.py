@@ -1,6 +1,6 @@
 """Selective decode of cold heads: bounds of the pages in host memory, what the layers' choices kept, and an audit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,7 @@ class ColdSelection:
         """Rows audited, the shares that they kept and that was certain."""
         self.leasts = torch.ones(2, dtype=torch.float64, device=self.device)
         """Shares kept and certain, of the last audit's rows."""
+        self.arrived = torch.zeros(7, dtype=torch.float64, pin_memory=self.device.type == "cuda")
         self.pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         """Numbers of the last audit on their way to the host."""
 
@@ -100,17 +101,17 @@ class ColdSelection:
             entries[:num_decodes], self.kv_lens[:num_decodes], self.page_size, choice.host_places, choice.num_host
         )
 
-    def end_step(self, entries: torch.Tensor, views: Mapping[int, KVView]) -> None:
+    def end_step(self, entries: torch.Tensor, view_of: Callable[[int], KVView]) -> None:
         """Audit one layer of the last step, if it is time; before anything of that step is written over.
 
-        entries: as in `begin_step`. views: of the layers' cold heads in both pools.
+        entries: as in `begin_step`. view_of: by a layer's index, its cold heads in both pools.
         """
         if self.num_decodes == 0:
             return
         if self.num_steps % AUDIT_EVERY == 0 and self.pending is None:
             indices = sorted(self.layers)
             index = indices[self.num_steps // AUDIT_EVERY % len(indices)]
-            self.audit(self.layers[index].record, entries[: self.num_decodes], views[index])
+            self.audit(self.layers[index].record, entries[: self.num_decodes], view_of(index))
         self.num_steps += 1
         self.num_decodes = 0
 
@@ -135,10 +136,9 @@ class ColdSelection:
             self.pending = numbers, None
             return
         event = torch.cuda.Event()
-        on_host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
-        on_host.copy_(numbers, non_blocking=True)
+        self.arrived.copy_(numbers, non_blocking=True)
         event.record()
-        self.pending = on_host, event
+        self.pending = self.arrived, event
 
     def report(self) -> SelectionReport | None:
         """The numbers of an audit, once, as soon as they have arrived."""

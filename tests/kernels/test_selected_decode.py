@@ -240,6 +240,22 @@ def test_pages_that_are_always_read(device: torch.device) -> None:
         assert buffers.choice.chosen[0, head, :count].tolist() == blocks.tolist()
 
 
+def test_rows_that_pad_a_graph_read_nothing(device: torch.device) -> None:
+    """What an earlier step listed for them is out of date, and so is their block table."""
+    case = make_case((90, 60), device, page_size=16)
+    buffers = case.buffers()
+    case.inputs.seq_lens[1] = 0
+    case.block_table[1] = helpers.GARBAGE_PAGE
+    out, lse, left = case.results()
+    selected_decode(
+        case.inputs.query, case.kv, case.bounds, case.batch, case.inputs.scale, Rule(0.9), buffers, num_splits=2,
+        min_split_keys=16, out=out, lse=lse, left=left,
+    )  # fmt: skip
+    assert (out[1] == 0).all()
+    assert (lse[:, 1] == float("-inf")).all()
+    assert not out[0].isnan().any()
+
+
 def test_bounds_of_pages_that_come_again(device: torch.device) -> None:
     """Each block has the bounds of what was last copied from its slot; those of others stay."""
     slots = torch.randn(3, 4, 16, 128, device=device)
