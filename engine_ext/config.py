@@ -296,6 +296,13 @@ def parse_config(raw: Any) -> FarspanConfig:
     config.prefill.check(f"{ROOT}.prefill")
     if config.offload is not None:
         config.offload.check(f"{ROOT}.offload")
+        if config.offload.head_profile is not None and getattr(config.prefill, "mask_file", None) is not None:
+            refuse(
+                f"{ROOT}.offload.head_profile",
+                config.offload.head_profile,
+                "without prefill.mask_file: its masks are in the order of the model's heads",
+                "Leave out head_profile or mask_file",
+            )
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":

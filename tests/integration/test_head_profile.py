@@ -85,6 +85,9 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=expected):
             parse_config({"offload": offload})
+    masks = {"method": "block_sparse", "pattern": "file", "mask_file": "m.npy"}
+    with pytest.raises(ConfigError, match=r"without prefill\.mask_file"):
+        parse_config({"prefill": masks, "offload": {"head_profile": "x.json", "hot_heads": 1}})
 
 
 def test_the_command(model_dirs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
