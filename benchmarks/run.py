@@ -29,6 +29,7 @@ MODULES = (
     "prefill_block_sparse",
     "string_e2e",
     "offload_decode",
+    "offload_select",
     "offload",
     "offload_memory",
     "star",

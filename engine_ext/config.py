@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.head_profile import check_profile, counts_by_score
 from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
 
 ROOT = 'additional_config["farspan"]'
@@ -136,6 +137,24 @@ class StringOptions(Options, frozen=True):
             )
 
 
+class ExactColdDecode(Options, frozen=True, tag_field="method", tag="exact"):
+    """Decode reads every page of cold heads."""
+
+
+class SelectColdDecode(Options, frozen=True, tag_field="method", tag="select"):
+    """Decode leaves out pages in host memory that weigh little by the bounds of their keys."""
+
+    coverage: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 1 to read every page")] = 0.95
+    """Attention mass of every query head of a cold KV head that the pages it reads must keep."""
+    certified: bool = False
+    """Whether that is certain, by the bounds, and not only by their estimates: it reads two to four times as much."""
+
+
+ColdDecode = ExactColdDecode | SelectColdDecode
+
+COLD_DECODE_METHODS: dict[str, type[Options]] = {"exact": ExactColdDecode, "select": SelectColdDecode}
+
+
 class OffloadOptions(Options, frozen=True):
     """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
 
@@ -149,13 +168,25 @@ class OffloadOptions(Options, frozen=True):
     ) = "auto"
     """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
     The GPU memory that they leave holds pages of the cold ones."""
+    head_profile: str | None = None
+    """A file that `farspan profile` wrote: the heads that look farthest back are the hot ones. `hot_heads` is then how
+    many of each layer, on average if it is one number; None: the first heads of each layer."""
     group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
     """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
     for the longest request, or for more than an eighth of the memory for KV."""
+    cold_decode: ColdDecode = msgspec.field(default_factory=ExactColdDecode)
 
     def check(self, path: str) -> None:
         """See `Options.check`; also each number of a list."""
         super().check(path)
+        self.cold_decode.check(f"{path}.cold_decode")
+        if self.head_profile is not None and self.hot_heads in ("auto", 0):
+            refuse(
+                f"{path}.head_profile",
+                self.head_profile,
+                "only with hot_heads of at least 1, as no head is hot without",
+                "Set hot_heads, such as to a quarter of the KV heads of a layer, or leave out head_profile",
+            )
         if isinstance(self.hot_heads, tuple):
             check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
 
@@ -175,6 +206,10 @@ class OffloadOptions(Options, frozen=True):
         # A rank has at least one KV head: fewer heads than ranks are repeated on them.
         per_rank = max(num_kv_heads // num_ranks, 1)
         counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        if self.head_profile is not None:
+            profile = check_profile(self.head_profile, num_layers, num_kv_heads)
+            if isinstance(hot, int) and hot <= num_kv_heads:
+                counts = counts_by_score(profile, hot, num_ranks)
         for count in counts:
             if count > num_kv_heads or count * per_rank % num_kv_heads:
                 refuse(
@@ -261,6 +296,13 @@ def parse_config(raw: Any) -> FarspanConfig:
     config.prefill.check(f"{ROOT}.prefill")
     if config.offload is not None:
         config.offload.check(f"{ROOT}.offload")
+        if config.offload.head_profile is not None and getattr(config.prefill, "mask_file", None) is not None:
+            refuse(
+                f"{ROOT}.offload.head_profile",
+                config.offload.head_profile,
+                "without prefill.mask_file: its masks are in the order of the model's heads",
+                "Leave out head_profile or mask_file",
+            )
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":
@@ -269,6 +311,13 @@ def parse_config(raw: Any) -> FarspanConfig:
                 config.kernel,
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
+            )
+        if config.offload is not None and isinstance(config.offload.cold_decode, SelectColdDecode):
+            refuse(
+                f"{ROOT}.offload.cold_decode",
+                raw["offload"]["cold_decode"],
+                "method 'exact' together with string: by the bounds of keys a query has one position, with string two",
+                "Leave out cold_decode or string",
             )
     if config.star is not None:
         config.star.check(f"{ROOT}.star")
@@ -299,15 +348,10 @@ def check_raw(raw: Any) -> None:
     prefill = raw.get("prefill")
     if prefill is not None:
         path = f"{ROOT}.prefill"
-        check_mapping(path, prefill)
-        method = prefill.get("method")
-        if not isinstance(method, str) or method not in PREFILL_METHODS:
-            refuse(f"{path}.method", method, one_of(PREFILL_METHODS), suggestion(method, PREFILL_METHODS))
-        check_known(path, prefill, ("method", *PREFILL_METHODS[method].__struct_fields__))
-        check_numbers(path, PREFILL_METHODS[method], prefill)
-        if method == "block_sparse":
+        check_method(path, prefill, PREFILL_METHODS)
+        if prefill["method"] == "block_sparse":
             check_pattern_options(path, prefill)
-        if method == "flex":
+        if prefill["method"] == "flex":
             check_selection_options(path, prefill)
     if raw.get("string") is not None:
         path = f"{ROOT}.string"
@@ -329,12 +373,29 @@ def check_raw_offload(path: str, offload: Any) -> None:
     check_known(path, offload, OffloadOptions.__struct_fields__)
     check_numbers(path, OffloadOptions, offload)
     for name, value in offload.items():
+        if name == "head_profile":
+            if value is not None and not isinstance(value, str):
+                refuse(f"{path}.{name}", value, "a path, or null", "Name a file that `farspan profile` wrote")
+            continue
+        if name == "cold_decode":
+            check_method(f"{path}.{name}", value, COLD_DECODE_METHODS)
+            continue
         allowed = ranges_of(OffloadOptions)[name][0]
         if isinstance(value, list | tuple) and name == "hot_heads":
             check_list(f"{path}.{name}", value, allowed)
         elif value != "auto" and not isinstance(value, int | float):
             also = f'{allowed.allowed}, or "auto"' + (", or a list of numbers" if name == "hot_heads" else "")
             refuse(f"{path}.{name}", value, also, 'Use "auto"')
+
+
+def check_method(path: str, raw: Any, methods: Mapping[str, type[Options]]) -> None:
+    """Refuse options of what `method` names that cannot be; methods: the structs by that name."""
+    check_mapping(path, raw)
+    method = raw.get("method")
+    if not isinstance(method, str) or method not in methods:
+        refuse(f"{path}.method", method, one_of(methods), suggestion(method, methods))
+    check_known(path, raw, ("method", *methods[method].__struct_fields__))
+    check_numbers(path, methods[method], raw)
 
 
 def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:

@@ -79,6 +79,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             step = step_of(name)
             if step is not None:
                 key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
+        if self.config.offload is not None and self.config.offload.head_profile is not None:
+            step = step_of(str(layer.layer_name))
+            order = None if step is None else step.layers[str(layer.layer_name)].head_order
+            if order is not None:
+                key, value = key[:, order.kv_heads], value[:, order.kv_heads]
         if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
             num_hot_heads = kv_cache.shape[1]
             if num_hot_heads < key.shape[1]:
@@ -111,12 +116,16 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         name, parts = layer.layer_name, Parts()
         context = step.layers[name]
         group = self.num_heads // self.num_kv_heads
+        order, in_order = context.head_order, output
+        if order is not None:
+            query, key, value = query[:, order.q_heads], key[:, order.kv_heads], value[:, order.kv_heads]
+            in_order = torch.zeros_like(output)
         if step.cold is not None:
             step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
-            out = rows_of(output, each.rows, heads)
+            out = rows_of(in_order, each.rows, heads)
             target = out if each.part is None else parts.new_out(out)
             if each.keys == "cache":
                 kv = KVView(kv_cache)
@@ -128,6 +137,8 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             )
             if each.part is not None:
                 parts.add(each, lse, out)
+        if order is not None:
+            output[:, order.q_heads] = in_order
         return output
 
 

@@ -16,7 +16,7 @@ from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
-from farspan.engine_ext.passes import Part, Pass, StepMetadata
+from farspan.engine_ext.passes import Decode, Part, Pass, StepMetadata
 from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import most_parts, num_multiprocessors
@@ -156,10 +156,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 vllm_config.scheduler_config.max_num_seqs,
                 vllm_config.model_config.max_model_len,
             )
-            # Hot and cold heads decode one after another, in the same room.
+            # Hot and cold heads decode one after another, in the same room; selective decode has twice the parts.
+            twice = 2 if self.cold is not None and self.cold.selection is not None else 1
             rows = [
-                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group
-                for heads in (num_hot_heads, num_kv_heads - num_hot_heads)
+                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group * times
+                for heads, times in ((num_hot_heads, 1), (num_kv_heads - num_hot_heads, twice))
                 if heads > 0
             ]
             workspace = make_decode_workspace(max(rows), kv_cache_spec.head_size, device)
@@ -394,7 +395,12 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if num_decodes > 0:
             # Slots and host memory alike, whatever the step: one captured graph serves all.
             (decode,) = self.passes_of(maker, common, cache.entries, num_decodes, None)
+            if cache.selection is not None:
+                assert isinstance(decode.work, Decode)
+                decode = replace(decode, work=replace(decode.work, selections=cache.selection.layers))
             passes.append(replace(decode, keys="both"))
+        if cache.selection is not None:
+            cache.selection.begin_step(cache.entries, common.seq_lens, num_decodes, common.max_seq_len)
         for run in chunks.runs(lambda kind: kind) if chunks is not None else ():
             if not run.kind.misses_pages:
                 each = self.prefill_pass(maker, common, cache.entries[run.first : run.stop], run)

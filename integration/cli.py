@@ -9,6 +9,7 @@ from typing import Any
 from farspan import __version__
 from farspan.command import floats, integers, mapping, need_matplotlib, run_command, words
 from farspan.doctor import add_doctor_command
+from farspan.head_profile import add_profile_command
 from farspan.plan_command import add_plan_command
 
 
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(subcommands)
     _add_report(subcommands)
     add_plan_command(subcommands)
+    add_profile_command(subcommands)
     add_doctor_command(subcommands)
     _add_star(subcommands)
     return parser

@@ -277,3 +277,13 @@ COPY_BLOCK_WORDS = 8192
 COPY_WARPS = 16
 COPY_PROGRAMS_PER_SM = 1
 STAGING_PROGRAMS = 4
+
+SELECT_RECENT_TOKENS = 1024
+"""The last so many tokens of a request, and its first page, are read wherever they lie."""
+SELECT_STEPS = 20
+"""Halvings of the interval of shares, exp(-46) to exp(18) of a head's mass, in which the least share that is read is
+found: to 6e-5, relative."""
+SELECT_TILE = 4096
+"""Shares that a program holds at a time, over the query heads of a KV head. Not measured."""
+SCORE_PROGRAMS_PER_SM = 8
+"""Of one warp group each; they share the pages of a request and KV head. Not measured."""

@@ -36,6 +36,14 @@ class PlannedSteps:
             stats.kv_connector_stats = {OFFLOAD_STATS: self._residency.statistics()}
         return stats
 
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """The stock update, which makes the statistics, with what a worker told of selective decode."""
+        stock: Any = super()
+        report = getattr(model_runner_output, "farspan_selection", None)
+        if report is not None and self._residency is not None:
+            self._residency.selection = report
+        return stock.update_from_output(scheduler_output, model_runner_output)
+
     def place_cold_heads(self, sizes: OffloadSizes) -> None:
         """Plan where cold pages lie, and run no more requests at once than slots can always hold the new pages of."""
         scheduler: Any = self

@@ -16,12 +16,18 @@ COUNTERS = {
     "bytes_from_host": "Bytes of KV read or copied from host memory, per rank.",
     "steps": "Steps that computed tokens.",
     "steps_that_read": "Steps whose attention waited for host memory.",
+    "select_bytes_on_host": "Bytes of KV in host memory that selective decode chose from, per rank.",
+    "select_audited": "Query heads of requests on which selective decode was held against all keys.",
+    "select_kept": "Sum over those of the share of the attention mass that was kept.",
+    "select_certified": "Sum over those of the share that was certain without reading the rest.",
 }
 GAUGES = {
     "slots": "Pages of cold KV heads that GPU memory can hold.",
     "slots_used": "Pages of cold KV heads that GPU memory holds.",
     "host_pages": "Pages of cold KV heads that host memory can hold.",
     "host_pages_used": "Pages of cold KV heads that lie in host memory alone.",
+    "select_least_kept": "Least share of the attention mass that selective decode kept in its last audit.",
+    "select_least_certified": "Least share that was certain in the last audit.",
 }
 
 

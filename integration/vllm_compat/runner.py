@@ -222,6 +222,7 @@ def metadata_builders(runner: Any) -> list[Any]:
 def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, its step's plan, and the options of the requests that it holds."""
     wrap_once(runner_cls, "execute_model", following_steps)
+    wrap_once(runner_cls, "sample_tokens", following_samples)
     wrap_once(runner_cls, "initialize_kv_cache", following_setup)
     wrap_once(runner_cls, "get_kv_cache_spec", shrinking_pages)
 
@@ -233,6 +234,21 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, scheduler_output, *args, **kwargs)
 
     return execute_model
+
+
+def following_samples(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What selective decode kept travels to the scheduler with the tokens of a step."""
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        cold = state_of(self).cold
+        if output is not None and cold is not None and cold.selection is not None:
+            names = ("model_runner_output", "_model_runner_output")
+            inner = next((getattr(output, name) for name in names if hasattr(output, name)), output)
+            inner.farspan_selection = cold.selection.report()
+        return output
+
+    return sample_tokens
 
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:

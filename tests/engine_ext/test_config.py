@@ -98,6 +98,23 @@ MISTAKES = {
     "group-size": ({"offload": {"group_size": 0}}, ".offload.group_size=0; allowed: a whole number of KV heads: 1 to"),
     "offload-option": ({"offload": {"slots": 3}}, ".offload.slots=3; allowed: no option of that name"),
     "offload-switch": ({"offload": True}, ".offload=True; allowed: a mapping"),
+    "cold-decode": (
+        {"offload": {"cold_decode": {"method": "exakt"}}},
+        ".offload.cold_decode.method='exakt'; allowed: one of 'exact', 'select'. Did you mean 'exact'?",
+    ),
+    "cold-decode-exact": (
+        {"offload": {"cold_decode": {"method": "exact", "coverage": 0.9}}},
+        ".offload.cold_decode.coverage=0.9; allowed: no option of that name",
+    ),
+    "cold-coverage": (
+        {"offload": {"cold_decode": {"method": "select", "coverage": 0}}},
+        ".offload.cold_decode.coverage=0; allowed: a number in (0, 1]",
+    ),
+    "cold-decode-word": ({"offload": {"cold_decode": "select"}}, ".offload.cold_decode='select'; allowed: a mapping"),
+    "cold-decode-with-string": (
+        {"string": {}, "offload": {"cold_decode": {"method": "select"}}},
+        ".offload.cold_decode={'method': 'select'}; allowed: method 'exact' together with string",
+    ),
     "fa3-with-string": ({"kernel": "fa3", "string": {}}, ".kernel='fa3'; allowed: auto or triton together with string"),
 }
 

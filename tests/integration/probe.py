@@ -66,6 +66,12 @@ class WorkerProbe:
         plan = state_of(worker.model_runner).plan
         return None if plan is None else plan.step
 
+    def selected_pages(self) -> list[int]:
+        """Pages in host memory that selective decode read, and those it chose from, once for every layer and head."""
+        worker: Any = self
+        totals: list[int] = state_of(worker.model_runner).cold.selection.buffers.totals.tolist()
+        return totals
+
     def offload_state(self) -> dict[str, Any]:
         """Check the pools of cold heads, and tell what was done with them so far."""
         worker: Any = self
