@@ -53,6 +53,12 @@ class PlannedSteps:
         scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, limit)
 
     def _plan_residency(self, residency: Residency, output: Any) -> ResidencyPlan:
+        if getattr(output, "kv_cache_block_copies", None):
+            # Only of layers of several kinds, which are refused at start-up.
+            raise RuntimeError(
+                "farspan offload: vLLM copies blocks whose cold KV heads it does not know. Leave out offload, or set "
+                "--no-enable-prefix-caching."
+            )
         scheduler: Any = self
         blocks = scheduler.kv_cache_manager.block_pool.blocks
         ended = (*output.finished_req_ids, *(output.preempted_req_ids or ()))

@@ -93,6 +93,13 @@ def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) 
     assert (state["staged"] > 0) == (num_slots < BLOCKS)
 
 
+def test_vllms_own_offloading_holds_a_request_in_gpu_memory(make_llm: Callable[..., Any]) -> None:
+    """With as much memory as the fewest slots above it refuses the engine, however much the host has."""
+    arguments = offloading(9, num_gpu_blocks_override=None, additional_config={}, kv_offloading_size=1.0)
+    with pytest.raises(ValueError, match="To serve at least one request with the model's max seq len"):
+        make_llm(backend=None, **arguments)
+
+
 @pytest.mark.parametrize(
     ("architecture", "heads", "hot", "group_size"),
     [
