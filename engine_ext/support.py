@@ -283,8 +283,7 @@ def check_offload(vllm_config: Any) -> None:
     parallel, block_size = vllm_config.parallel_config, vllm_config.cache_config.block_size
     reasons = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1 and "Use --tensor-parallel-size.",
-        "a KV connector": has_kv_connector(vllm_config)
-        and "Leave out --kv-transfer-config and --kv-offloading-size.",
+        "a KV connector": has_kv_connector(vllm_config) and "Leave out --kv-transfer-config and --kv-offloading-size.",
         "sleep mode": vllm_config.model_config.enable_sleep_mode and "Leave out --enable-sleep-mode.",
         "microbatches": parallel.use_ubatching and "Leave out --enable-dbo.",
         f"block_size={block_size}": block_size not in (None, *PAGE_SIZES) and f"Use one of {listed(PAGE_SIZES)}.",

@@ -142,7 +142,7 @@ def test_options_at_the_top_level_are_refused_where_farspan_is_chosen(model_dirs
 def test_vllms_own_kv_offloading_is_refused_in_the_front_end(
     model_dirs: Callable[[str], Path], options: dict[str, Any], sentence: str
 ) -> None:
-    """vLLM makes its connector after the plugin's checks."""
+    """The connector of --kv-offloading-size is made after the checks of the plugin."""
     with pytest.raises(UnsupportedEngineError, match=sentence):
         configure(model_dirs("llama"), kv_offloading_size=1.0, additional_config={"farspan": options})
     assert configure(model_dirs("llama"), kv_offloading_size=1.0).kv_transfer_config is not None
