@@ -136,7 +136,8 @@ def run_case(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -
     case = f"n{lens[0]}-b{len(lens)}-{shape.label}"
     batch = make_paged_batch([1] * len(lens), lens, shape)
     plant(batch)
-    host = host_copy(batch)
+    pool = host_copy(batch)
+    host = pool.layers[0].transpose(0, 1)
     cold, fits = Layer(batch, host, is_cold=True), Layer(batch, host, is_cold=False)
     places = torch.arange(len(batch.kv_cache), device=batch.query.device)
     exact = calls.decode(batch, host_pages=calls.HostPages(host, places >= 0))
