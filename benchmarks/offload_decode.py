@@ -1,7 +1,8 @@
 """Decode of one layer from host memory, in CUDA graphs: pages in HBM, in host memory, and half in each.
 
 `farspan` is the kernel that knows one pool, `farspan-offload` the one that reads both, all pages on the device. Host
-memory is the engine's; `farspan-offload-cold-pinned` reads what torch pins instead, in pages of the driver's. `copy` is one large copy of the same bytes to the device. `benchmarks.offload` has whole engines.
+memory is the engine's; `farspan-offload-cold-pinned` reads memory that torch has pinned. `copy` is one large copy of
+the same bytes to the device. `benchmarks.offload` has whole engines.
 """
 
 from typing import Any
