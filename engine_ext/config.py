@@ -364,7 +364,9 @@ def check_raw_offload(path: str, offload: Any) -> None:
 
 
 def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:
-    """Refuse a list with a member that is out of range."""
+    """Refuse a list without members, or with one that is out of range."""
+    if not values:
+        refuse(path, [], "one number for each layer", f"Use {allowed.hint}")
     for place, value in enumerate(values):
         if value not in allowed:
             refuse(f"{path}[{place}]", value, allowed.allowed, f"Use {allowed.hint}")
