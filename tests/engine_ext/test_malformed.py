@@ -32,7 +32,7 @@ JUNK: list[Any] = [
     -1, -0.5, 10**12, 2.0**80, float("nan"), float("-inf"), {}, b"0.9",
 ]  # fmt: skip
 """Values that no option takes, but for `TAKEN`."""
-TAKEN = dict.fromkeys(("string", "star", "offload"), {})
+TAKEN: dict[str, dict[str, Any]] = {"string": {}, "star": {}, "offload": {}}
 """By option: the junk that it takes after all."""
 NAMES = ("gama", "Gamma", "farspan", "x", "prefil", " gamma", "", "метод", "preset ")
 
