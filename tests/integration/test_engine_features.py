@@ -34,9 +34,11 @@ def engine_arguments(method: str | None) -> dict[str, Any]:
     """Of `make_llm`; method None is vLLM's own backend."""
     if method == "offload":
         return offloading(40, blocks=BLOCKS, tokens=256, enable_prefix_caching=True)
-    options = {"additional_config": {"farspan": METHODS[method]}} if method else {}
-    sizes = {"block_size": 16, "num_gpu_blocks_override": BLOCKS, "max_model_len": 768, "max_num_batched_tokens": 256}
-    return {**sizes, **options}
+    sizes: dict[str, Any] = {"max_model_len": 768, "max_num_batched_tokens": 256}
+    if method is None:  # vLLM's pages on a CPU are multiples of 32
+        return {"block_size": 32, "num_gpu_blocks_override": BLOCKS // 2, **sizes}
+    options = {"additional_config": {"farspan": METHODS[method]}}
+    return {"block_size": 16, "num_gpu_blocks_override": BLOCKS, **sizes, **options}
 
 
 @pytest.fixture(scope="module")

@@ -119,10 +119,12 @@ def check(found: dict[str, list[int]], expected: dict[str, list[int]]) -> None:
 def start(make_module_llm: Callable[..., Any]) -> Callable[..., Any]:
     def start_engine(method: str | None, options: dict[str, Any], tokens: int) -> Any:
         arguments: dict[str, Any] = {"block_size": PAGE, "num_gpu_blocks_override": BLOCKS}
-        if options == EXACT["offload"]:
+        if method is None:  # vLLM's pages on a CPU are multiples of 32
+            arguments = {"num_gpu_blocks_override": BLOCKS}
+        elif options == EXACT["offload"]:
             # Few slots: pages come and go.
             arguments = offloading(max(20, tokens // PAGE + 3), blocks=BLOCKS, tokens=tokens)
-        elif method is not None:
+        else:
             arguments["additional_config"] = {"farspan": options}
         arguments |= {"max_num_batched_tokens": tokens, "max_model_len": MAX_LEN, "max_num_seqs": 16}
         arguments["enable_prefix_caching"] = True
