@@ -61,6 +61,11 @@ class WorkerProbe:
         worker: Any = self
         return decisions_of(metadata_builders(worker.model_runner))
 
+    def memory_for_activations(self) -> int:
+        """Bytes that vLLM's memory profile leaves free for what a step allocates."""
+        worker: Any = self
+        return worker.peak_activation_memory
+
     def planned_step(self) -> int | None:
         """Number of the last step, as the scheduler's plan told the runner; None without plans."""
         worker: Any = self
