@@ -1,4 +1,4 @@
-"""vLLM's features with every method, on one engine each: YaRN positions, an adapter, and asynchronous scheduling.
+"""vLLM's features with every method, on one engine each: a model with YaRN positions and an adapter.
 
 Methods that read every key give the results of vLLM's own backend; all methods agree with themselves.
 """
@@ -55,7 +55,6 @@ def start(make_module_llm: Callable[..., Any]) -> Callable[[str | None], Any]:
             **{
                 **engine_arguments(method),
                 "max_num_seqs": 16,
-                "async_scheduling": method is not None,
                 "enable_lora": True,
                 "max_lora_rank": 8,
                 "hf_overrides": {"rope_parameters": YARN, "max_position_embeddings": 1024},
@@ -167,7 +166,6 @@ def stock(start: Callable[[str | None], Any], adapter: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=METHODS)
 def engine(request: pytest.FixtureRequest, start: Callable[[str | None], Any], stock: Any) -> Iterator[tuple[str, Any]]:
     llm = start(request.param)
-    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     yield request.param, llm
     llm.llm_engine.engine_core.shutdown()
 
