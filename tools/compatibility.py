@@ -57,7 +57,7 @@ def read_cells() -> list[Cell]:
             raw = dict(row[raw["as"]] if "as" in raw else raw)
             test, case = raw.pop("test", None) or raw.pop("by", None), None
             if test is not None and "::" not in test:
-                test, case = f"{FEATURES}::test_features", f"{test}-{method}"
+                test, case = f"{FEATURES}::test_features", f"{method}-{test}"
             cells.append(Cell(feature, method, options, test=test, case=case, **raw))
     return cells
 
