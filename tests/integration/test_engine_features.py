@@ -180,21 +180,3 @@ def test_features(engine: tuple[str, Any], stock: dict[str, Any], adapter: Path,
         assert found == pytest.approx(stock[feature], abs=1e-3)
     else:
         assert found == stock[feature]
-
-
-@pytest.mark.parametrize("method", ["flex", "offload"])
-def test_mixture_of_experts(make_module_llm: Callable[..., Any], experts: list[list[int]], method: str) -> None:
-    """Without adapters, of which vLLM's CPU build has none for experts."""
-    llm = make_module_llm("mixtral", **engine_arguments(method))
-    assert tokens_of(ask(llm, [*MANY[:3], PROMPT])) == experts
-    if method == "flex":
-        assert tokens_of(ask(llm, [*MANY[:3], PROMPT], extra_args={"farspan.method": "dense"})) == experts
-    llm.llm_engine.engine_core.shutdown()
-
-
-@pytest.fixture(scope="module")
-def experts(make_module_llm: Callable[..., Any]) -> list[list[int]]:
-    llm = make_module_llm("mixtral", None, **engine_arguments(None))
-    found = tokens_of(ask(llm, [*MANY[:3], PROMPT]))
-    llm.llm_engine.engine_core.shutdown()
-    return found
