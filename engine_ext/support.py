@@ -63,7 +63,7 @@ def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
         sections = [name for name in FarspanConfig.__struct_fields__ if name != "preset"]
         is_option = is_near(key, sections, cutoff=0.85) or key in FlexPrefill.__struct_fields__
         # Names that other plugins may well use; their values tell.
-        named = {"method": PREFILL_METHODS, "preset": PRESETS}.get(key, {})
+        named: Iterable[str] = {"method": tuple(PREFILL_METHODS), "preset": tuple(PRESETS)}.get(key, ())
         if is_option or str(additional[key]) in named:
             raise ConfigError(
                 f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "

@@ -50,11 +50,10 @@ def read_cells() -> list[Cell]:
     methods: dict[str, dict[str, Any]] = data.pop("methods")
     cells = []
     for feature, row in data.items():
-        if row.keys() != methods.keys():
+        if row.keys() - methods.keys() - {"others"} or ("others" not in row and row.keys() != methods.keys()):
             raise ValueError(f"{DATA.name}: {feature!r} has cells for {', '.join(row)}")
         for method, options in methods.items():
-            raw = row[method]
-            raw = dict(row[raw["as"]] if "as" in raw else raw)
+            raw = dict(row.get(method, row.get("others")))
             test, case = raw.pop("test", None) or raw.pop("by", None), None
             if test is not None and "::" not in test:
                 test, case = f"{FEATURES}::test_features", f"{method}-{test}"
@@ -62,29 +61,37 @@ def read_cells() -> list[Cell]:
     return cells
 
 
-def format_cell(cell: Cell, sentences: list[str]) -> str:
-    """One cell of the table; a sentence is a number, and added to `sentences` where it is new."""
+def number_of(text: str, texts: list[str]) -> int:
+    """The place of a text in a list, from 1; it is added where it is new."""
+    if text not in texts:
+        texts.append(text)
+    return texts.index(text) + 1
+
+
+def format_cell(cell: Cell, sentences: list[str], reasons: list[str]) -> str:
+    """One cell of the table; the texts of refusals and reasons are numbers, and added to their lists."""
     if cell.refused is not None:
-        if cell.refused not in sentences:
-            sentences.append(cell.refused)
-        return f"refused ({sentences.index(cell.refused) + 1})"
+        return f"refused (R{number_of(cell.refused, sentences)})"
     if cell.untested is not None:
-        return f"not tested: {cell.untested}"
+        return f"not tested (N{number_of(cell.untested, reasons)})"
     assert cell.test is not None
-    path, _, function = cell.test.partition("::")
-    return f"[{f'{cell.case}' if cell.case else function.removeprefix('test_')}](../tests/{path})"
+    return f"`{cell.case or cell.test.partition('::')[2].removeprefix('test_')}`"
 
 
 def format_table() -> str:
-    """The table, and the sentences of its refusals."""
-    cells, sentences = read_cells(), []  # type: ignore[var-annotated]
+    """The table, the sentences of its refusals, and why cells are not tested."""
+    sentences: list[str] = []
+    reasons: list[str] = []
+    cells = read_cells()
     methods = list(dict.fromkeys(cell.method for cell in cells))
     lines = [f"| | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
     for feature in dict.fromkeys(cell.feature for cell in cells):
-        row = [format_cell(cell, sentences) for cell in cells if cell.feature == feature]
+        row = [format_cell(cell, sentences, reasons) for cell in cells if cell.feature == feature]
         lines.append(f"| **{feature}** | {' | '.join(row)} |")
     lines += ["", "The sentences of the refusals begin:", ""]
-    lines += [f"{number}. `{sentence}`" for number, sentence in enumerate(sentences, 1)]
+    lines += [f"- R{number}: `{sentence}`" for number, sentence in enumerate(sentences, 1)]
+    lines += ["", "Not tested:", ""]
+    lines += [f"- N{number}: {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines) + "\n"
 
 
