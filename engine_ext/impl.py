@@ -11,11 +11,7 @@ from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
-
-# vLLM prints only its own loggers' names, so this one is under them.
-logger = init_logger("vllm.farspan")
 
 
 class FarspanImpl(AttentionImpl[StepMetadata]):
@@ -60,7 +56,6 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
         choose_dense_kernel(self.config, device, head_size, dtype)
-        logger.info_once("farspan attention on %s: %s", device, self.config)
 
     def do_kv_cache_update(
         self,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
@@ -17,6 +18,8 @@ from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
 
+FallbackReason = Literal["crossover", "min_seq_len", "min_chunk_len"]
+
 TILE_SIZE = 128
 """Tokens of a query tile and of a KV block where the method does not say otherwise."""
 
@@ -30,14 +33,24 @@ def effective_prefill(
     size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
     batch.
     """
+    return DensePrefill() if fallback_reason(prefill, query_len, kv_len, prompt_len, size) else prefill
+
+
+def fallback_reason(
+    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
+) -> FallbackReason | None:
+    """Why a chunk of flex prefills densely; None where it is sparse, and for other methods, which have no fallback.
+
+    The arguments are those of `effective_prefill`.
+    """
     if not isinstance(prefill, FlexPrefill):
-        return prefill
+        return None
     if prefill.min_seq_len is None and prefill.min_chunk_len is None:
-        is_sparse = sparse_pays(size, query_len, kv_len)
-    else:
-        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
-        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
-    return prefill if is_sparse else DensePrefill()
+        return None if sparse_pays(size, query_len, kv_len) else "crossover"
+    whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
+    if whole < (prefill.min_seq_len or 0):
+        return "min_seq_len"
+    return "min_chunk_len" if query_len < (prefill.min_chunk_len or 0) else None
 
 
 @dataclass(frozen=True)

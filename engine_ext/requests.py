@@ -13,10 +13,10 @@ from farspan.engine_ext.config import (
     FarspanConfig,
     FlexPrefill,
     Prefill,
-    suggestion,
 )
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.refusing import suggestion
 from farspan.engine_ext.star.shard import NAME as STAR
 from farspan.engine_ext.star.shard import StarShard, decode_shard
 
@@ -154,7 +154,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None, star=None)
+    effective = msgspec.structs.replace(config, prefill=prefill, preset=None, kernel="auto", offload=None, star=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

@@ -263,6 +263,20 @@ def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
         state.cold = None
         state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
-            return stock(self, kv_cache_config, *args, **kwargs)
+            result = stock(self, kv_cache_config, *args, **kwargs)
+        tell_decisions(self, kv_cache_config)
+        return result
 
     return initialize_kv_cache
+
+
+def tell_decisions(runner: Any, kv_cache_config: Any) -> None:
+    """Log what the engine decided, once, in the first rank of each engine."""
+    from farspan.decisions import decision_line
+    from vllm.logger import init_logger
+
+    builders, cold = metadata_builders(runner), state_of(runner).cold
+    is_profile = cold is not None and getattr(kv_cache_config, "farspan_offload", None) is None
+    if builders and not is_profile and runner.vllm_config.parallel_config.rank == 0:
+        # vLLM prints only its own loggers' names, so this one is under them.
+        init_logger("vllm.farspan").info_once("farspan attention on %s: %s", runner.device, decision_line(builders))

@@ -36,7 +36,10 @@ MISTAKES = {
     "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
     "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),
     "not-a-mapping": ("flex", "='flex'; allowed: a mapping"),
-    "unknown-option": ({"prefil": {}}, ".prefil={}; allowed: no option of that name; known here: kernel, prefill"),
+    "unknown-option": (
+        {"prefil": {}},
+        ".prefil={}; allowed: no option of that name; known here: preset, kernel",
+    ),
     "unknown-nested-option": (flex(gama=0.9), ".prefill.gama=0.9; allowed: no option of that name"),
     "unknown-kernel": ({"kernel": "fa2"}, ".kernel='fa2'; allowed: one of 'auto', 'triton', 'fa3'"),
     "unknown-method": ({"prefill": {"method": "flx"}}, ".prefill.method='flx'; allowed: one of 'dense', 'flex'"),

@@ -44,9 +44,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return model_dir
 
 
-@pytest.fixture
-def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
-    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """What `make_llm` and `make_module_llm` are; engines end when it does."""
     from vllm import LLM
 
     engines = []
@@ -74,3 +73,15 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
         llm.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()
+
+
+@pytest.fixture
+def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+    yield from engine_maker(model_dirs)
+
+
+@pytest.fixture(scope="module")
+def make_module_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Make engines that live as long as the module, which may then not use `make_llm`; see there."""
+    yield from engine_maker(model_dirs)
