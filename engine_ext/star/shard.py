@@ -50,6 +50,10 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @property
     def own_len(self) -> int:
+        return sum(stop - start for start, stop in self.stretches())
+
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """What the host has of the context beside the copy, in the order of its request: true positions."""
         raise NotImplementedError
 
     @property
@@ -158,6 +162,10 @@ class StarShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def own_len(self) -> int:
         return max(min(self.num_blocks * self.block_len, self.context_len - self.own_start), 0)
+
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """One, or none: own blocks are neighbours."""
+        return ((self.own_start, self.own_start + self.own_len),) if self.num_blocks else ()
 
     @property
     def copied_len(self) -> int:

@@ -25,17 +25,16 @@ class WindowShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A digest of the context's tokens: a host does not have the ones that its KV depends on."""
 
     @property
-    def own_len(self) -> int:
-        return sum(stop - start for start, stop in self.stretches())
-
-    @property
     def num_blocks(self) -> int:
         """Stretches of the context that the host has."""
         return len(self.stretches())
 
-    def stretches(self, rank: int | None = None) -> tuple[tuple[int, int], ...]:
-        """What a host, this one by default, has of the context, in the order of its request: true positions."""
-        rank = self.rank if rank is None else rank
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """Two of each window."""
+        return self.stretches_on(self.rank)
+
+    def stretches_on(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Those of any host."""
         return stretches_of(self.context_len, self.window_len, self.page_size, self.num_hosts, rank)
 
     def own_distances(self) -> Iterator[tuple[int, int, int]]:
@@ -59,7 +58,7 @@ class WindowShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
         last = 0
         for rank, end in enumerate(ends):
             begin = 0
-            for start, stop in self.stretches(rank):
+            for start, stop in self.stretches_on(rank):
                 if begin < end:
                     last = max(last, start + min(end - begin, stop - start))
                 begin += stop - start
@@ -72,7 +71,7 @@ class WindowShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
         found: dict[int, tuple[int, int]] = {}
         for rank in range(self.num_hosts):
             own = 0
-            for start, stop in self.stretches(rank):
+            for start, stop in self.stretches_on(rank):
                 for page in range(start // self.page_size, stop // self.page_size):
                     found[page] = rank, own
                     own += 1
@@ -112,7 +111,7 @@ class WindowShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
 def stretches_of(
     context_len: int, window_len: int, page_size: int, num_hosts: int, rank: int
 ) -> tuple[tuple[int, int], ...]:
-    """See `WindowShard.stretches`."""
+    """See `WindowShard.stretches_on`."""
     found = []
     for start in range(0, context_len, window_len):
         pages = min(window_len, context_len - start) // page_size
