@@ -49,6 +49,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return 0
 
     @property
+    def num_blocks(self) -> int:
+        """Pieces of the context that the host has: its blocks, or its stretches."""
+        return len(self.stretches())
+
+    @property
     def own_len(self) -> int:
         return sum(stop - start for start, stop in self.stretches())
 

@@ -24,11 +24,6 @@ class WindowShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
     context: str
     """A digest of the context's tokens: a host does not have the ones that its KV depends on."""
 
-    @property
-    def num_blocks(self) -> int:
-        """Stretches of the context that the host has."""
-        return len(self.stretches())
-
     def stretches(self) -> tuple[tuple[int, int], ...]:
         """Two of each window."""
         return self.stretches_on(self.rank)

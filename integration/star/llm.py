@@ -1,5 +1,6 @@
 """`StarLLM`: like vLLM's `LLM`, with the context of one prompt spread over several hosts."""
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,7 +42,7 @@ class StarLLM:
 
     A context is cut into blocks; every block sees the anchor, which is the first block or its start, and itself. The
     query and all new tokens see the whole context. One host, or a context shorter than a block, is exact attention.
-    Requests are done one at a time, in order.
+    Requests are done one at a time: those of several threads wait for each other, and all hosts have them in one order.
     """
 
     host_class: type[StarHost] = StarHost
@@ -111,6 +112,9 @@ class StarLLM:
         """Of the running request."""
         self.sharing_pays: bool | None = None
         """None until it is measured."""
+        self.lock = threading.Lock()
+        self.working_thread: int | None = None
+        """That began the running request."""
         try:
             self.start()
         except BaseException:
@@ -189,7 +193,31 @@ class StarLLM:
         sizes: BlockSizes,
         result: list[StarOutput],
     ) -> Iterator[Progress]:
-        """One request from its tokens to its output, which is put into `result`."""
+        """One request from its tokens to its output, which is put into `result`; requests of other threads wait.
+
+        Raises StarError where this thread has a stream open, for which it would wait for ever.
+        """
+        if self.lock.locked() and self.working_thread == threading.get_ident():
+            raise StarError(
+                "another request of this thread is not at its end; requests are done one at a time. Read its stream to "
+                "the end, or close it."
+            )
+        with self.lock:
+            self.working_thread = threading.get_ident()
+            try:
+                yield from self.work_alone(context, query, params, sizes, result)
+            finally:
+                self.working_thread = None
+
+    def work_alone(
+        self,
+        context: Tokens,
+        query: Tokens | None,
+        params: Any,
+        sizes: BlockSizes,
+        result: list[StarOutput],
+    ) -> Iterator[Progress]:
+        """`work`, while no other request is."""
         context_ids, query_ids = self.tokens_of(context, query)
         params = checked_params(params)
         started = time.perf_counter()

@@ -178,6 +178,22 @@ def test_streaming_and_abort(star: StarLLM) -> None:
     assert star.restart_s == 0
 
 
+def test_requests_of_several_threads_wait_for_each_other(star: StarLLM) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    contexts = [PROMPT[at : at + 200] for at in range(3)]
+    alone = [star.generate(context, QUERY, greedy()).token_ids for context in contexts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda context: star.generate(context, QUERY, greedy()).token_ids, contexts))
+    assert together == alone
+    stream = star.stream(CONTEXT, QUERY, greedy(100))
+    assert next(stream)
+    with pytest.raises(StarError, match="another request of this thread is not at its end"):
+        star.generate(CONTEXT, QUERY, greedy())
+    stream.close()
+    assert star.generate(contexts[0], QUERY, greedy()).token_ids == alone[0]
+
+
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     from vllm import SamplingParams
 
