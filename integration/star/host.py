@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus, Phase
@@ -17,6 +18,19 @@ ENGINE_DEFAULTS: dict[str, Any] = {"max_num_seqs": 4, "enable_prefix_caching": T
 ENGINE_FIXED: dict[str, Any] = {"attention_backend": "CUSTOM", "distributed_executor_backend": "uni"}
 MEASURED_RUNS = 4
 """The first of them opens connections."""
+
+
+@dataclass
+class RequestEnd:
+    """What came of one request."""
+
+    output: Any = None
+    token_s: list[float] = field(default_factory=list)
+
+    def answer(self, seconds: float, num_bytes: int, key_exchange_s: float, others: tuple[Answer, ...] = ()) -> Answer:
+        """With what is told of all requests together."""
+        cached = self.output.num_cached_tokens or 0 if self.output is not None else 0
+        return Answer(self.output, seconds, self.token_s, cached, num_bytes, key_exchange_s, others)
 
 
 class StarHost:
@@ -128,28 +142,36 @@ class StarHost:
         engine = self.llm.llm_engine
         started = time.perf_counter()
         self.phase, self.is_lockstep = ask.phase, ask.is_lockstep
+        asks = [ask, *ask.others]
+        names = [each.name for each in asks]
+        ends: dict[str, RequestEnd] = {}
         try:
-            self.request_id = engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, self.sampling_of(ask))
+            ids = [
+                engine.add_request(each.name, {"prompt_token_ids": each.prompt}, self.sampling_of(each))
+                for each in asks
+            ]
+            self.request_id = ids[0]
             self.prepare(ask)
-            output, token_s = self.step_to_end(ask, started)
+            ends = self.step_to_end(ask, started)
         except StarAborted:
-            engine.abort_request([ask.name])
+            engine.abort_request(names)
             if ask.phase == "phase 1":
                 engine.reset_prefix_cache()
-            output, token_s = None, []
         except Exception:
             with contextlib.suppress(Exception):
-                engine.abort_request([ask.name])
+                engine.abort_request(names)
                 # Pages count as cached from when they are scheduled; this step's were not computed.
                 engine.reset_prefix_cache()
             raise
         finally:
             self.phase = self.request_id = None
             self.is_lockstep = False
-        cached = output.num_cached_tokens or 0 if output is not None else 0
         seconds = time.perf_counter() - started
         waited_s = exchange.take_waited_s() if exchange is not None else 0.0
-        return Answer(output, seconds, token_s, cached, self.num_bytes() - received, waited_s)
+        first, *others = (ends.get(name, RequestEnd()) for name in names)
+        return first.answer(
+            seconds, self.num_bytes() - received, waited_s, tuple(each.answer(seconds, 0, 0.0) for each in others)
+        )
 
     def prepare(self, ask: Ask) -> None:
         """Agree with all hosts on what phase 1 finds in the prefix caches, where it is not each host's own affair."""
@@ -194,21 +216,23 @@ class StarHost:
             sampling.extra_args = {**(sampling.extra_args or {}), NAME: msgspec.to_builtins(ask.shard)}
         return sampling
 
-    def step_to_end(self, ask: Ask, started: float) -> tuple[Any, list[float]]:
-        """Step the engine until the request is done, or aborted (None). Hosts of phase 2 end only together."""
+    def step_to_end(self, ask: Ask, started: float) -> dict[str, "RequestEnd"]:
+        """Step the engine until all requests are done, or aborted (none). Hosts of phase 2 end only together."""
         engine = self.llm.llm_engine
-        token_s: list[float] = []
-        last = None
+        ends: dict[str, RequestEnd] = {}
         while engine.has_unfinished_requests():
             if self.is_aborted and not self.waits_for_all():
                 engine.abort_request([ask.name])
-                return None, []
-            for last in engine.step():
-                tokens = last.outputs[0].token_ids
-                token_s += [time.perf_counter() - started] * (len(tokens) - len(token_s))
-                self.token_ids = list(tokens)
+                return {}
+            for output in engine.step():
+                end = ends.setdefault(output.request_id, RequestEnd())
+                tokens = output.outputs[0].token_ids
+                end.output = output
+                end.token_s += [time.perf_counter() - started] * (len(tokens) - len(end.token_s))
+                if output.request_id == ask.name:
+                    self.token_ids = list(tokens)
             self.num_steps += 1
-        return last, token_s
+        return ends
 
     def status(self) -> HostStatus:
         from farspan.vllm_compat.engine import num_computed_tokens

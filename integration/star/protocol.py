@@ -69,6 +69,8 @@ class Ask:
     shard: Shard | None
     shares_anchor: bool = False
     """Phase 1: host 0 sends the anchor, which the others do not compute."""
+    others: tuple["Ask", ...] = ()
+    """Phase 2: requests that are answered together with this one, in the same order on all hosts."""
 
     @property
     def is_lockstep(self) -> bool:
@@ -90,6 +92,8 @@ class Answer:
     """Received from other hosts."""
     key_exchange_s: float
     """In exchanges of keys, the wait for other hosts included."""
+    others: tuple["Answer", ...] = ()
+    """Of `Ask.others`; seconds and bytes are told once for all."""
 
 
 @dataclass(frozen=True)

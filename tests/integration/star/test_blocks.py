@@ -5,7 +5,7 @@ import itertools
 import pytest
 from farspan.engine_ext.errors import ConfigError
 from farspan.star.blocks import BlockSizes, assign_blocks, block_lens, cost_of, default_block_len, plan_shards
-from farspan.star.llm import host_context
+from farspan.star.work import host_context
 
 PAGE = 128
 NONE = BlockSizes()

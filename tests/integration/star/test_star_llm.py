@@ -194,6 +194,21 @@ def test_requests_of_several_threads_wait_for_each_other(star: StarLLM) -> None:
     assert star.generate(contexts[0], QUERY, greedy()).token_ids == alone[0]
 
 
+def test_queries_answered_together_have_the_tokens_that_each_has_alone(star: StarLLM) -> None:
+    """Contexts of several lengths, one that is on one host alone, and an answer that ends earlier."""
+    prompts = [(PROMPT[:200], QUERY), (PROMPT[5 : 5 + CONTEXT_LEN], QUERY[:30]), (PROMPT[:10], QUERY[:5])]
+    params = [greedy(12), greedy(5), greedy(7)]
+    alone = [star.generate(*prompt, each).token_ids for prompt, each in zip(prompts, params, strict=True)]
+    together = star.generate_together(prompts, params)
+    assert [output.token_ids for output in together] == alone
+    assert [output.shards is None for output in together] == [False, False, True]
+    with pytest.raises(ConfigError, match="2 sampling_params for 3 prompts"):
+        star.generate_together(prompts, params[:2])
+    with pytest.raises(ConfigError, match="requests together need"):
+        star.generate_together([(PROMPT * 2, QUERY)] * 9, greedy())
+    assert star.restart_s == 0
+
+
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     from vllm import SamplingParams
 
