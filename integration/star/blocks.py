@@ -83,21 +83,22 @@ def plan_shards(
     sizes: BlockSizes,
     linear_pairs: float,
     *,
-    copies_anchor: bool = True,
+    sending_chunk_len: int | None = None,
 ) -> list[StarShard] | None:
     """The shard of every host, or None where exact attention on one host does the same.
 
     num_tokens: of the context, whole pages. linear_pairs: pairs of a query and a key whose attention costs as much as
-    the linear layers of one token. copies_anchor: whether hosts behind the first compute it too.
+    the linear layers of one token. sending_chunk_len: tokens of a step, where host 0 sends the anchor in the one that
+    ends it; None where each host computes it.
     """
     assert num_tokens % page_size == 0
     block_len = sizes.block_len or default_block_len(num_tokens, num_hosts, page_size)
     if num_tokens <= block_len or (num_hosts == 1 and sizes.block_len is None):
         return None
     anchor_len = block_len if sizes.anchor_len is None else min(sizes.anchor_len, block_len)
-    counts = assign_blocks(
-        block_lens(num_tokens, block_len), num_hosts, anchor_len, linear_pairs, copies_anchor=copies_anchor
-    )
+    waited_len = anchor_len if sending_chunk_len is None else max(anchor_len - sending_chunk_len, 0)
+    lens = block_lens(num_tokens, block_len)
+    counts = assign_blocks(lens, num_hosts, anchor_len, linear_pairs, waited_len=waited_len)
     query_host = max(rank for rank, count in enumerate(counts) if count)
     shards, first = [], 0
     for rank, count in enumerate(counts):
@@ -195,16 +196,17 @@ def block_lens(num_tokens: int, block_len: int) -> list[int]:
 
 
 def assign_blocks(
-    lens: Sequence[int], num_hosts: int, anchor_len: int, linear_pairs: float, *, copies_anchor: bool = True
+    lens: Sequence[int], num_hosts: int, anchor_len: int, linear_pairs: float, *, waited_len: int | None = None
 ) -> list[int]:
     """How many blocks each host has, in order, so that the busiest host has as little to do as can be.
 
-    copies_anchor: whether hosts behind the first also compute the anchor. Each has a block as long as there are any.
+    waited_len: tokens of the anchor that hosts behind the first compute, or wait for; None for all. Each has a block as
+    long as there are any.
     """
     num_blocks = len(lens)
     used = min(num_hosts, num_blocks)
     costs = [cost_of(length, anchor_len if at else 0, linear_pairs) for at, length in enumerate(lens)]
-    copy = cost_of(anchor_len, 0, linear_pairs) if copies_anchor else 0.0
+    copy = cost_of(anchor_len if waited_len is None else waited_len, 0, linear_pairs)
 
     def fill(most: float) -> list[int] | None:
         """Counts with no host above `most`, each host taking what it can; None where there are none."""

@@ -304,6 +304,7 @@ class StarLLM:
             if self.num_hosts == 1:
                 return None
             return window_shards(name, context, self.num_hosts, self.page_size, self.chunk_len())
+        facts = self.hosts.facts
         return plan_shards(
             name,
             len(context),
@@ -311,7 +312,7 @@ class StarLLM:
             self.page_size,
             sizes,
             self.linear_pairs,
-            copies_anchor=not self.wants_sharing(sizes.anchor),
+            sending_chunk_len=facts[0].chunk_len if self.wants_sharing(sizes.anchor) else None,
         )
 
     def wants_sharing(self, anchor: Anchor) -> bool:
