@@ -1,7 +1,8 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it measures. Those with `NEEDS_GPU = False` also run on a CPU. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. Those with `NEEDS_GPU = False` also run on a CPU. `--collect DIR` appends rows that another machine
+wrote to benchmarks/data.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Star Attention's two phases in plain PyTorch with any anchor, as the paper's table 3 varies it; also what no engine does.
+"""Star Attention's two phases in plain PyTorch with any anchor, as the paper's table 3 varies it.
 
 A block is read behind its anchor: tokens of some content at some positions. The anchor's keys are then dropped, unless
 the anchor is the first block itself. The query sees all blocks. Source: Star Attention, arXiv 2411.17116.
