@@ -16,6 +16,8 @@ from benchmarks.record import BenchmarkError
 
 WEIGHT_STD = 0.02  # as Llama models are initialised
 
+MLP_ROWS = 16384
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Layer, rotated query [num_tokens, num_q_heads, head_dim], rotated key and value [num_tokens, num_kv_heads, head_dim]
 -> out, as the query."""
@@ -91,9 +93,11 @@ class PlainLlama:
             out = attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
             hidden = hidden + self.linear(out.flatten(1), f"{prefix}.self_attn.o_proj")
             normed = self.norm(hidden, f"{prefix}.post_attention_layernorm")
-            gate = F.silu(self.linear(normed, f"{prefix}.mlp.gate_proj"))
-            gate *= self.linear(normed, f"{prefix}.mlp.up_proj")
-            hidden = hidden + self.linear(gate, f"{prefix}.mlp.down_proj")
+            # In pieces, as its inner activations are the widest of all.
+            for rows, part in zip(hidden.split(MLP_ROWS), normed.split(MLP_ROWS), strict=True):
+                gate = F.silu(self.linear(part, f"{prefix}.mlp.gate_proj"))
+                gate *= self.linear(part, f"{prefix}.mlp.up_proj")
+                rows += self.linear(gate, f"{prefix}.mlp.down_proj")
         return self.norm(hidden, "model.norm")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
