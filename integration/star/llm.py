@@ -230,7 +230,8 @@ class StarLLM:
         """Both phases on all hosts. A host that is lost in phase 1 is replaced once, where it may be."""
         parts = [host_context(context, shard) for shard in shards]
         num_blocks = -(-len(context) // shards[0].block_len)
-        first_params = sampling_params(max_tokens=1, temperature=0.0, ignore_eos=True)
+        # With the request's own options: phase 2 finds the pages of phase 1 by them.
+        first_params = sampling_params(max_tokens=1, temperature=0.0, ignore_eos=True, extra_args=params.extra_args)
 
         def ask(shard: StarShard, phase: Phase) -> Ask:
             is_first = phase == "phase 1"
