@@ -45,7 +45,7 @@ LONGEST = ("n8", "n4", "n8-g0.9", "n8-shared", "all")
 
 @dataclass(frozen=True)
 class Way:
-    """One way for the hosts to read a context: in `share` blocks, and what else `generate` is told."""
+    """One way for the hosts to read a context: in `share` blocks (0 for none), and what else `generate` is told."""
 
     name: str
     share: int
@@ -65,8 +65,8 @@ WAYS = (
     Way(f"n4{FLEX}", 4, "flex"),
     Way("n8-shared", 8, arguments={"anchor": "share"}),
     Way("n4-shared", 4, arguments={"anchor": "share"}),
-    Way("all", 4, arguments={"visibility": "all"}),
-    Way(f"all{FLEX}", 4, "flex", {"visibility": "all"}),
+    Way("all", 0, arguments={"visibility": "all"}),
+    Way(f"all{FLEX}", 0, "flex", {"visibility": "all"}),
 )
 GOALS = {"n8": 1.55, "n4": 1.25, "n8-shared": 1.8, "all": 1.05, f"n8{FLEX}": 2.0}
 """Times the speed of tensor parallelism 2 at 128K, to the first token."""
@@ -149,8 +149,10 @@ def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int
         extra_args={"farspan.method": way.method},
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
-    block = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
-    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, block_len=block, **way.arguments)
+    arguments = dict(way.arguments)
+    if way.share:
+        arguments["block_len"] = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
+    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, **arguments)
 
 
 def distance(output: StarOutput, expected: dict[str, float]) -> float:

@@ -99,15 +99,17 @@ def block_lens(num_tokens: int, block_len: int) -> list[int]:
     return [min(block_len, num_tokens - start) for start in range(0, num_tokens, block_len)]
 
 
-def assign_blocks(lens: Sequence[int], num_hosts: int, anchor_len: int, linear_pairs: float) -> list[int]:
+def assign_blocks(
+    lens: Sequence[int], num_hosts: int, anchor_len: int, linear_pairs: float, *, copies_anchor: bool = True
+) -> list[int]:
     """How many blocks each host has, in order, so that the busiest host has as little to do as can be.
 
-    Hosts behind the first also compute the anchor. Each has a block as long as there are any.
+    copies_anchor: whether hosts behind the first also compute the anchor. Each has a block as long as there are any.
     """
     num_blocks = len(lens)
     used = min(num_hosts, num_blocks)
     costs = [cost_of(length, anchor_len if at else 0, linear_pairs) for at, length in enumerate(lens)]
-    copy = cost_of(anchor_len, 0, linear_pairs)
+    copy = cost_of(anchor_len, 0, linear_pairs) if copies_anchor else 0.0
 
     def fill(most: float) -> list[int] | None:
         """Counts with no host above `most`, each host taking what it can; None where there are none."""
