@@ -32,7 +32,6 @@ MODULES = (
     "offload_decode",
     "offload",
     "star",
-    "star_accuracy",
     "star_quality",
 )
 
