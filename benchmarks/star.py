@@ -4,8 +4,8 @@ tensor parallelism 2 and ring attention on the same two GPUs.
 Whole engines of an 8B shape with fewer layers (`l8` in the case: 8 of 32), calibrated heads, one request alone, a fresh
 prompt each time. All engines are up at once and take turns, so that a start is waited for once. Times to the first
 token count from the request to the token, both phases included. The ring is `benchmarks.ring`: a whole forward of as
-many layers in plain PyTorch with FlashAttention 3, without an engine around it. Before anything is reported, two hosts
-with blocks of N/2, which see all of the context, must agree with one GPU on the first token's log probabilities.
+many layers in plain PyTorch with FlashAttention 3, without an engine around it. First of all, two hosts with blocks of
+N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
 """
 
 import inspect
@@ -174,6 +174,7 @@ class Bench:
         self.medians: dict[tuple[int, str], float] = {}
         self.failed: set[str] = set()
         """Peers that have failed."""
+        self.mark = ""
         self.first: dict[int, Timing] = {}
         """One GPU's answers, by length."""
         deadline = time.monotonic() + TIMEOUT_S
@@ -260,20 +261,21 @@ class Bench:
             except StarError as error:
                 self.recorder.note(f"n{case.length} {way.variant}: {error}")
                 continue
-            self.record_star(case.length, way.variant, outputs)
+            self.record_star(case.length, way.variant + self.mark, outputs)
         if "tp2-fa3" in self.engines:
             self.attempt("tp2-fa3", lambda: self.record_engine("tp2-fa3", case))
         self.attempt("ring", lambda: self.record_ring(case))
         self.report(case.length)
 
     def check(self, case: Case) -> None:
-        """Two blocks on two hosts give one GPU's first token. Raises BenchmarkError."""
+        """Whether two blocks on two hosts give one GPU's first token; rows of Star are marked from here on if not."""
         # The prompt of the other engine's first.
         output = ask_star(self.star, case.length, Way("n2", NUM_HOSTS), seed=case.length)
         far = distance(output, self.first[case.length].top_logprobs)
         self.recorder.note(f"n{case.length}: two blocks give log probabilities {far:.3f} from one GPU's")
         if not far <= LOGPROB_TOLERANCE:
-            raise BenchmarkError(f"n{case.length}: log probabilities off by {far:.3f} with blocks that see all")
+            self.recorder.note(f"that is more than {LOGPROB_TOLERANCE}: rows of Star are marked as wrong")
+            self.mark = "-wrong"
 
     def case_of(self, length: int) -> str:
         return f"n{length}-b1-{self.label}"
