@@ -112,12 +112,13 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if step.cold is not None:
             step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
+        pages = kv_cache if step.key_exchange is None else step.key_exchange.pages(kv_cache)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = output[each.rows, heads]
             target = out if each.part is None else parts.new_out(out)
             if each.keys == "cache":
-                kv = KVView(kv_cache)
+                kv = KVView(pages)
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)

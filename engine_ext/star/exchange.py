@@ -1,4 +1,4 @@
-"""What the hosts of Star Attention send each other in phase 2: partial results of a layer, and agreement on a step.
+"""What the hosts of Star Attention send each other: partial results of a layer, pages of keys, agreement on a step.
 
 One group per process, formed before the engine captures graphs. A host that is late or gone is named within the
 time-out, as long as the others wait on the CPU; a device that waits is the coordinator's to notice.
@@ -7,7 +7,7 @@ time-out, as long as the others wait on the CPU; a device that waits is the coor
 import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -31,10 +31,17 @@ class Exchange:
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
         self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
         self.step = 0
+        self.phase = "start"
+        """Of the request that is worked on, for errors."""
         self.is_aborted = False
         """Set from another thread: at the next step all hosts end what they compute together."""
         self.num_bytes = 0
         """Received from the other hosts so far, as builders count it: a replayed graph passes no line of ours."""
+        self.anchor_of: str | None = None
+        """The request whose anchor all hosts have to send or receive at their next step that can."""
+        self.waited_s = 0.0
+        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """Around exchanges that the device has not been asked about yet."""
 
     def warm_up(self) -> None:
         """One small collective on each group, by every host. Raises StarError where a host does not take part."""
@@ -45,29 +52,76 @@ class Exchange:
         if out[:, 0, 0, 0].tolist() != list(range(self.num_hosts)):
             raise StarError(f"host {self.rank}: the warm-up exchange gave other hosts' numbers in the wrong places.")
 
-    def agree(self, digest: bytes) -> None:
-        """Wait until all hosts are about to compute the same step.
+    def agree(self, digest: bytes, number: int = 0) -> list[int]:
+        """Wait until all hosts are about to compute the same step; returns the number that each of them tells.
 
         digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
         come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
         """
         self.step += 1
-        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big")], dtype=torch.int64)
-        everyone = torch.empty(self.num_hosts, 3, dtype=torch.int64)
-        try:
+        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big"), number], dtype=torch.int64)
+        everyone = torch.empty(self.num_hosts, 4, dtype=torch.int64)
+        with self.named_errors():
             self.store.set(f"step {self.rank}", str(self.step))
-            self.all_gather(self.cpu_group, everyone, mine)
-        except RuntimeError as error:
-            raise StarError(self.sentence_of_late(error)) from error
+        self.all_gather(self.cpu_group, everyone, mine)
         if everyone[:, 0].any():
             self.is_aborted = False
-            raise StarAborted(f"phase 2, step {self.step}: aborted.")
-        differing = [rank for rank in range(self.num_hosts) if everyone[rank].tolist() != mine.tolist()]
+            raise StarAborted(f"{self.phase}, step {self.step}: aborted.")
+        differing = [rank for rank in range(self.num_hosts) if everyone[rank, :3].tolist() != mine[:3].tolist()]
         if differing:
             raise StarError(
-                f"phase 2, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute different "
-                "steps (other requests, or tokens of other requests). Answers would be wrong, so the request ends."
+                f"{self.phase}, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute "
+                "different steps (other requests, or tokens of other requests). Answers would be wrong, so the request "
+                "ends."
             )
+        return everyone[:, 3].tolist()
+
+    def gather_pages(self, mine: torch.Tensor) -> torch.Tensor:
+        """Pages of all hosts, as many of each: [num_pages, …] contiguous to [num_hosts * num_pages, …], by ranks."""
+        everyone = torch.empty(self.num_hosts, mine.numel(), dtype=mine.dtype, device=mine.device)
+        with self.timed(mine.device):
+            self.all_gather(self.device_group, everyone, mine.view(-1))
+        return everyone.view(-1, *mine.shape[1:])
+
+    def send_pages(self, pages: torch.Tensor) -> None:
+        """Let all hosts have what host 0 has in `pages`, contiguous and of the same shape everywhere."""
+        from torch.distributed.distributed_c10d import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=self.timeout_s)
+        with self.timed(pages.device), self.named_errors():
+            self.device_group.broadcast([pages], options).wait()
+
+    @contextlib.contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Count the time until an exchange is over on the device, which waits there for the other hosts."""
+        if device.type == "cpu":
+            started = time.perf_counter()
+            yield
+            self.waited_s += time.perf_counter() - started
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self.waits.append(events)
+
+    def take_waited_s(self) -> float:
+        """Seconds that exchanges of keys took since this was last asked, the wait for other hosts included."""
+        for first, last in self.waits:
+            last.synchronize()
+            self.waited_s += first.elapsed_time(last) / 1e3
+        waited_s, self.waited_s, self.waits = self.waited_s, 0.0, []
+        return waited_s
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Say who is missing where the CPU notices that a collective failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise StarError(self.sentence_of_late(error)) from error
 
     def gather(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
@@ -81,10 +135,7 @@ class Exchange:
         mine[:out_bytes].view(out.dtype).view(out.shape).copy_(out)
         mine[out_bytes:].view(torch.float32).view(lse.shape).copy_(lse)
         everyone = torch.empty(self.num_hosts, mine.numel(), dtype=torch.uint8, device=out.device)
-        try:
-            self.all_gather(self.device_group, everyone, mine)
-        except RuntimeError as error:
-            raise StarError(self.sentence_of_late(error)) from error
+        self.all_gather(self.device_group, everyone, mine)
         part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
         part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
         return part_out, part_lse
@@ -94,17 +145,18 @@ class Exchange:
 
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
-        group._allgather_base(everyone, mine[None], options).wait()
+        with self.named_errors():
+            group._allgather_base(everyone, mine[None], options).wait()
 
     def sentence_of_late(self, error: Exception) -> str:
         """Who is missing, by the steps that the hosts have told the store."""
         late = self.late_hosts()
         if late:
             return (
-                f"phase 2, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
                 f"{self.rank} waited). The host is gone, or too slow; see its log."
             )
-        return f"phase 2, step {self.step}: host {self.rank} lost the connection to another host ({error})."
+        return f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
 
     def late_hosts(self) -> list[int]:
         """Hosts that are behind this one, as far as can be told.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.star.shard import StarShard
 from farspan.star.llm import StarLLM
 from farspan.star.output import Progress, StarOutput
 
@@ -26,6 +27,8 @@ class StarCommand:
     temperature: float
     block_len: int | None
     anchor_len: int | None
+    anchor: Any
+    visibility: Any
     timeout_s: float
     address: str | None
     strategy: Any
@@ -59,6 +62,8 @@ def run_star(command: StarCommand) -> int:
         command.hosts,
         block_len=command.block_len,
         anchor_len=command.anchor_len,
+        anchor=command.anchor,
+        visibility=command.visibility,
         timeout_s=command.timeout_s,
         address=command.address,
         strategy=command.strategy,
@@ -157,7 +162,10 @@ def describe(output: StarOutput) -> str:
         for shard, seconds in zip(output.shards, times.host_s, strict=True)
     )
     shard = output.shards[0]
+    cut = "parts that see all before them"
+    if isinstance(shard, StarShard):
+        cut = f"blocks of {shard.block_len}, anchor {shard.anchor_len}"
     return (
-        f"{shard.context_len} tokens of context in blocks of {shard.block_len}, anchor {shard.anchor_len}; {blocks}\n"
+        f"{shard.context_len} tokens of context in {cut}; {blocks}\n"
         f"phase 1 took {times.phase_1_s:.2f} s; {first}; {times.exchanged_bytes / 2**20:.2f} MiB exchanged"
     )

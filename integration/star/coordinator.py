@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star.host import StarHost
-from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup, HostStatus
+from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus
 
 POLL_S = 0.05
 """Between two looks at working hosts."""
@@ -112,6 +112,11 @@ class Hosts:
                 f"hosts with pages of {sorted(page_sizes)} tokens; farspan needs the same on all. Set block_size."
             )
         assert ray.is_initialized()
+
+    def measure(self) -> list[HostRates]:
+        """What sending and computing an anchor take, of all hosts."""
+        refs = {rank: actor.measure.remote() for rank, actor in enumerate(self.actors)}
+        return [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
 
     def place(self) -> Any:
         import ray
@@ -245,8 +250,8 @@ class Hosts:
                     watch.num_steps, watch.moved = watch.status.num_steps, time.monotonic()
             watch.asked = None
         still_s = time.monotonic() - watch.moved
-        # In phase 2 all stand still with one: those that wait know whom they wait for, and say so first.
-        is_waiting = watch.status is not None and watch.status.phase == "phase 2" and watch.asked is None
+        # In lockstep all stand still with one: those that wait know whom they wait for, and say so first.
+        is_waiting = watch.status is not None and watch.status.waits_for_all and watch.asked is None
         return still_s > self.setup.timeout_s + (GRACE_S if is_waiting or waits else 0)
 
     def abort(self, pending: dict[int, Any]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.shard import Shard
 from farspan.star.protocol import Phase
 
 
@@ -22,6 +22,8 @@ class StarTimes:
     """Received by all hosts from each other."""
     host_s: list[float]
     """Of each host, at work in phase 1."""
+    key_exchange_s: list[float]
+    """Of each host, in phase 1: until it had the anchor that host 0 sends, or all hosts' keys; waiting included."""
     restart_s: float
     """Spent on hosts that had to be replaced."""
 
@@ -36,7 +38,7 @@ class StarOutput:
     finish_reason: str | None
     output: Any
     """vLLM's RequestOutput of the query's host, whose prompt is that host's share."""
-    shards: list[StarShard] | None
+    shards: list[Shard] | None
     """Who had which blocks; None with exact attention on one host."""
     times: StarTimes
     num_prompt_tokens: int = 0

@@ -56,6 +56,10 @@ class FaultyHost(StarHost):
             answer = dataclasses.replace(answer)
         return answer
 
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        assert self.llm.llm_engine.reset_prefix_cache()
+
     def act(self) -> None:
         """Do what the file says."""
         assert self.fault is not None

@@ -22,7 +22,7 @@ class Asking(StarLLM):
         """Answer at once."""
         self.asked += asks.values()
         output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])])
-        answers.update({rank: Answer(output, 0.0, [0.0], 0, 0) for rank in asks})
+        answers.update({rank: Answer(output, 0.0, [0.0], 0, 0, 0.0) for rank in asks})
         yield from ()
 
 
