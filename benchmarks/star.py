@@ -4,7 +4,8 @@ tensor parallelism 2 and ring attention on the same two GPUs.
 Whole engines of an 8B shape with fewer layers (`l8` in the case: 8 of 32), calibrated heads, one request alone, a fresh
 prompt each time. All engines are up at once and take turns, so that a start is waited for once. Times to the first
 token count from the request to the token, both phases included. The ring is `benchmarks.ring`: a whole forward of as
-many layers in plain PyTorch with FlashAttention 3, without an engine around it. First of all, two hosts with blocks of
+many layers in plain PyTorch with FlashAttention 3, without an engine around it. The hosts read chunks of 32K tokens, so
+that an anchor of N/4 of 128K is one; vLLM's own engines have its defaults. First of all, two hosts with blocks of
 N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
 """
 
@@ -32,6 +33,7 @@ from benchmarks.ring import RingHosts, RingSpec
 NAME = "star"
 NUM_HOSTS = 2
 NUM_LAYERS, ALL_LAYERS = 8, 32
+CHUNK_LEN = 32768
 GAMMA = 0.9
 QUERY_LEN, OUTPUT_LEN = 64, 33
 LOGPROB_TOLERANCE = 0.25
@@ -226,6 +228,8 @@ class Bench:
         else:
             # A host may have all of a context, and the copy of its anchor.
             engine |= memory_of(self.model, max_len + max_len // 8)
+            # A shared anchor of that many tokens is one chunk, so that the others wait for one layer of it.
+            engine["max_num_batched_tokens"] = CHUNK_LEN
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
             engine["compilation_config"] = graphs
         options = {"prefill": {"method": "flex", "gamma": GAMMA}}

@@ -39,6 +39,8 @@ class Exchange:
         """Received from the other hosts so far, as builders count it: a replayed graph passes no line of ours."""
         self.anchor_of: str | None = None
         """The request whose anchor all hosts have to send or receive at their next step that can."""
+        self.gathers_keys = False
+        """Whether contexts may be spread so that a layer has all hosts' keys for a while."""
         self.waited_s = 0.0
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """Around exchanges that the device has not been asked about yet."""
@@ -61,8 +63,6 @@ class Exchange:
         self.step += 1
         mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big"), number], dtype=torch.int64)
         everyone = torch.empty(self.num_hosts, 4, dtype=torch.int64)
-        with self.named_errors():
-            self.store.set(f"step {self.rank}", str(self.step))
         self.all_gather(self.cpu_group, everyone, mine)
         if everyone[:, 0].any():
             self.is_aborted = False
@@ -78,10 +78,10 @@ class Exchange:
 
     def gather_pages(self, mine: torch.Tensor) -> torch.Tensor:
         """Pages of all hosts, as many of each: [num_pages, …] contiguous to [num_hosts * num_pages, …], by ranks."""
-        everyone = torch.empty(self.num_hosts, mine.numel(), dtype=mine.dtype, device=mine.device)
+        everyone = torch.empty(self.num_hosts, mine.nbytes, dtype=torch.uint8, device=mine.device)
         with self.timed(mine.device):
-            self.all_gather(self.device_group, everyone, mine.view(-1))
-        return everyone.view(-1, *mine.shape[1:])
+            self.all_gather(self.device_group, everyone, mine.view(-1).view(torch.uint8))
+        return everyone.view(mine.dtype).view(-1, *mine.shape[1:])
 
     def send_pages(self, pages: torch.Tensor) -> None:
         """Let all hosts have what host 0 has in `pages`, contiguous and of the same shape everywhere."""
@@ -91,7 +91,7 @@ class Exchange:
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self.timeout_s)
         with self.timed(pages.device), self.named_errors():
-            self.device_group.broadcast([pages], options).wait()
+            self.device_group.broadcast([pages.view(-1).view(torch.uint8)], options).wait()
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -149,7 +149,7 @@ class Exchange:
             group._allgather_base(everyone, mine[None], options).wait()
 
     def sentence_of_late(self, error: Exception) -> str:
-        """Who is missing, by the steps that the hosts have told the store."""
+        """Who is missing, by what the hosts that waited in vain tell the store."""
         late = self.late_hosts()
         if late:
             return (
@@ -159,18 +159,19 @@ class Exchange:
         return f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
 
     def late_hosts(self) -> list[int]:
-        """Hosts that are behind this one, as far as can be told.
+        """Hosts that are behind this one, as far as can be told: those that waited say so at about the same time.
 
         Host 0 keeps the store: where it does not answer, host 0 is gone.
         """
         late: list[int] = []
         with contextlib.suppress(RuntimeError):
             self.store.set_timeout(timedelta(seconds=ATTEMPT_S))
+            self.store.set(f"waited {self.rank}", str(self.step))
         for rank in range(self.num_hosts):
             if rank == self.rank:
                 continue
             try:
-                step = int(self.store.get(f"step {rank}"))
+                step = int(self.store.get(f"waited {rank}"))
             except RuntimeError:
                 return [0] if self.rank != 0 and not self.store_answers() else [*late, rank]
             if step < self.step:

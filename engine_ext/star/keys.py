@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.exchange import Exchange, current
 
 
 class KeyExchange(Protocol):
@@ -29,7 +29,9 @@ class SharedAnchor:
     def pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """The cache itself, with the anchor in it."""
         is_source = self.exchange.rank == 0
-        sent = kv_cache[self.page_ids] if is_source else kv_cache.new_empty(len(self.page_ids), *kv_cache.shape[1:])
+        sent = kv_cache.new_empty(len(self.page_ids), *kv_cache.shape[1:])
+        if is_source:
+            torch.index_select(kv_cache, 0, self.page_ids, out=sent)
         self.exchange.send_pages(sent)
         if not is_source:
             kv_cache.index_copy_(0, self.page_ids, sent)
@@ -46,4 +48,15 @@ class GatheredKeys:
 
     def pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """[num_hosts * num_pages, …]: by rank, each host's in the order of its request."""
-        return self.exchange.gather_pages(kv_cache[self.page_ids])
+        return self.exchange.gather_pages(kv_cache.index_select(0, self.page_ids).contiguous())
+
+
+def largest_gathered_keys(query: torch.Tensor, num_kv_heads: int, max_model_len: int) -> torch.Tensor | None:
+    """As much memory as a layer's gathered keys take where every host has all that it can, for vLLM's profile to see.
+
+    query: [num_tokens, num_q_heads, head_dim]. None where keys are not gathered.
+    """
+    exchange = current()
+    if exchange is None or not exchange.gathers_keys or query.device.type == "cpu":
+        return None
+    return query.new_empty(exchange.num_hosts + 1, max_model_len, num_kv_heads, 2 * query.shape[2])

@@ -27,8 +27,6 @@ class StarCommand:
     temperature: float
     block_len: int | None
     anchor_len: int | None
-    anchor: Any
-    visibility: Any
     timeout_s: float
     address: str | None
     strategy: Any
@@ -36,6 +34,8 @@ class StarCommand:
     engine: dict[str, Any]
     listen: tuple[str, int] | None = None
     """Address and port of a server; None to ask one question."""
+    anchor: Any = "recompute"
+    visibility: Any = "star"
 
 
 def run_star(command: StarCommand) -> int:
@@ -165,7 +165,8 @@ def describe(output: StarOutput) -> str:
     cut = "parts that see all before them"
     if isinstance(shard, StarShard):
         cut = f"blocks of {shard.block_len}, anchor {shard.anchor_len}"
+    waited = f" ({max(times.key_exchange_s):.2f} s of it until keys came)" if any(times.key_exchange_s) else ""
     return (
         f"{shard.context_len} tokens of context in {cut}; {blocks}\n"
-        f"phase 1 took {times.phase_1_s:.2f} s; {first}; {times.exchanged_bytes / 2**20:.2f} MiB exchanged"
+        f"phase 1 took {times.phase_1_s:.2f} s{waited}; {first}; {times.exchanged_bytes / 2**20:.2f} MiB exchanged"
     )

@@ -35,6 +35,7 @@ class HostsSetup:
     timeout_s: float
     start_timeout_s: float
     graphs: bool
+    gathers_keys: bool
     options: dict[str, Any]
     engine: dict[str, Any]
     address: str | None
@@ -148,6 +149,7 @@ class Hosts:
             timeout_s=setup.timeout_s,
             start_timeout_s=setup.start_timeout_s,
             graphs=setup.graphs,
+            gathers_keys=setup.gathers_keys,
             options=setup.options,
             engine=setup.engine,
         )

@@ -71,6 +71,7 @@ class StarHost:
             start_timeout_s=setup.start_timeout_s,
         )
         self.sockets = []
+        exchange.gathers_keys = setup.gathers_keys
         set_exchange(exchange)
 
     def facts(self, start_s: float) -> HostFacts:

@@ -99,6 +99,7 @@ class StarLLM:
                 timeout_s=timeout_s,
                 start_timeout_s=start_timeout_s,
                 graphs=graphs and hosts > 1,
+                gathers_keys=visibility == "all",
                 options=dict(options or {}),
                 engine=engine,
                 address=address,

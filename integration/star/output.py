@@ -1,6 +1,6 @@
 """What a request to `StarLLM` gives: its answer, its times, and how far it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from farspan.engine_ext.star.shard import Shard
@@ -22,10 +22,10 @@ class StarTimes:
     """Received by all hosts from each other."""
     host_s: list[float]
     """Of each host, at work in phase 1."""
-    key_exchange_s: list[float]
-    """Of each host, in phase 1: until it had the anchor that host 0 sends, or all hosts' keys; waiting included."""
     restart_s: float
     """Spent on hosts that had to be replaced."""
+    key_exchange_s: list[float] = field(default_factory=list)
+    """Of each host, in phase 1: until it had the anchor that host 0 sends, or all hosts' keys; waiting included."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class HostSetup:
     start_timeout_s: float
     graphs: bool
     """Whether decode runs in CUDA graphs that hold the exchange."""
+    gathers_keys: bool
+    """Whether memory is kept for all hosts' keys of one layer."""
     options: dict[str, Any]
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)

@@ -63,6 +63,22 @@ def test_strided_results_are_gathered() -> None:
     assert torch.equal(results[0][0][1], wide[:, 1:5, :64])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_come_from_all_hosts_or_from_host_0(dtype: torch.dtype) -> None:
+    def pages(rank: int) -> torch.Tensor:
+        return (torch.arange(48).view(3, 2, 8) + 100 * rank).to(dtype)
+
+    def work(exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor, float]:
+        gathered, sent = exchange.gather_pages(pages(exchange.rank)), pages(exchange.rank)
+        exchange.send_pages(sent)
+        return gathered, sent, exchange.take_waited_s()
+
+    for gathered, sent, waited_s in on_hosts(3, work):
+        assert torch.equal(gathered, torch.cat([pages(rank) for rank in range(3)]))
+        assert torch.equal(sent, pages(0))
+        assert waited_s > 0
+
+
 def test_a_late_host_is_named() -> None:
     def work(exchange: Exchange) -> None:
         exchange.agree(b"one")
