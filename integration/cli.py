@@ -10,6 +10,7 @@ from farspan import __version__
 from farspan.command import floats, integers, mapping, need_matplotlib, run_command, words
 from farspan.doctor import add_doctor_command
 from farspan.plan_command import add_plan_command
+from farspan.scheduler.rates import GPUS, LINKS, MEASURED_GPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +152,13 @@ def _add_star(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("action", nargs="?", choices=["ask", "serve"], default="ask", help="one question, or an OpenAI-like server")
+    add(
+        "action",
+        nargs="?",
+        choices=["ask", "serve", "plan"],
+        default="ask",
+        help="one question, an OpenAI-like server, or predicted times of more hosts without starting any",
+    )
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
@@ -173,12 +180,20 @@ def _add_star(subcommands: Any) -> None:
         default="PACK",
         help="how Ray places hosts over machines",
     )
+    add("--gpu", choices=list(GPUS), default=MEASURED_GPU, help="plan: of every host")
+    add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     parser.set_defaults(run=_run_star)
 
 
 def _run_star(arguments: argparse.Namespace) -> int:
+    if arguments.action == "plan":
+        from farspan.star.plan import run_star_plan
+
+        return run_star_plan(
+            arguments.model, arguments.length, arguments.block_len, arguments.gpu, arguments.link
+        )  # fmt: skip
     from farspan.star.command import StarCommand, run_star
 
     return run_star(

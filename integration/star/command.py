@@ -48,6 +48,8 @@ def run_star(command: StarCommand) -> int:
 
         if not torch.cuda.is_available():
             engine.setdefault("dtype", "float32")
+            # Compiling takes minutes there, and one short answer no time.
+            engine.setdefault("enforce_eager", True)
         model = str(model_dir())
         engine.setdefault("max_model_len", command.length + 2 * command.max_tokens)
     if command.listen is None:

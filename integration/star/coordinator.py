@@ -189,14 +189,15 @@ class Hosts:
 
         try:
             return ray.get(ref)
-        except ray.exceptions.RayActorError as error:
-            first = str(error).strip().splitlines()[0]
-            raise HostLost(rank, f"{doing}: host {rank} is dead ({first}); see its log.") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, StarError | ValueError | VLLMValidationError):
                 raise cause from None
             raise HostFailed(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayError as error:
+            # Its process or its machine is gone, or Ray has ended it as its machine's memory was nearly full.
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise HostLost(rank, f"{doing}: host {rank} is dead ({first}); see its log.") from error
 
     def run(self, asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[dict[int, HostStatus]]:
         """Let hosts work, and yield how far they are until all have put their answers into `answers`.

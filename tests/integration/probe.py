@@ -55,6 +55,11 @@ class WorkerProbe:
         layers = [layer for builder in metadata_builders(worker.model_runner) for layer in builder.layers.values()]
         return [row for layer in layers if layer.selector.stats is not None for row in layer.selector.stats.rows()]
 
+    def memory_for_activations(self) -> int:
+        """Bytes that vLLM's memory profile leaves free for what a step allocates."""
+        worker: Any = self
+        return worker.peak_activation_memory
+
     def planned_step(self) -> int | None:
         """Number of the last step, as the scheduler's plan told the runner; None without plans."""
         worker: Any = self

@@ -1,8 +1,8 @@
-"""On a GPU: no step waits for the device, and none compiles a kernel once the engine is up.
+"""On a GPU: no step waits for the device, compiles a kernel once the engine is up, or takes memory nobody left for it.
 
-vLLM checks both itself. VLLM_GPU_SYNC_CHECK=error raises where a step synchronises, and --jit-monitor-mode error where
-a kernel is compiled after warm-up; a warm-up is what enforce_eager leaves out. Either is switched on once for a whole
-process, so these engines run in processes of their own, and an engine that raises ends its test.
+vLLM checks the first two itself. VLLM_GPU_SYNC_CHECK=error raises where a step synchronises, and --jit-monitor-mode
+error where a kernel is compiled after warm-up; a warm-up is what enforce_eager leaves out. Either is switched on once
+for a whole process, so these engines run in processes of their own, and an engine that raises ends its test.
 """
 
 from collections import Counter
@@ -129,3 +129,23 @@ def test_attention_never_waits_for_the_device(make_llm: Any, monkeypatch: pytest
     prefill_every_way(llm)
     assert calls["forward"] >= calls["build"] > 0
     assert calls["do_kv_cache_update"] > 0
+
+
+def test_the_longest_chunk_takes_no_more_memory_than_profiled(make_llm: Any) -> None:
+    """What selection allocates for a while is left free beside the KV cache: most of what this small model takes."""
+    max_len, chunk_len = 131072, 16384
+    llm = make_llm(
+        "llama",
+        dtype="bfloat16",
+        hf_overrides={"max_position_embeddings": max_len},
+        max_model_len=max_len,
+        num_gpu_blocks_override=max_len // 128 + 2,
+        max_num_batched_tokens=chunk_len,
+        max_num_seqs=1,
+        additional_config={"farspan": OPTIONS["flex"]},
+    )
+    (left_free,) = llm.collective_rpc("memory_for_activations")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    generate(llm, make_prompts((max_len - 1,)), 1)
+    assert 0 < torch.cuda.max_memory_allocated() - before <= left_free

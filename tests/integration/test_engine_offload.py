@@ -14,8 +14,9 @@ __all__ = ["stock_tokens"]
 
 
 PAGE, LAYERS, HEAD_DIM, MAX_LEN = 16, 2, 64, 768
-HEAD_PAGE = PAGE * 2 * HEAD_DIM * 4
-STUB = PAGE * 4
+STUB = {"float32": PAGE * 4, "bfloat16": PAGE * 2}
+"""Bytes per block of a layer without hot heads: one number per token."""
+HEAD_PAGE = {dtype: 2 * HEAD_DIM * stub for dtype, stub in STUB.items()}
 BLOCKS = 160
 GIB = 1 << 30
 
@@ -29,16 +30,19 @@ def offloading(
     blocks: int = BLOCKS,
     group_size: int = 1,
     farspan: dict[str, Any] | None = None,
+    dtype: str = "float32",
     **arguments: Any,
 ) -> dict[str, Any]:
     """Arguments of an engine with so many slots and blocks of `PAGE` tokens, and so many hot heads."""
+    head_page = HEAD_PAGE[dtype]
     counts = hot if isinstance(hot, list) else [hot] * LAYERS
-    cold_page = sum(heads - count for count in counts) * HEAD_PAGE
-    block = sum(count * HEAD_PAGE or STUB for count in counts)
-    staging = 2 * group_size * -(-MAX_LEN // PAGE) * HEAD_PAGE if num_slots < blocks else 0
+    cold_page = sum(heads - count for count in counts) * head_page
+    block = sum(count * head_page or STUB[dtype] for count in counts)
+    staging = 2 * group_size * -(-MAX_LEN // PAGE) * head_page if num_slots < blocks else 0
     # A little more than the blocks take, as a fraction of a GiB is rounded.
     offload = {"host_memory": (blocks + 0.5) * max(cold_page, 1) / GIB, "hot_heads": hot, "group_size": group_size}
     return {
+        "dtype": dtype,
         "block_size": PAGE,
         "max_model_len": MAX_LEN,
         "max_num_batched_tokens": tokens,
@@ -245,7 +249,7 @@ def test_metrics(make_llm: Callable[..., Any]) -> None:
     generate(llm, PROMPTS)
     found = {each.name: each.value for each in llm.get_metrics() if each.name.startswith("vllm:farspan_offload_")}
     told = {name.removeprefix("vllm:farspan_offload_"): value for name, value in found.items()}
-    page_bytes = LAYERS * 2 * HEAD_PAGE
+    page_bytes = LAYERS * 2 * HEAD_PAGE["float32"]
     assert told["slots"] == 20
     assert told["host_pages"] == BLOCKS
     assert told["bytes_to_host"] == offload_state(llm)["spilled"] * page_bytes > 0

@@ -42,10 +42,10 @@ def test_tokens_in_graphs(make_llm: Callable[..., Any], options: dict[str, Any])
 def test_hot_and_cold_heads(make_llm: Callable[..., Any]) -> None:
     """One of four heads hot, by FlashAttention 3 in bfloat16, in small groups."""
     arguments = {"dtype": "bfloat16", **IN_GRAPHS}
-    reference = make_llm("qwen3", **plain(), **arguments)
+    reference = make_llm("qwen3", **plain(**arguments))
     expected = generate(reference, PROMPTS)
     reference.llm_engine.engine_core.shutdown()
-    llm = make_llm("qwen3", **offloading(12, heads=4, hot=1, group_size=2), **arguments)
+    llm = make_llm("qwen3", **offloading(12, heads=4, hot=1, group_size=2, **arguments))
     found = run_checked(llm, PROMPTS)
     # Launches over fewer heads may round differently.
     same = sum(a == b for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True))

@@ -20,6 +20,13 @@ PROMPTS = make_prompts((1, 129, 1800), seed=21)
 MASK_BLOCKS = 32
 
 
+@pytest.fixture(autouse=True)
+def spawned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs: a rank that is forked from a process with CUDA, where the engine of one rank has been, cannot start."""
+    if torch.cuda.is_available():
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
 @pytest.fixture
 def mask_file(tmp_path: Path) -> Path:
     """One mask per query head, no two alike: a rank that took another's heads would give other tokens."""

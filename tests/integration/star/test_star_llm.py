@@ -284,13 +284,35 @@ def test_a_host_lost_in_phase_2_is_named(
     assert star.restart_s > 0
 
 
-@pytest.mark.parametrize("phase", ["phase 1", "phase 2"])
-def test_a_host_whose_memory_is_full_says_so(star: StarLLM, fault: Callable[..., None], phase: str) -> None:
-    fault(1, phase, "memory")
+@pytest.mark.parametrize(
+    ("phase", "action", "sentence"),
+    [
+        ("phase 1", "fill", "RuntimeError: .*allocate"),
+        ("phase 2", "memory", "MemoryError: a test's memory is full"),
+    ],
+    ids=["phase-1", "phase-2"],
+)
+def test_a_host_whose_memory_is_full_says_so(
+    star: StarLLM, fault: Callable[..., None], phase: str, action: str, sentence: str
+) -> None:
+    fault(1, phase, action)
     context = PROMPT[37 : 37 + CONTEXT_LEN]
-    with pytest.raises(StarError, match=f"{phase}: host 1 failed: MemoryError"):
+    with pytest.raises(StarError, match=f"{phase}: host 1 failed: {sentence}"):
         star.generate(context, QUERY, greedy())
     assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
+
+
+def test_a_host_without_network_is_named(star: StarLLM, fault: Callable[..., None]) -> None:
+    """Its connections to the other hosts are cut in phase 2; the coordinator still reaches it."""
+    fault(1, "phase 2", "cut")
+    context = PROMPT[39 : 39 + CONTEXT_LEN]
+    started = time.monotonic()
+    with pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
+        star.generate(context, QUERY, greedy(32))
+    assert time.monotonic() - started < 2 * TIMEOUT_S
+    assert "host 1" in str(caught.value)
+    assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
+    assert star.restart_s > 0
 
 
 def test_other_tokens_name_their_host(star: StarLLM, fault: Callable[..., None]) -> None:
