@@ -7,7 +7,7 @@ does not hold up, so that it can name the one that does not move.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +85,8 @@ class Hosts:
         self.actors: list[Any] = []
         self.group: Any = None
         self.facts: list[HostFacts] = []
+        self.killed: set[int] = set()
+        """Hosts that were ended because they made no progress, and that have no successor yet."""
         if not ray.is_initialized():
             # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
             address = setup.address or os.environ.get("RAY_ADDRESS")
@@ -221,11 +223,9 @@ class Hosts:
                         errors[rank] = error
                 for rank in list(pending):
                     if self.is_stuck(rank, watches[rank], waits=bool(errors)):
-                        errors[rank] = HostLost(
-                            rank,
-                            f"{doing}: host {rank} made no progress for {self.setup.timeout_s:g} s; see its log.",
-                        )
+                        errors[rank] = stuck_error(rank, doing, self.setup.timeout_s, errors.values())
                         ray.kill(self.actors[rank], no_restart=True)
+                        self.killed.add(rank)
                         del pending[rank]
                 if pending:
                     yield {rank: watch.status for rank, watch in watches.items() if watch.status is not None}
@@ -268,18 +268,26 @@ class Hosts:
                 ray.kill(self.actors[rank], no_restart=True)
 
     def replace(self, rank: int) -> None:
-        """A new host for a dead one, in its place; the others keep their engines and meet it."""
+        """A new host for a dead one, and for those that waited for it on their devices until they were ended.
+
+        The others keep their engines and meet the new ones.
+        """
         import ray
 
-        ray.kill(self.actors[rank], no_restart=True)
+        new = {rank, *self.killed}
+        for each in new:
+            ray.kill(self.actors[each], no_restart=True)
+            self.actors[each] = self.make_actor(each)
+        self.killed = set()
         timeout_s = self.setup.start_timeout_s
-        self.actors[rank] = self.make_actor(rank)
         address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
         refs = {
-            each: actor.start.remote(address, ports) if each == rank else actor.rejoin.remote(address, ports)
+            each: actor.start.remote(address, ports) if each in new else actor.rejoin.remote(address, ports)
             for each, actor in enumerate(self.actors)
         }
-        self.facts[rank] = self.wait_for(refs, "restart", timeout_s)[rank]
+        results = self.wait_for(refs, "restart", timeout_s)
+        for each in new:
+            self.facts[each] = results[each]
 
     def stop(self) -> None:
         """End all hosts and give their places back; Ray itself goes on."""
@@ -297,7 +305,7 @@ class Hosts:
                 ray.kill(actor, no_restart=True)
         if self.group is not None:
             remove_placement_group(self.group)
-        self.actors, self.group, self.facts = [], None, []
+        self.actors, self.group, self.facts, self.killed = [], None, [], set()
 
     def close(self) -> None:
         """`stop`, and Ray too if it was started here."""
@@ -320,6 +328,14 @@ def choose_device(num_hosts: int, resources: dict[str, float]) -> Literal["cpu",
             "one of its own. Use fewer hosts, or add machines to the cluster."
         )
     return "cuda"
+
+
+def stuck_error(rank: int, doing: str, timeout_s: float, errors: Iterable[BaseException]) -> StarError:
+    """Why a host that makes no progress is ended: it is lost, or waits on its device for one that is."""
+    sentence = f"{doing}: host {rank} made no progress for {timeout_s:g} s; see its log."
+    if any(isinstance(error, HostLost | HostFailed) for error in errors):
+        return StarError(sentence)
+    return HostLost(rank, sentence)
 
 
 def worst(errors: dict[int, BaseException]) -> BaseException:
