@@ -1,7 +1,7 @@
 """The tables of docs/star.md, from rows and from the scaling model: `python -m benchmarks.star_tables`, `--write`.
 
-Measured: the latest run of benchmark `star` on GPUs. Predicted: `farspan.star.scaling` with rates fitted to that run's
-one GPU, beside what the paper reports (arXiv 2411.17116, tables 1, 2 and 6). Answers: the latest rows of each case.
+Measured: the latest rows of benchmark `star` on GPUs. Predicted: `farspan.star.scaling` with rates fitted to one of
+these GPUs, beside what the paper reports (arXiv 2411.17116, tables 1, 2 and 6). Answers: the latest rows of each case.
 """
 
 import re
@@ -23,6 +23,7 @@ NAMES = {
     "fa3": "one GPU, FlashAttention 3",
     "tp2-fa3": "tensor parallel 2, FlashAttention 3",
     "ring": "ring attention, plain PyTorch",
+    "farspan-star-n2": "Star, blocks of N/2 (exact), decode without graphs",
     "farspan-star-n4": "Star, blocks of N/4",
     "farspan-star-n8": "Star, blocks of N/8",
     "farspan-star-n4-g0.9": "Star, N/4, flex γ .9 inside",
@@ -72,14 +73,9 @@ PAPER_SECONDS = {16: (7, 10, 9), 32: (10, 12, 10), 64: (18, 22, 12), 128: (None,
 
 
 def gpu_rows(rows: Sequence[Row]) -> list[Row]:
-    """Those of the latest run on GPUs that had Star and one GPU."""
+    """Those of all runs on the GPU that was measured last."""
     found = [row for row in rows if row.benchmark == "star" and row.gpu != "cpu"]
-    runs = dict.fromkeys(row.run_id for row in found)
-    for run in reversed(runs):
-        of_run = [row for row in found if row.run_id == run]
-        if {"fa3", "farspan-star-n4"} <= {row.variant for row in of_run}:
-            return of_run
-    return []
+    return [row for row in found if row.gpu == found[-1].gpu]
 
 
 def tokens_of(row: Row) -> int:
@@ -94,22 +90,23 @@ def is_prefill(row: Row) -> bool:
 
 
 def measured_table(rows: Sequence[Row]) -> str:
-    """First token and time of a token, of all engines at all lengths."""
-    first: dict[tuple[str, int], float] = {}
-    token: dict[tuple[str, int], float] = {}
-    exchanged: dict[tuple[str, int], float] = {}
+    """First token and time of a token, of all engines at all lengths: the latest rows of each."""
+    first: dict[tuple[str, int], Row] = {}
+    token: dict[tuple[str, int], Row] = {}
+    exchanged: dict[tuple[str, int], Row] = {}
     for row in rows:
         key = row.variant, tokens_of(row)
         if row.metric == "exchanged":
-            exchanged[key] = float(row.p50)
+            exchanged[key] = row
         elif is_prefill(row):
-            first[key] = float(row.p50)
+            first[key] = row
         elif "-tpot" in row.case:
-            token[key] = float(row.p50)
+            token[key] = row
     lens = sorted({length for _, length in first})
+    shape = rows[0].case.split("-", 1)[1].removeprefix("b1-")
     lines = [
-        f"Two {rows[0].gpu}, {rows[0].case.split('-', 1)[1].removeprefix('b1-')}, one request (run {rows[0].run_id}): "
-        "seconds to the first token (times the speed of tensor parallel 2); ms between tokens; MiB that hosts receive.",
+        f"Two {rows[0].gpu}, {shape}, one request: seconds to the first token (times the speed of tensor parallel 2 in "
+        "the same run); ms between tokens; MiB that hosts receive.",
         "",
         f"| | {' | '.join(f'{length // 1024}K' for length in lens)} | ms a token, longest | MiB, longest |",
         f"| --- |{' ---: |' * (len(lens) + 2)}",
@@ -120,12 +117,14 @@ def measured_table(rows: Sequence[Row]) -> str:
             continue
         cells = []
         for length in lens:
-            ms, peer = first.get((variant, length)), first.get(("tp2-fa3", length))
-            ratio = f" ({peer / ms:.2f}×)" if ms and peer and variant not in ("tp2-fa3", "fa3") else ""
-            cells.append(f"{ms / 1e3:.2f}{ratio}" if ms else "")
-        last = max((length for length in mine if (variant, length) in token), default=0)
-        cells.append(f"{token[variant, last]:.2f}" if last else "")
-        cells.append(f"{exchanged[variant, mine[-1]]:.0f}" if (variant, mine[-1]) in exchanged else "")
+            row, peer = first.get((variant, length)), first.get(("tp2-fa3", length))
+            cell = "" if row is None else f"{float(row.p50) / 1e3:.2f}"
+            if row and peer and row.run_id == peer.run_id and variant not in ("tp2-fa3", "fa3"):
+                cell += f" ({float(peer.p50) / float(row.p50):.2f}×)"
+            cells.append(cell)
+        for column, form in ((token, ".2f"), (exchanged, ".0f")):
+            last = [column[variant, length] for length in mine if (variant, length) in column][-1:]
+            cells += [format(float(row.p50), form) for row in last] or [""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

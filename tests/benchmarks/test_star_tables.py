@@ -32,10 +32,16 @@ def test_times_stand_beside_tensor_parallelism() -> None:
     assert "| one GPU, FlashAttention 3 | 0.90 | 2.70 | 2.50 |  |" in table
 
 
-def test_the_latest_whole_run_counts() -> None:
-    cut = [replace(row, run_id="20261129-cut") for row in rows() if row.variant == "fa3"]
-    assert {row.run_id for row in gpu_rows([*rows(), *cut])} == {"20261128-abc"}
-    assert gpu_rows(cut) == []
+def test_only_times_of_one_run_are_compared() -> None:
+    later = [replace(row, run_id="20261129-abc", p50="500") for row in rows() if row.variant == "farspan-star-n4"]
+    table = measured_table(gpu_rows([*rows(), *later]))
+    assert "| Star, blocks of N/4 | 0.50 | 0.50 | 500.00 | 500 |" in table
+    other = [replace(row, gpu="other GPU") for row in later]
+    assert gpu_rows([*rows(), *other]) == other
+    assert gpu_rows([]) == []
+
+
+def test_rates_are_those_behind_the_times() -> None:
     rates, source = rates_of_rows(rows())
     assert "64K, 128K" in source
     # Of the 0.9 s at 64K, 0.45 are attention: they grow to 1.8 of 2.7 s.
