@@ -6,6 +6,7 @@ time-out, as long as the others wait on the CPU; a device that waits is the coor
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -13,9 +14,14 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import StarError
+from farspan.engine_ext.star.mesh import Mesh, form_mesh
 
 ATTEMPT_S = 1.0
 """How long a question to the store may take once the group has failed."""
+
+
+MESSAGE = struct.Struct("<?qqq")
+"""Of a host before a step: whether it aborts, its step, what it is about to compute, and a number."""
 
 
 class StarAborted(StarError):
@@ -26,10 +32,11 @@ class Exchange:
     """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
 
     def __init__(
-        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, timeout_s: float
+        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, mesh: Mesh, timeout_s: float
     ) -> None:
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
         self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
+        self.mesh = mesh
         self.step = 0
         self.phase = "start"
         """Of the request that is worked on, for errors."""
@@ -61,20 +68,29 @@ class Exchange:
         come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
         """
         self.step += 1
-        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big"), number], dtype=torch.int64)
-        everyone = torch.empty(self.num_hosts, 4, dtype=torch.int64)
-        self.all_gather(self.cpu_group, everyone, mine)
-        if everyone[:, 0].any():
+        mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
+        came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
+        if late:
+            raise StarError(
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.rank} waited). The host is gone, or too slow; see its log."
+            )
+        if gone:
+            raise StarError(
+                f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
+            )
+        everyone = [mine if rank == self.rank else MESSAGE.unpack(came[rank]) for rank in range(self.num_hosts)]
+        if any(is_aborted for is_aborted, *_ in everyone):
             self.is_aborted = False
             raise StarAborted(f"{self.phase}, step {self.step}: aborted.")
-        differing = [rank for rank in range(self.num_hosts) if everyone[rank, :3].tolist() != mine[:3].tolist()]
+        differing = [rank for rank, theirs in enumerate(everyone) if theirs[:3] != mine[:3]]
         if differing:
             raise StarError(
                 f"{self.phase}, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute "
                 "different steps (other requests, or tokens of other requests). Answers would be wrong, so the request "
                 "ends."
             )
-        return everyone[:, 3].tolist()
+        return [theirs[3] for theirs in everyone]
 
     def gather_pages(self, mine: torch.Tensor) -> torch.Tensor:
         """Pages of all hosts, as many of each: [num_pages, …] contiguous to [num_hosts * num_pages, …], by ranks."""
@@ -187,6 +203,7 @@ class Exchange:
 
     def close(self) -> None:
         """Leave the group; what waits on the device for another host is aborted."""
+        self.mesh.close()
         if self.device_group is not None and self.device_group is not self.cpu_group:
             with contextlib.suppress(RuntimeError):
                 self.device_group._get_backend(torch.device("cuda")).abort()
@@ -240,8 +257,19 @@ def form_exchange(
     finally:
         for unused in sockets:
             unused.close()
-    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, start_timeout_s)
-    exchange.warm_up()
+    try:
+        mesh = form_mesh(rank, num_hosts, address, store, start_timeout_s)
+    except (RuntimeError, OSError) as error:
+        raise StarError(
+            f"host {rank} did not reach all {num_hosts} hosts within {start_timeout_s:g} s ({error}). See the logs of "
+            "the hosts, and whether their machines reach each other on any port."
+        ) from error
+    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, mesh, start_timeout_s)
+    try:
+        exchange.warm_up()
+    except BaseException:
+        exchange.close()
+        raise
     exchange.timeout_s = timeout_s
     return exchange
 
