@@ -41,8 +41,6 @@ ABLATIONS = (
 REAL_BLOCKS = (Blocks(1), Blocks(4), Blocks(8), ABLATIONS[0], ABLATIONS[-2])
 """Two blocks are dense attention: phase 1 sees the whole context."""
 QUERY_LEN = 1024
-NUM_WINDOWS = 2
-"""Of each text."""
 
 
 def cases(dry_run: bool) -> list[tuple[int, int]]:
@@ -50,9 +48,15 @@ def cases(dry_run: bool) -> list[tuple[int, int]]:
     return [(256, 1)] if dry_run else [(2048, 25)]
 
 
-def real_cases(dry_run: bool) -> tuple[int, int, int]:
-    """Prompt tokens of real text, and prompt tokens and number of questions, for checkpoints."""
-    return (128, 256, 1) if dry_run else (8192, 2048, 8)
+def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
+    """List (prompt tokens, prompts of each text, ways of cutting) of real text, for checkpoints."""
+    ablations = (Blocks(1), Blocks(4), *ABLATIONS)
+    return [(128, 1, ablations)] if dry_run else [(2048, 1, ablations), (8192, 2, REAL_BLOCKS)]
+
+
+def question_case(dry_run: bool) -> tuple[int, int]:
+    """Prompt tokens and number of questions, for checkpoints."""
+    return (256, 1) if dry_run else (2048, 8)
 
 
 def run(recorder: Recorder) -> None:
@@ -60,10 +64,11 @@ def run(recorder: Recorder) -> None:
         needle = PlainLlama.from_folder(model_dir())
         for length, count in cases(recorder.dry_run):
             ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, (*SHARES, *ABLATIONS))
-    text_len, question_len, count = real_cases(recorder.dry_run)
+    question_len, count = question_case(recorder.dry_run)
     for folder in recorder.checkpoints:
         model = PlainLlama.from_folder(folder)
-        measure_drift(recorder, model, folder, text_len)
+        for length, num_windows, all_blocks in text_cases(recorder.dry_run):
+            measure_drift(recorder, model, folder, length, num_windows, all_blocks)
         ask(recorder, model, folder, folder.name, question_len, count, {"niah": GROUPS["niah"][:1]}, REAL_BLOCKS)
 
 
@@ -112,21 +117,28 @@ def texts() -> dict[str, str]:
     return {"code": code, "prose": "\n".join(pydoc_data.topics.topics.values())}
 
 
-def measure_drift(recorder: Recorder, model: PlainLlama, folder: Path, length: int) -> None:
+def measure_drift(
+    recorder: Recorder,
+    model: PlainLlama,
+    folder: Path,
+    length: int,
+    num_windows: int,
+    all_blocks: tuple[Blocks, ...],
+) -> None:
     """Rows of each text: over the last tokens of some windows, given all before them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     query_len = min(QUERY_LEN, length // 2)
     for name, text in texts().items():
-        tokens = torch.tensor(tokenizer(text[: length * NUM_WINDOWS * 8])["input_ids"])
-        if len(tokens) < length * NUM_WINDOWS:
-            raise BenchmarkError(f"{name}: {len(tokens)} tokens; needs {length * NUM_WINDOWS}")
+        tokens = torch.tensor(tokenizer(text[: length * num_windows * 8])["input_ids"])
+        if len(tokens) < length * num_windows:
+            raise BenchmarkError(f"{name}: {len(tokens)} tokens; needs {length * num_windows}")
         drifts: dict[str, list[float]] = {}
-        for window in tokens[: length * NUM_WINDOWS].split(length):
+        for window in tokens[: length * num_windows].split(length):
             context, query = window[:-query_len], window[-query_len:]
             dense: torch.Tensor | None = None
-            for blocks in REAL_BLOCKS:
+            for blocks in all_blocks:
                 found = log_probs(model, read_context(model, context, blocks), len(context), query)
                 if dense is None:
                     dense = found
