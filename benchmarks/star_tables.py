@@ -117,10 +117,10 @@ def measured_table(rows: Sequence[Row]) -> str:
             continue
         cells = []
         for length in lens:
-            row, peer = first.get((variant, length)), first.get(("tp2-fa3", length))
-            cell = "" if row is None else f"{float(row.p50) / 1e3:.2f}"
-            if row and peer and row.run_id == peer.run_id and variant not in ("tp2-fa3", "fa3"):
-                cell += f" ({float(peer.p50) / float(row.p50):.2f}×)"
+            ours, peer = first.get((variant, length)), first.get(("tp2-fa3", length))
+            cell = "" if ours is None else f"{float(ours.p50) / 1e3:.2f}"
+            if ours and peer and ours.run_id == peer.run_id and variant not in ("tp2-fa3", "fa3"):
+                cell += f" ({float(peer.p50) / float(ours.p50):.2f}×)"
             cells.append(cell)
         for column, form in ((token, ".2f"), (exchanged, ".0f")):
             last = [column[variant, length] for length in mine if (variant, length) in column][-1:]
