@@ -1,7 +1,8 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it measures. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. Those with `NEEDS_GPU = False` also run on a CPU. `--collect DIR` appends rows that another machine
+wrote to benchmarks/data.
 """
 
 import argparse
@@ -10,12 +11,13 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from farspan.command import make_folder, run_command
 
-from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
+from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, commit_of, iso_date, read_rows
 
 PROGRAM = "python -m benchmarks.run"
 MODULES = (
@@ -33,7 +35,7 @@ MODULES = (
     "offload",
     "offload_memory",
     "star",
-    "star_accuracy",
+    "star_quality",
 )
 
 
@@ -53,11 +55,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
     parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
+        help="a trained model for the benchmarks that can use one; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MODULES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
     return arguments
+
+
+def needs_gpu(name: str) -> bool:
+    """Whether a benchmark's rows say something of a GPU only; those that do not are fractions and drifts, no times."""
+    return bool(getattr(importlib.import_module(f"benchmarks.{name}"), "NEEDS_GPU", True))
 
 
 def main() -> int:
@@ -70,17 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.collect:
         print(f"{collect(arguments.collect)} rows added to {DATA}")
         return 0
+    names = arguments.names or MODULES
     if not torch.cuda.is_available():
-        if not arguments.dry_run:
-            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
         # Read when triton is first imported: kernels run in its interpreter.
         os.environ["TRITON_INTERPRET"] = "1"
+        if not arguments.dry_run and any(needs_gpu(name) for name in names):
+            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
+    environment = Environment.detect(arguments.date)
     if not arguments.dry_run:
         make_folder(arguments.out)
-    recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
+        environment = replace(environment, commit=commit_of())
+    recorder = Recorder(None if arguments.dry_run else arguments.out, environment, arguments.checkpoint)
     print(recorder.environment)
     failed = []
-    for name in arguments.names or MODULES:
+    for name in names:
         print(f"{name}:", flush=True)
         started = time.monotonic()
         try:

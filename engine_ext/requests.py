@@ -18,7 +18,8 @@ from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.refusing import suggestion
 from farspan.engine_ext.star.shard import NAME as STAR
-from farspan.engine_ext.star.shard import StarShard, decode_shard
+from farspan.engine_ext.star.shard import Shard
+from farspan.engine_ext.star.windows import decode_shard
 
 if TYPE_CHECKING:
     from farspan.engine_ext.offload.cache import ColdCache
@@ -38,7 +39,7 @@ class RequestSource(Protocol):
         """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
         ...
 
-    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+    def shards(self, common_attn_metadata: Any) -> Sequence[Shard | None]:
         """What each request of a batch is to Star Attention, in batch order; None for ordinary requests and padding."""
         ...
 
@@ -108,7 +109,7 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
 
 def shard_of_request(
     config: FarspanConfig, extra_args: Mapping[str, Any] | None, page_size: int, prompt_len: int | None = None
-) -> StarShard | None:
+) -> Shard | None:
     """A host's share of a request's context; None for an ordinary request.
 
     page_size: tokens of a page of the engine's KV cache; prompt_len: of the request, where it is known.

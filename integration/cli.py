@@ -11,6 +11,7 @@ from farspan.command import floats, integers, mapping, need_matplotlib, run_comm
 from farspan.doctor import add_doctor_command
 from farspan.head_profile import add_profile_command
 from farspan.plan_command import add_plan_command
+from farspan.scheduler.rates import GPUS, LINKS, MEASURED_GPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +182,13 @@ def _add_star(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("action", nargs="?", choices=["ask", "serve"], default="ask", help="one question, or an OpenAI-like server")
+    add(
+        "action",
+        nargs="?",
+        choices=["ask", "serve", "plan"],
+        default="ask",
+        help="one question, an OpenAI-like server, or predicted times of more hosts without starting any",
+    )
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
@@ -191,6 +198,8 @@ def _add_star(subcommands: Any) -> None:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--block-len", type=int, help="tokens of a block; a quarter of the context or less if left out")
     add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
+    add("--anchor", choices=["recompute", "share", "auto"], default="recompute", help="computed by all, or sent")
+    add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
     add("--address", help="of a Ray cluster")
     add("--host", default="127.0.0.1", help="serve: address to listen on")
@@ -201,12 +210,20 @@ def _add_star(subcommands: Any) -> None:
         default="PACK",
         help="how Ray places hosts over machines",
     )
+    add("--gpu", choices=list(GPUS), default=MEASURED_GPU, help="plan: of every host")
+    add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     parser.set_defaults(run=_run_star)
 
 
 def _run_star(arguments: argparse.Namespace) -> int:
+    if arguments.action == "plan":
+        from farspan.star.plan import run_star_plan
+
+        return run_star_plan(
+            arguments.model, arguments.length, arguments.block_len, arguments.gpu, arguments.link
+        )  # fmt: skip
     from farspan.star.command import StarCommand, run_star
 
     return run_star(
@@ -220,6 +237,8 @@ def _run_star(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
             block_len=arguments.block_len,
             anchor_len=arguments.anchor_len,
+            anchor=arguments.anchor,
+            visibility=arguments.visibility,
             timeout_s=arguments.timeout,
             address=arguments.address,
             strategy=arguments.strategy,
