@@ -81,9 +81,14 @@ class SelectionStats:
             self.causal_blocks += causal.sum()
             self.chunks += num_requests
 
-    def add_coverage(self, coverage: torch.Tensor, q_heads: slice) -> None:
-        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`."""
-        self.measured.add(coverage.flatten(1), q_heads)
+    def add_coverage(
+        self, coverage: torch.Tensor, q_heads: slice, has_choice: torch.Tensor | None = None
+    ) -> None:
+        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`.
+
+        has_choice: [num_requests * rows] bool, the rows that count; all if None.
+        """
+        self.measured.add(coverage.flatten(1), q_heads, has_choice)
         if q_heads.start == 0:
             self.measured_rows += coverage.shape[1] * coverage.shape[2]
 

@@ -273,23 +273,31 @@ def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterat
     Greedy decoding and no prefix caching, so that every answer comes from the method's own prefill. Raises ConfigError
     for what vLLM refuses.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+
+    with open_engine(settings.model, engine_arguments(settings, options)) as llm:
+
+        def generate(samples: "Sequence[Sample]") -> list[str]:
+            parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
+            outputs = llm.generate([sample.prompt for sample in samples], parameters, use_tqdm=False)
+            return [output.outputs[0].text for output in outputs]
+
+        yield generate
+
+
+@contextmanager
+def open_engine(model: str, arguments: dict[str, Any]) -> Iterator[Any]:
+    """A `vllm.LLM`, shut down on exit. Raises ConfigError for what vLLM refuses. model: its name in that sentence."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    arguments = engine_arguments(settings, options)
     try:
         llm = LLM(**arguments)
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
         reason = sentence_of(error) or one_line(str(error))
-        raise ConfigError(f"vLLM refuses the engine of model {settings.model!r}: {reason}") from error
-
-    def generate(samples: "Sequence[Sample]") -> list[str]:
-        parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
-        outputs = llm.generate([sample.prompt for sample in samples], parameters, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
-
+        raise ConfigError(f"vLLM refuses the engine of model {model!r}: {reason}") from error
     try:
-        yield generate
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
