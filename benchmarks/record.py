@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import math
 import os
 import secrets
 import subprocess
@@ -33,6 +34,7 @@ BENCHMARKS = frozenset(
         "offload_fits",
         "star",
         "no_harm",
+        "real",
     ]
 )
 UNITS = {
@@ -43,8 +45,17 @@ UNITS = {
     "host_memory": {"GiB"},
     "density": {"fraction"},
     "coverage": {"fraction"},
+    "coverage_min": {"fraction"},
+    "below_gamma_0.01": {"fraction"},
+    "below_gamma_0.05": {"fraction"},
+    "chunks_below_gamma_0.05": {"fraction"},
     "accuracy": {"fraction"},
+    "changed": {"fraction"},
+    "drift": {"nats/token"},
+    "drift_error": {"nats/token"},
 }
+SIGNED = frozenset({"drift"})
+"""Metrics that may be 0 or below."""
 
 
 class BenchmarkError(Exception):
@@ -139,13 +150,14 @@ class Environment:
     vllm: str
 
     @classmethod
-    def detect(cls, date: str | None = None) -> "Environment":
+    def detect(cls, date: str | None = None, *, needs_commit: bool = False) -> "Environment":
+        """Of this machine; a CPU's commit is found only where it is needed."""
         on_gpu = torch.cuda.is_available()
         date = date or datetime.date.today().isoformat()
         return cls(
             run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
             date=date,
-            commit=commit_of() if on_gpu else "",
+            commit=commit_of() if on_gpu or needs_commit else "",
             gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
             driver=driver_version() if on_gpu else "",
             torch=torch.__version__,
@@ -218,7 +230,10 @@ class Recorder:
             raise BenchmarkError(f"benchmark {benchmark!r}; known are {', '.join(sorted(BENCHMARKS))}")
         if unit not in UNITS.get(metric, ()):
             raise BenchmarkError(f"metric {metric!r} in {unit!r}; known are {UNITS}")
-        if not samples or any(not (sample > 0 or (sample == 0 and unit == "fraction")) for sample in samples):
+        may_be_any = metric in SIGNED and all(map(math.isfinite, samples))
+        if not samples or not (
+            may_be_any or all(sample > 0 or (sample == 0 and unit == "fraction") for sample in samples)
+        ):
             raise BenchmarkError(f"{benchmark} {case} {variant} {metric}: samples {samples}")
         centre = sum(samples) / len(samples) if metric == "density" else quantile(samples, 0.5)
         p20, p50, p80 = (f"{number:.6g}" for number in (quantile(samples, 0.2), centre, quantile(samples, 0.8)))

@@ -1,7 +1,8 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it measures. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. `real` also wants a checkpoint and texts, `--model DIR --text FILES`, and runs without a GPU too.
+`--collect DIR` appends rows that another machine wrote to benchmarks/data.
 """
 
 import argparse
@@ -11,9 +12,10 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
-from farspan.command import make_folder, run_command
+from farspan.command import integers, make_folder, run_command, words
 
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
 
@@ -31,6 +33,7 @@ MODULES = (
     "offload",
     "star",
     "star_accuracy",
+    "real",
 )
 
 
@@ -50,11 +53,38 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
     parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
+    real = parser.add_argument_group("real")
+    real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
+    real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
+    real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
+    real.add_argument("--lengths", type=integers, default=(8192,), help="prompt lengths, separated by commas")
+    real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
+    real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
+    real.add_argument("--variants", type=words, default=(), help="of benchmarks/real.py; all if left out")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MODULES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
     return arguments
+
+
+def real_inputs(arguments: argparse.Namespace) -> Any:
+    """What `real` runs on; None where no checkpoint is named."""
+    from benchmarks.real import Inputs
+
+    if arguments.model is None:
+        return None
+    if not arguments.text or not arguments.label:
+        raise BenchmarkError("`real` with --model needs --text FILES and --label, what the rows call them.")
+    return Inputs(
+        arguments.model,
+        tuple(arguments.text),
+        arguments.label,
+        arguments.lengths,
+        arguments.prompts,
+        arguments.questions,
+        arguments.variants,
+    )
 
 
 def main() -> int:
@@ -68,20 +98,27 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{collect(arguments.collect)} rows added to {DATA}")
         return 0
     if not torch.cuda.is_available():
-        if not arguments.dry_run:
-            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
+        if not arguments.dry_run and set(arguments.names) != {"real"}:
+            raise BenchmarkError("benchmarks need a CUDA GPU, but for `real`; try them out without one by --dry-run.")
         # Read when triton is first imported: kernels run in its interpreter.
         os.environ["TRITON_INTERPRET"] = "1"
     if not arguments.dry_run:
         make_folder(arguments.out)
-    recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
+    recorder = Recorder(
+        None if arguments.dry_run else arguments.out,
+        Environment.detect(arguments.date, needs_commit=not arguments.dry_run),
+    )
     print(recorder.environment)
     failed = []
     for name in arguments.names or MODULES:
         print(f"{name}:", flush=True)
         started = time.monotonic()
         try:
-            importlib.import_module(f"benchmarks.{name}").run(recorder)
+            module = importlib.import_module(f"benchmarks.{name}")
+            if name == "real":
+                module.run(recorder, real_inputs(arguments))
+            else:
+                module.run(recorder)
         except Exception:  # the next benchmarks can still report
             traceback.print_exc()
             failed.append(name)

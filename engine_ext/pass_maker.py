@@ -134,8 +134,8 @@ class PassMaker:
     ) -> SampledRows:
         """Rows of every request's chunk, each with the keys up to its own.
 
-        prefill: how the chunks choose blocks; with it, rows are moved off those that choose, and those whose lists leave
-        nothing out are marked.
+        prefill: how the chunks choose blocks; with it, rows are moved off those that choose, and those whose lists
+        leave nothing out are marked.
         """
         rows, lens, choices = [], [], []
         for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):

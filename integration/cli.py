@@ -146,9 +146,9 @@ def _add_audit(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "audit",
         help="which gamma to choose for a model, by texts of your own",
-        description="Read texts with a model, densely and by flex with several gammas, through vLLM: what flex reads and "
-        "keeps of every head, how far answers drift, and how much faster it is. Prints a table and the gamma that it "
-        "recommends; writes OUT/audit.csv, heads.csv, audit.png and coverage-LENGTH.png.",
+        description="Read texts with a model, densely and by flex with several gammas, through vLLM: what flex reads "
+        "and keeps of every head, how far answers drift, and how much faster it is. Prints a table and the gamma that "
+        "it recommends; writes OUT/audit.csv, heads.csv, audit.png and coverage-LENGTH.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

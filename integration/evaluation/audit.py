@@ -28,7 +28,14 @@ from farspan.evaluation.audit_results import (
     mean_heads,
     rounded,
 )
-from farspan.evaluation.evaluate import EvalSettings, engine_arguments, max_position, merge_options, model_path, open_engine
+from farspan.evaluation.evaluate import (
+    EvalSettings,
+    engine_arguments,
+    max_position,
+    merge_options,
+    model_path,
+    open_engine,
+)
 from farspan.kernels.tuning import TILE_ROWS_SPAN_LEN
 from farspan.metrics import read_selection
 from farspan.model_shape import ModelInfo, read_model
@@ -181,26 +188,29 @@ def check_settings(settings: AuditSettings, chunk: int) -> FlexPrefill:
         raise ConfigError(f"prompts={settings.prompts}; it must be at least 1")
     if chunk < 1 or chunk % TILE_ROWS_SPAN_LEN:
         raise ConfigError(
-            f"chunk={chunk}; allowed: multiples of {TILE_ROWS_SPAN_LEN}, as blocks are chosen for so many tokens at once"
+            f"chunk={chunk}; allowed: multiples of {TILE_ROWS_SPAN_LEN}, for which blocks are chosen at once"
         )
+    if settings.options.get("method", "flex") != "flex":
+        raise ConfigError(f"options={settings.options}; an audit is of prefill method 'flex'. Leave method out.")
     # Sparse at any length: what is asked is what it keeps, not whether it is faster.
     options = {"method": "flex", "gamma": max(settings.gammas), "min_seq_len": 0, "min_chunk_len": 0}
     parsed = parse_config({"prefill": merge_options(options, settings.options)}).prefill
-    if not isinstance(parsed, FlexPrefill):
-        raise ConfigError(f"options={settings.options}; an audit is of prefill method 'flex'. Leave method out.")
+    assert isinstance(parsed, FlexPrefill)
     least = shortest_length(parsed)
     most = max_position(path, settings.engine_args)
     for length in settings.lengths:
         if length < least:
             raise ConfigError(
-                f"length={length}; allowed: at least {least} tokens, as shorter prompts read everything with min_budget "
-                f"{parsed.min_budget}"
+                f"length={length}; allowed: at least {least} tokens, as shorter prompts read everything with "
+                f"min_budget {parsed.min_budget}"
             )
         if most is not None and length > most:
             raise ConfigError(f"length={length}; allowed: at most {most} tokens, the model's max_position_embeddings")
     asked = settings.engine_args.get("max_model_len")
     if isinstance(asked, int) and asked < max(settings.lengths):
-        raise ConfigError(f"length={max(settings.lengths)}; allowed: at most max_model_len={asked} of the engine arguments")
+        raise ConfigError(
+            f"length={max(settings.lengths)}; allowed: at most max_model_len={asked} of the engine arguments"
+        )
     return parsed
 
 
@@ -216,7 +226,7 @@ def overrides_of(engine_args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_tokens(model: str, texts: Sequence[Path]) -> tuple[list[int], list[int]]:
-    """What a prompt begins with, and the tokens of all texts in order. Raises ConfigError for a file that is no text."""
+    """What a prompt begins with, and the tokens of all texts in order. Raises ConfigError for what is no text."""
     from transformers import AutoTokenizer
 
     parts = []
@@ -296,9 +306,7 @@ def probe(llm: Any, tokens: list[int], extra_args: Mapping[str, Any]) -> Probe:
         candidates = output.prompt_logprobs[place]
         logprobs.append(candidates[tokens[place]].logprob)
         greedy.append(next(token for token, each in candidates.items() if each.rank == 1))
-    return Probe(
-        torch.tensor(logprobs, dtype=torch.float64), torch.tensor(greedy), read_selection(llm, reset=True)
-    )
+    return Probe(torch.tensor(logprobs, dtype=torch.float64), torch.tensor(greedy), read_selection(llm, reset=True))
 
 
 def speedups_of(llm: Any, tokens: list[int], settings: AuditSettings, device: str) -> dict[float | None, float]:

@@ -1,7 +1,7 @@
 """The results of `farspan audit`: rows of `audit.csv`, the table that a person reads, and which gamma it recommends."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -170,13 +170,16 @@ def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
         )
     gamma = min(fitting, key=lambda each: fitting[each])
     best = by_gamma[gamma]
-    sentences = [f"Recommended: gamma {gamma:g}, the smallest density ({fitting[gamma]:.3f}) that meets the rule: {rule}."]
+    sentences = [
+        f"Recommended: gamma {gamma:g}, the smallest density ({fitting[gamma]:.3f}) that meets the rule: {rule}."
+    ]
     unsure = [row for row in best if not row.is_sure]
     if unsure:
         needed = max(row.scored_tokens * (row.drift_error / SURE_ERROR) ** 2 for row in unsure)
         sentences.append(
-            f"The drift is uncertain by {max(row.drift_error for row in unsure):.4f} nats/token: more text would tell for "
-            f"sure (about {needed:,.0f} scored tokens for {SURE_ERROR:g}; now {min(row.scored_tokens for row in unsure):,})."
+            f"The drift is uncertain by {max(row.drift_error for row in unsure):.4f} nats/token; more text would tell: "
+            f"about {needed:,.0f} scored tokens bring that to {SURE_ERROR:g}, now there are "
+            f"{min(row.scored_tokens for row in unsure):,}."
         )
     slow = [length_name(row.length) for row in best if row.speedup <= 1]
     if slow:
@@ -186,12 +189,13 @@ def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
 
 def format_table(rows: Sequence[AuditRow]) -> str:
     """A text table, one line a gamma and length."""
-    names = ("length", "gamma", "density", "coverage", "worst head", "heads <g-.01", "chunks <g-.05", "drift, nats/token")
-    lines = ["".join(f"{name:>14}" for name in names[:-1]) + f"{names[-1]:>20}{'changed':>10}{'speed-up':>10}  verdict"]
+    names = ("length", "gamma", "density", "coverage", "worst head", "heads <g-.01", "chunks <g-.05")
+    header = f"{'drift, nats/token':>20}{'changed':>10}{'speed-up':>10}  verdict"
+    lines = ["".join(f"{name:>14}" for name in names) + header]
     for row in rows:
         cells = (
-            length_name(row.length), f"{row.gamma:g}", f"{row.density:.3f}", f"{row.coverage:.3f}", f"{row.worst_head:.3f}",
-            f"{row.heads_below_01:.1%}", f"{row.chunks_below_05:.1%}",
+            length_name(row.length), f"{row.gamma:g}", f"{row.density:.3f}", f"{row.coverage:.3f}",
+            f"{row.worst_head:.3f}", f"{row.heads_below_01:.1%}", f"{row.chunks_below_05:.1%}",
         )  # fmt: skip
         drift = f"{row.drift:+.4f} ± {row.drift_error:.4f}"
         line = "".join(f"{cell:>14}" for cell in cells) + f"{drift:>20}{row.changed:>10.2%}{row.speedup:>9.2f}x"
@@ -201,7 +205,8 @@ def format_table(rows: Sequence[AuditRow]) -> str:
 
 def rounded(row: AuditRow) -> AuditRow:
     """With fractions of five digits, as the table of the folder has them."""
-    return replace(row, **{key: round(value, 5) for key, value in asdict(row).items() if isinstance(value, float)})
+    values: dict[str, Any] = asdict(row)
+    return AuditRow(**{key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()})
 
 
 def mean(values: Sequence[float]) -> float:

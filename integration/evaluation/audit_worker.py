@@ -1,4 +1,4 @@
-"""The worker's side of `farspan audit`: coverage by head and by chunk, and a switch that turns measuring off for timing."""
+"""The worker's side of `farspan audit`: coverage by head and by chunk, and a switch that turns measuring off."""
 
 from typing import Any
 
