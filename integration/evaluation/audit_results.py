@@ -205,8 +205,10 @@ def format_table(rows: Sequence[AuditRow]) -> str:
 
 def rounded(row: AuditRow) -> AuditRow:
     """With fractions of five digits, as the table of the folder has them."""
-    values: dict[str, Any] = asdict(row)
-    return AuditRow(**{key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()})
+    values: dict[str, Any] = {
+        key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(row).items()
+    }
+    return AuditRow(**values)
 
 
 def mean(values: Sequence[float]) -> float:
