@@ -9,21 +9,24 @@ COLUMNS = ("density", "coverage", "worst head", "heads < γ−.01", "heads < γ�
 
 
 def format_real(rows: Sequence[Row]) -> str:
-    """One table a case, of its latest run: a line a rule. Nothing where there are no rows."""
+    """One table a case: a line a rule, of its latest run. Nothing where there are no rows.
+
+    What a rule changes is held against dense prefill in its own run.
+    """
     mine = [row for row in rows if row.benchmark == "real"]
     cases = list(dict.fromkeys(row.case for row in mine if row.metric == "drift"))
     return "\n".join([TITLE, "", *(format_case(mine, case) for case in cases)]) if cases else ""
 
 
 def format_case(rows: Sequence[Row], case: str) -> str:
-    run_id = [row.run_id for row in rows if row.case == case][-1]
-    of_case = [row for row in rows if (row.case, row.run_id) == (case, run_id)]
-    answers = {row.variant: row.p50 for row in rows if row.run_id == run_id and row.case == f"{case}-niah_single"}
+    latest = {row.variant: row.run_id for row in rows if row.case == case}
+    of_case = [row for row in rows if row.case == case and row.run_id == latest[row.variant]]
+    answers = {row.variant: row.p50 for row in rows if row.case == f"{case}-niah_single"}
     found = {(row.variant, row.metric): float(row.p50) for row in of_case}
-    first = of_case[0]
+    first, runs = of_case[0], ", ".join(dict.fromkeys(row.run_id for row in of_case))
     header = [*COLUMNS, *(["needles"] if answers else [])]
     lines = [
-        f"`{case}` ({first.gpu}, vLLM {first.vllm}; run {run_id})",
+        f"`{case}` ({first.gpu}, vLLM {first.vllm}; run {runs})",
         "",
         f"| rule | {' | '.join(header)} |",
         f"| --- |{' ---: |' * len(header)}",
