@@ -36,6 +36,7 @@ BENCHMARKS = frozenset(
         "offload_fits",
         "star",
         "no_harm",
+        "real",
     ]
 )
 UNITS = {
@@ -46,9 +47,15 @@ UNITS = {
     "host_memory": {"GiB"},
     "density": {"fraction"},
     "coverage": {"fraction"},
+    "coverage_min": {"fraction"},
+    "below_gamma_0.01": {"fraction"},
+    "below_gamma_0.05": {"fraction"},
+    "chunks_below_gamma_0.05": {"fraction"},
     "accuracy": {"fraction"},
+    "changed": {"fraction"},
     "context": {"tokens"},
     "drift": {"nats/token"},
+    "drift_error": {"nats/token"},
     "exchanged": {"MiB"},
 }
 
@@ -147,13 +154,14 @@ class Environment:
     vllm: str
 
     @classmethod
-    def detect(cls, date: str | None = None) -> "Environment":
+    def detect(cls, date: str | None = None, *, needs_commit: bool = False) -> "Environment":
+        """Of this machine; a CPU's commit is found only where it is needed."""
         on_gpu = torch.cuda.is_available()
         date = date or datetime.date.today().isoformat()
         return cls(
             run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
             date=date,
-            commit=commit_of() if on_gpu else "",
+            commit=commit_of() if on_gpu or needs_commit else "",
             gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
             driver=driver_version() if on_gpu else "",
             torch=torch.__version__,
@@ -203,7 +211,7 @@ def reading_our_tables() -> Iterator[None]:
 
 def is_possible(sample: float, metric: str) -> bool:
     """Whether a quantity of that kind can have the value."""
-    if metric == "drift":
+    if UNITS[metric] == {"nats/token"}:
         return math.isfinite(sample)
     return sample > 0 or (sample == 0 and UNITS[metric] == {"fraction"})
 

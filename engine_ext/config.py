@@ -13,7 +13,7 @@ from farspan.engine_ext.refusing import ROOT, one_of, refuse, suggestion
 MAX_TOKENS = 2**24
 """Upper bound of every option in tokens: above any context that is served, and safe in int32 arithmetic."""
 MAX_BLOCKS = MAX_TOKENS // 128
-MAX_COVERAGE_ROWS = 64
+MAX_COVERAGE_ROWS = 256
 """Each row costs a decode step over its whole prefix."""
 MIN_TILE_ROWS_BUDGET = 512
 """Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""

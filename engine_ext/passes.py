@@ -80,6 +80,9 @@ class SampledRows:
     batch: PagedBatch
     """Every row as a request of one query, at its own position."""
     splits: SplitPlan
+    has_choice: torch.Tensor | None = None
+    """[num_reqs * rows_per_request] bool: whether the row's list could leave a block out and the row did not choose it;
+    None counts all rows."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
     _add_report(subcommands)
+    _add_audit(subcommands)
     add_plan_command(subcommands)
     add_profile_command(subcommands)
     add_doctor_command(subcommands)
@@ -169,6 +170,59 @@ def _run_report(arguments: argparse.Namespace) -> int:
         haystack=arguments.haystack,
     )
     print("written:", run_report(settings))
+    return 0
+
+
+def _add_audit(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "audit",
+        help="which gamma to choose for a model, by texts of your own",
+        description="Read texts with a model, densely and by flex with several gammas, through vLLM: what flex reads "
+        "and keeps of every head, how far answers drift, and how much faster it is. Prints a table and the gamma that "
+        "it recommends; writes OUT/audit.csv, heads.csv, audit.png and coverage-LENGTH.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts like those of your prompts")
+    add("--lengths", type=integers, default="8192", help="prompt lengths in tokens, the answer's first one included")
+    add("--gammas", type=floats, default="0.9,0.95,0.98", help="attention mass to keep, separated by commas")
+    add("--prompts", type=int, default=4, help="most prompts of each length, spread over the texts")
+    add("--chunk", type=int, help="prompt tokens in one engine step; 8192, or 2048 on a CPU, if left out")
+    add("--options", type=mapping, default="{}", metavar="JSON", help="further options of prefill, such as min_budget")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--out", type=Path, default=Path("farspan-audit"), help="folder for the tables and the pictures")
+    add("--no-plots", action="store_true", help="leave the pictures out")
+    parser.set_defaults(run=_run_audit)
+
+
+def _run_audit(arguments: argparse.Namespace) -> int:
+    from farspan.evaluation.audit import AUDIT_CSV, HEADS_CSV, AuditSettings, run_audit
+    from farspan.evaluation.audit_results import format_table, recommend
+
+    settings = AuditSettings(
+        model=arguments.model,
+        texts=tuple(arguments.text),
+        lengths=arguments.lengths,
+        gammas=arguments.gammas,
+        out=arguments.out,
+        prompts=arguments.prompts,
+        chunk=arguments.chunk,
+        options=arguments.options,
+        engine_args=arguments.engine_args,
+    )
+    if not arguments.no_plots:
+        need_matplotlib("leave the pictures out with --no-plots")
+    rows, heads = run_audit(settings)
+    files = [settings.out / AUDIT_CSV, settings.out / HEADS_CSV]
+    if not arguments.no_plots:
+        from farspan.evaluation.audit_plots import draw_audit
+
+        files += draw_audit(rows, heads, settings.out)
+    print(format_table(rows))
+    print(f"Speed-up of the time to the first token: {rows[0].speed_source}.")
+    print(recommend(rows)[1])
+    print("written:", *files)
     return 0
 
 
