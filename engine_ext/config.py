@@ -159,9 +159,11 @@ class SelectColdDecode(Options, frozen=True, tag_field="method", tag="select"):
     """Decode leaves out pages in host memory that weigh little by the bounds of their keys."""
 
     coverage: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 1 to read every page")] = 0.95
-    """Attention mass of every query head of a cold KV head that the pages it reads must keep."""
+    """Attention mass of every query head of a cold KV head that the pages it reads must keep. Cost: with more of it
+    more pages are read."""
     certified: bool = False
-    """Whether that is certain, by the bounds, and not only by their estimates: it reads two to four times as much."""
+    """Whether that is certain, by the bounds, and not only by their estimates. Cost: it reads two to four times
+    as much."""
 
 
 ColdDecode = ExactColdDecode | SelectColdDecode
@@ -190,6 +192,8 @@ class OffloadOptions(Options, frozen=True):
     """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
     for the longest request, or for more than an eighth of the memory for KV. Cost: GPU memory for two such groups."""
     cold_decode: ColdDecode = msgspec.field(default_factory=ExactColdDecode)
+    """How decode reads pages in host memory: "exact" reads all of them, "select" those that weigh most. Cost: with
+    "select" answers are approximate, and bounds of the keys take an eighth of the cold KV in GPU memory."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also each number of a list."""

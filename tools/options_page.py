@@ -19,6 +19,7 @@ from farspan.engine_ext.config import (
     FarspanConfig,
     OffloadOptions,
     Options,
+    SelectColdDecode,
     StarOptions,
     StringOptions,
 )
@@ -36,6 +37,7 @@ SECTIONS: list[tuple[str, str, type[Options]]] = [
     *((f"`prefill.method: {json.dumps(name)}`", "prefill.", struct) for name, struct in PREFILL_METHODS.items()),
     ("`string`", "string.", StringOptions),
     ("`offload`", "offload.", OffloadOptions),
+    ('`offload.cold_decode.method: "select"`', "offload.cold_decode.", SelectColdDecode),
     ("`star`", "star.", StarOptions),
 ]
 """Heading, path of the options, struct."""
@@ -83,7 +85,10 @@ def rows_of(prefix: str, struct: type[Options]) -> list[str]:
     texts, rows = field_texts(struct), []
     for field in msgspec.structs.fields(struct):
         effect, _, cost = texts[field.name].partition("Cost: ")
-        default: Any = '{"method": "dense"}' if field.default is msgspec.NODEFAULT else json.dumps(field.default)
+        default: Any = field.default
+        if default is msgspec.NODEFAULT:
+            default = {"method": type(field.default_factory()).__struct_config__.tag}
+        default = json.dumps(default)
         cells = [f"`{prefix}{field.name}`", f"`{default}`", allowed_values(struct, field.name), effect, cost]
         rows.append("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |")
     return rows
