@@ -92,7 +92,7 @@ class Model:
         self.prefill = prefill
         self.impl: Any = object.__new__(FarspanImpl)
         self.impl.num_heads, self.impl.num_kv_heads, self.impl.scale = NUM_HEADS, NUM_KV_HEADS, 0.1
-        self.impl.head_size, self.impl.config = HEAD_DIM, SimpleNamespace(star=None)
+        self.impl.head_size, self.impl.config = HEAD_DIM, SimpleNamespace(star=None, offload=None)
         self.context = LayerContext(0, None, None, FlexSelector())
 
     def step(self) -> StepMetadata:

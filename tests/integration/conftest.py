@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,16 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
         llm.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_worker_extension() -> Iterator[None]:
+    """vLLM adds an engine's extension to its worker class for good, and refuses another one with the same methods."""
+    yield
+    worker = sys.modules.get("vllm.v1.worker.cpu_worker")
+    if worker is not None:
+        stock = worker.CPUWorker.__bases__
+        worker.CPUWorker.__bases__ = tuple(base for base in stock if base.__module__.startswith("vllm."))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) 
     assert (state["spilled"] > 0) == (num_slots < BLOCKS)
     assert (state["staged"] > 0) == (num_slots < BLOCKS)
     (decisions,) = llm.collective_rpc("decisions")
-    page_bytes = LAYERS * 2 * HEAD_PAGE
+    page_bytes = LAYERS * 2 * HEAD_PAGE["float32"]
     assert decisions["offload"] == {
         "blocks": BLOCKS,
         "slots": num_slots,
