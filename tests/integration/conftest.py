@@ -78,7 +78,7 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
 
 @pytest.fixture(scope="module", autouse=True)
 def own_worker_extension() -> Iterator[None]:
-    """vLLM adds an engine's extension to its worker class for good, and refuses another one with the same methods."""
+    """An engine's extension stays in vLLM's worker class, which refuses another one with the same methods."""
     yield
     worker = sys.modules.get("vllm.v1.worker.cpu_worker")
     if worker is not None:

@@ -41,7 +41,7 @@ FILES: dict[str, str | bytes] = {
     "half-model/config.json": LLAMA,
     "empty.csv": "",
     "binary.csv": b"\xb4\xff\x00",
-    "word.csv": EVAL_ROW + "flex,x,long,0.5,0,4,1.0\n",
+    "word.csv": EVAL_ROW + "flex,x,long,0.5,0,4,1.0,,,,\n",
     "heads.csv": "layer,head,density,query_aware,divergence,coverage\n0,0,x,1,0.1,\n",
     "sweep.csv": "min_budget,density,accuracy\n0,0.1,1\n",
     "a-folder.csv/inside": "",
