@@ -58,9 +58,13 @@ def register_random_weights() -> str:
             """Nothing to download."""
 
         def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+            from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
             config = model_config.hf_config
-            q_size = config.num_attention_heads * config.head_dim
-            kv_size = config.num_key_value_heads * config.head_dim
+            # Of this tensor-parallel rank.
+            num_ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+            q_size = config.num_attention_heads * config.head_dim // num_ranks
+            kv_size = config.num_key_value_heads * config.head_dim // num_ranks
             for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
                 generator = torch.Generator(parameter.device).manual_seed(index)
                 if "norm" in name:
@@ -82,8 +86,8 @@ def register_random_weights() -> str:
                         config.max_position_embeddings // 2,
                         seed=index,
                     )
-                    parameter.data[:q_size] = query
-                    parameter.data[q_size : q_size + kv_size] = key
+                    parameter.data[:q_size] = query[rank * q_size : (rank + 1) * q_size]
+                    parameter.data[q_size : q_size + kv_size] = key[rank * kv_size : (rank + 1) * kv_size]
 
     return "seeded_random"
 

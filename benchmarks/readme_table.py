@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.real_table import format_real
 from benchmarks.record import ROOT, Row, read_rows
 from tools.regions import Region
 
@@ -50,8 +51,8 @@ TABLES = (
     Table(
         "prefill_flex",
         "time",
-        "Dynamic sparse prefill on calibrated inputs, one attention call, selection included",
-        quality=("density", "coverage"),
+        "Times of dynamic sparse prefill on calibrated inputs, one attention call, selection included",
+        quality=("density",),
     ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
@@ -158,7 +159,8 @@ def as_cell(number: float | None) -> str:
 def format_numbers(rows: Sequence[Row]) -> str:
     """Format the text between the README's two markers."""
     benchmarks = {row.benchmark for row in rows}
-    return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
+    tables = [format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks]
+    return "\n".join([*filter(None, [format_real(rows)]), *tables])
 
 
 if __name__ == "__main__":

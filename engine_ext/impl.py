@@ -7,15 +7,12 @@ from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.launch import Parts, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
+from farspan.engine_ext.star.keys import largest_gathered_keys
 from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
-
-# vLLM prints only its own loggers' names, so this one is under them.
-logger = init_logger("vllm.farspan")
 
 
 class FarspanImpl(AttentionImpl[StepMetadata]):
@@ -60,7 +57,6 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
         choose_dense_kernel(self.config, device, head_size, dtype)
-        logger.info_once("farspan attention on %s: %s", device, self.config)
 
     def do_kv_cache_update(
         self,
@@ -111,7 +107,9 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         assert output_block_scale is None, "fused output quantization is not announced"
         step = attn_metadata
         if step is None:  # vLLM measures memory without a batch
+            gathered = largest_gathered_keys(query, self.num_kv_heads, self.max_model_len)
             run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, self.max_model_len)
+            del gathered
             return output.fill_(0)
         name, parts = layer.layer_name, Parts()
         context = step.layers[name]
@@ -123,12 +121,13 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if step.cold is not None:
             step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
+        pages = kv_cache if step.key_exchange is None else step.key_exchange.pages(kv_cache)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = rows_of(in_order, each.rows, heads)
             target = out if each.part is None else parts.new_out(out)
             if each.keys == "cache":
-                kv = KVView(kv_cache)
+                kv = KVView(pages)
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)

@@ -103,7 +103,8 @@ def attend_sparse(
     stats = layer.selector.stats if layer.selector is not None else None
     if stats is not None and work.samples is not None:
         coverage = measure_coverage(query, kv, work.samples, scale, turn, lse)
-        stats.add_coverage(coverage.unflatten(1, (each.batch.num_reqs, -1)), chunks.q_heads)
+        by_request = coverage.unflatten(1, (each.batch.num_reqs, -1))
+        stats.add_coverage(by_request, chunks.q_heads, work.samples.has_choice)
 
 
 def measure_coverage(

@@ -10,6 +10,7 @@ from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.keys import KeyExchange
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
@@ -79,6 +80,9 @@ class SampledRows:
     batch: PagedBatch
     """Every row as a request of one query, at its own position."""
     splits: SplitPlan
+    has_choice: torch.Tensor | None = None
+    """[num_reqs * rows_per_request] bool: whether the row's list could leave a block out and the row did not choose it;
+    None counts all rows."""
 
 
 @dataclass(frozen=True)
@@ -193,3 +197,5 @@ class StepMetadata(AttentionMetadata):
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""
     cold: ColdStep | None = None
     """None where no KV head is cold."""
+    key_exchange: KeyExchange | None = None
+    """What each layer brings from other hosts before its passes read the cache; None where they need no more."""

@@ -85,6 +85,8 @@ class SelectionReport(msgspec.Struct, frozen=True, kw_only=True):
 
 OFFLOAD_STATS = "farspan_offload"
 """Under this name the scheduler's counts of cold pages travel to the front end."""
+PREFILL_STATS = "farspan_prefill"
+"""Under this name its counts of tokens that prefilled sparsely, and densely for one reason or another, do."""
 
 VIEW_PRIME = (1 << 61) - 1
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
+from farspan.engine_ext.presets import PRESETS
 from farspan.engine_ext.string import check_string, rotary_source
 
 OPTIONS_KEY = "farspan"
@@ -59,8 +60,11 @@ def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
                 f"additional_config has {key!r} but no {OPTIONS_KEY!r}; the options of this backend go under "
                 f"{OPTIONS_KEY!r}. Rename the key."
             )
-        is_option = is_near(key, FarspanConfig.__struct_fields__, cutoff=0.85) or key in FlexPrefill.__struct_fields__
-        if is_option or (key == "method" and str(additional[key]) in PREFILL_METHODS):
+        sections = [name for name in FarspanConfig.__struct_fields__ if name != "preset"]
+        is_option = is_near(key, sections, cutoff=0.85) or key in FlexPrefill.__struct_fields__
+        # Names that other plugins may well use; their values tell.
+        named: Iterable[str] = {"method": tuple(PREFILL_METHODS), "preset": tuple(PRESETS)}.get(key, ())
+        if is_option or str(additional[key]) in named:
             raise ConfigError(
                 f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "
                 f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex"}}}}}}.'

@@ -11,6 +11,7 @@ from farspan.command import floats, integers, mapping, need_matplotlib, run_comm
 from farspan.doctor import add_doctor_command
 from farspan.head_profile import add_profile_command
 from farspan.plan_command import add_plan_command
+from farspan.scheduler.rates import GPUS, LINKS, MEASURED_GPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
     _add_report(subcommands)
+    _add_audit(subcommands)
     add_plan_command(subcommands)
     add_profile_command(subcommands)
     add_doctor_command(subcommands)
@@ -171,6 +173,59 @@ def _run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_audit(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "audit",
+        help="which gamma to choose for a model, by texts of your own",
+        description="Read texts with a model, densely and by flex with several gammas, through vLLM: what flex reads "
+        "and keeps of every head, how far answers drift, and how much faster it is. Prints a table and the gamma that "
+        "it recommends; writes OUT/audit.csv, heads.csv, audit.png and coverage-LENGTH.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts like those of your prompts")
+    add("--lengths", type=integers, default="8192", help="prompt lengths in tokens, the answer's first one included")
+    add("--gammas", type=floats, default="0.9,0.95,0.98", help="attention mass to keep, separated by commas")
+    add("--prompts", type=int, default=4, help="most prompts of each length, spread over the texts")
+    add("--chunk", type=int, help="prompt tokens in one engine step; 8192, or 2048 on a CPU, if left out")
+    add("--options", type=mapping, default="{}", metavar="JSON", help="further options of prefill, such as min_budget")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--out", type=Path, default=Path("farspan-audit"), help="folder for the tables and the pictures")
+    add("--no-plots", action="store_true", help="leave the pictures out")
+    parser.set_defaults(run=_run_audit)
+
+
+def _run_audit(arguments: argparse.Namespace) -> int:
+    from farspan.evaluation.audit import AUDIT_CSV, HEADS_CSV, AuditSettings, run_audit
+    from farspan.evaluation.audit_results import format_table, recommend
+
+    settings = AuditSettings(
+        model=arguments.model,
+        texts=tuple(arguments.text),
+        lengths=arguments.lengths,
+        gammas=arguments.gammas,
+        out=arguments.out,
+        prompts=arguments.prompts,
+        chunk=arguments.chunk,
+        options=arguments.options,
+        engine_args=arguments.engine_args,
+    )
+    if not arguments.no_plots:
+        need_matplotlib("leave the pictures out with --no-plots")
+    rows, heads = run_audit(settings)
+    files = [settings.out / AUDIT_CSV, settings.out / HEADS_CSV]
+    if not arguments.no_plots:
+        from farspan.evaluation.audit_plots import draw_audit
+
+        files += draw_audit(rows, heads, settings.out)
+    print(format_table(rows))
+    print(f"Speed-up of the time to the first token: {rows[0].speed_source}.")
+    print(recommend(rows)[1])
+    print("written:", *files)
+    return 0
+
+
 def _add_star(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "star",
@@ -181,7 +236,13 @@ def _add_star(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("action", nargs="?", choices=["ask", "serve"], default="ask", help="one question, or an OpenAI-like server")
+    add(
+        "action",
+        nargs="?",
+        choices=["ask", "serve", "plan"],
+        default="ask",
+        help="one question, an OpenAI-like server, or predicted times of more hosts without starting any",
+    )
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
@@ -191,6 +252,8 @@ def _add_star(subcommands: Any) -> None:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--block-len", type=int, help="tokens of a block; a quarter of the context or less if left out")
     add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
+    add("--anchor", choices=["recompute", "share", "auto"], default="recompute", help="computed by all, or sent")
+    add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
     add("--address", help="of a Ray cluster")
     add("--host", default="127.0.0.1", help="serve: address to listen on")
@@ -201,12 +264,20 @@ def _add_star(subcommands: Any) -> None:
         default="PACK",
         help="how Ray places hosts over machines",
     )
+    add("--gpu", choices=list(GPUS), default=MEASURED_GPU, help="plan: of every host")
+    add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     parser.set_defaults(run=_run_star)
 
 
 def _run_star(arguments: argparse.Namespace) -> int:
+    if arguments.action == "plan":
+        from farspan.star.plan import run_star_plan
+
+        return run_star_plan(
+            arguments.model, arguments.length, arguments.block_len, arguments.gpu, arguments.link
+        )  # fmt: skip
     from farspan.star.command import StarCommand, run_star
 
     return run_star(
@@ -220,6 +291,8 @@ def _run_star(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
             block_len=arguments.block_len,
             anchor_len=arguments.anchor_len,
+            anchor=arguments.anchor,
+            visibility=arguments.visibility,
             timeout_s=arguments.timeout,
             address=arguments.address,
             strategy=arguments.strategy,

@@ -33,7 +33,10 @@ class PlannedSteps:
         stock: Any = super()
         stats = stock.make_stats(*args, **kwargs)
         if stats is not None and self._residency is not None:
-            stats.kv_connector_stats = {OFFLOAD_STATS: self._residency.statistics()}
+            stats.kv_connector_stats = {
+                **(stats.kv_connector_stats or {}),
+                OFFLOAD_STATS: self._residency.statistics(),
+            }
         return stats
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

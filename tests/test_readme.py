@@ -39,7 +39,12 @@ def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
 
 
 def test_options_are_those_of_the_code() -> None:
-    expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
+    expected: dict[str, object] = {
+        "preset": None,
+        "kernel": "auto",
+        "prefill.method": "dense",
+        **fields_of(StringOptions, "string."),
+    }
     expected |= fields_of(OffloadOptions, "offload.")
     del expected["offload.cold_decode"]
     expected["offload.cold_decode.method"] = "exact"

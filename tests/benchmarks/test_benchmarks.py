@@ -89,7 +89,8 @@ def test_committed_rows_keep_the_contract() -> None:
         assert float(row.p20) <= float(row.p80), row
         # For densities p50 is a mean, not a quantile.
         assert row.metric == "density" or float(row.p20) <= float(row.p50) <= float(row.p80), row
-        assert row.gpu != "cpu", row
+        # A CPU's speed is no claim of ours; answers are the same everywhere.
+        assert row.gpu != "cpu" or row.metric not in ("time", "rate", "bandwidth", "peak_gpu_memory"), row
         assert row.commit, row
         replace(row)  # hashable, complete
 

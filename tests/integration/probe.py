@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from typing import Any
 
+from farspan.decisions import decisions_of
 from farspan.engine_ext import impl
 from farspan.engine_ext.passes import Decode, Dense, LayerContext, Pass
 from farspan.vllm_compat.runner import metadata_builders, state_of
@@ -54,6 +55,11 @@ class WorkerProbe:
         worker: Any = self
         layers = [layer for builder in metadata_builders(worker.model_runner) for layer in builder.layers.values()]
         return [row for layer in layers if layer.selector.stats is not None for row in layer.selector.stats.rows()]
+
+    def decisions(self) -> dict[str, Any]:
+        """What the worker decided at its start, as the log has it."""
+        worker: Any = self
+        return decisions_of(metadata_builders(worker.model_runner))
 
     def memory_for_activations(self) -> int:
         """Bytes that vLLM's memory profile leaves free for what a step allocates."""

@@ -242,20 +242,6 @@ def test_tables_of_accuracies_alone_are_read_but_not_gone_on_with(tmp_path):
         run_eval(settings(tmp_path), StubModels())
 
 
-@pytest.mark.e2e
-@pytest.mark.filterwarnings("default")
-def test_needle_model_on_the_cpu(tmp_path, capsys):
-    """The command of the documentation, with fewer questions."""
-    arguments = "--model needle --tasks niah_single,niah_multikey --lengths 1024,4096,8192 --methods dense --count 3"
-    engine = '{"max_num_seqs": 4, "enforce_eager": true}'
-    assert main(["eval", *arguments.split(), "--out", str(tmp_path), "--engine-args", engine]) == 0
-    cells = read_csv(tmp_path / "eval.csv")
-    assert len(cells) == 6
-    assert all(cell.accuracy >= 0.95 for cell in cells)
-    assert "niah_multikey" in capsys.readouterr().out
-    assert (tmp_path / "accuracy.png").is_file()
-
-
 NEEDLE_TOKEN_BYTES = 2 * 4 * 2 * 64 * 4
 """Of keys and values: layers, KV heads, head size, float32."""
 
