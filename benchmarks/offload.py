@@ -147,14 +147,11 @@ def record_engines(
                 raise BenchmarkError(f"{name} n{length}: log probabilities off by {distance:.3f}")
             ttft = [timing.ttft_ms for timing in timings]
             tpot = [ms for timing in timings for ms in timing.tpot_ms[1:]]
-            peaks = [timing.peak_gpu_memory_gib for timing in timings]
             for benchmark in benchmarks:
                 if benchmark != "decode":
                     recorder.add(f"offload_{benchmark}", f"ttft-{case}", name, "time", "ms", ttft)
                 if benchmark != "prefill":
                     recorder.add(f"offload_{benchmark}", f"tpot-{case}", name, "time", "ms", tpot)
-            if max(peaks) > 0:
-                recorder.add("offload_memory", case, name, "peak_gpu_memory", "GiB", peaks)
 
 
 def run(recorder: Recorder) -> None:

@@ -165,10 +165,6 @@ def run(recorder: Recorder) -> None:
         check_first_tokens(recorder, far_case, of_length[COLD], of_length[OFF])
         for name, result in of_length.items():
             record_times(recorder, name, result, far_case)
-        # The other engine's memory is on the GPU too, so what is taken of the GPU is not this one's.
-        peaks = [timing.peak_gpu_memory_gib for timing in of_length[COLD].timings]
-        if max(peaks) > 0:
-            recorder.add("offload_memory", f"torch-{far_case}", COLD, "peak_gpu_memory", "GiB", peaks)
 
     resident = measured("resident")
     check_first_tokens(recorder, case, capped, resident)

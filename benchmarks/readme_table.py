@@ -84,14 +84,7 @@ TABLES = (
         "time",
         "Offload on and off where requests fit: first token, time between tokens, a quarter of the layers of 8B",
         baseline="farspan",
-        cases=r"(ttft|tpot)-n\d+-b1-llama8b-8layers-",
-    ),
-    Table(
-        "offload_prefill",
-        "time",
-        "Time to the first token with KV in GPU memory and nearly all pages in host memory, the same shape",
-        baseline="farspan",
-        cases=r"ttft-n\d+-b1-llama8b-8layers-",
+        cases=r"(ttft|tpot)-n(1024|131072)-b1-llama8b-8layers-",
     ),
 )
 
