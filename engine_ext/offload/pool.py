@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 from farspan.engine_ext.errors import UnsupportedEngineError
@@ -126,7 +124,6 @@ def populate(slab: torch.Tensor) -> None:
     """Have the system find memory for a slab, in large pages where it has them, on several threads.
 
     Otherwise registering finds it, one small page after another on one thread. What fails here is left to that.
-    The threads run on processors near the GPU, so that the memory is there too.
     """
     page = resource.getpagesize()
     first = -(-slab.data_ptr() // page) * page
@@ -134,32 +131,9 @@ def populate(slab: torch.Tensor) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     madvise(first, max(end - first, 0), MADV_HUGEPAGE)
-    cpus = near_cpus()
-    # Of the thread alone.
-    stay = partial(os.sched_setaffinity, 0, cpus)
-    with ThreadPoolExecutor(min(len(cpus), MAX_THREADS), initializer=stay) as threads:
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
         for start in range(first, end, POPULATED_BYTES):
             threads.submit(madvise, start, min(POPULATED_BYTES, end - start), MADV_POPULATE_WRITE)
-
-
-def near_cpus() -> set[int]:
-    """Processors that this process may use on the current GPU's memory node; all of them where that is not known."""
-    allowed = os.sched_getaffinity(0)
-    if not torch.cuda.is_available():
-        return allowed
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
-    domain, bus, device = (getattr(gpu, name, 0) for name in names)
-    cpu_list = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0/local_cpulist")
-    with contextlib.suppress(OSError, ValueError):
-        return cpus_of(cpu_list.read_text()) & allowed or allowed
-    return allowed
-
-
-def cpus_of(cpu_list: str) -> set[int]:
-    """The numbers in a list as Linux writes it, such as "0-3,8". Raises ValueError for others."""
-    ranges = [part.partition("-") for part in cpu_list.strip().split(",") if part]
-    return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def device_address(host_address: int) -> int:

@@ -1,10 +1,5 @@
 """Host memory for cold pages: whole layers in slabs, and sentences where there is none."""
 
-import os
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import psutil
 import pytest
 import torch
@@ -48,34 +43,6 @@ def test_populated_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pool.populate(slab[1:])
     pool.populate(slab[3:9])
     assert (slab == 7).all()
-
-
-def test_processors_near_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert pool.cpus_of("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
-    assert pool.cpus_of("\n") == set()
-    allowed = os.sched_getaffinity(0)
-    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xB3, pci_device_id=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    asked: list[str] = []
-    for told, expected in (
-        (f"{min(allowed)},4096", {min(allowed)}),
-        ("4096-4100", allowed),
-        ("", allowed),
-        ("?", allowed),
-    ):
-
-        def read(path: str, told: str = told) -> Any:
-            asked.append(path)
-            return SimpleNamespace(read_text=lambda: told)
-
-        monkeypatch.setattr(pool, "Path", read)
-        assert pool.near_cpus() == expected
-    assert asked[0] == "/sys/bus/pci/devices/0000:b3:00.0/local_cpulist"
-    monkeypatch.setattr(pool, "Path", lambda path: tmp_path / "none")
-    assert pool.near_cpus() == allowed
-    assert os.sched_getaffinity(0) == allowed
 
 
 @pytest.mark.gpu
