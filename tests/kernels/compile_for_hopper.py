@@ -22,6 +22,8 @@ from farspan.kernels.contiguous import short_lists
 from farspan.kernels.flex import tile_rows
 from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget
+from farspan.kernels.hopper.prefill import hopper_prefill
+from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -98,6 +100,32 @@ def prefill_over_lists() -> None:
         block_lists=BlockLists(
             torch.zeros(32, tiles.num_tiles, 16, dtype=torch.int32), torch.ones(32, tiles.num_tiles, dtype=torch.int32)
         ),
+    )
+
+
+def hopper_prefill_over_lists() -> None:
+    """Launch the Gluon kernel on 1,024 tokens with heads of 128, with one list per query head."""
+    query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
+    tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
+    hopper_prefill(
+        query,
+        *KVView(torch.empty(16, 8, 128, 256, dtype=torch.bfloat16)).split(),
+        PagedBatch(
+            torch.tensor([0, 1024], dtype=torch.int32),
+            torch.tensor([1024], dtype=torch.int32),
+            torch.zeros(1, 16, dtype=torch.int32),
+            max_query_len=1024,
+            max_kv_len=1024,
+        ),
+        tiles,
+        0.1,
+        block_lists=BlockLists(
+            torch.zeros(32, tiles.num_tiles, 16, dtype=torch.int32), torch.ones(32, tiles.num_tiles, dtype=torch.int32)
+        ),
+        causal=True,
+        turn=None,
+        out=torch.empty_like(query),
+        lse=torch.empty(32, 1024),
     )
 
 
@@ -178,6 +206,7 @@ def main() -> None:
             {
                 "dense-d64": compiled(kernel, lambda: contiguous.attention(q, q, q)),
                 "lists-d128": compiled(kernel, prefill_over_lists),
+                "hopper-lists-d128": compiled(hopper_prefill_kernel, hopper_prefill_over_lists),
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),
