@@ -11,7 +11,7 @@ help:
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU), Ray and the development tools"
 	@echo "make demo    a question over a long prompt, vLLM's own attention next to ours"
 	@echo "make demo-star  one question over a long context on two hosts, exact and in blocks"
-	@echo "make test    the tests that this machine can run; ARGS='-k merge' goes to pytest"
+	@echo "make test    the tests that this machine can run; ARGS='-n 2 -k merge' goes to pytest (-n: workers)"
 	@echo "make check   ruff and mypy; 'make format' mends what ruff can"
 	@echo "make bench   benchmarks on a GPU; ARGS='decode --out DIR', ARGS='--dry-run' without one"
 	@echo "make lock    resolve requirements/cpu.lock anew"

@@ -102,6 +102,12 @@ class Timing:
     """Natural-log probabilities of the first token's best candidates, by token id."""
     peak_gpu_memory_gib: float = 0.0
     """Largest allocation of torch while the request ran, weights and KV cache included; 0 without a GPU."""
+    device_memory_gib: float = 0.0
+    """Taken of the whole GPU after the request, by whatever process; torch keeps what it has had. 0 without a GPU."""
+    host_memory_gib: float = 0.0
+    """Largest resident memory of the engine's process so far, pinned pages included."""
+    max_model_len: int = 0
+    """Tokens of the longest request that the engine takes."""
 
 
 @dataclass(frozen=True)

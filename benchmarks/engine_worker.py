@@ -7,6 +7,7 @@ Answer for every (Request, repeat) that it receives, and ends when the other sid
 import itertools
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -57,9 +58,13 @@ def register_random_weights() -> str:
             """Nothing to download."""
 
         def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+            from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
             config = model_config.hf_config
-            q_size = config.num_attention_heads * config.head_dim
-            kv_size = config.num_key_value_heads * config.head_dim
+            # Of this tensor-parallel rank.
+            num_ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+            q_size = config.num_attention_heads * config.head_dim // num_ranks
+            kv_size = config.num_key_value_heads * config.head_dim // num_ranks
             for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
                 generator = torch.Generator(parameter.device).manual_seed(index)
                 if "norm" in name:
@@ -81,8 +86,8 @@ def register_random_weights() -> str:
                         config.max_position_embeddings // 2,
                         seed=index,
                     )
-                    parameter.data[:q_size] = query
-                    parameter.data[q_size : q_size + kv_size] = key
+                    parameter.data[:q_size] = query[rank * q_size : (rank + 1) * q_size]
+                    parameter.data[q_size : q_size + kv_size] = key[rank * kv_size : (rank + 1) * kv_size]
 
     return "seeded_random"
 
@@ -142,12 +147,21 @@ def send(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
 
 
 def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
-    """Send one request and read its peak memory."""
+    """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     timing = send(llm, prompt, request, name)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return replace(timing, peak_gpu_memory_gib=peak)
+    peak = taken = 0.0
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak, taken = torch.cuda.max_memory_allocated() / 2**30, (total - free) / 2**30
+    return replace(
+        timing,
+        peak_gpu_memory_gib=peak,
+        device_memory_gib=taken,
+        host_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        max_model_len=llm.llm_engine.model_config.max_model_len,
+    )
 
 
 def main() -> None:

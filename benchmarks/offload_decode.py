@@ -1,12 +1,14 @@
 """Decode of one layer from host memory, in CUDA graphs: pages in HBM, in host memory, and half in each.
 
-`farspan` is the kernel that knows one pool, `farspan-offload` the one that reads both, all pages on the device;
-`copy` is one large copy of the same bytes to the device. `benchmarks.offload` has whole engines.
+`farspan` is the kernel that knows one pool, `farspan-offload` the one that reads both, all pages on the device. Host
+memory is the engine's; `farspan-offload-cold-pinned` reads memory that torch has pinned. `copy` is one large copy of
+the same bytes to the device. `benchmarks.offload` has whole engines.
 """
 
 from typing import Any
 
 import torch
+from farspan.engine_ext.offload.pool import HostPool, make_host_pool
 
 from benchmarks import calls
 from benchmarks.gate import check_attention
@@ -22,19 +24,27 @@ def cases(dry_run: bool) -> list[tuple[int, ...]]:
     return [(100,), (17, 64)] if dry_run else [(8192,), (131072,), (32768,) * 8]
 
 
-def host_copy(batch: PagedBatch) -> torch.Tensor:
-    """[num_pages, num_kv_heads, page_size, 2 * head_dim]: the batch's pages in host memory, each head's in a row."""
-    host = batch.kv_cache.transpose(0, 1).contiguous().cpu()
-    if torch.cuda.is_available():
-        host = host.pin_memory()
-    return host.transpose(0, 1)
+def host_copy(batch: PagedBatch) -> HostPool:
+    """The batch's pages in host memory as the engine has it, each head's in a row."""
+    num_pages, num_heads, page_size, width = batch.kv_cache.shape
+    shape = (num_pages, page_size, width)
+    made = make_host_pool([num_heads], shape, batch.kv_cache.dtype, register=torch.cuda.is_available())
+    made.layers[0].copy_(batch.kv_cache.transpose(0, 1))
+    return made
+
+
+def pinned_copy(host: torch.Tensor) -> torch.Tensor:
+    """The same in memory that torch has pinned."""
+    flat = host.transpose(0, 1).clone()
+    return (flat.pin_memory() if torch.cuda.is_available() else flat).transpose(0, 1)
 
 
 def run_case(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -> None:
     """Time one layer's decode calls after checking each."""
     case = f"n{lens[0]}-b{len(lens)}-{shape.label}"
     batch = make_paged_batch([1] * len(lens), lens, shape)
-    host = host_copy(batch)
+    pool = host_copy(batch)
+    host = pool.layers[0].transpose(0, 1)
     device = batch.query.device
     places = torch.arange(len(batch.kv_cache), device=device)
     works: dict[str, Any] = {
@@ -42,6 +52,7 @@ def run_case(recorder: Recorder, lens: tuple[int, ...], shape: AttentionShape) -
         FITS: calls.decode(batch, host_pages=calls.HostPages(host, places < 0)),
         f"{COLD}-half": calls.decode(batch, host_pages=calls.HostPages(host, places % 2 == 0)),
         COLD: calls.decode(batch, host_pages=calls.HostPages(host, places >= 0)),
+        f"{COLD}-pinned": calls.decode(batch, host_pages=calls.HostPages(pinned_copy(host), places >= 0)),
     }
     for name, work in works.items():
         recorder.note(f"{case} {name}: relative error {check_attention(batch, *work(), name=name):.1e}")

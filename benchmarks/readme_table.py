@@ -9,14 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.real_table import format_real
 from benchmarks.record import ROOT, Row, read_rows
 from tools.regions import Region
 
 README = ROOT / "README.md"
 NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
 STAGES = ("-select", "-attention")
-MEDIAN_DENSITY_RUNS = frozenset({"20261122-e2c7e0"})
-"""Runs whose density rows hold the median head's density instead of the mean; the tables leave these densities out."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,23 @@ class Table:
 
 TABLES = (
     Table(
-        "ttft", "time", "Time to the first token in vLLM", cases=r"n(32768|131072)-", quality=("density", "coverage")
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, half of the layers of an 8B shape with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-llama8b-16layers-",
+    ),
+    Table(
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, shape of a 0.5B model with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
     ),
     Table("tpot", "time", "Time between tokens in vLLM"),
     Table(
         "prefill_flex",
         "time",
-        "Dynamic sparse prefill on calibrated inputs, one attention call, selection included",
-        quality=("density", "coverage"),
+        "Times of dynamic sparse prefill on calibrated inputs, one attention call, selection included",
+        quality=("density",),
     ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
@@ -71,22 +79,28 @@ TABLES = (
         cases="total-",
         variants=r"farspan(-string-auto)?$",
     ),
+    Table(
+        "offload_fits",
+        "time",
+        "Offload on and off where requests fit: first token, time between tokens, a quarter of the layers of 8B",
+        baseline="farspan",
+        cases=r"(ttft|tpot)-n(1024|131072)-b1-llama8b-8layers-",
+    ),
 )
 
 
 def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
-    """Rows of the table's metrics from the run that was appended last."""
-    metrics = (table.metric, *table.quality)
-    matching = [row for row in rows if row.benchmark == table.benchmark and row.metric in metrics]
-    matching = [row for row in matching if row.run_id == matching[-1].run_id]
-    return [
+    """Rows that the table shows, from the run that was appended last."""
+    matching = [
         row
-        for row in matching
-        if re.match(table.cases, row.case)
+        for row in rows
+        if row.benchmark == table.benchmark
+        and row.metric in (table.metric, *table.quality)
+        and re.match(table.cases, row.case)
         and re.match(table.variants, row.variant)
         and not row.variant.endswith(STAGES)
-        and not (row.metric == "density" and row.run_id in MEDIAN_DENSITY_RUNS)
     ]
+    return [row for row in matching if row.run_id == matching[-1].run_id]
 
 
 def format_table(rows: Sequence[Row], table: Table) -> str:
@@ -138,7 +152,8 @@ def as_cell(number: float | None) -> str:
 def format_numbers(rows: Sequence[Row]) -> str:
     """Format the text between the README's two markers."""
     benchmarks = {row.benchmark for row in rows}
-    return "\n".join(format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks)
+    tables = [format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks]
+    return "\n".join([*filter(None, [format_real(rows)]), *tables])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import argparse
 import datetime
+import math
 import os
 import secrets
+import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ BENCHMARKS = frozenset(
         "prefill_dense",
         "prefill_flex",
         "select",
+        "host_side",
         "decode",
         "ttft",
         "tpot",
@@ -33,6 +36,7 @@ BENCHMARKS = frozenset(
         "offload_fits",
         "star",
         "no_harm",
+        "real",
     ]
 )
 UNITS = {
@@ -43,7 +47,16 @@ UNITS = {
     "host_memory": {"GiB"},
     "density": {"fraction"},
     "coverage": {"fraction"},
+    "coverage_min": {"fraction"},
+    "below_gamma_0.01": {"fraction"},
+    "below_gamma_0.05": {"fraction"},
+    "chunks_below_gamma_0.05": {"fraction"},
     "accuracy": {"fraction"},
+    "changed": {"fraction"},
+    "context": {"tokens"},
+    "drift": {"nats/token"},
+    "drift_error": {"nats/token"},
+    "exchanged": {"MiB"},
 }
 
 
@@ -72,9 +85,11 @@ class Row:
     unit: str
     p20: str
     p50: str
-    """The median of the samples; for densities the mean over heads and chunks, since time follows the mean."""
+    """The median of the samples; for densities the mean over heads and chunks, since time follows the mean, and for
+    drifts the mean over tokens."""
     p80: str
-    """p20 and p80 are quantiles of the samples; for densities quantiles over heads."""
+    """p20 and p80 are quantiles of the samples; for densities quantiles over heads, for drifts a standard error below
+    and above the mean."""
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -139,13 +154,14 @@ class Environment:
     vllm: str
 
     @classmethod
-    def detect(cls, date: str | None = None) -> "Environment":
+    def detect(cls, date: str | None = None, *, needs_commit: bool = False) -> "Environment":
+        """Of this machine; a CPU's commit is found only where it is needed."""
         on_gpu = torch.cuda.is_available()
         date = date or datetime.date.today().isoformat()
         return cls(
             run_id=f"{date.replace('-', '')}-{secrets.token_hex(3)}",
             date=date,
-            commit=commit_of() if on_gpu else "",
+            commit=commit_of() if on_gpu or needs_commit else "",
             gpu=torch.cuda.get_device_name() if on_gpu else "cpu",
             driver=driver_version() if on_gpu else "",
             torch=torch.__version__,
@@ -193,15 +209,24 @@ def reading_our_tables() -> Iterator[None]:
         raise BenchmarkError(str(error)) from error
 
 
+def is_possible(sample: float, metric: str) -> bool:
+    """Whether a quantity of that kind can have the value."""
+    if UNITS[metric] == {"nats/token"}:
+        return math.isfinite(sample)
+    return sample > 0 or (sample == 0 and UNITS[metric] == {"fraction"})
+
+
 class Recorder:
     """Prints the samples of a run and writes each row at once, so that an interrupted run keeps its rows.
 
     out: folder of the CSV files; None (a dry run) only prints.
     """
 
-    def __init__(self, out: Path | None, environment: Environment) -> None:
+    def __init__(self, out: Path | None, environment: Environment, checkpoints: Sequence[Path] = ()) -> None:
+        """checkpoints: folders of trained models, for benchmarks that can use them."""
         self.out = out
         self.environment = environment
+        self.checkpoints = checkpoints
         self.rows: list[Row] = []
 
     @property
@@ -212,16 +237,22 @@ class Recorder:
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
         """Record samples of one quantity: repeated measurements, or for a density one sample per head over all chunks.
 
-        Raises BenchmarkError for unknown names and for samples that are not above 0 (fractions may be 0), NaN included.
+        Raises BenchmarkError for unknown names and for samples that are not above 0 (fractions may be 0, drifts
+        negative), NaN included.
         """
         if benchmark not in BENCHMARKS:
             raise BenchmarkError(f"benchmark {benchmark!r}; known are {', '.join(sorted(BENCHMARKS))}")
         if unit not in UNITS.get(metric, ()):
             raise BenchmarkError(f"metric {metric!r} in {unit!r}; known are {UNITS}")
-        if not samples or any(not (sample > 0 or (sample == 0 and unit == "fraction")) for sample in samples):
+        if not samples or not all(is_possible(sample, metric) for sample in samples):
             raise BenchmarkError(f"{benchmark} {case} {variant} {metric}: samples {samples}")
-        centre = sum(samples) / len(samples) if metric == "density" else quantile(samples, 0.5)
-        p20, p50, p80 = (f"{number:.6g}" for number in (quantile(samples, 0.2), centre, quantile(samples, 0.8)))
+        low, centre, high = (quantile(samples, fraction) for fraction in (0.2, 0.5, 0.8))
+        if metric in ("density", "drift"):
+            centre = sum(samples) / len(samples)
+        if metric == "drift":
+            spread = statistics.stdev(samples) / len(samples) ** 0.5 if len(samples) > 1 else 0.0
+            low, high = centre - spread, centre + spread
+        p20, p50, p80 = (f"{number:.6g}" for number in (low, centre, high))
         row = Row(
             **asdict(self.environment),
             benchmark=benchmark, case=case, variant=variant, metric=metric, unit=unit, p20=p20, p50=p50, p80=p80,

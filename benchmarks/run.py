@@ -1,7 +1,8 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it measures. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
+what it measures. Those with `NEEDS_GPU = False` also run on a CPU. `real` also wants a checkpoint and texts,
+`--model DIR --text FILES`. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
 """
 
 import argparse
@@ -11,9 +12,10 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
-from farspan.command import make_folder, run_command
+from farspan.command import integers, make_folder, run_command, words
 
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
 
@@ -22,15 +24,19 @@ MODULES = (
     "prefill_dense",
     "prefill_flex",
     "select",
+    "host_side",
     "decode",
     "ttft",
     "flex_ttft",
     "prefill_block_sparse",
     "string_e2e",
     "offload_decode",
+    "offload_select",
     "offload",
+    "offload_memory",
     "star",
-    "star_accuracy",
+    "star_quality",
+    "real",
 )
 
 
@@ -50,11 +56,47 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
     parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
+        help="a trained model for the benchmarks that can use one; may be given several times",
+    )  # fmt: skip
+    real = parser.add_argument_group("real")
+    real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
+    real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
+    real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
+    real.add_argument("--lengths", type=integers, default=(8192,), help="prompt lengths, separated by commas")
+    real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
+    real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
+    real.add_argument("--variants", type=words, default=(), help="of benchmarks/real.py; all if left out")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MODULES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
     return arguments
+
+
+def needs_gpu(name: str) -> bool:
+    """Whether a benchmark's rows say something of a GPU only; those that do not are fractions and drifts, no times."""
+    return bool(getattr(importlib.import_module(f"benchmarks.{name}"), "NEEDS_GPU", True))
+
+
+def real_inputs(arguments: argparse.Namespace) -> Any:
+    """What `real` runs on; None where no checkpoint is named."""
+    from benchmarks.real import Inputs
+
+    if arguments.model is None:
+        return None
+    if not arguments.text or not arguments.label:
+        raise BenchmarkError("`real` with --model needs --text FILES and --label, what the rows call them.")
+    return Inputs(
+        arguments.model,
+        tuple(arguments.text),
+        arguments.label,
+        arguments.lengths,
+        arguments.prompts,
+        arguments.questions,
+        arguments.variants,
+    )
 
 
 def main() -> int:
@@ -67,21 +109,27 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.collect:
         print(f"{collect(arguments.collect)} rows added to {DATA}")
         return 0
+    names = arguments.names or MODULES
     if not torch.cuda.is_available():
-        if not arguments.dry_run:
-            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
         # Read when triton is first imported: kernels run in its interpreter.
         os.environ["TRITON_INTERPRET"] = "1"
+        if not arguments.dry_run and any(needs_gpu(name) for name in names):
+            raise BenchmarkError("benchmarks need a CUDA GPU; try them out without one by --dry-run.")
+    environment = Environment.detect(arguments.date, needs_commit=not arguments.dry_run)
     if not arguments.dry_run:
         make_folder(arguments.out)
-    recorder = Recorder(None if arguments.dry_run else arguments.out, Environment.detect(arguments.date))
+    recorder = Recorder(None if arguments.dry_run else arguments.out, environment, arguments.checkpoint)
     print(recorder.environment)
     failed = []
-    for name in arguments.names or MODULES:
+    for name in names:
         print(f"{name}:", flush=True)
         started = time.monotonic()
         try:
-            importlib.import_module(f"benchmarks.{name}").run(recorder)
+            module = importlib.import_module(f"benchmarks.{name}")
+            if name == "real":
+                module.run(recorder, real_inputs(arguments))
+            else:
+                module.run(recorder)
         except Exception:  # the next benchmarks can still report
             traceback.print_exc()
             failed.append(name)

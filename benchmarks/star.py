@@ -1,33 +1,88 @@
-"""Star Attention over two GPUs: one long prompt in blocks of N/4 and N/8, against one GPU and tensor parallelism 2.
+"""Star Attention over two GPUs: one long prompt in blocks of N/4 and N/8, dense and with flex inside, against one GPU,
+tensor parallelism 2 and ring attention on the same two GPUs.
 
-Whole engines of an 8B shape with fewer layers (`l8` in the case: 8 of 32), random seeded weights, one request alone.
-Times to the first token count from the request to the token, both phases included; the anchor is recomputed on the
-second host. Between tokens, every layer exchanges once. Before anything is reported, two hosts with blocks of N/2,
-which see all of the context, must agree with one GPU on the first token's log probabilities.
+Whole engines of an 8B shape with fewer layers (`l8` in the case: 8 of 32), calibrated heads, one request alone, a fresh
+prompt each time. All engines are up at once and take turns, so that a start is waited for once. Times to the first
+token count from the request to the token, both phases included. The ring is `benchmarks.ring`: a whole forward of as
+many layers in plain PyTorch with FlashAttention 3, without an engine around it. The hosts read chunks of 32K tokens, so
+that an anchor of N/4 of 128K is one; vLLM's own engines have its defaults. First of all, two hosts with blocks of
+N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
 """
 
+import inspect
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from farspan.engine_ext.errors import StarError
 from farspan.star import StarLLM, StarOutput
 from farspan.star.host import StarHost
 from farspan.star.protocol import HostFacts
 
-from benchmarks.engine import LLAMA_8B, TINY_LLAMA, WORKER_ENV, EngineSpec, Request, measure
-from benchmarks.record import ROOT, BenchmarkError, Recorder
+from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, WORKER_ENV, Engine, EngineSpec, Request, Timing
+from benchmarks.record import ROOT, BenchmarkError, Recorder, quantile
+from benchmarks.ring import RingHosts, RingSpec
 
 NAME = "star"
 NUM_HOSTS = 2
-NUM_LAYERS = 8
-QUERY_LEN, OUTPUT_LEN, REPEATS = 64, 33, 2
-SHARES = (2, 4, 8)
-"""Blocks of a context; two of them on two hosts are exact attention."""
+NUM_LAYERS, ALL_LAYERS = 8, 32
+CHUNK_LEN = 32768
+GAMMA = 0.9
+QUERY_LEN, OUTPUT_LEN = 64, 33
 LOGPROB_TOLERANCE = 0.25
 TOP_LOGPROBS = 20
+TIMEOUT_S = 540
+MOST_ON_ONE_GPU, MOST_CHECKED = 131072, 65536
+"""Tokens; one GPU would read 256K in 10 s, 512K in 36 s."""
+LONGEST = ("n8", "n4", "n8-g0.9", "n8-shared", "n4-shared", "all")
+"""Ways of reading what is longer."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way for the hosts to read a context: in `share` blocks (0 for none), and what else `generate` is told."""
+
+    name: str
+    share: int
+    method: str = "dense"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> str:
+        return f"farspan-star-{self.name}"
+
+
+FLEX = f"-g{GAMMA}"
+WAYS = (
+    Way("n8", 8),
+    Way("n4", 4),
+    Way(f"n8{FLEX}", 8, "flex"),
+    Way(f"n4{FLEX}", 4, "flex"),
+    Way("n8-shared", 8, arguments={"anchor": "share"}),
+    Way("n4-shared", 4, arguments={"anchor": "share"}),
+    Way("all", 0, arguments={"visibility": "all"}),
+    Way(f"all{FLEX}", 0, "flex", {"visibility": "all"}),
+)
+GOALS = {"n8": 1.55, "n4": 1.25, "n8-shared": 1.8, "all": 1.05, f"n8{FLEX}": 2.0}
+"""Times the speed of tensor parallelism 2 at 128K, to the first token."""
+GOAL_LEN = 131072
+GOAL_TOKEN_MS = 0.6
+"""That a token of all layers may take longer than on one GPU with as much KV as each host has."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt of `length` tokens, and how often each engine gets one of that length."""
+
+    length: int
+    repeats: int
 
 
 class BenchHost(StarHost):
@@ -47,20 +102,27 @@ class BenchStar(StarLLM):
     host_class = BenchHost
 
 
-def cases(dry_run: bool) -> list[int]:
-    """List context lengths, the one that matters most first."""
-    return [256, 512] if dry_run else [n * 1024 for n in (128, 64, 256)]
+def cases(dry_run: bool) -> list[Case]:
+    """List context lengths: a short one, which is checked, then the one of the goals; the longest last."""
+    if dry_run:
+        return [Case(256, 1), Case(512, 1)]
+    return [Case(65536, 1), Case(131072, 1), Case(262144, 1), Case(524288, 1)]
 
 
 def model_of(dry_run: bool) -> tuple[dict[str, Any], str]:
     """The shape and its label in cases."""
     if dry_run:
         return TINY_LLAMA, "tiny-fp32"
-    longest = max(cases(dry_run))
-    shape = LLAMA_8B | {
-        "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": longest + 4096, "attention_bias": False,
-    }  # fmt: skip
+    longest = max(case.length for case in cases(dry_run))
+    shape = CALIBRATED_8B | {"num_hidden_layers": NUM_LAYERS, "max_position_embeddings": longest + 4096}
     return shape, f"llama8b-l{NUM_LAYERS}-bf16"
+
+
+def memory_of(model: dict[str, Any], max_len: int, num_gpus: int = 1) -> dict[str, Any]:
+    """Engine arguments for the KV of one request; several engines share a GPU."""
+    heads = model["num_hidden_layers"] * model["num_key_value_heads"]
+    token_bytes = 2 * 2 * heads * model["head_dim"] // num_gpus
+    return {"kv_cache_memory_bytes": int(1.03 * token_bytes * max_len) + 2**28, "gpu_memory_utilization": 0.2}
 
 
 def prompt_of(length: int, vocab_size: int, seed: int) -> list[int]:
@@ -69,16 +131,30 @@ def prompt_of(length: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
 
-def ask_star(llm: StarLLM, num_tokens: int, share: int, seed: int, output_len: int = OUTPUT_LEN) -> StarOutput:
-    """One request: a context of `num_tokens` less the query, in `share` blocks."""
+def ways(dry_run: bool) -> list[Way]:
+    """Those that `generate` of this version knows."""
+    known = inspect.signature(StarLLM.generate).parameters
+    found = [way for way in WAYS if set(way.arguments) <= set(known)]
+    return found[:3] if dry_run else found
+
+
+def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int = OUTPUT_LEN) -> StarOutput:
+    """One request: a context of `num_tokens` less the query. seed: of the prompt's tokens."""
     from vllm import SamplingParams
 
     params = SamplingParams(
-        max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=TOP_LOGPROBS
+        max_tokens=output_len,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=TOP_LOGPROBS,
+        extra_args={"farspan.method": way.method},
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
-    block = -(-num_tokens // (share * llm.page_size)) * llm.page_size
-    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, block_len=block)
+    arguments = dict(way.arguments)
+    if way.share:
+        arguments["block_len"] = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
+    return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, **arguments)
 
 
 def distance(output: StarOutput, expected: dict[str, float]) -> float:
@@ -89,106 +165,194 @@ def distance(output: StarOutput, expected: dict[str, float]) -> float:
     return max((abs(ours[token] - expected[token]) for token in shared), default=float("inf"))
 
 
+class Bench:
+    """All engines, and what has been measured on them."""
+
+    def __init__(self, recorder: Recorder, stack: ExitStack) -> None:
+        """Start all of them together; `stack` ends them."""
+        self.recorder, self.dry_run = recorder, recorder.dry_run
+        self.model, self.label = model_of(self.dry_run)
+        self.cases = cases(self.dry_run)
+        self.medians: dict[tuple[int, str], float] = {}
+        self.failed: set[str] = set()
+        """Peers that have failed."""
+        self.mark = ""
+        self.first: dict[int, Timing] = {}
+        """One GPU's answers, by length."""
+        deadline = time.monotonic() + TIMEOUT_S
+        specs = {"fa3": self.spec(MOST_ON_ONE_GPU, 1)}
+        if not self.dry_run:
+            specs["tp2-fa3"] = self.spec(max(case.length for case in self.cases), NUM_HOSTS)
+        dtype = torch.float32 if self.dry_run else torch.bfloat16
+        # Processes come up while this one waits for the hosts.
+        self.engines: dict[str, Engine] = {}
+        self.ends: dict[str, ExitStack] = {}
+        for name, spec in specs.items():
+            self.ends[name] = stack.enter_context(ExitStack())
+            self.engines[name] = self.ends[name].enter_context(Engine(spec, deadline))
+        self.ring = stack.enter_context(RingHosts(RingSpec(self.model, dtype), NUM_HOSTS, deadline))
+        self.star, self.suffix = stack.enter_context(self.start_star())
+        for name in list(self.engines):
+            self.attempt(name, self.engines[name].receive)
+        self.attempt("ring", self.ring.wait)
+
+    def attempt(self, name: str, work: Callable[[], object]) -> None:
+        """Do a peer's work; where it fails, say so and go on without the peer."""
+        if name in self.failed:
+            return
+        try:
+            work()
+        except BenchmarkError as error:
+            self.failed.add(name)
+            self.recorder.note(f"{name} is left out from here on: {error}")
+
+    def spec(self, max_len: int, num_gpus: int) -> EngineSpec:
+        """An engine of vLLM's own attention for prompts up to `max_len` tokens."""
+        requests = [Request(each.length, OUTPUT_LEN) for each in self.cases if each.length <= max_len]
+        if self.dry_run:
+            return EngineSpec(requests, self.model)
+        arguments = memory_of(self.model, max(each.prompt_len for each in requests) + 1024, num_gpus)
+        return EngineSpec(requests, self.model, "FLASH_ATTN", engine=arguments | {"tensor_parallel_size": num_gpus})
+
+    @contextmanager
+    def start_star(self) -> Iterator[tuple[StarLLM, str]]:
+        """Two hosts that decode in CUDA graphs; where they do not start that way, without, and rows say so."""
+        max_len = max(case.length for case in self.cases) + 1024
+        engine: dict[str, Any] = {"load_format": "seeded_random", "skip_tokenizer_init": True, "seed": 0}
+        engine["max_model_len"] = max_len
+        environment = dict(WORKER_ENV)
+        environment["PYTHONPATH"] = python_path()
+        if self.dry_run:
+            engine |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        else:
+            # A host may have all of a context, and the copy of its anchor.
+            engine |= memory_of(self.model, max_len + max_len // 8)
+            # A shared anchor of that many tokens is one chunk, so that the others wait for one layer of it.
+            engine["max_num_batched_tokens"] = CHUNK_LEN
+            graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
+            engine["compilation_config"] = graphs
+        options = {"prefill": {"method": "flex", "gamma": GAMMA}}
+        common: dict[str, Any] = {"timeout_s": 60, "start_timeout_s": 200, "env": environment, "options": options}
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(self.model))
+            suffix = ""
+            try:
+                llm = BenchStar(folder, NUM_HOSTS, graphs=not self.dry_run, **common, **engine)
+            except StarError as error:
+                if self.dry_run:
+                    raise
+                self.recorder.note(f"hosts with decode in graphs did not start ({error}); without graphs instead")
+                llm, suffix = BenchStar(folder, NUM_HOSTS, **common, **engine), "-eager"
+            with llm:
+                yield llm, suffix
+
+    def measure(self, case: Case) -> None:
+        """All rows of one length."""
+        if case.length <= MOST_ON_ONE_GPU:
+            self.attempt("fa3", lambda: self.record_engine("fa3", case))
+        else:
+            # Its memory is needed.
+            self.ends["fa3"].close()
+        if case.length <= MOST_CHECKED and case.length in self.first:
+            self.check(case)
+        for number, way in enumerate(ways(self.dry_run)):
+            if case.length > MOST_ON_ONE_GPU and way.name not in LONGEST:
+                continue
+            seeds = [1000 * (number + 1) + case.length + repeat for repeat in range(case.repeats)]
+            try:
+                outputs = [ask_star(self.star, case.length, way, seed) for seed in seeds]
+            except StarError as error:
+                self.recorder.note(f"n{case.length} {way.variant}: {error}")
+                continue
+            self.record_star(case.length, way.variant + self.mark, outputs)
+        if "tp2-fa3" in self.engines:
+            self.attempt("tp2-fa3", lambda: self.record_engine("tp2-fa3", case))
+        self.attempt("ring", lambda: self.record_ring(case))
+        self.report(case.length)
+
+    def check(self, case: Case) -> None:
+        """Whether two blocks on two hosts give one GPU's first token; rows of Star are marked from here on if not."""
+        # The prompt of the other engine's first.
+        output = ask_star(self.star, case.length, Way("n2", NUM_HOSTS), seed=case.length)
+        far = distance(output, self.first[case.length].top_logprobs)
+        self.recorder.note(f"n{case.length}: two blocks give log probabilities {far:.3f} from one GPU's")
+        if not far <= LOGPROB_TOLERANCE:
+            self.recorder.note(f"that is more than {LOGPROB_TOLERANCE}: rows of Star are marked as wrong")
+            self.mark = "-wrong"
+
+    def case_of(self, length: int) -> str:
+        return f"n{length}-b1-{self.label}"
+
+    def add(self, length: int, kind: str, variant: str, samples: list[float]) -> None:
+        """A row of times in ms. kind: what follows the case's name."""
+        self.recorder.add(NAME, f"{self.case_of(length)}{kind}", variant, "time", "ms", samples)
+        self.medians[length, f"{variant}{kind}"] = quantile(samples, 0.5)
+
+    def record_engine(self, name: str, case: Case) -> None:
+        """Rows of one of vLLM's own engines. Raises BenchmarkError where it fails."""
+        request = Request(case.length, OUTPUT_LEN, case.repeats)
+        timings = [self.engines[name].answer(request, repeat).timing for repeat in range(case.repeats)]
+        if name == "fa3":
+            self.first[case.length] = timings[0]
+        self.add(case.length, "", name, [each.ttft_ms for each in timings])
+        self.add(case.length, "-tpot", name, [ms for each in timings for ms in each.tpot_ms[1:]])
+
+    def record_star(self, length: int, variant: str, outputs: list[StarOutput]) -> None:
+        """Rows of requests with the same blocks."""
+        times = [each.times for each in outputs]
+        self.add(length, "", variant, [each.first_token_s * 1e3 for each in times])
+        self.add(length, "-phase1", variant, [each.phase_1_s * 1e3 for each in times])
+        self.add(length, f"-tpot{self.suffix}", variant, [ms * 1e3 for each in times for ms in each.token_s[1:]])
+        exchanged = [each.exchanged_bytes / 2**20 for each in times]
+        self.recorder.add(NAME, self.case_of(length), variant, "exchanged", "MiB", exchanged)
+        hosts = ", ".join(f"{seconds:.3f}" for seconds in times[-1].host_s)
+        self.recorder.note(f"{variant}: hosts at work {hosts} s in phase 1")
+
+    def record_ring(self, case: Case) -> None:
+        tokens = torch.tensor(prompt_of(case.length, self.model["vocab_size"], case.length))
+        # Of several, the first fills torch's cache of memory.
+        first = int(case.repeats > 1)
+        answers = self.ring.prefill(tokens, case.repeats + first)
+        slowest = [max(times) for times in zip(*(each.prefill_ms[first:] for each in answers), strict=True)]
+        self.add(case.length, "", "ring", slowest)
+        exchanged = sum(each.num_bytes for each in answers) / 2**20
+        self.recorder.add(NAME, self.case_of(case.length), "ring", "exchanged", "MiB", [exchanged])
+
+    def report(self, length: int) -> None:
+        """Goals of this length, reached or missed."""
+        peer = self.medians.get((length, "tp2-fa3"))
+        for name, goal in GOALS.items():
+            ours = self.medians.get((length, f"farspan-star-{name}"))
+            if length == GOAL_LEN and peer and ours:
+                verdict = "reached" if peer / ours >= goal else "MISSED"
+                self.recorder.note(f"{name}: {peer / ours:.2f} times tp2-fa3's speed, goal {goal} {verdict}")
+        half = self.medians.get((length // NUM_HOSTS, "fa3-tpot"))
+        ours = self.medians.get((length, f"farspan-star-n4-tpot{self.suffix}"))
+        if half and ours and not self.dry_run:
+            more = (ours - half) * ALL_LAYERS / NUM_LAYERS
+            verdict = "reached" if more <= GOAL_TOKEN_MS else "MISSED"
+            self.recorder.note(
+                f"n{length}: a token takes {ours - half:.3f} ms more than on one GPU with half the KV, {more:.2f} ms "
+                f"with {ALL_LAYERS} layers; goal {GOAL_TOKEN_MS} {verdict}"
+            )
+
+
 def run(recorder: Recorder) -> None:
-    dry_run = recorder.dry_run
-    if not dry_run and torch.cuda.device_count() < NUM_HOSTS:
+    if not recorder.dry_run and torch.cuda.device_count() < NUM_HOSTS:
         recorder.note(f"left out: needs {NUM_HOSTS} GPUs, there is {torch.cuda.device_count()}")
         return
-    model, label = model_of(dry_run)
-    lens = cases(dry_run)
-    # What is new goes first; it becomes rows only once one GPU has said what is right.
-    answers = {False: ask_hosts(recorder, model, lens, graphs=False)}
-    firsts = measure_peer(recorder, "fa3", None if dry_run else "FLASH_ATTN", {}, model, label, lens)
-    record_star(recorder, answers[False], firsts, label, "")
-    if dry_run:
-        return
-    record_star(recorder, ask_hosts(recorder, model, lens, graphs=True), firsts, label, "-graphs")
-    measure_peer(recorder, "tp2-fa3", "FLASH_ATTN", {"tensor_parallel_size": NUM_HOSTS}, model, label, lens)
-
-
-def measure_peer(
-    recorder: Recorder,
-    name: str,
-    backend: str | None,
-    arguments: dict[str, Any],
-    model: dict[str, Any],
-    label: str,
-    lens: list[int],
-) -> dict[int, dict[str, float]]:
-    """Another engine's times; returns the first token's log probabilities by length."""
-    requests = [Request(length, OUTPUT_LEN, REPEATS) for length in lens]
-    result = measure(EngineSpec(requests, model, backend, engine=arguments), timeout_s=300)
-    for length in lens:
-        timings = result.of(length)
-        case = f"n{length}-b1-{label}"
-        recorder.add(NAME, case, name, "time", "ms", [each.ttft_ms for each in timings])
-        steps = [ms for each in timings for ms in each.tpot_ms[1:]]
-        recorder.add(NAME, f"{case}-tpot", name, "time", "ms", steps)
-    return {length: result.of(length)[0].top_logprobs for length in lens}
-
-
-def ask_hosts(
-    recorder: Recorder, model: dict[str, Any], lens: list[int], *, graphs: bool
-) -> dict[tuple[int, int], list[StarOutput]]:
-    """Answers of two hosts by length and number of blocks; graphs: whether they decode in CUDA graphs."""
-    engine: dict[str, Any] = {"load_format": "seeded_random", "skip_tokenizer_init": True, "seed": 0}
-    engine["max_model_len"] = max(lens) + 1024
-    environment = dict(WORKER_ENV)
-    environment["PYTHONPATH"] = python_path()
-    if recorder.dry_run:
-        engine |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    else:
-        engine["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
-    answers = {}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(model))
-        with BenchStar(
-            folder, NUM_HOSTS, timeout_s=60, start_timeout_s=300, graphs=graphs, env=environment, **engine
-        ) as llm:
-            for length in lens:
-                ask_star(llm, length, 4, seed=1, output_len=2)  # fills what is allocated at first use
-                for share in SHARES:
-                    # The first prompt is that of the other engines' first.
-                    outputs = [ask_star(llm, length, share, seed=length + repeat) for repeat in range(REPEATS)]
-                    first_s = [round(each.times.first_token_s, 3) for each in outputs]
-                    recorder.note(f"n{length} in {share} blocks{', graphs' if graphs else ''}: {first_s} s, unchecked")
-                    answers[length, share] = outputs
-    return answers
-
-
-def record_star(
-    recorder: Recorder,
-    answers: dict[tuple[int, int], list[StarOutput]],
-    firsts: dict[int, dict[str, float]],
-    label: str,
-    suffix: str,
-) -> None:
-    """Rows of the answers. Raises BenchmarkError where blocks that see all give another first token's probabilities."""
-    for (length, share), outputs in answers.items():
-        far = distance(outputs[0], firsts[length])
-        recorder.note(f"n{length} in {share} blocks: first-token log probabilities differ by {far:.3f}")
-        if share == NUM_HOSTS and not far <= LOGPROB_TOLERANCE:
-            raise BenchmarkError(f"n{length}: log probabilities off by {far:.3f} with blocks that see all")
-        record(recorder, outputs, f"n{length}-b1-{label}", f"farspan-star-n{share}{suffix}")
-
-
-def record(recorder: Recorder, outputs: list[StarOutput], case: str, variant: str) -> None:
-    """Add the times of requests with the same blocks."""
-    times = [each.times for each in outputs]
-    recorder.add(NAME, case, variant, "time", "ms", [each.first_token_s * 1e3 for each in times])
-    recorder.add(NAME, f"{case}-phase1", variant, "time", "ms", [each.phase_1_s * 1e3 for each in times])
-    steps = [second * 1e3 for each in times for second in each.token_s[1:]]
-    recorder.add(NAME, f"{case}-tpot", variant, "time", "ms", steps)
-    hosts = ", ".join(f"{seconds:.3f}" for seconds in times[-1].host_s)
-    shards = outputs[-1].shards or []
-    recorder.note(
-        f"{case} {variant}: hosts at work {hosts} s with {[shard.num_blocks for shard in shards]} blocks; "
-        f"{times[-1].exchanged_bytes} bytes exchanged"
-    )
+    started = time.monotonic()
+    with ExitStack() as stack:
+        bench = Bench(recorder, stack)
+        recorder.note(f"all engines up after {time.monotonic() - started:.0f} s")
+        # Fills what is allocated at first use.
+        for way in ways(recorder.dry_run):
+            ask_star(bench.star, bench.cases[-1].length // 16, way, seed=1, output_len=2)
+        for case in bench.cases:
+            bench.measure(case)
+            recorder.note(f"n{case.length} done after {time.monotonic() - started:.0f} s")
 
 
 def python_path() -> str:
-    import os
-
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

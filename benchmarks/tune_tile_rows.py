@@ -76,10 +76,11 @@ class Workbench:
 
         def masses() -> torch.Tensor:
             assert config is not None
-            tile_rows.stream_log_sums(
+            launch = tile_rows.LogSumsLaunch(
                 batch.query, key_pages, paged, spans, tiles.max_kv_blocks, self.block_size, batch.shape.scale, None,
-                log_sums, config,
+                config,
             )  # fmt: skip
+            launch(batch.query, key_pages, None, log_sums)
             return log_sums
 
         def select() -> Any:

@@ -1,19 +1,19 @@
 """The option tree under `additional_config["farspan"]`: decoded once per process, validated, then frozen."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.head_profile import check_profile, counts_by_score
+from farspan.engine_ext.presets import Preset, expand_preset
 from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
-
-ROOT = 'additional_config["farspan"]'
+from farspan.engine_ext.refusing import ROOT, one_of, refuse, suggestion
 
 MAX_TOKENS = 2**24
 """Upper bound of every option in tokens: above any context that is served, and safe in int32 arithmetic."""
 MAX_BLOCKS = MAX_TOKENS // 128
-MAX_COVERAGE_ROWS = 64
+MAX_COVERAGE_ROWS = 256
 """Each row costs a decode step over its whole prefix."""
 MIN_TILE_ROWS_BUDGET = 512
 """Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""
@@ -48,27 +48,35 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
 
     selection: Selection = "tile_rows"
     """tile_rows: by the exact attention of sampled rows of every query tile; flexprefill: by patterns of a chunk's last
-    queries, as in FlexPrefill, arXiv 2502.20766."""
+    queries, as in FlexPrefill, arXiv 2502.20766. Cost: tile_rows reads more blocks at the same gamma, and keeps
+    more."""
     gamma: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 0.9 for more speed")] = 0.95
-    """Attention mass that the selected blocks must keep."""
+    """Attention mass that the selected blocks must keep. Cost: a higher one reads more blocks, which takes longer; a
+    lower one changes answers more."""
     tau: Annotated[float, Real(0, 1, hint="0.1, or 0 to never choose by query")] = 0.1
     """flexprefill: query-aware selection where sqrt(Jensen-Shannon divergence), natural log, is below this."""
     min_budget: Annotated[int, Whole(257, MAX_TOKENS, unit="tokens", hint="1024", besides=0)] = 1024
     """Fewest KV tokens that every query tile reads (where its causal prefix has them), rounded up to blocks of 128. The
-    first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused."""
+    first block and the tile's own are always read, so 1 to 256 would have no effect, and are refused. Cost: time, most
+    on short prefixes, of which it is a large part."""
     max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
-    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma."""
+    """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma.
+    Cost: heads that need more lose mass."""
     share_kv_group: bool = False
-    """One list for the query heads that share a KV head (their union), instead of one per query head."""
+    """One list for the query heads that share a KV head (their union), instead of one per query head. Cost: each
+    head reads what the others need."""
     min_seq_len: CrossoverLen | None = None
     """Prompts of fewer tokens than this prefill densely; None leaves it to what was measured, chunk by chunk: dense
-    where a chunk's selection and sparse attention would take longer than dense attention."""
+    where a chunk's selection and sparse attention would take longer than dense attention. Cost: with a low number short
+    prompts take longer than with dense attention."""
     min_chunk_len: CrossoverLen | None = None
     """Chunks with fewer query tokens than this prefill densely; None as for `min_seq_len`. With a number for either
-    option, what was measured decides nothing."""
+    option, what was measured decides nothing. Cost: with a low number short chunks take longer than with dense
+    attention."""
     coverage_rows: Annotated[int, Whole(0, MAX_COVERAGE_ROWS, unit="rows", hint="4, or 0 to measure nothing")] = 0
     """Query rows per chunk, other than those that chose the blocks, on which the kept mass is measured, for the
-    statistics of engines whose worker extension reads them; other engines measure nothing."""
+    statistics of engines whose worker extension reads them; other engines measure nothing. Cost: each row is a decode
+    step over its whole prefix."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also where the two budgets contradict each other."""
@@ -93,16 +101,22 @@ class BlockSparsePrefill(Options, frozen=True, tag_field="method", tag="block_sp
     """Static block masks. Source: Block-Sparse FlashAttention, arXiv 2205.14135, section 3.3."""
 
     pattern: Pattern = "sink_local"
+    """Which blocks a query block reads: the first ones and the last (sink_local), the last and every stride-th before
+    (strided), those whose number differs from its own in one bit (butterfly), local_blocks of them at a distance of
+    stride (dilated), or those of a mask (file). Cost: what stands in blocks that no query reads is lost."""
     block_size: Annotated[int, OneOf((64, 128), unit="tokens", hint="128")] = 128
     """Tokens of a mask block."""
     sink_blocks: Annotated[int, Whole(0, MAX_BLOCKS, unit="blocks", hint="1")] = 1
-    """sink_local: first blocks that every query reads."""
+    """sink_local: first blocks that every query reads. Cost: time in proportion to the blocks read."""
     local_blocks: Annotated[int, Whole(1, MAX_BLOCKS, unit="blocks", hint="8")] = 8
-    """sink_local, strided, dilated: blocks up to and including the diagonal one that every query reads."""
+    """sink_local, strided, dilated: blocks up to and including the diagonal one that every query reads. Cost: time
+    in proportion to the blocks read."""
     stride: Annotated[int, Whole(1, MAX_BLOCKS, unit="blocks", hint="8")] = 8
-    """strided, dilated: distance in blocks between the columns read beyond the local ones."""
+    """strided, dilated: distance in blocks between the columns read beyond the local ones. Cost: a smaller one reads
+    more blocks."""
     mask_file: str | None = None
-    """file: an .npy or .safetensors file with a boolean array [layers or 1, heads or 1, blocks, blocks]."""
+    """file: an .npy or .safetensors file with a boolean array [layers or 1, heads or 1, blocks, blocks]; heads are
+    query or KV heads. Cost: a list of blocks per layer in GPU memory."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also where pattern and mask_file contradict each other."""
@@ -118,7 +132,8 @@ class StringOptions(Options, frozen=True):
     """Shifted rotary positions. Source: STRING, arXiv 2410.18745."""
 
     shift: FractionOfTrainedLen | Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="0.33")] = 0.33
-    """S: tokens if an integer, a fraction of the model's trained length if a float below 1."""
+    """S: tokens if an integer, a fraction of the model's trained length if a float below 1. Cost: what is
+    longer is prefilled by the Triton kernel, also on Hopper."""
     window: Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="128")] = 128
     """W: a distance d >= S is treated as d - S + W."""
     logit_scale: Annotated[float, Real(0.1, 10, hint="1.0")] = 1.0
@@ -136,26 +151,61 @@ class StringOptions(Options, frozen=True):
             )
 
 
+class ExactColdDecode(Options, frozen=True, tag_field="method", tag="exact"):
+    """Decode reads every page of cold heads."""
+
+
+class SelectColdDecode(Options, frozen=True, tag_field="method", tag="select"):
+    """Decode leaves out pages in host memory that weigh little by the bounds of their keys."""
+
+    coverage: Annotated[float, Real(0, 1, least_included=False, hint="0.95, or 1 to read every page")] = 0.95
+    """Attention mass of every query head of a cold KV head that the pages it reads must keep. Cost: with more of it
+    more pages are read."""
+    certified: bool = False
+    """Whether that is certain, by the bounds, and not only by their estimates. Cost: it reads two to four times
+    as much."""
+
+
+ColdDecode = ExactColdDecode | SelectColdDecode
+
+COLD_DECODE_METHODS: dict[str, type[Options]] = {"exact": ExactColdDecode, "select": SelectColdDecode}
+
+
 class OffloadOptions(Options, frozen=True):
     """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
 
     host_memory: Literal["auto"] | Annotated[float, Real(0, 65536, least_included=False, hint='"auto"')] = "auto"
     """GiB of host memory per machine for cold KV heads, shared by its ranks; "auto" takes 60 % of what is free at
-    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use."""
+    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use. Cost: the memory is taken, and
+    pinned, at start-up, which takes time in proportion."""
     hot_heads: (
         Literal["auto"]
         | Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')]
         | tuple[Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')], ...]
     ) = "auto"
     """KV heads of each layer, over all ranks, that stay in GPU memory: one number, or one for each layer; "auto" is 0.
-    The GPU memory that they leave holds pages of the cold ones."""
+    The GPU memory that they leave holds pages of the cold ones. Cost: with more of them fewer blocks fit."""
+    head_profile: str | None = None
+    """A file that `farspan profile` wrote: the heads that look farthest back are the hot ones. `hot_heads` is then how
+    many of each layer, on average if it is one number; None: the first heads of each layer. Cost: none."""
     group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
     """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
-    for the longest request, or for more than an eighth of the memory for KV."""
+    for the longest request, or for more than an eighth of the memory for KV. Cost: GPU memory for two such groups."""
+    cold_decode: ColdDecode = msgspec.field(default_factory=ExactColdDecode)
+    """How decode reads pages in host memory: "exact" reads all of them, "select" those that weigh most. Cost: with
+    "select" answers are approximate, and bounds of the keys take an eighth of the cold KV in GPU memory."""
 
     def check(self, path: str) -> None:
         """See `Options.check`; also each number of a list."""
         super().check(path)
+        self.cold_decode.check(f"{path}.cold_decode")
+        if self.head_profile is not None and self.hot_heads in ("auto", 0):
+            refuse(
+                f"{path}.head_profile",
+                self.head_profile,
+                "only with hot_heads of at least 1, as no head is hot without",
+                "Set hot_heads, such as to a quarter of the KV heads of a layer, or leave out head_profile",
+            )
         if isinstance(self.hot_heads, tuple):
             check_list(f"{path}.hot_heads", self.hot_heads, ranges_of(type(self))["hot_heads"][0])
 
@@ -175,6 +225,10 @@ class OffloadOptions(Options, frozen=True):
         # A rank has at least one KV head: fewer heads than ranks are repeated on them.
         per_rank = max(num_kv_heads // num_ranks, 1)
         counts = hot if isinstance(hot, tuple) else (0 if hot == "auto" else hot,) * num_layers
+        if self.head_profile is not None:
+            profile = check_profile(self.head_profile, num_layers, num_kv_heads)
+            if isinstance(hot, int) and hot <= num_kv_heads:
+                counts = counts_by_score(profile, hot, num_ranks)
         for count in counts:
             if count > num_kv_heads or count * per_rank % num_kv_heads:
                 refuse(
@@ -191,9 +245,11 @@ class StarOptions(Options, frozen=True):
     """A host of Star Attention. Source: Star Attention, arXiv 2411.17116."""
 
     timeout_s: Annotated[float, Real(0.1, 3600, hint="60", noun="a number of seconds")] = 60.0
-    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase."""
+    """How long a host waits for the others in phase 2, and how long one may make no progress in either phase. Cost: a
+    host that is lost is noticed only then."""
     graphs: bool = False
-    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts."""
+    """Decode in CUDA graphs that hold the exchange. Every request of the engine must then be one of all hosts.
+    Cost: no request of one host alone."""
 
 
 Prefill = DensePrefill | FlexPrefill | BlockSparsePrefill
@@ -216,13 +272,21 @@ PATTERN_OPTIONS: dict[str, frozenset[str]] = {
 class FarspanConfig(Options, frozen=True):
     """Everything that a user can set."""
 
+    preset: Preset | None = None
+    """A name for a whole set of options: exact (dense prefill), balanced (flex with gamma 0.95), fast (flex with gamma
+    0.9), max-context (dense prefill, cold KV heads in host memory). Options beside it refine it; those that contradict
+    it are refused."""
     kernel: Kernel = "auto"
-    """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name."""
+    """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name. Cost: triton takes longer on
+    Hopper."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
+    """How prompts are computed: a method with its options."""
     string: StringOptions | None = None
+    """Shifted positions; null for the model's own."""
     offload: OffloadOptions | None = None
-    """None: all KV in GPU memory."""
+    """Cold KV heads in host memory; null keeps all KV in GPU memory."""
     star: StarOptions | None = None
+    """Makes an engine a host of Star Attention, which StarLLM does by itself."""
 
     @property
     def changes_kv(self) -> bool:
@@ -253,14 +317,23 @@ def parse_config(raw: Any) -> FarspanConfig:
     """
     if raw is None:
         return FarspanConfig()
+    check_mapping(ROOT, raw)
+    preset, raw = raw.get("preset"), expand_preset(raw)
     check_raw(raw)
     try:
-        config = msgspec.convert(raw, FarspanConfig)
+        config = msgspec.structs.replace(msgspec.convert(raw, FarspanConfig), preset=preset)
     except msgspec.ValidationError as error:
         raise ConfigError(describe_type_error(raw, str(error))) from error
     config.prefill.check(f"{ROOT}.prefill")
     if config.offload is not None:
         config.offload.check(f"{ROOT}.offload")
+        if config.offload.head_profile is not None and getattr(config.prefill, "mask_file", None) is not None:
+            refuse(
+                f"{ROOT}.offload.head_profile",
+                config.offload.head_profile,
+                "without prefill.mask_file: its masks are in the order of the model's heads",
+                "Leave out head_profile or mask_file",
+            )
     if config.string is not None:
         config.string.check(f"{ROOT}.string")
         if config.kernel == "fa3":
@@ -269,6 +342,13 @@ def parse_config(raw: Any) -> FarspanConfig:
                 config.kernel,
                 "auto or triton together with string: FlashAttention 3 cannot apply shifted positions",
                 "Leave kernel out",
+            )
+        if config.offload is not None and isinstance(config.offload.cold_decode, SelectColdDecode):
+            refuse(
+                f"{ROOT}.offload.cold_decode",
+                raw["offload"]["cold_decode"],
+                "method 'exact' together with string: by the bounds of keys a query has one position, with string two",
+                "Leave out cold_decode or string",
             )
     if config.star is not None:
         config.star.check(f"{ROOT}.star")
@@ -291,7 +371,6 @@ def parse_config(raw: Any) -> FarspanConfig:
 
 def check_raw(raw: Any) -> None:
     """Refuse names that do not exist, or that have no effect, and numbers out of range, in the raw tree."""
-    check_mapping(ROOT, raw)
     check_known(ROOT, raw, FarspanConfig.__struct_fields__)
     kernel = raw.get("kernel", "auto")
     if kernel not in get_args(Kernel):
@@ -299,15 +378,10 @@ def check_raw(raw: Any) -> None:
     prefill = raw.get("prefill")
     if prefill is not None:
         path = f"{ROOT}.prefill"
-        check_mapping(path, prefill)
-        method = prefill.get("method")
-        if not isinstance(method, str) or method not in PREFILL_METHODS:
-            refuse(f"{path}.method", method, one_of(PREFILL_METHODS), suggestion(method, PREFILL_METHODS))
-        check_known(path, prefill, ("method", *PREFILL_METHODS[method].__struct_fields__))
-        check_numbers(path, PREFILL_METHODS[method], prefill)
-        if method == "block_sparse":
+        check_method(path, prefill, PREFILL_METHODS)
+        if prefill["method"] == "block_sparse":
             check_pattern_options(path, prefill)
-        if method == "flex":
+        if prefill["method"] == "flex":
             check_selection_options(path, prefill)
     if raw.get("string") is not None:
         path = f"{ROOT}.string"
@@ -329,6 +403,13 @@ def check_raw_offload(path: str, offload: Any) -> None:
     check_known(path, offload, OffloadOptions.__struct_fields__)
     check_numbers(path, OffloadOptions, offload)
     for name, value in offload.items():
+        if name == "head_profile":
+            if value is not None and not isinstance(value, str):
+                refuse(f"{path}.{name}", value, "a path, or null", "Name a file that `farspan profile` wrote")
+            continue
+        if name == "cold_decode":
+            check_method(f"{path}.{name}", value, COLD_DECODE_METHODS)
+            continue
         allowed = ranges_of(OffloadOptions)[name][0]
         if isinstance(value, list | tuple) and name == "hot_heads":
             check_list(f"{path}.{name}", value, allowed)
@@ -337,8 +418,20 @@ def check_raw_offload(path: str, offload: Any) -> None:
             refuse(f"{path}.{name}", value, also, 'Use "auto"')
 
 
+def check_method(path: str, raw: Any, methods: Mapping[str, type[Options]]) -> None:
+    """Refuse options of what `method` names that cannot be; methods: the structs by that name."""
+    check_mapping(path, raw)
+    method = raw.get("method")
+    if not isinstance(method, str) or method not in methods:
+        refuse(f"{path}.method", method, one_of(methods), suggestion(method, methods))
+    check_known(path, raw, ("method", *methods[method].__struct_fields__))
+    check_numbers(path, methods[method], raw)
+
+
 def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:
-    """Refuse a list with a member that is out of range."""
+    """Refuse a list without members, or with one that is out of range."""
+    if not values:
+        refuse(path, [], "one number for each layer", f"Use {allowed.hint}")
     for place, value in enumerate(values):
         if value not in allowed:
             refuse(f"{path}[{place}]", value, allowed.allowed, f"Use {allowed.hint}")
@@ -392,23 +485,6 @@ def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) 
         if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
             allowed = ", or ".join(dict.fromkeys(each.allowed for each in ranges))
             refuse(f"{path}.{name}", value, allowed, f"Use {ranges[0].hint}")
-
-
-def refuse(path: str, value: Any, allowed: str, remedy: str) -> NoReturn:
-    """Raise the ConfigError of one option."""
-    raise ConfigError(
-        f"{path}={value!r}; allowed: {allowed}. {remedy if remedy.endswith(('.', '?')) else remedy + '.'}"
-    )
-
-
-def one_of(names: Iterable[str]) -> str:
-    return "one of " + ", ".join(repr(name) for name in names)
-
-
-def suggestion(name: Any, known: Iterable[str]) -> str:
-    """What to do about an unknown name: the nearest known one, or else its removal."""
-    near = difflib.get_close_matches(str(name), tuple(known), n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else "Take one of those, or leave it out."
 
 
 def describe_type_error(raw: Any, message: str) -> str:

@@ -7,15 +7,12 @@ from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.launch import Parts, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
+from farspan.engine_ext.star.keys import largest_gathered_keys
 from farspan.engine_ext.support import config_of, layer_refusals
 from farspan.kernels.batch import KVView
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
-
-# vLLM prints only its own loggers' names, so this one is under them.
-logger = init_logger("vllm.farspan")
 
 
 class FarspanImpl(AttentionImpl[StepMetadata]):
@@ -60,7 +57,6 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
         choose_dense_kernel(self.config, device, head_size, dtype)
-        logger.info_once("farspan attention on %s: %s", device, self.config)
 
     def do_kv_cache_update(
         self,
@@ -79,9 +75,16 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             step = step_of(name)
             if step is not None:
                 key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
+        if self.config.offload is not None and self.config.offload.head_profile is not None:
+            step = step_of(str(layer.layer_name))
+            order = None if step is None else step.layers[str(layer.layer_name)].head_order
+            if order is not None:
+                key, value = key[:, order.kv_heads], value[:, order.kv_heads]
         if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
             num_hot_heads = kv_cache.shape[1]
-            write_kv(key[:, :num_hot_heads], value[:, :num_hot_heads], kv_cache, slot_mapping)
+            if num_hot_heads < key.shape[1]:
+                key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
+            write_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -104,27 +107,45 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         assert output_block_scale is None, "fused output quantization is not announced"
         step = attn_metadata
         if step is None:  # vLLM measures memory without a batch
+            gathered = largest_gathered_keys(query, self.num_kv_heads, self.max_model_len)
             run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, self.max_model_len)
+            del gathered
             return output.fill_(0)
         name, parts = layer.layer_name, Parts()
         context = step.layers[name]
         group = self.num_heads // self.num_kv_heads
+        order, in_order = context.head_order, output
+        if order is not None:
+            query, key, value = query[:, order.q_heads], key[:, order.kv_heads], value[:, order.kv_heads]
+            in_order = torch.zeros_like(output)
         if step.cold is not None:
             step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
+        pages = kv_cache if step.key_exchange is None else step.key_exchange.pages(kv_cache)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
-            out = output[each.rows, heads]
+            out = rows_of(in_order, each.rows, heads)
             target = out if each.part is None else parts.new_out(out)
             if each.keys == "cache":
-                kv = KVView(kv_cache)
+                kv = KVView(pages)
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)
-            lse = attend(each, query[each.rows, heads], kv.of_heads(each.kv_heads), context, self.scale, target)
+            lse = attend(
+                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target
+            )
             if each.part is not None:
                 parts.add(each, lse, out)
+        if order is not None:
+            output[:, order.q_heads] = in_order
         return output
+
+
+def rows_of(tensor: torch.Tensor, rows: slice, heads: slice) -> torch.Tensor:
+    """`tensor[rows, heads]` of [num_tokens, num_heads, head_dim]; the tensor itself where that is all of it."""
+    if rows.start == heads.start == 0 and (rows.stop, heads.stop) == tensor.shape[:2]:
+        return tensor
+    return tensor[rows, heads]
 
 
 def step_of(layer_name: str) -> StepMetadata | None:

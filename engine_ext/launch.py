@@ -9,7 +9,16 @@ from functools import cache
 import torch
 from farspan.engine_ext.config import FarspanConfig
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.passes import Decode, Dense, DenseKernel, LayerContext, Pass, SampledRows, Sparse
+from farspan.engine_ext.passes import (
+    Decode,
+    Dense,
+    DenseKernel,
+    LayerContext,
+    LayerSelection,
+    Pass,
+    SampledRows,
+    Sparse,
+)
 from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.positions import Turns
@@ -23,9 +32,11 @@ from farspan.kernels.flex import tile_rows as tile_rows_on_gpu
 from farspan.kernels.flex import tile_rows_reference as tile_rows_on_host
 from farspan.kernels.flex.coverage import kept_share
 from farspan.kernels.kv_write import write_kv as write_kv_triton
+from farspan.kernels.page_choice_reference import selected_decode_cpu
 from farspan.kernels.prefill import paged_prefill
 from farspan.kernels.reference import combine_partials as combine_partials_on_host
 from farspan.kernels.rotary_turn import Turn, apply_turn, turn_rows
+from farspan.kernels.selected_decode import selected_decode
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
 FA3_MAX_HEAD_SIZE = 256
@@ -57,6 +68,9 @@ def attend(
     if isinstance(work, Dense) and work.kernel == "fa3":
         assert turn is None
         return prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
+    if isinstance(work, Decode) and work.selections is not None:
+        assert turn is None
+        return decode_selected(query, kv, each.batch, scale, work, work.selections[layer.index], out)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if isinstance(work, Decode):
         decode(query, kv, each.batch, scale, work.splits, turn, out, lse, work.workspace, causal=each.is_causal)
@@ -89,7 +103,8 @@ def attend_sparse(
     stats = layer.selector.stats if layer.selector is not None else None
     if stats is not None and work.samples is not None:
         coverage = measure_coverage(query, kv, work.samples, scale, turn, lse)
-        stats.add_coverage(coverage.unflatten(1, (each.batch.num_reqs, -1)), chunks.q_heads)
+        by_request = coverage.unflatten(1, (each.batch.num_reqs, -1))
+        stats.add_coverage(by_request, chunks.q_heads, work.samples.has_choice)
 
 
 def measure_coverage(
@@ -131,6 +146,56 @@ def decode(
         lse=lse,
         workspace=workspace,
     )
+
+
+def decode_selected(
+    query: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
+    scale: float,
+    work: Decode,
+    selection: LayerSelection,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """One query token per request over its pages on the device and a choice of those in host memory.
+
+    Returns the LSE of what was read, until the layer's next call.
+    """
+    record, num_reqs = selection.record, len(query)
+    record.scale = scale
+    record.query[:num_reqs].copy_(query)
+    lse, left = record.lse[:, :num_reqs], record.left[:, :num_reqs]
+    if is_on_host(query):
+        selected_decode_cpu(
+            query,
+            kv,
+            selection.bounds,
+            batch,
+            scale,
+            selection.rule,
+            out=out,
+            lse=lse,
+            left=left,
+            totals=selection.buffers.totals,
+        )
+        return lse
+    selected_decode(
+        query,
+        kv,
+        selection.bounds,
+        batch,
+        scale,
+        selection.rule,
+        selection.buffers,
+        num_splits=work.splits.num_splits,
+        min_split_keys=work.splits.min_split_keys,
+        out=out,
+        lse=lse,
+        left=left,
+        workspace=work.workspace,
+        num_sms=selection.num_sms,
+    )
+    return lse
 
 
 def prefill(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, FarspanConfig, FlexPrefill
-from farspan.engine_ext.passes import LayerContext
+from farspan.engine_ext.head_profile import load_profile, order_by_score
+from farspan.engine_ext.passes import HeadOrder, LayerContext
 from farspan.engine_ext.selection.masks import load_mask, mask_of_layer
 from farspan.engine_ext.selection.methods import FlexSelector, MaskSelector, Selector
 from farspan.engine_ext.selection.stats import SelectionStats
@@ -43,8 +44,24 @@ def make_layer_contexts(
         if config.string is not None:
             turn = string_turn_for_layer(model_of(), vllm_config, name, config.string)
         selector = make_selector(vllm_config, config, index, device)
-        contexts[name] = LayerContext(index, following.get(index), turn, selector, turns.get(name))
+        heads = head_order_of(vllm_config, config, index, device)
+        contexts[name] = LayerContext(index, following.get(index), turn, selector, turns.get(name), heads)
     return contexts
+
+
+def head_order_of(vllm_config: Any, config: FarspanConfig, index: int, device: torch.device) -> HeadOrder | None:
+    """The order of one layer's heads on this rank; None where it is that of the model."""
+    if config.offload is None or config.offload.head_profile is None:
+        return None
+    parallel, model_config = vllm_config.parallel_config, vllm_config.model_config
+    rank, num_ranks = get_tensor_model_parallel_rank(), parallel.tensor_parallel_size
+    order = order_by_score(load_profile(config.offload.head_profile), index, rank, num_ranks)
+    if order == sorted(order):
+        return None
+    group = model_config.get_num_attention_heads(parallel) // len(order)
+    kv_heads = torch.tensor(order)
+    q_heads = (kv_heads[:, None] * group + torch.arange(group)).flatten()
+    return HeadOrder(kv_heads.to(device), q_heads.to(device))
 
 
 def make_selector(vllm_config: Any, config: FarspanConfig, index: int, device: torch.device) -> Selector | None:

@@ -10,21 +10,23 @@ from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from farspan.engine_ext.config import DensePrefill, FarspanConfig, Prefill
+from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
-from farspan.engine_ext.passes import Part, Pass, StepMetadata
+from farspan.engine_ext.passes import Decode, Part, Pass, StepMetadata
 from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import most_parts, num_multiprocessors
-from farspan.engine_ext.star.exchange import Exchange, exchange_of
 from farspan.engine_ext.star.exchange import current as current_exchange
+from farspan.engine_ext.star.exchange import exchange_of
 from farspan.engine_ext.star.lockstep import LockstepBuffers
-from farspan.engine_ext.star.pieces import Piece, batch_of, cut_chunk, digest_of, moved_rows
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.pieces import Piece, cut_chunk, digest_of, moved_rows
+from farspan.engine_ext.star.shard import Shard, StarShard
+from farspan.engine_ext.star.steps import StarSteps
+from farspan.engine_ext.star.windows import WindowShard
 from farspan.engine_ext.support import config_of
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.decode import make_decode_workspace
@@ -137,16 +139,14 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.size = AttentionSize(num_q_heads, kv_cache_spec.head_size)
         self.page_size: int = kv_cache_spec.block_size
         self.max_model_len: int = vllm_config.model_config.max_model_len
-        self.bytes_per_row = 0
         self.lockstep: LockstepBuffers | None = None
-        if self.config.star is not None:
-            self.bytes_per_row = num_q_heads * (kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize + 4)
-            if decodes_in_graphs(self.config):
-                of_layers = [layer.to_true_positions for layer in self.layers.values()]
-                distinct = {id(each): each for each in of_layers if each is not None}
-                max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-                max_pages = -(-self.max_model_len // self.page_size)
-                self.lockstep = LockstepBuffers(max_num_reqs, max_pages, list(distinct.values()), device)
+        self.star: StarSteps | None = None
+        if decodes_in_graphs(self.config):
+            of_layers = [layer.to_true_positions for layer in self.layers.values()]
+            distinct = {id(each): each for each in of_layers if each is not None}
+            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+            max_pages = -(-self.max_model_len // self.page_size)
+            self.lockstep = LockstepBuffers(max_num_reqs, max_pages, list(distinct.values()), device)
         num_sms = num_multiprocessors(device)
         workspace = None
         if device.type != "cpu":
@@ -156,10 +156,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 vllm_config.scheduler_config.max_num_seqs,
                 vllm_config.model_config.max_model_len,
             )
-            # Hot and cold heads decode one after another, in the same room.
+            # Hot and cold heads decode one after another, in the same room; selective decode has twice the parts.
+            twice = 2 if self.cold is not None and self.cold.selection is not None else 1
             rows = [
-                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group
-                for heads in (num_hot_heads, num_kv_heads - num_hot_heads)
+                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group * times
+                for heads, times in ((num_hot_heads, 1), (num_kv_heads - num_hot_heads, twice))
                 if heads > 0
             ]
             workspace = make_decode_workspace(max(rows), kv_cache_spec.head_size, device)
@@ -177,6 +178,17 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.cold_maker = None
         if self.cold is not None:
             self.cold_maker = replace(maker, num_kv_heads=num_kv_heads - num_hot_heads, first_kv_head=num_hot_heads)
+        if self.config.star is not None:
+            head_bytes = kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize
+            self.star = StarSteps(
+                maker=maker,
+                requests=self.requests,
+                size=self.size,
+                num_layers=len(layer_names),
+                page_size=self.page_size,
+                row_bytes=num_q_heads * (head_bytes + 4),
+                page_bytes=2 * num_kv_heads * head_bytes * self.page_size,
+            )
         # In the order in which they run, for what is staged ahead.
         self.names = sorted(layer_names, key=lambda name: self.layers[name].index)
 
@@ -225,15 +237,25 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
         return self.maker.decode(batch, first)
 
-    def build_star(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+    def build_star(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
         """A step with requests of Star Attention, and others beside them."""
+        assert self.star is not None
         query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
         num_decodes = count_decodes(query_lens)
+        for request, shard in enumerate(shards):
+            begin = kv_lens[request] - query_lens[request]
+            # Padding has no token, and may name any request.
+            if isinstance(shard, WindowShard) and query_lens[request] > 0 and begin < shard.local_len:
+                windows, distances, keys = self.star.window(common, request, shard, begin)
+                return StepMetadata(
+                    tuple(windows), self.layers, tuple(distances), self.requests.plan(), key_exchange=keys
+                )
         passes: list[Pass] = []
         moved: list[tuple[slice, int]] = []
+        key_exchange = None
 
         def kind(request: int) -> tuple[bool, bool]:
             is_star = shards[request] is not None
@@ -254,18 +276,21 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 shard, row = shards[request], query_start_loc[request]
                 assert shard is not None
                 begin, end = kv_lens[request] - query_lens[request], kv_lens[request]
+                if isinstance(shard, StarShard):
+                    key_exchange = self.star.shared_anchor(common, request, shard, end) or key_exchange
                 pieces += cut_chunk(request, row, shard, begin, end)
                 moved += moved_rows(row, shard, begin, end)
-            passes += self.star_passes(common, pieces)
-        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan())
+            passes += self.star.passes(common, pieces)
+        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan(), key_exchange=key_exchange)
 
-    def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[StarShard | None]) -> StepMetadata:
+    def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
         """A step of one token a request on all hosts, from buffers that captured graphs read.
 
         Without any request it is one that vLLM warms up or captures. Raises StarError for one that other hosts would
         not take part in.
         """
         assert self.lockstep is not None
+        assert self.star is not None
         exchange = current_exchange()
         assert exchange is not None
         num_rows = common.num_reqs
@@ -287,7 +312,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 )
             exchange_of(pieces[0].shard.num_hosts, pieces[0].shard.rank)
             exchange.agree(digest_of(pieces))
-            self.count_bytes(exchange, len(pieces))
+            self.star.count_bytes(exchange, len(pieces))
         self.lockstep.fill(pieces, num_rows, common.block_table_tensor, self.page_size)
         made = self.maker.decode(self.lockstep.batch(num_rows, self.max_model_len))
         return StepMetadata(
@@ -296,34 +321,6 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             ((slice(0, num_rows), None),),
             self.requests.plan(),
         )
-
-    def count_bytes(self, exchange: Exchange, num_rows: int) -> None:
-        """Note what a step's exchanges of all layers bring from the other hosts."""
-        exchange.num_bytes += num_rows * self.bytes_per_row * len(self.layers) * (exchange.num_hosts - 1)
-
-    def star_passes(self, common: CommonAttentionMetadata, pieces: list[Piece]) -> list[Pass]:
-        """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
-        prefills = self.requests.prefills(common)
-
-        def kind(piece: Piece) -> tuple[Prefill, bool, int, int]:
-            shard = piece.shard
-            if piece.segment.is_query:
-                return DensePrefill(), True, shard.num_hosts, shard.query_host
-            prefill = effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len, None, self.size)
-            return prefill, False, 0, 0
-
-        passes = []
-        for (prefill, is_query, num_hosts, _), members in groupby(pieces, key=kind):
-            run = list(members)
-            batch = batch_of(run, common.block_table_tensor, self.page_size)
-            made = self.maker.star(prefill, run, batch)
-            exchange = exchange_of(num_hosts, run[0].shard.rank) if is_query else None
-            if exchange is not None:
-                exchange.agree(digest_of(run))
-                self.count_bytes(exchange, sum(piece.query_len for piece in run))
-                made = replace(made, part=Part(0, 1, exchange))
-            passes.append(made)
-        return passes
 
     def chunks_of(
         self, common: CommonAttentionMetadata, first: int, query_start_loc: list[int], last: int | None = None
@@ -394,7 +391,12 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if num_decodes > 0:
             # Slots and host memory alike, whatever the step: one captured graph serves all.
             (decode,) = self.passes_of(maker, common, cache.entries, num_decodes, None)
+            if cache.selection is not None:
+                assert isinstance(decode.work, Decode)
+                decode = replace(decode, work=replace(decode.work, selections=cache.selection.layers))
             passes.append(replace(decode, keys="both"))
+        if cache.selection is not None:
+            cache.selection.begin_step(cache.entries, common.seq_lens, num_decodes, common.max_seq_len)
         for run in chunks.runs(lambda kind: kind) if chunks is not None else ():
             if not run.kind.misses_pages:
                 each = self.prefill_pass(maker, common, cache.entries[run.first : run.stop], run)

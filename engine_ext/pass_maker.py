@@ -1,13 +1,15 @@
 """Passes of one KV cache group: how a chunk prefills, how it is cut into tiles, and on which rows it is measured."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.passes import Decode, Dense, DenseKernel, Pass, SampledRows, Sparse
 from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
-from farspan.engine_ext.selection.methods import TILE_ROWS_RULE
+from farspan.engine_ext.selection.methods import FORCED_BLOCKS, TILE_ROWS_RULE
 from farspan.engine_ext.splits import plan_splits
 from farspan.engine_ext.star.pieces import Piece
 from farspan.kernels.batch import PagedBatch
@@ -16,6 +18,8 @@ from farspan.kernels.decode import DecodeWorkspace
 from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
+
+FallbackReason = Literal["crossover", "min_seq_len", "min_chunk_len"]
 
 TILE_SIZE = 128
 """Tokens of a query tile and of a KV block where the method does not say otherwise."""
@@ -30,14 +34,24 @@ def effective_prefill(
     size: of the layers. It depends on nothing else, so that the same chunk of the same prompt prefills alike in every
     batch.
     """
+    return DensePrefill() if fallback_reason(prefill, query_len, kv_len, prompt_len, size) else prefill
+
+
+def fallback_reason(
+    prefill: Prefill, query_len: int, kv_len: int, prompt_len: int | None, size: AttentionSize
+) -> FallbackReason | None:
+    """Why a chunk of flex prefills densely; None where it is sparse, and for other methods, which have no fallback.
+
+    The arguments are those of `effective_prefill`.
+    """
     if not isinstance(prefill, FlexPrefill):
-        return prefill
+        return None
     if prefill.min_seq_len is None and prefill.min_chunk_len is None:
-        is_sparse = sparse_pays(size, query_len, kv_len)
-    else:
-        whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
-        is_sparse = whole >= (prefill.min_seq_len or 0) and query_len >= (prefill.min_chunk_len or 0)
-    return prefill if is_sparse else DensePrefill()
+        return None if sparse_pays(size, query_len, kv_len) else "crossover"
+    whole = kv_len if prompt_len is None else max(prompt_len, kv_len)
+    if whole < (prefill.min_seq_len or 0):
+        return "min_seq_len"
+    return "min_chunk_len" if query_len < (prefill.min_chunk_len or 0) else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class PassMaker:
             samples = spans = None
             if isinstance(prefill, FlexPrefill):
                 if prefill.coverage_rows > 0:
-                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows)
+                    samples = self.sample(batch, query_start_loc, chunk_ends, prefill.coverage_rows, prefill)
                 if prefill.selection == "tile_rows":
                     spans = make_spans(query_start_loc, chunk_ends, tiles, TILE_ROWS_RULE)
             work = Sparse(prefill, tiles, shared_lists(prefill, tiles), samples, spans)
@@ -124,15 +138,29 @@ class PassMaker:
         return replace(made, is_causal=is_causal)
 
     def sample(
-        self, batch: PagedBatch, query_start_loc: list[int], chunk_ends: list[int], rows_per_request: int
+        self,
+        batch: PagedBatch,
+        query_start_loc: list[int],
+        chunk_ends: list[int],
+        rows_per_request: int,
+        prefill: FlexPrefill | None = None,
     ) -> SampledRows:
-        """Rows of every request's chunk, each with the keys up to its own."""
-        rows, lens = [], []
+        """Rows of every request's chunk, each with the keys up to its own.
+
+        prefill: how the chunks choose blocks; with it, rows are moved off those that choose, and those whose lists
+        leave nothing out are marked.
+        """
+        rows, lens, choices = [], [], []
         for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):
+            first_pos = chunk_end - (end - start)
             for place in sample_places(end - start, rows_per_request):
+                has_choice = True
+                if prefill is not None:
+                    place, has_choice = other_row(prefill, first_pos, place, chunk_end)
                 rows.append(start + place)
-                lens.append(chunk_end - (end - start) + place + 1)
-        both = to_device([rows, lens, list(range(len(rows)))], self.device)
+                lens.append(first_pos + place + 1)
+                choices.append(int(has_choice))
+        both = to_device([rows, lens, list(range(len(rows))), choices], self.device)
         starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=self.device)
         row_batch = PagedBatch(
             query_start_loc=starts,
@@ -142,7 +170,37 @@ class PassMaker:
             max_kv_len=max(lens),
         )
         splits = plan_splits(len(rows), self.num_kv_heads, row_batch.max_kv_len, self.num_sms)
-        return SampledRows(both[0], row_batch, splits)
+        return SampledRows(both[0], row_batch, splits, both[3] > 0 if prefill is not None else None)
+
+
+def other_row(prefill: FlexPrefill, first_pos: int, place: int, chunk_end: int) -> tuple[int, bool]:
+    """A row of the chunk [first_pos, chunk_end) that did not choose blocks, near the one at `place`.
+
+    Returns its place, and whether its list may leave blocks out; False too where all rows of the chunk chose.
+    """
+    query_len, min_blocks = chunk_end - first_pos, -(-prefill.min_budget // TILE_SIZE)
+    if prefill.selection == "flexprefill":
+        num_others = query_len - TILE_SIZE
+        if num_others <= 0:
+            return place, False
+        place = place * num_others // query_len
+        return place, (first_pos + place) // TILE_SIZE + 1 > max(min_blocks, FORCED_BLOCKS)
+    rule = TILE_ROWS_RULE
+    span, at = divmod(first_pos + place, rule.span_len)
+    if at in chosen_places(span):
+        # Neighbours never choose both.
+        place += 1 if place + 1 < query_len else -1
+        span, at = divmod(first_pos + place, rule.span_len)
+    is_whole = first_pos <= span * rule.span_len and (span + 1) * rule.span_len <= chunk_end
+    # The first block, and those of the span.
+    forced = 1 + rule.span_len // TILE_SIZE
+    return place, is_whole and (first_pos + place) // TILE_SIZE + 1 > max(min_blocks, forced)
+
+
+@lru_cache(maxsize=4096)
+def chosen_places(span: int) -> frozenset[int]:
+    """The places within a span of the rows that choose its blocks by tile rows."""
+    return frozenset(TILE_ROWS_RULE.places(torch.tensor(span)).tolist())
 
 
 def shared_lists(prefill: FlexPrefill | BlockSparsePrefill, tiles: PrefillTiles) -> BlockLists | None:

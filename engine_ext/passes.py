@@ -10,15 +10,45 @@ from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.selection.methods import Selector
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.exchange import Exchange
+from farspan.engine_ext.star.keys import KeyExchange
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import DecodeWorkspace
 from farspan.kernels.flex.spans import Spans
+from farspan.kernels.page_bounds import PageBounds
+from farspan.kernels.page_choice import Rule
 from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.selected_decode import SelectionBuffers
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from vllm.v1.attention.backend import AttentionMetadata
 
 DenseKernel = Literal["cpu", "triton", "fa3"]
+
+
+@dataclass
+class DecodeRecord:
+    """What one layer's last selective decode had and gave, for an audit; the same memory in every step."""
+
+    query: torch.Tensor
+    """[max_num_reqs, num_q_heads, head_dim], of the cold heads."""
+    lse: torch.Tensor
+    """[num_q_heads, max_num_reqs] float32, natural log, of what was read."""
+    left: torch.Tensor
+    """As `lse`: an upper bound for what was not read."""
+    scale: float = 0.0
+    """On the logits."""
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """How one layer's decode chooses pages in host memory."""
+
+    bounds: PageBounds
+    rule: Rule
+    buffers: SelectionBuffers
+    """Of all layers; lists the step's pages in host memory already."""
+    record: DecodeRecord
+    num_sms: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +58,8 @@ class Decode:
     splits: SplitPlan
     workspace: DecodeWorkspace | None
     """Where the splits are combined, kept from step to step so that captured graphs stay valid; None on the CPU."""
+    selections: Mapping[int, LayerSelection] | None = None
+    """By the index of the layer; None where all keys are read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +80,9 @@ class SampledRows:
     batch: PagedBatch
     """Every row as a request of one query, at its own position."""
     splits: SplitPlan
+    has_choice: torch.Tensor | None = None
+    """[num_reqs * rows_per_request] bool: whether the row's list could leave a block out and the row did not choose it;
+    None counts all rows."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +142,16 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class HeadOrder:
+    """Hot heads first: where each head of a layer on this rank comes from."""
+
+    kv_heads: torch.Tensor
+    """[num_kv_heads] int64."""
+    q_heads: torch.Tensor
+    """[num_q_heads] int64."""
+
+
+@dataclass(frozen=True)
 class LayerContext:
     """What a layer brings to its passes; made once, from the layer's name and the loaded model."""
 
@@ -119,6 +164,8 @@ class LayerContext:
     """Chooses the blocks of sparse passes; None for dense prefill and where all layers share their lists."""
     to_true_positions: Turns | None = None
     """The turns of queries and keys by whole distances; None without the option star."""
+    head_order: HeadOrder | None = None
+    """None where the first heads of the layer are the hot ones."""
 
 
 class ColdStep(Protocol):
@@ -150,3 +197,5 @@ class StepMetadata(AttentionMetadata):
     """What the scheduler decided for this step; None under a scheduler that sends no plans."""
     cold: ColdStep | None = None
     """None where no KV head is cold."""
+    key_exchange: KeyExchange | None = None
+    """What each layer brings from other hosts before its passes read the cache; None where they need no more."""

@@ -60,10 +60,33 @@ class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
     """KV heads whose missing pages are staged together for prefill."""
     staging_pages: int
     """Pages of a group of heads that one of the two staging buffers holds; 0 where every block has a slot."""
+    is_selective: bool = False
+    """Whether decode reads a choice of the pages in host memory, and the workers count what it reads."""
+
+
+class SelectionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What selective decode of one rank read and kept since its start; from the worker to the scheduler."""
+
+    rows: int
+    """Audited: a query head of a request in one layer and step."""
+    kept: float
+    """Sum over the rows of the share of the attention mass that they kept."""
+    certified: float
+    """Sum over the rows of the share that was certain without reading the rest."""
+    least_kept: float
+    """Of the last audit."""
+    least_certified: float
+    """Of the last audit."""
+    bytes_read: int
+    """In host memory, by decode."""
+    bytes_on_host: int
+    """What exact decode would have read."""
 
 
 OFFLOAD_STATS = "farspan_offload"
 """Under this name the scheduler's counts of cold pages travel to the front end."""
+PREFILL_STATS = "farspan_prefill"
+"""Under this name its counts of tokens that prefilled sparsely, and densely for one reason or another, do."""
 
 VIEW_PRIME = (1 << 61) - 1
 

@@ -13,12 +13,13 @@ from farspan.engine_ext.config import (
     FarspanConfig,
     FlexPrefill,
     Prefill,
-    suggestion,
 )
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
+from farspan.engine_ext.refusing import suggestion
 from farspan.engine_ext.star.shard import NAME as STAR
-from farspan.engine_ext.star.shard import StarShard, decode_shard
+from farspan.engine_ext.star.shard import Shard
+from farspan.engine_ext.star.windows import decode_shard
 
 if TYPE_CHECKING:
     from farspan.engine_ext.offload.cache import ColdCache
@@ -38,7 +39,7 @@ class RequestSource(Protocol):
         """Tokens of each request's whole prompt, in batch order; None for padding and dummy rows."""
         ...
 
-    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+    def shards(self, common_attn_metadata: Any) -> Sequence[Shard | None]:
         """What each request of a batch is to Star Attention, in batch order; None for ordinary requests and padding."""
         ...
 
@@ -108,7 +109,7 @@ def prefill_of_request(config: FarspanConfig, extra_args: Mapping[str, Any] | No
 
 def shard_of_request(
     config: FarspanConfig, extra_args: Mapping[str, Any] | None, page_size: int, prompt_len: int | None = None
-) -> StarShard | None:
+) -> Shard | None:
     """A host's share of a request's context; None for an ordinary request.
 
     page_size: tokens of a page of the engine's KV cache; prompt_len: of the request, where it is known.
@@ -154,7 +155,7 @@ def options_digest(config: FarspanConfig, prefill: Prefill) -> str | None:
 
     None where the KV is exact. prefill: the request's own. Raises OSError if the mask file cannot be read.
     """
-    effective = msgspec.structs.replace(config, prefill=prefill, kernel="auto", offload=None, star=None)
+    effective = msgspec.structs.replace(config, prefill=prefill, preset=None, kernel="auto", offload=None, star=None)
     if not effective.changes_kv:
         return None
     mask_digest = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
+from farspan.engine_ext.presets import PRESETS
 from farspan.engine_ext.string import check_string, rotary_source
 
 OPTIONS_KEY = "farspan"
@@ -59,8 +60,11 @@ def check_no_options_elsewhere(additional: Mapping[str, Any]) -> None:
                 f"additional_config has {key!r} but no {OPTIONS_KEY!r}; the options of this backend go under "
                 f"{OPTIONS_KEY!r}. Rename the key."
             )
-        is_option = is_near(key, FarspanConfig.__struct_fields__, cutoff=0.85) or key in FlexPrefill.__struct_fields__
-        if is_option or (key == "method" and str(additional[key]) in PREFILL_METHODS):
+        sections = [name for name in FarspanConfig.__struct_fields__ if name != "preset"]
+        is_option = is_near(key, sections, cutoff=0.85) or key in FlexPrefill.__struct_fields__
+        # Names that other plugins may well use; their values tell.
+        named: Iterable[str] = {"method": tuple(PREFILL_METHODS), "preset": tuple(PRESETS)}.get(key, ())
+        if is_option or str(additional[key]) in named:
             raise ConfigError(
                 f"additional_config has {key!r} at its top level and no {OPTIONS_KEY!r}; the options of this backend "
                 f'go under {OPTIONS_KEY!r}. Write {{"{OPTIONS_KEY}": {{"prefill": {{"method": "flex"}}}}}}.'
@@ -230,21 +234,30 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
             raise UnsupportedEngineError(
                 f"star in an engine of {size} GPUs; farspan supports one GPU for each host. Give StarLLM more hosts."
             )
-        if vllm_config.kv_transfer_config is not None:
+        if has_kv_connector(vllm_config):
             raise UnsupportedEngineError(
                 "star together with a KV connector, which cannot tell a block's KV from exact KV. Leave out "
-                "--kv-transfer-config."
+                "--kv-transfer-config and --kv-offloading-size."
             )
     if vllm_config.speculative_config is not None:
         method = vllm_config.speculative_config.method
         raise UnsupportedEngineError(
             f"speculative decoding ({method!r}); farspan decodes one token a step. Leave out --speculative-config."
         )
-    if vllm_config.kv_transfer_config is not None and config.changes_kv:
+    if has_kv_connector(vllm_config) and config.changes_kv:
         raise UnsupportedEngineError(
             "a KV connector together with sparse prefill or string; KV computed so must not reach requests that expect "
-            "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config."
+            "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config and "
+            "--kv-offloading-size."
         )
+
+
+def has_kv_connector(vllm_config: Any) -> bool:
+    """Whether an engine has a KV connector, or gets one: vLLM makes that of --kv-offloading-size after its checks."""
+    return (
+        vllm_config.kv_transfer_config is not None
+        or getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None
+    )
 
 
 def hot_heads(vllm_config: Any) -> tuple[int, ...]:
@@ -274,7 +287,7 @@ def check_offload(vllm_config: Any) -> None:
     parallel, block_size = vllm_config.parallel_config, vllm_config.cache_config.block_size
     reasons = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1 and "Use --tensor-parallel-size.",
-        "a KV connector": vllm_config.kv_transfer_config is not None and "Leave out --kv-transfer-config.",
+        "a KV connector": has_kv_connector(vllm_config) and "Leave out --kv-transfer-config and --kv-offloading-size.",
         "sleep mode": vllm_config.model_config.enable_sleep_mode and "Leave out --enable-sleep-mode.",
         "microbatches": parallel.use_ubatching and "Leave out --enable-dbo.",
         f"block_size={block_size}": block_size not in (None, *PAGE_SIZES) and f"Use one of {listed(PAGE_SIZES)}.",

@@ -5,7 +5,7 @@ Triton compiles a kernel anew for each tile shape. Which shapes there are follow
 and `attend` that serve requests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPref
 from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder
 from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
-from farspan.engine_ext.passes import Decode, LayerContext, Pass
+from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import SplitPlan
 from farspan.kernels.batch import KVView, PagedBatch
@@ -109,6 +109,8 @@ class WarmUp:
     """Of queries, keys and values."""
     max_model_len: int
     max_chunk_len: int
+    selections: Mapping[int, LayerSelection] | None = None
+    """See `Decode`."""
 
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
@@ -151,7 +153,8 @@ class WarmUp:
         )
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
-            work = Decode(SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS), workspace=None)
+            splits = SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS)
+            work = Decode(splits, workspace=None, selections=self.selections)
             return replace(self.maker.decode(batch), work=work, turns=case.turns)
         assert case.prefill is not None
         return self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
@@ -166,12 +169,15 @@ def warm_ups_of(
     """
     vllm_config: Any = builder.vllm_config
     views: list[tuple[PassMaker, KVView, KVView]] = []
+    selections: Mapping[int, LayerSelection] | None = None
     if builder.hot_maker is not None:
         views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache)))
     if builder.cold is not None and builder.cold_maker is not None:
         cold = builder.cold.layers[layer_name]
         slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
         views.append((builder.cold_maker, slots, both))
+        if builder.cold.selection is not None:
+            selections = builder.cold.selection.layers
     num_kv_heads = sum(view.num_kv_heads for _, view, _ in views)
     return [
         WarmUp(
@@ -185,6 +191,7 @@ def warm_ups_of(
             dtype=dtype,
             max_model_len=vllm_config.model_config.max_model_len,
             max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+            selections=None if decode_view.host_pages is None else selections,
         )
         for maker, view, decode_view in views
     ]

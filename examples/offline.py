@@ -9,8 +9,8 @@ from farspan.needle.tasks import make_sample
 from vllm import LLM, SamplingParams
 
 # Flex is sparse from here on. By default it is where that is faster, which is no prompt of a model so small.
-MIN_SEQ_LEN = 8192
-PROMPT_LEN = 12288
+MIN_SEQ_LEN = 4096
+PROMPT_LEN = 8192
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from farspan import __version__
 from farspan.command import floats, integers, mapping, need_matplotlib, run_command, words
 from farspan.doctor import add_doctor_command
+from farspan.head_profile import add_profile_command
 from farspan.plan_command import add_plan_command
+from farspan.scheduler.rates import GPUS, LINKS, MEASURED_GPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_eval(subcommands)
     _add_report(subcommands)
+    _add_audit(subcommands)
     add_plan_command(subcommands)
+    add_profile_command(subcommands)
     add_doctor_command(subcommands)
     _add_star(subcommands)
     return parser
@@ -67,6 +71,20 @@ def _add_eval(subcommands: Any) -> None:
     add("--seed", type=int, default=0, help="which questions; the same seed asks the same ones")
     add("--chunk", type=int, help="prompt tokens in one engine step (max_num_batched_tokens)")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add(
+        "--questions",
+        choices=["auto", "ruler", "words"],
+        default="auto",
+        help="RULER's form, or the bundled model's words; auto: RULER's for every other model",
+    )
+    add(
+        "--no-chat-template",
+        action="store_true",
+        help="RULER's form as plain text, also to models that have a template",
+    )
+    add(
+        "--haystack", type=_paths, default="", metavar="FILES", help="text files to hide needles in; else our own prose"
+    )
     add("--out", type=Path, default=Path("farspan-eval"), help="folder for the table and the pictures")
     add("--no-plots", action="store_true", help="leave the pictures out")
     parser.set_defaults(run=_run_eval)
@@ -74,7 +92,7 @@ def _add_eval(subcommands: Any) -> None:
 
 def _run_eval(arguments: argparse.Namespace) -> int:
     from farspan.evaluation.evaluate import EvalSettings, run_eval
-    from farspan.evaluation.results import CSV_NAME, format_table
+    from farspan.evaluation.results import CSV_NAME, format_table, remarks
 
     settings = EvalSettings(
         model=arguments.model,
@@ -88,6 +106,9 @@ def _run_eval(arguments: argparse.Namespace) -> int:
         chunk=arguments.chunk,
         options=arguments.options,
         engine_args=arguments.engine_args,
+        questions=arguments.questions,
+        chat_template=not arguments.no_chat_template,
+        haystack=arguments.haystack,
     )
     if not arguments.no_plots:
         need_matplotlib("leave the pictures out with --no-plots")
@@ -99,6 +120,8 @@ def _run_eval(arguments: argparse.Namespace) -> int:
         files += draw_plots(cells, settings.out)
     print(format_table(cells))
     print("written:", *files)
+    for remark in remarks(cells):
+        print(f"farspan eval: {remark}", file=sys.stderr)
     return 0
 
 
@@ -111,13 +134,17 @@ def _add_report(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", choices=["needle"], default="needle", help="other models: give their tables by --from-csv")
+    add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--length", type=int, default=8192, help="prompt tokens")
     add("--gamma", type=float, default=0.95, help="attention mass to keep")
-    add("--tau", type=float, default=0.1, help="query-aware below this divergence")
+    add("--tau", type=float, default=0.1, help="query-aware below this divergence; of the needle model")
     add("--min-budget", type=int, default=1024, help="fewest KV tokens that a query block reads")
     add("--chunk", type=int, default=0, help="prompt tokens in one engine step; 0 for the whole prompt")
     add("--seed", type=int, default=0, help="which questions")
+    add("--count", type=int, default=4, help="questions for each γ of accuracy against density, of other models")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM, ditto")
+    add("--no-chat-template", action="store_true", help="ask other models in plain text")
+    add("--haystack", type=_paths, default="", metavar="FILES", help="text files to hide needles in, ditto")
     add("--from-csv", type=_paths, default="", metavar="FILES", help="draw these tables, separated by commas, instead")
     add("--out", type=Path, default=Path("farspan-report"), help="folder for the page")
     parser.set_defaults(run=_run_report)
@@ -136,8 +163,66 @@ def _run_report(arguments: argparse.Namespace) -> int:
         chunk=arguments.chunk,
         seed=arguments.seed,
         from_csv=arguments.from_csv,
+        model=arguments.model,
+        count=arguments.count,
+        engine_args=arguments.engine_args,
+        chat_template=not arguments.no_chat_template,
+        haystack=arguments.haystack,
     )
     print("written:", run_report(settings))
+    return 0
+
+
+def _add_audit(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "audit",
+        help="which gamma to choose for a model, by texts of your own",
+        description="Read texts with a model, densely and by flex with several gammas, through vLLM: what flex reads "
+        "and keeps of every head, how far answers drift, and how much faster it is. Prints a table and the gamma that "
+        "it recommends; writes OUT/audit.csv, heads.csv, audit.png and coverage-LENGTH.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts like those of your prompts")
+    add("--lengths", type=integers, default="8192", help="prompt lengths in tokens, the answer's first one included")
+    add("--gammas", type=floats, default="0.9,0.95,0.98", help="attention mass to keep, separated by commas")
+    add("--prompts", type=int, default=4, help="most prompts of each length, spread over the texts")
+    add("--chunk", type=int, help="prompt tokens in one engine step; 8192, or 2048 on a CPU, if left out")
+    add("--options", type=mapping, default="{}", metavar="JSON", help="further options of prefill, such as min_budget")
+    add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
+    add("--out", type=Path, default=Path("farspan-audit"), help="folder for the tables and the pictures")
+    add("--no-plots", action="store_true", help="leave the pictures out")
+    parser.set_defaults(run=_run_audit)
+
+
+def _run_audit(arguments: argparse.Namespace) -> int:
+    from farspan.evaluation.audit import AUDIT_CSV, HEADS_CSV, AuditSettings, run_audit
+    from farspan.evaluation.audit_results import format_table, recommend
+
+    settings = AuditSettings(
+        model=arguments.model,
+        texts=tuple(arguments.text),
+        lengths=arguments.lengths,
+        gammas=arguments.gammas,
+        out=arguments.out,
+        prompts=arguments.prompts,
+        chunk=arguments.chunk,
+        options=arguments.options,
+        engine_args=arguments.engine_args,
+    )
+    if not arguments.no_plots:
+        need_matplotlib("leave the pictures out with --no-plots")
+    rows, heads = run_audit(settings)
+    files = [settings.out / AUDIT_CSV, settings.out / HEADS_CSV]
+    if not arguments.no_plots:
+        from farspan.evaluation.audit_plots import draw_audit
+
+        files += draw_audit(rows, heads, settings.out)
+    print(format_table(rows))
+    print(f"Speed-up of the time to the first token: {rows[0].speed_source}.")
+    print(recommend(rows)[1])
+    print("written:", *files)
     return 0
 
 
@@ -151,7 +236,13 @@ def _add_star(subcommands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("action", nargs="?", choices=["ask", "serve"], default="ask", help="one question, or an OpenAI-like server")
+    add(
+        "action",
+        nargs="?",
+        choices=["ask", "serve", "plan"],
+        default="ask",
+        help="one question, an OpenAI-like server, or predicted times of more hosts without starting any",
+    )
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
     add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
@@ -161,6 +252,8 @@ def _add_star(subcommands: Any) -> None:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--block-len", type=int, help="tokens of a block; a quarter of the context or less if left out")
     add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
+    add("--anchor", choices=["recompute", "share", "auto"], default="recompute", help="computed by all, or sent")
+    add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
     add("--address", help="of a Ray cluster")
     add("--host", default="127.0.0.1", help="serve: address to listen on")
@@ -171,12 +264,20 @@ def _add_star(subcommands: Any) -> None:
         default="PACK",
         help="how Ray places hosts over machines",
     )
+    add("--gpu", choices=list(GPUS), default=MEASURED_GPU, help="plan: of every host")
+    add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     parser.set_defaults(run=_run_star)
 
 
 def _run_star(arguments: argparse.Namespace) -> int:
+    if arguments.action == "plan":
+        from farspan.star.plan import run_star_plan
+
+        return run_star_plan(
+            arguments.model, arguments.length, arguments.block_len, arguments.gpu, arguments.link
+        )  # fmt: skip
     from farspan.star.command import StarCommand, run_star
 
     return run_star(
@@ -190,6 +291,8 @@ def _run_star(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
             block_len=arguments.block_len,
             anchor_len=arguments.anchor_len,
+            anchor=arguments.anchor,
+            visibility=arguments.visibility,
             timeout_s=arguments.timeout,
             address=arguments.address,
             strategy=arguments.strategy,

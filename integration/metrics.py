@@ -33,7 +33,10 @@ class SelectionMetrics:
         for layer in sorted(layers, key=lambda layer: layer.index):
             stats = None if layer.selector is None else layer.selector.stats
             if stats is not None:
-                rows += [{"rank": worker.rank, "layer": layer.index, **row} for row in stats.rows()]
+                order = None if layer.head_order is None else layer.head_order.q_heads.tolist()
+                for row in stats.rows():
+                    head = row["head"] if order is None else order[int(row["head"] or 0)]
+                    rows.append({"rank": worker.rank, "layer": layer.index, **row, "head": head})
                 if reset:
                     stats.reset()
         return rows

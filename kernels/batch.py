@@ -1,6 +1,9 @@
 """What every launcher takes: a varlen batch on paged KV, and the pages that hold its keys and values."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -26,6 +29,8 @@ class PagedBatch:
     first_pos: torch.Tensor | None = None
     """[num_reqs] int32: position of each chunk's first query, where keys count from position 0. None: every chunk is
     the last of its keys, so that it begins at `kv_len - query_len`."""
+    launches: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What launchers keep for the next layer that computes the same batch, by what it depends on."""
 
     @property
     def num_reqs(self) -> int:
@@ -76,6 +81,8 @@ class KVView:
 
     def of_heads(self, kv_heads: slice) -> "KVView":
         """The view of the layer's KV heads [start, stop), all of which must be in `pages`."""
+        if kv_heads.start == self.first_kv_head and kv_heads.stop == self.first_kv_head + self.num_kv_heads:
+            return self
         first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
         assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
         host_pages = None if self.host_pages is None else self.host_pages[:, first:last]
@@ -83,8 +90,9 @@ class KVView:
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""
-        return self.keys(), self.pages.narrow(3, self.head_dim, self.head_dim)
+        return self.keys, self.pages.narrow(3, self.head_dim, self.head_dim)
 
+    @cached_property
     def keys(self) -> torch.Tensor:
         """[num_pages, num_kv_heads, page_size, head_dim], a view."""
         return self.pages.narrow(3, 0, self.head_dim)

@@ -42,6 +42,7 @@ def _attend_keys(
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_HOST: tl.constexpr,
+    SKIPS_HOST: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -62,6 +63,8 @@ def _attend_keys(
         in_reach = position < key_end
         page = next_page.to(tl.int64)
         page_offset = page * stride_page
+        if SKIPS_HOST:
+            in_reach = in_reach & (page + 0 * offs_n >= 0)
         if HAS_HOST:
             page_offset = tl.where(page >= 0, page_offset, host_offset + (-1 - page) * stride_host_page)
         if ONE_PAGE:
@@ -123,6 +126,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_HOST: tl.constexpr,
+    SKIPS_HOST: tl.constexpr,
     HALF_ROTARY: tl.constexpr,
     IS_NEOX: tl.constexpr,
     HAS_TURN: tl.constexpr,
@@ -177,12 +181,12 @@ def _decode_kernel(
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, query_far, key_begin, near_begin, kv_head_ptr, table_row_ptr, stride_page,
             stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-            PRECISION, NUM_STAGES,
+            SKIPS_HOST, PRECISION, NUM_STAGES,
         )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, query, near_begin, key_end, kv_head_ptr, table_row_ptr, stride_page,
         stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-        PRECISION, NUM_STAGES,
+        SKIPS_HOST, PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
@@ -254,8 +258,7 @@ def paged_decode(
     Returns out and lse. Sources: module docstring.
     """
     num_reqs, num_q_heads, head_dim = query.shape
-    num_kv_heads, page_size = kv.num_kv_heads, kv.page_size
-    block_table = batch.block_table
+    num_kv_heads, block_table = kv.num_kv_heads, batch.block_table
     assert kv.head_dim == head_dim, kv.pages.shape
     assert num_q_heads % num_kv_heads == 0, (num_q_heads, num_kv_heads)
     assert query.stride(2) == 1, query.stride()
@@ -271,16 +274,40 @@ def paged_decode(
     if num_reqs == 0:
         return out, lse
 
-    group_size = num_q_heads // num_kv_heads
-    block_d = triton.next_power_of_2(head_dim)
-    block_n = min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * kv.pages.element_size())))
     if num_splits == 1:
         part_out, part_lse = out[None], lse[None]
     else:
         if workspace is None:
             workspace = make_decode_workspace(num_reqs * num_q_heads * num_splits, head_dim, query.device)
         part_out, part_lse = workspace.parts(num_reqs, num_q_heads, num_splits, head_dim)
-    _decode_kernel[(num_splits, num_kv_heads, num_reqs)](
+    decode_parts(query, kv, batch, scale, part_out, part_lse, min_split_keys=min_split_keys, turn=turn)
+    if num_splits > 1:
+        combine_partials(part_out, part_lse, out=out, lse=lse)
+    return out, lse
+
+
+def decode_parts(
+    query: torch.Tensor,
+    kv: KVView,
+    batch: PagedBatch,
+    scale: float,
+    part_out: torch.Tensor,
+    part_lse: torch.Tensor,
+    *,
+    min_split_keys: int,
+    turn: Turn | None = None,
+    skips_host: bool = False,
+) -> None:
+    """The parts of `paged_decode`, not combined.
+
+    part_out: [num_splits, num_reqs, num_q_heads, head_dim], splits head_dim apart; part_lse: [num_splits, num_q_heads,
+        num_reqs] float32, splits adjacent; both one split that lies anywhere, or of a workspace.
+    skips_host: leave out the keys of pages in host memory.
+    """
+    num_splits, num_reqs, num_q_heads, head_dim = part_out.shape
+    block_table, group_size = batch.block_table, num_q_heads // kv.num_kv_heads
+    block_d = triton.next_power_of_2(head_dim)
+    _decode_kernel[(num_splits, kv.num_kv_heads, num_reqs)](
         query,
         kv.pages,
         part_out,
@@ -293,7 +320,7 @@ def paged_decode(
         scale * LOG2_E,
         turn.offset if turn else 0,
         num_splits,
-        min_split_keys // block_n,
+        min_split_keys // keys_per_step(kv),
         group_size,
         query.stride(0),
         query.stride(1),
@@ -311,9 +338,10 @@ def paged_decode(
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_H=max(16, triton.next_power_of_2(group_size)),
-        BLOCK_N=block_n,
-        PAGE_SIZE=page_size,
-        HAS_HOST=kv.host_pages is not None,
+        BLOCK_N=keys_per_step(kv),
+        PAGE_SIZE=kv.page_size,
+        HAS_HOST=kv.host_pages is not None and not skips_host,
+        SKIPS_HOST=skips_host,
         HALF_ROTARY=turn.rotary_dim // 2 if turn else 1,
         IS_NEOX=turn.is_neox if turn else True,
         HAS_TURN=turn is not None,
@@ -323,9 +351,12 @@ def paged_decode(
         NUM_STAGES=DECODE_STAGES,
         num_warps=4,
     )
-    if num_splits > 1:
-        combine_partials(part_out, part_lse, out=out, lse=lse)
-    return out, lse
+
+
+def keys_per_step(kv: KVView) -> int:
+    """Keys that a program of decode reads at a time."""
+    block_d = triton.next_power_of_2(kv.head_dim)
+    return min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * kv.pages.element_size())))
 
 
 def host_distance(kv: KVView) -> int:

@@ -5,10 +5,12 @@ writes host memory directly, in pieces large enough for the full rate of the bus
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.specialization import INDEX_POINTERS
 from farspan.kernels.tuning import COPY_BLOCK_WORDS, COPY_PROGRAMS_PER_SM, COPY_WARPS, STAGING_PROGRAMS
 
@@ -233,22 +235,39 @@ def map_step(
     """
     num_pages = min(-(-max_kv_len // page_size), block_table.shape[1])
     page_blocks = triton.cdiv(num_pages, TABLE_BLOCK)
-    num_table_programs = len(kv_lens) * page_blocks
-    num_tokens = len(slot_mapping)
-    _map_step_kernel[(num_table_programs + triton.cdiv(num_tokens, TABLE_BLOCK),)](
-        block_table,
-        kv_lens,
-        slot_mapping,
-        slot_of,
-        entries,
-        mapped,
-        num_table_programs,
-        page_blocks,
-        num_tokens,
-        block_table.stride(0),
-        entries.stride(0),
-        PAGE_SIZE=page_size,
-        BLOCK=TABLE_BLOCK,
+    assert block_table.stride(1) == entries.stride(1) == 1
+    strides = block_table.stride(0), entries.stride(0)
+    dtypes = tuple(each.dtype for each in (block_table, kv_lens, slot_mapping))
+    launch = _map_launch(len(kv_lens), page_blocks, len(slot_mapping), page_size, strides, dtypes, entries.device)
+    launch(block_table, kv_lens, slot_mapping, slot_of, entries, mapped)
+
+
+# Decode steps one after the other are alike, and every step waits for its tables.
+@lru_cache(maxsize=64)
+def _map_launch(
+    num_reqs: int,
+    page_blocks: int,
+    num_tokens: int,
+    page_size: int,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> RepeatedLaunch:
+    """strides: of rows of the block table and of entries. dtypes, device: what Triton compiles for besides."""
+    num_table_programs = num_reqs * page_blocks
+    return RepeatedLaunch(
+        _map_step_kernel,
+        (num_table_programs + triton.cdiv(num_tokens, TABLE_BLOCK),),
+        ("block_table_ptr", "kv_lens_ptr", "slot_mapping_ptr", "slot_of_ptr", "entries_ptr", "mapped_ptr"),
+        {
+            "num_table_programs": num_table_programs,
+            "page_blocks": page_blocks,
+            "num_tokens": num_tokens,
+            "stride_block_table": strides[0],
+            "stride_entries": strides[1],
+            "PAGE_SIZE": page_size,
+            "BLOCK": TABLE_BLOCK,
+        },
     )
 
 

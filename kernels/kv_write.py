@@ -1,8 +1,11 @@
 """Write the keys and values of a step's new tokens into the pages of the KV cache."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.specialization import INDEX_POINTERS
 
 
@@ -51,31 +54,45 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
     slot_mapping: [num_tokens] int32 or int64: page * page_size + offset of each token; a negative slot is skipped.
     """
     num_tokens = slot_mapping.shape[0]
-    _, num_kv_heads, head_dim = key.shape
-    assert key.shape == value.shape
-    assert key.shape[0] >= num_tokens
-    assert kv_cache.shape[1] == num_kv_heads
-    assert kv_cache.shape[3] == 2 * head_dim
-    assert key.stride(-1) == value.stride(-1) == kv_cache.stride(-1) == 1
-    assert slot_mapping.is_contiguous()
     if num_tokens == 0:
         return
-    _write_kv_kernel[(num_tokens,)](
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        kv_cache.shape[2],
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        kv_cache.stride(2),
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=triton.next_power_of_2(num_kv_heads),
-        BLOCK_D=triton.next_power_of_2(head_dim),
+    assert key.shape[0] >= num_tokens
+    assert slot_mapping.is_contiguous()
+    forms = tuple((each.shape[1:], each.stride(), each.dtype) for each in (key, value, kv_cache))
+    _launch(num_tokens, *forms, slot_mapping.dtype, key.device)(key, value, kv_cache, slot_mapping)
+
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""A tensor's sizes but the first, its strides and its dtype."""
+
+
+# The layers of a step, and decode steps one after the other, write alike.
+@lru_cache(maxsize=64)
+def _launch(
+    num_tokens: int, key: Form, value: Form, cache: Form, slot_dtype: torch.dtype, device: torch.device
+) -> RepeatedLaunch:
+    num_kv_heads, head_dim = key[0]
+    assert key[0] == value[0]
+    assert cache[0][0] == num_kv_heads
+    assert cache[0][2] == 2 * head_dim
+    assert key[1][-1] == value[1][-1] == cache[1][-1] == 1
+    return RepeatedLaunch(
+        _write_kv_kernel,
+        (num_tokens,),
+        ("key_ptr", "value_ptr", "cache_ptr", "slot_mapping_ptr"),
+        {
+            "page_size": cache[0][1],
+            "stride_key_token": key[1][0],
+            "stride_key_head": key[1][1],
+            "stride_value_token": value[1][0],
+            "stride_value_head": value[1][1],
+            "stride_page": cache[1][0],
+            "stride_head": cache[1][1],
+            "stride_token": cache[1][2],
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_H": triton.next_power_of_2(num_kv_heads),
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+        },
         num_warps=4,
     )

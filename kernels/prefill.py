@@ -12,6 +12,7 @@ import torch
 import triton
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
+from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
@@ -87,124 +88,168 @@ def prefill_attention(
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    _, num_kv_heads, page_size, _ = key_pages.shape
-    assert num_heads % num_kv_heads == 0
-    assert key_pages.shape == value_pages.shape
-    assert key_pages.stride() == value_pages.stride()
-    assert key_pages.dtype == value_pages.dtype == query.dtype
-    assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
-    assert scale > 0
-    group_size = num_heads // num_kv_heads
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if lse is None:
-        lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
-    assert out.shape == query.shape
-    assert lse.shape == (num_heads, num_tokens)
-    assert lse.dtype == torch.float32
-    assert out.stride(-1) == lse.stride(-1) == 1
+        lse = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
     if tiles.num_tiles == 0:
         return out, lse
-
-    num_list_heads = num_kv_heads
-    max_blocks = 0
+    ids = counts = cos = sin = turned = lists = None
     if block_lists is not None:
-        num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
-        assert num_tiles == tiles.num_tiles
-        assert num_heads % num_list_heads == 0
-        assert block_lists.block_ids.is_contiguous()
-        assert block_lists.block_counts.is_contiguous()
-    heads_per_list = num_heads // num_list_heads
-    max_pages = batch.block_table.shape[1]
-    paged = max_pages > 1
-    tokens_per_tile = min(tiles.block_size, batch.max_query_len)
-    if config is None:
-        config = prefill_config(
-            head_dim,
-            query.dtype,
-            device_capability(query.device),
-            block_size=tiles.block_size,
-            tokens_per_tile=tokens_per_tile,
-            # Heads may share a program when they share keys, values and list.
-            heads_that_share=group_size if heads_per_list % group_size == 0 else 1,
-            keys_in_a_row=(math.gcd(page_size, 128) if paged else 128) if has_row_view(key_pages, value_pages) else 0,
-            has_turn=turn is not None,
-            has_lists=block_lists is not None,
-        )
-    block_n = config.block_n
-    assert tiles.block_size % block_n == 0
-    assert group_size % config.heads_per_tile == 0
-    if config.use_tma:
-        assert not paged or page_size % block_n == 0
-        assert has_row_view(key_pages, value_pages)
-    block_d = triton.next_power_of_2(head_dim)
-    stride_page, stride_head, stride_token, _ = key_pages.stride()
-    key_source: torch.Tensor | TensorDescriptor = key_pages
-    value_source: torch.Tensor | TensorDescriptor = value_pages
-    if config.use_tma:
-        key_source = row_descriptor(key_pages, block_n, block_d)
-        value_source = row_descriptor(value_pages, block_n, block_d)
-        stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
-
-    num_pieces = triton.cdiv(tokens_per_tile, config.block_t)
-    num_units = num_heads // config.heads_per_tile
-    prefill_kernel[(num_units * num_pieces * tiles.num_tiles,)](
-        query,
-        key_source,
-        value_source,
-        out,
-        lse,
-        batch.block_table,
-        batch.kv_lens,
-        batch.query_start_loc,
-        batch.first_pos,
-        tiles.tile_request,
-        tiles.tile_block,
-        block_lists.block_ids if block_lists is not None else None,
-        block_lists.block_counts if block_lists is not None else None,
-        turn.cos if turn is not None else None,
-        turn.sin if turn is not None else None,
-        scale * LOG2_E,
-        turn.offset if turn is not None else 0,
-        tiles.num_tiles,
-        num_pieces,
-        max_blocks,
-        group_size,
-        heads_per_list,
-        group_size // config.heads_per_tile,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        lse.stride(0),
-        batch.block_table.stride(0),
-        stride_page,
-        stride_head,
-        stride_token,
-        BLOCK_SIZE=tiles.block_size,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_T=config.block_t,
-        BLOCK_M=config.block_m,
-        BLOCK_N=block_n,
-        HEADS_PER_TILE=config.heads_per_tile,
-        PAGE_SIZE=page_size if paged else 0,
-        HALF_ROTARY=turn.cos.shape[0] if turn is not None else 1,
-        IS_NEOX=turn.is_neox if turn is not None else True,
-        HAS_LISTS=block_lists is not None,
-        HAS_TURN=turn is not None,
-        SLOPE=turn.slope if turn is not None else 1,
-        HAS_FIRST_POS=batch.first_pos is not None,
-        IS_CAUSAL=causal,
-        USE_TMA=config.use_tma,
-        NARROW_IDS=config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
-        RECOMPUTES=config.recomputes,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        ids, counts = block_lists.block_ids, block_lists.block_counts
+        lists = (ids.shape, ids.stride(), counts.stride())
+    if turn is not None:
+        cos, sin, turned = turn.cos, turn.sin, (turn.cos.shape, turn.is_neox, turn.slope, turn.offset)
+    tensors = (query, key_pages, value_pages, out, lse)
+    on_rows = (key_pages.data_ptr() | value_pages.data_ptr()) % 16 == 0
+    kinds = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
+    key = ("prefill", kinds, on_rows, lists, turned, scale, causal, config)
+    made: _TiledLaunch | None = batch.launches.get(key)
+    if made is None or made.tiles is not tiles:
+        made = _TiledLaunch(*tensors, batch, tiles, scale, block_lists, causal, turn, config)
+        batch.launches[key] = made
+    rows = made.rows
+    if rows is not None:
+        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin)
+    else:
+        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin)
     return out, lse
+
+
+class _TiledLaunch:
+    """What the layers of a step share in a call of `prefill_attention`, whose arguments these are."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        batch: PagedBatch,
+        tiles: PrefillTiles,
+        scale: float,
+        block_lists: BlockLists | None,
+        causal: bool,
+        turn: Turn | None,
+        config: PrefillConfig | None,
+    ) -> None:
+        num_tokens, num_heads, head_dim = query.shape
+        _, num_kv_heads, page_size, _ = key_pages.shape
+        assert num_heads % num_kv_heads == 0
+        assert key_pages.shape == value_pages.shape
+        assert key_pages.stride() == value_pages.stride()
+        assert key_pages.dtype == value_pages.dtype == query.dtype
+        assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
+        assert scale > 0
+        assert out.shape == query.shape
+        assert lse.shape == (num_heads, num_tokens)
+        assert lse.dtype == torch.float32
+        assert out.stride(-1) == lse.stride(-1) == 1
+        group_size = num_heads // num_kv_heads
+        num_list_heads = num_kv_heads
+        max_blocks = 0
+        if block_lists is not None:
+            num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
+            assert num_tiles == tiles.num_tiles
+            assert num_heads % num_list_heads == 0
+            assert block_lists.block_ids.is_contiguous()
+            assert block_lists.block_counts.is_contiguous()
+        heads_per_list = num_heads // num_list_heads
+        max_pages = batch.block_table.shape[1]
+        paged = max_pages > 1
+        tokens_per_tile = min(tiles.block_size, batch.max_query_len)
+        has_rows = has_row_view(key_pages, value_pages)
+        if config is None:
+            config = prefill_config(
+                head_dim,
+                query.dtype,
+                device_capability(query.device),
+                block_size=tiles.block_size,
+                tokens_per_tile=tokens_per_tile,
+                # Heads may share a program when they share keys, values and list.
+                heads_that_share=group_size if heads_per_list % group_size == 0 else 1,
+                keys_in_a_row=(math.gcd(page_size, 128) if paged else 128) if has_rows else 0,
+                has_turn=turn is not None,
+                has_lists=block_lists is not None,
+            )
+        block_n = config.block_n
+        assert tiles.block_size % block_n == 0
+        assert group_size % config.heads_per_tile == 0
+        block_d = triton.next_power_of_2(head_dim)
+        stride_page, stride_head, stride_token, _ = key_pages.stride()
+        self.tiles = tiles
+        self.rows: RowView | None = None
+        """How the copy engine sees keys and values; None where it is not used."""
+        if config.use_tma:
+            assert not paged or page_size % block_n == 0
+            assert has_rows
+            self.rows = RowView(key_pages, block_n, block_d)
+            stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
+
+        num_pieces = triton.cdiv(tokens_per_tile, config.block_t)
+        num_units = num_heads // config.heads_per_tile
+        self.launch = RepeatedLaunch(
+            prefill_kernel,
+            (num_units * num_pieces * tiles.num_tiles,),
+            (
+                "query_ptr",
+                "key_source",
+                "value_source",
+                "out_ptr",
+                "lse_ptr",
+                "block_ids_ptr",
+                "block_counts_ptr",
+                "cos_ptr",
+                "sin_ptr",
+            ),
+            {
+                "block_table_ptr": batch.block_table,
+                "kv_lens_ptr": batch.kv_lens,
+                "query_start_loc_ptr": batch.query_start_loc,
+                "first_pos_ptr": batch.first_pos,
+                "tile_request_ptr": tiles.tile_request,
+                "tile_block_ptr": tiles.tile_block,
+                "scale_log2": scale * LOG2_E,
+                "turn_offset": turn.offset if turn is not None else 0,
+                "num_tiles": tiles.num_tiles,
+                "num_pieces": num_pieces,
+                "max_blocks": max_blocks,
+                "group_size": group_size,
+                "heads_per_list": heads_per_list,
+                "units_per_group": group_size // config.heads_per_tile,
+                "stride_query_token": query.stride(0),
+                "stride_query_head": query.stride(1),
+                "stride_out_token": out.stride(0),
+                "stride_out_head": out.stride(1),
+                "stride_lse_head": lse.stride(0),
+                "stride_block_table": batch.block_table.stride(0),
+                "stride_page": stride_page,
+                "stride_head": stride_head,
+                "stride_token": stride_token,
+                "BLOCK_SIZE": tiles.block_size,
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": block_d,
+                "BLOCK_T": config.block_t,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": block_n,
+                "HEADS_PER_TILE": config.heads_per_tile,
+                "PAGE_SIZE": page_size if paged else 0,
+                "HALF_ROTARY": turn.cos.shape[0] if turn is not None else 1,
+                "IS_NEOX": turn.is_neox if turn is not None else True,
+                "HAS_LISTS": block_lists is not None,
+                "HAS_TURN": turn is not None,
+                "SLOPE": turn.slope if turn is not None else 1,
+                "HAS_FIRST_POS": batch.first_pos is not None,
+                "IS_CAUSAL": causal,
+                "USE_TMA": config.use_tma,
+                "NARROW_IDS": config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
+                "RECOMPUTES": config.recomputes,
+                "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 def has_row_view(*caches: torch.Tensor) -> bool:
@@ -230,22 +275,20 @@ def num_rows(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int
     return last // stride_token + 1
 
 
-def row_descriptor(cache: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """The copy engine's view of a cache as [num_rows, head_dim]; reads outside of it give zero.
+class RowView:
+    """The copy engine's view of caches of one form as [num_rows, head_dim]; reads outside of them give zero.
 
-    cache: with a row view.
+    Triton checks a descriptor when it is made, which costs as much host time as a launch: here once for all layers.
     """
-    descriptor = object.__new__(TensorDescriptor)
-    fields = _descriptor_fields(cache.shape, cache.stride(), cache.element_size(), block_n, block_d)
-    descriptor.__dict__.update(fields, base=cache)
-    return descriptor
 
+    def __init__(self, like: torch.Tensor, block_n: int, block_d: int) -> None:
+        """Take the form of a cache that has a row view."""
+        rows = num_rows(like.shape, like.stride(), like.element_size())
+        self.fields = vars(TensorDescriptor(like, [rows, like.shape[3]], [like.stride(2), 1], [block_n, block_d]))
+        del self.fields["base"]
 
-@lru_cache
-def _descriptor_fields(
-    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, block_n: int, block_d: int
-) -> dict[str, object]:
-    """All of a descriptor but its tensor, checked by Triton once: its checks cost as much host time as a launch."""
-    rows = num_rows(shape, strides, element_size)
-    like = torch.empty(1, dtype={2: torch.float16, 4: torch.float32}[element_size])
-    return dict(vars(TensorDescriptor(like, [rows, shape[3]], [strides[2], 1], [block_n, block_d])))
+    def of(self, cache: torch.Tensor) -> TensorDescriptor:
+        """The view of a cache of the same shape, strides and dtype, aligned to 16 bytes."""
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self.fields, base=cache)
+        return descriptor

@@ -260,7 +260,8 @@ SAMPLE_FIRST_PLACE = 0.37
 # 0.1B to 8B models. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64 430 to 535. Sparse
 # attention of density 0.2, 0.4 and 0.7 takes 0.31, 0.62 and 1.02 of its time in heads of 128, 0.35 to 0.45, 0.70 to
 # 0.81 and 1.18 to 1.38 in heads of 64; selection takes 0.06 to 0.07 and, of a few keys, no less than 0.03 ms. The host
-# needs 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer.
+# needed 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer. Since then it
+# is 0.15 to 0.26 (benchmarks/data/host_side.csv), but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
 FLEX_SPEED = {64: 0.5, 128: 0.66}
 FLEX_SELECTION_SHARE = 0.08
@@ -276,3 +277,13 @@ COPY_BLOCK_WORDS = 8192
 COPY_WARPS = 16
 COPY_PROGRAMS_PER_SM = 1
 STAGING_PROGRAMS = 4
+
+SELECT_RECENT_TOKENS = 1024
+"""The last so many tokens of a request, and its first page, are read wherever they lie."""
+SELECT_STEPS = 20
+"""Halvings of the interval of shares, exp(-46) to exp(18) of a head's mass, in which the least share that is read is
+found: to 6e-5, relative."""
+SELECT_TILE = 4096
+"""Shares that a program holds at a time, over the query heads of a KV head. Not measured."""
+SCORE_PROGRAMS_PER_SM = 8
+"""Of one warp group each; they share the pages of a request and KV head. Not measured."""

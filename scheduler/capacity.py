@@ -37,11 +37,13 @@ class KVLayout:
     """For each layer, how many of its KV heads have their pages in vLLM's cache; the others are cold."""
     stub_bytes: int = 0
     """What vLLM's cache holds for each block of a layer without hot heads."""
+    bounds_bytes: int = 0
+    """HBM for each block id beside vLLM's cache: bounds of the keys of cold heads, where decode is selective."""
 
     def __post_init__(self) -> None:
         assert min(self.num_kv_heads, self.head_dim, self.element_bytes, self.page_size, len(self.hot_heads)) > 0
         assert all(0 <= hot <= self.num_kv_heads for hot in self.hot_heads), self.hot_heads
-        assert self.stub_bytes >= 0
+        assert min(self.stub_bytes, self.bounds_bytes) >= 0
 
     @property
     def page_bytes(self) -> int:
@@ -52,6 +54,11 @@ class KVLayout:
     def hot_block_bytes(self) -> int:
         """HBM for each block id of vLLM's cache."""
         return sum(hot * self.page_bytes or self.stub_bytes for hot in self.hot_heads)
+
+    @property
+    def fixed_block_bytes(self) -> int:
+        """HBM for each block id, wherever its cold pages lie."""
+        return self.hot_block_bytes + self.bounds_bytes
 
     @property
     def cold_block_bytes(self) -> int:
@@ -117,6 +124,13 @@ def stub_bytes_of(page_size: int, element_bytes: int) -> int:
     return page_size * element_bytes
 
 
+def bounds_bytes_of(num_cold_heads: int, page_size: int, head_dim: int, element_bytes: int) -> int:
+    """Bounds of the keys of one block's pages in so many heads, over all layers: four bits of each number of a key, and
+    the least and the largest of each channel.
+    """
+    return num_cold_heads * (page_size * head_dim // 2 + 2 * head_dim * element_bytes)
+
+
 def min_slots(max_num_batched_tokens: int, page_size: int, max_num_seqs: int) -> int:
     """Fewest slots: the pages that a step writes lie in HBM, and so does the null block."""
     return most_pages_written(max_num_batched_tokens, max_num_seqs, page_size) + NULL_BLOCKS
@@ -137,8 +151,8 @@ def max_blocks(layout: KVLayout, hbm_bytes: int, host_bytes: int, num_slots: int
     if hbm_left < 0:
         return 0
     bounds = []
-    if layout.hot_block_bytes:
-        bounds.append(hbm_left // layout.hot_block_bytes)
+    if layout.fixed_block_bytes:
+        bounds.append(hbm_left // layout.fixed_block_bytes)
     if layout.cold_block_bytes:
         bounds.append(max(host_bytes, 0) // layout.cold_block_bytes)
     return min(bounds)
@@ -148,7 +162,7 @@ def max_slots(layout: KVLayout, hbm_bytes: int, num_blocks: int, staging_bytes: 
     """Slots in what blocks and staging leave of HBM, at most one for each block; 0 where no head is cold."""
     if not layout.cold_block_bytes:
         return 0
-    hbm_left = hbm_bytes - num_blocks * layout.hot_block_bytes - staging_bytes
+    hbm_left = hbm_bytes - num_blocks * layout.fixed_block_bytes - staging_bytes
     return min(max(hbm_left, 0) // layout.cold_block_bytes, num_blocks)
 
 
@@ -186,7 +200,7 @@ def plan_kv(
     before slots; None for those of the load.
     """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
-    hot_bytes, cold_bytes = layout.hot_block_bytes, layout.cold_block_bytes
+    hot_bytes, cold_bytes = layout.fixed_block_bytes, layout.cold_block_bytes
     if not cold_bytes:
         num_blocks = max_blocks(layout, hbm_bytes, host_bytes)
         return sized(layout, num_blocks, 0, 0, 0) if num_blocks >= wanted_blocks else None
@@ -215,7 +229,7 @@ def plan_gathering(
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
     cold_bytes = layout.cold_block_bytes
     fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
-    hbm_left = hbm_bytes - num_first * layout.hot_block_bytes
+    hbm_left = hbm_bytes - num_first * layout.fixed_block_bytes
     beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
     share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
     for budget in (beside_load, share):
@@ -237,7 +251,7 @@ def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, st
         num_slots=num_slots,
         group_size=group_size,
         staging_bytes=staging_bytes,
-        hbm_bytes=num_blocks * layout.hot_block_bytes + num_slots * layout.cold_block_bytes + staging_bytes,
+        hbm_bytes=num_blocks * layout.fixed_block_bytes + num_slots * layout.cold_block_bytes + staging_bytes,
         host_bytes=num_blocks * layout.cold_block_bytes,
     )
 

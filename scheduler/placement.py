@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from farspan.engine_ext.config import OffloadOptions
+from farspan.engine_ext.config import OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError
 from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import (
@@ -83,6 +83,7 @@ def decide_sizes(
         page_bytes=cold_bytes,
         group_size=max(plan.group_size, 1),
         staging_pages=-(-context_len // page_size) if plan.staging_bytes else 0,
+        is_selective=isinstance(options.cold_decode, SelectColdDecode),
     )
 
 
@@ -96,7 +97,7 @@ def refusal(layout: KVLayout, limits: EngineLimits, gpu_bytes: int, host_bytes: 
             "offload.host_memory or lower --max-model-len."
         )
     fewest = min_slots(limits.max_num_batched_tokens, layout.page_size, 1)
-    needed = num_blocks * layout.hot_block_bytes + fewest * cold_bytes
+    needed = num_blocks * layout.fixed_block_bytes + fewest * cold_bytes
     needed += staging_bytes_of(layout, group_size, limits.max_model_len)
     return (
         f"offload: {gpu_bytes / GIB:.2f} GiB of GPU memory for KV, {needed / GIB:.2f} needed: {num_blocks} blocks of "

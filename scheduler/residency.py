@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from farspan.engine_ext.plan import VIEW_PRIME, Move, OffloadSizes, ResidencyPlan, view_term
+from farspan.engine_ext.plan import VIEW_PRIME, Move, OffloadSizes, ResidencyPlan, SelectionReport, view_term
 
 RESERVED_SLOT = 0
 """Of block 0, which stands for padding in vLLM."""
@@ -32,6 +32,11 @@ def most_pages_written(num_tokens: int, num_reqs: int, page_size: int) -> int:
 def most_requests(num_tokens: int, num_slots: int, page_size: int) -> int:
     """Requests, at most, whose step of up to `num_tokens` tokens can always be placed; below 1 if none can."""
     return (num_slots - 1 - num_tokens // page_size) // 2
+
+
+NOTHING_SELECTED = SelectionReport(
+    rows=0, kept=0, certified=0, least_kept=1, least_certified=1, bytes_read=0, bytes_on_host=0
+)
 
 
 @dataclass
@@ -88,6 +93,8 @@ class Residency:
         """Per request that vLLM has scheduled and not let go of: its blocks in order."""
         self.view = 0
         self._told = Counters()
+        self.selection = self._told_selection = NOTHING_SELECTED
+        """What the workers told last of selective decode; and what `statistics` gave on."""
         self._version = 0
         """Counts the pages that went to the host alone or came back from there."""
         self._num_ended = 0
@@ -136,7 +143,9 @@ class Residency:
         self.counters.spilled += len(room.spills) + len(copies)
         self.counters.dropped += len(room.drops)
         self.counters.loaded += len(loads)
-        self.counters.read += sum(num_missing.values())
+        # Of selective decode the workers tell what it read.
+        skipped = {each.req_id for each in scheduled if each.count == 1} if self.sizes.is_selective else set()
+        self.counters.read += sum(count for req_id, count in num_missing.items() if req_id not in skipped)
         self.counters.steps += bool(scheduled)
         self.counters.steps_that_read += bool(missing)
         return ResidencyPlan(
@@ -150,20 +159,28 @@ class Residency:
             view=self.view,
         )
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, float]:
         """What happened since this was last asked, and what is used now."""
         counters, before, page_bytes = self.counters, self._told, self.sizes.page_bytes
         self._told = replace(counters)
         from_host = counters.loaded + counters.read - before.loaded - before.read
+        selected, told = self.selection, self._told_selection
+        self._told_selection = selected
         return {
             "bytes_to_host": (counters.spilled - before.spilled) * page_bytes,
-            "bytes_from_host": from_host * page_bytes,
+            "bytes_from_host": from_host * page_bytes + selected.bytes_read - told.bytes_read,
             "steps": counters.steps - before.steps,
             "steps_that_read": counters.steps_that_read - before.steps_that_read,
             "slots": self.sizes.num_slots,
             "slots_used": self.sizes.num_slots - len(self.free_slots),
             "host_pages": self.sizes.num_blocks,
             "host_pages_used": self.num_host_only,
+            "select_bytes_on_host": selected.bytes_on_host - told.bytes_on_host,
+            "select_audited": selected.rows - told.rows,
+            "select_kept": selected.kept - told.kept,
+            "select_certified": selected.certified - told.certified,
+            "select_least_kept": selected.least_kept,
+            "select_least_certified": selected.least_certified,
         }
 
     def check_integrity(self) -> None:

@@ -33,8 +33,19 @@ class PlannedSteps:
         stock: Any = super()
         stats = stock.make_stats(*args, **kwargs)
         if stats is not None and self._residency is not None:
-            stats.kv_connector_stats = {OFFLOAD_STATS: self._residency.statistics()}
+            stats.kv_connector_stats = {
+                **(stats.kv_connector_stats or {}),
+                OFFLOAD_STATS: self._residency.statistics(),
+            }
         return stats
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """The stock update, which makes the statistics, with what a worker told of selective decode."""
+        stock: Any = super()
+        report = getattr(model_runner_output, "farspan_selection", None)
+        if report is not None and self._residency is not None:
+            self._residency.selection = report
+        return stock.update_from_output(scheduler_output, model_runner_output)
 
     def place_cold_heads(self, sizes: OffloadSizes) -> None:
         """Plan where cold pages lie, and run no more requests at once than slots can always hold the new pages of."""
@@ -45,6 +56,12 @@ class PlannedSteps:
         scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, limit)
 
     def _plan_residency(self, residency: Residency, output: Any) -> ResidencyPlan:
+        if getattr(output, "kv_cache_block_copies", None):
+            # Only of layers of several kinds, which are refused at start-up.
+            raise RuntimeError(
+                "farspan offload: vLLM copies blocks whose cold KV heads it does not know. Leave out offload, or set "
+                "--no-enable-prefix-caching."
+            )
         scheduler: Any = self
         blocks = scheduler.kv_cache_manager.block_pool.blocks
         ended = (*output.finished_req_ids, *(output.preempted_req_ids or ()))

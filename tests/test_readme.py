@@ -5,7 +5,14 @@ import re
 from pathlib import Path
 
 import msgspec
-from farspan.engine_ext.config import PREFILL_METHODS, FarspanConfig, OffloadOptions, StarOptions, StringOptions
+from farspan.engine_ext.config import (
+    PREFILL_METHODS,
+    FarspanConfig,
+    OffloadOptions,
+    SelectColdDecode,
+    StarOptions,
+    StringOptions,
+)
 from farspan.engine_ext.ranges import ranges_of
 from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
 
@@ -32,8 +39,16 @@ def fields_of(struct: type[msgspec.Struct], prefix: str) -> dict[str, object]:
 
 
 def test_options_are_those_of_the_code() -> None:
-    expected: dict[str, object] = {"kernel": "auto", "prefill.method": "dense", **fields_of(StringOptions, "string.")}
+    expected: dict[str, object] = {
+        "preset": None,
+        "kernel": "auto",
+        "prefill.method": "dense",
+        **fields_of(StringOptions, "string."),
+    }
     expected |= fields_of(OffloadOptions, "offload.")
+    del expected["offload.cold_decode"]
+    expected["offload.cold_decode.method"] = "exact"
+    expected |= fields_of(SelectColdDecode, "offload.cold_decode.")
     expected |= fields_of(StarOptions, "star.")
     for struct in PREFILL_METHODS.values():
         expected |= fields_of(struct, "prefill.")
@@ -49,7 +64,8 @@ def documented_ranges() -> dict[str, str]:
 
 def test_ranges_are_those_of_the_code() -> None:
     prefills = [("prefill.", struct) for struct in PREFILL_METHODS.values()]
-    structs = [("string.", StringOptions), ("offload.", OffloadOptions), ("star.", StarOptions), *prefills]
+    cold_decode = ("offload.cold_decode.", SelectColdDecode)
+    structs = [("string.", StringOptions), ("offload.", OffloadOptions), ("star.", StarOptions), cold_decode, *prefills]
     expected = {
         prefix + name: ", or ".join(dict.fromkeys(each.interval for each in ranges))
         for prefix, struct in structs

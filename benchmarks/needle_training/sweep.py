@@ -37,7 +37,7 @@ from farspan.evaluation.needle_answers import (
     sweep_row,
     to_question,
 )
-from farspan.evaluation.results import CSV_COLUMNS
+from farspan.evaluation.results import ACCURACY_COLUMNS
 from farspan.needle import model_dir
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
@@ -54,7 +54,7 @@ def accuracy_rows(name: str, length: int, seed: int, questions: list[Question], 
     for task in dict.fromkeys(question.task for question in questions):
         right = [ok for ok, question in zip(answers.right, questions, strict=True) if question.task == task]
         values = (name, task, length, "", seed, len(right), sum(right) / len(right))
-        yield dict(zip(CSV_COLUMNS, values, strict=True))
+        yield dict(zip(ACCURACY_COLUMNS, values, strict=True))
 
 
 def variants_of(args: argparse.Namespace) -> list[Variant]:
@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> None:
         asked = questions[length]
         if length not in dense:
             dense[length] = ask(model, Variant(DensePrefill(), 0), asked, 0)
-            tables.add("accuracy.csv", CSV_COLUMNS, accuracy_rows("dense", length, args.seed, asked, dense[length]))
+            tables.add(
+                "accuracy.csv", ACCURACY_COLUMNS, accuracy_rows("dense", length, args.seed, asked, dense[length])
+            )
         started = time.monotonic()
         answers = ask(model, variant, asked, args.rows, keep_lists=True)
         assert isinstance(variant.prefill, FlexPrefill)
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         named = {"method": variant.name, "length": length, "seed": args.seed}
         tables.add("sweep.csv", SWEEP_COLUMNS, [row])
         tables.add("heads.csv", HEAD_COLUMNS, ({**named, **head} for head in answers.heads))
-        tables.add("accuracy.csv", CSV_COLUMNS, accuracy_rows(variant.name, length, args.seed, asked, answers))
+        tables.add("accuracy.csv", ACCURACY_COLUMNS, accuracy_rows(variant.name, length, args.seed, asked, answers))
         shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
         print(f"{length} {variant.name} {time.monotonic() - started:.1f} s {shown}", flush=True)
 

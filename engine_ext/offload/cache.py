@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from farspan.engine_ext.launch import is_on_host, write_kv
 from farspan.engine_ext.offload.pool import HostPool
+from farspan.engine_ext.offload.selection import ColdSelection, SelectionSizes
 from farspan.engine_ext.offload.slots import SlotTable
 from farspan.engine_ext.offload.transfer import Copier, Job, StagedTurn, Staging, move
 from farspan.engine_ext.passes import Pass, StagedPages
@@ -13,6 +14,7 @@ from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
 from farspan.kernels.batch import KVView
 from farspan.kernels.kv_gather import PagePools, host_offsets, map_step
 from farspan.kernels.kv_gather_cpu import map_step_cpu
+from farspan.kernels.page_choice import Rule
 from farspan.kernels.tiles import to_device
 
 
@@ -107,6 +109,21 @@ class ColdCache:
         """By block on the host, of what was copied there; None until integrity is first asked for."""
         self.num_spilled = self.num_loaded = self.num_staged = 0
         """Pages copied so far: to the host, back from it, and to staging for a pass over one group of heads."""
+        self.selection: ColdSelection | None = None
+        """None where decode reads all pages."""
+        self.indices: dict[int, str] = {}
+        """Names of layers by their index, where decode is selective."""
+
+    def select(self, rule: Rule, indices: Mapping[str, int], group_size: int) -> None:
+        """Let decode choose among the pages in host memory.
+
+        indices: of the layers, by name; group_size: query heads per KV head.
+        """
+        rows = {indices[name]: layer.rows for name, layer in self.layers.items()}
+        max_num_reqs, max_pages = self.entries.shape
+        sizes = SelectionSizes(max_num_reqs, max_pages, group_size)
+        self.selection = ColdSelection(rule, self.pools, self.sizes.num_blocks, rows, sizes)
+        self.indices = {indices[name]: name for name in self.layers}
 
     def warm_up(self) -> None:
         """Compile what copies pages, before any request waits for it; slot 0 and block 0 hold nothing."""
@@ -116,6 +133,9 @@ class ColdCache:
         self.pools.slots[:, 0].zero_()
         for to_host in (True, False):
             move(self.pools, zero, zero, to_host=to_host)
+        if self.selection is not None:
+            self.selection.bound(zero, zero)
+            self.selection.begin_step(self.entries, self.selection.kv_lens, 1, 0)
         self.copier.copy(zero, zero)
         self.copier.wait()
         if self.staging is not None:
@@ -129,8 +149,16 @@ class ColdCache:
     def follow(self, plan: ResidencyPlan) -> None:
         """Carry out a step's moves, in the order of the current stream."""
         self.copier.wait()
+        if self.selection is not None and self.table.known:
+            self.selection.end_step(
+                self.entries, lambda index: self.view_of(self.layers[self.indices[index]], both=True)
+            )
         blocks, slots = self.table.follow(plan)
         num_spills, num_moved = len(plan.spills), len(plan.spills) + len(plan.loads)
+        if self.selection is not None and (plan.spills or plan.copies):
+            leaving = torch.cat([blocks[:num_spills], blocks[num_moved : num_moved + len(plan.copies)]])
+            their_slots = torch.cat([slots[:num_spills], slots[num_moved : num_moved + len(plan.copies)]])
+            self.selection.bound(leaving, their_slots)
         if plan.spills:
             move(self.pools, blocks[:num_spills], slots[:num_spills], to_host=True)
         if plan.loads:
@@ -229,6 +257,9 @@ class ColdCache:
         for block, found in zip(blocks, sums, strict=True):
             assert self.checksums.get(block, found) == found, f"block {block} changed on the host"
         both = [block for block in blocks if block in self.table.known]
+        if self.selection is not None:
+            pages = torch.cat([layer[:, blocks] for layer in self.host.layers])
+            self.selection.check_integrity(blocks, pages)
         in_slots = self.pools.slots[:, [self.table.known[block] for block in both]].cpu()
         assert torch.equal(in_slots.flatten(2).view(torch.int32), self.host_words(both)), (
             "a page is not that on the host"

@@ -59,7 +59,7 @@ class SelectionStats:
 
     def add_selection(self, selection: FlexSelection, tiles: PrefillTiles, q_heads: slice) -> None:
         """Take in FlexPrefill's lists of one pass, which has the query heads `q_heads` of the layer."""
-        self._add_lists(selection.block_lists, tiles, q_heads, selection.is_query_aware.shape[1])
+        self.add_lists(selection.block_lists, tiles, q_heads, selection.is_query_aware.shape[1])
         self.query_aware[q_heads] += selection.is_query_aware.sum(1)
         self.divergence[q_heads] += selection.divergence.sum(1)
 
@@ -67,10 +67,11 @@ class SelectionStats:
         self, selection: TileSelection, tiles: PrefillTiles, spans: Spans, q_heads: slice, num_requests: int
     ) -> None:
         """Take in the lists by tile rows of one pass, which has the query heads `q_heads` of the layer."""
-        self._add_lists(selection.block_lists, tiles, q_heads, num_requests)
+        self.add_lists(selection.block_lists, tiles, q_heads, num_requests)
         self.kept.add(selection.kept, q_heads, spans.span_request >= 0)
 
-    def _add_lists(self, lists: BlockLists, tiles: PrefillTiles, q_heads: slice, num_requests: int) -> None:
+    def add_lists(self, lists: BlockLists, tiles: PrefillTiles, q_heads: slice, num_requests: int) -> None:
+        """Take in lists of one pass, which has the query heads `q_heads` of the layer."""
         per_list = (q_heads.stop - q_heads.start) // len(lists.block_counts)
         counts = lists.block_counts.double().repeat_interleave(per_list, 0)
         causal = (tiles.tile_block + 1).double()
@@ -81,9 +82,12 @@ class SelectionStats:
             self.causal_blocks += causal.sum()
             self.chunks += num_requests
 
-    def add_coverage(self, coverage: torch.Tensor, q_heads: slice) -> None:
-        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`."""
-        self.measured.add(coverage.flatten(1), q_heads)
+    def add_coverage(self, coverage: torch.Tensor, q_heads: slice, has_choice: torch.Tensor | None = None) -> None:
+        """Take in a measurement, [num_q_heads, num_requests, rows] in [0, 1], of the query heads `q_heads`.
+
+        has_choice: [num_requests * rows] bool, the rows that count; all if None.
+        """
+        self.measured.add(coverage.flatten(1), q_heads, has_choice)
         if q_heads.start == 0:
             self.measured_rows += coverage.shape[1] * coverage.shape[2]
 

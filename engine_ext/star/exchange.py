@@ -1,4 +1,4 @@
-"""What the hosts of Star Attention send each other in phase 2: partial results of a layer, and agreement on a step.
+"""What the hosts of Star Attention send each other: partial results of a layer, pages of keys, agreement on a step.
 
 One group per process, formed before the engine captures graphs. A host that is late or gone is named within the
 time-out, as long as the others wait on the CPU; a device that waits is the coordinator's to notice.
@@ -6,16 +6,22 @@ time-out, as long as the others wait on the CPU; a device that waits is the coor
 
 import contextlib
 import socket
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from farspan.engine_ext.errors import StarError
+from farspan.engine_ext.star.mesh import Mesh, form_mesh
 
 ATTEMPT_S = 1.0
 """How long a question to the store may take once the group has failed."""
+
+
+MESSAGE = struct.Struct("<?qqq")
+"""Of a host before a step: whether it aborts, its step, what it is about to compute, and a number."""
 
 
 class StarAborted(StarError):
@@ -26,15 +32,25 @@ class Exchange:
     """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
 
     def __init__(
-        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, timeout_s: float
+        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, mesh: Mesh, timeout_s: float
     ) -> None:
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
         self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
+        self.mesh = mesh
         self.step = 0
+        self.phase = "start"
+        """Of the request that is worked on, for errors."""
         self.is_aborted = False
         """Set from another thread: at the next step all hosts end what they compute together."""
         self.num_bytes = 0
         """Received from the other hosts so far, as builders count it: a replayed graph passes no line of ours."""
+        self.anchor_of: str | None = None
+        """The request whose anchor all hosts have to send or receive at their next step that can."""
+        self.gathers_keys = False
+        """Whether contexts may be spread so that a layer has all hosts' keys for a while."""
+        self.waited_s = 0.0
+        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """Around exchanges that the device has not been asked about yet."""
 
     def warm_up(self) -> None:
         """One small collective on each group, by every host. Raises StarError where a host does not take part."""
@@ -45,29 +61,83 @@ class Exchange:
         if out[:, 0, 0, 0].tolist() != list(range(self.num_hosts)):
             raise StarError(f"host {self.rank}: the warm-up exchange gave other hosts' numbers in the wrong places.")
 
-    def agree(self, digest: bytes) -> None:
-        """Wait until all hosts are about to compute the same step.
+    def agree(self, digest: bytes, number: int = 0) -> list[int]:
+        """Wait until all hosts are about to compute the same step; returns the number that each of them tells.
 
         digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
         come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
         """
         self.step += 1
-        mine = torch.tensor([self.is_aborted, self.step, int.from_bytes(digest, "big")], dtype=torch.int64)
-        everyone = torch.empty(self.num_hosts, 3, dtype=torch.int64)
-        try:
-            self.store.set(f"step {self.rank}", str(self.step))
-            self.all_gather(self.cpu_group, everyone, mine)
-        except RuntimeError as error:
-            raise StarError(self.sentence_of_late(error)) from error
-        if everyone[:, 0].any():
+        mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
+        came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
+        if late:
+            raise StarError(
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.rank} waited). The host is gone, or too slow; see its log."
+            )
+        if gone:
+            raise StarError(
+                f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
+            )
+        everyone = [mine if rank == self.rank else MESSAGE.unpack(came[rank]) for rank in range(self.num_hosts)]
+        if any(is_aborted for is_aborted, *_ in everyone):
             self.is_aborted = False
-            raise StarAborted(f"phase 2, step {self.step}: aborted.")
-        differing = [rank for rank in range(self.num_hosts) if everyone[rank].tolist() != mine.tolist()]
+            raise StarAborted(f"{self.phase}, step {self.step}: aborted.")
+        differing = [rank for rank, theirs in enumerate(everyone) if theirs[:3] != mine[:3]]
         if differing:
             raise StarError(
-                f"phase 2, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute different "
-                "steps (other requests, or tokens of other requests). Answers would be wrong, so the request ends."
+                f"{self.phase}, step {self.step}: host {self.rank} and {hosts(differing)} are about to compute "
+                "different steps (other requests, or tokens of other requests). Answers would be wrong, so the request "
+                "ends."
             )
+        return [theirs[3] for theirs in everyone]
+
+    def gather_pages(self, mine: torch.Tensor) -> torch.Tensor:
+        """Pages of all hosts, as many of each: [num_pages, …] contiguous to [num_hosts * num_pages, …], by ranks."""
+        everyone = torch.empty(self.num_hosts, mine.nbytes, dtype=torch.uint8, device=mine.device)
+        with self.timed(mine.device):
+            self.all_gather(self.device_group, everyone, mine.view(-1).view(torch.uint8))
+        return everyone.view(mine.dtype).view(-1, *mine.shape[1:])
+
+    def send_pages(self, pages: torch.Tensor) -> None:
+        """Let all hosts have what host 0 has in `pages`, contiguous and of the same shape everywhere."""
+        from torch.distributed.distributed_c10d import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=self.timeout_s)
+        with self.timed(pages.device), self.named_errors():
+            self.device_group.broadcast([pages.view(-1).view(torch.uint8)], options).wait()
+
+    @contextlib.contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Count the time until an exchange is over on the device, which waits there for the other hosts."""
+        if device.type == "cpu":
+            started = time.perf_counter()
+            yield
+            self.waited_s += time.perf_counter() - started
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self.waits.append(events)
+
+    def take_waited_s(self) -> float:
+        """Seconds that exchanges of keys took since this was last asked, the wait for other hosts included."""
+        for first, last in self.waits:
+            last.synchronize()
+            self.waited_s += first.elapsed_time(last) / 1e3
+        waited_s, self.waited_s, self.waits = self.waited_s, 0.0, []
+        return waited_s
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Say who is missing where the CPU notices that a collective failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise StarError(self.sentence_of_late(error)) from error
 
     def gather(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
@@ -81,10 +151,7 @@ class Exchange:
         mine[:out_bytes].view(out.dtype).view(out.shape).copy_(out)
         mine[out_bytes:].view(torch.float32).view(lse.shape).copy_(lse)
         everyone = torch.empty(self.num_hosts, mine.numel(), dtype=torch.uint8, device=out.device)
-        try:
-            self.all_gather(self.device_group, everyone, mine)
-        except RuntimeError as error:
-            raise StarError(self.sentence_of_late(error)) from error
+        self.all_gather(self.device_group, everyone, mine)
         part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
         part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
         return part_out, part_lse
@@ -94,31 +161,33 @@ class Exchange:
 
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
-        group._allgather_base(everyone, mine[None], options).wait()
+        with self.named_errors():
+            group._allgather_base(everyone, mine[None], options).wait()
 
     def sentence_of_late(self, error: Exception) -> str:
-        """Who is missing, by the steps that the hosts have told the store."""
+        """Who is missing, by what the hosts that waited in vain tell the store."""
         late = self.late_hosts()
         if late:
             return (
-                f"phase 2, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
                 f"{self.rank} waited). The host is gone, or too slow; see its log."
             )
-        return f"phase 2, step {self.step}: host {self.rank} lost the connection to another host ({error})."
+        return f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
 
     def late_hosts(self) -> list[int]:
-        """Hosts that are behind this one, as far as can be told.
+        """Hosts that are behind this one, as far as can be told: those that waited say so at about the same time.
 
         Host 0 keeps the store: where it does not answer, host 0 is gone.
         """
         late: list[int] = []
         with contextlib.suppress(RuntimeError):
             self.store.set_timeout(timedelta(seconds=ATTEMPT_S))
+            self.store.set(f"waited {self.rank}", str(self.step))
         for rank in range(self.num_hosts):
             if rank == self.rank:
                 continue
             try:
-                step = int(self.store.get(f"step {rank}"))
+                step = int(self.store.get(f"waited {rank}"))
             except RuntimeError:
                 return [0] if self.rank != 0 and not self.store_answers() else [*late, rank]
             if step < self.step:
@@ -134,6 +203,7 @@ class Exchange:
 
     def close(self) -> None:
         """Leave the group; what waits on the device for another host is aborted."""
+        self.mesh.close()
         if self.device_group is not None and self.device_group is not self.cpu_group:
             with contextlib.suppress(RuntimeError):
                 self.device_group._get_backend(torch.device("cuda")).abort()
@@ -187,8 +257,19 @@ def form_exchange(
     finally:
         for unused in sockets:
             unused.close()
-    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, start_timeout_s)
-    exchange.warm_up()
+    try:
+        mesh = form_mesh(rank, num_hosts, address, store, start_timeout_s)
+    except (RuntimeError, OSError) as error:
+        raise StarError(
+            f"host {rank} did not reach all {num_hosts} hosts within {start_timeout_s:g} s ({error}). See the logs of "
+            "the hosts, and whether their machines reach each other on any port."
+        ) from error
+    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, mesh, start_timeout_s)
+    try:
+        exchange.warm_up()
+    except BaseException:
+        exchange.close()
+        raise
     exchange.timeout_s = timeout_s
     return exchange
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from farspan.engine_ext.star.shard import Segment, StarShard
+from farspan.engine_ext.star.shard import Segment, Shard
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.tiles import to_device
 
@@ -22,7 +22,7 @@ class Piece:
     """Of vLLM's batch."""
     first_row: int
     """Of the step."""
-    shard: StarShard
+    shard: Shard
     segment: Segment
 
     @property
@@ -49,12 +49,12 @@ class Piece:
         return self.kv_len if self.segment.is_causal else self.query_len
 
 
-def cut_chunk(request: int, first_row: int, shard: StarShard, begin: int, end: int) -> list[Piece]:
+def cut_chunk(request: int, first_row: int, shard: Shard, begin: int, end: int) -> list[Piece]:
     """The pieces of a request's tokens [begin, end), which are rows of the step from `first_row` on."""
     return [Piece(request, first_row + segment.begin - begin, shard, segment) for segment in shard.segments(begin, end)]
 
 
-def moved_rows(first_row: int, shard: StarShard, begin: int, end: int) -> list[tuple[slice, int]]:
+def moved_rows(first_row: int, shard: Shard, begin: int, end: int) -> list[tuple[slice, int]]:
     """Rows of a request's tokens [begin, end) that do not stand at their true positions, with the distance to add."""
     to_row = first_row - begin
     return [(slice(first + to_row, last + to_row), distance) for first, last, distance in shard.distances(begin, end)]

@@ -8,7 +8,7 @@ takes all of them from their positions in the request to their true ones. Source
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
@@ -31,46 +31,40 @@ class Segment(NamedTuple):
     """Whether the tokens see other hosts' keys as well: query and generated tokens."""
 
 
-class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one host has of one request. All numbers but the ranks are in tokens."""
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one host has of one request, whatever its tokens see in phase 1. All numbers but the ranks are in tokens."""
 
     name: str
     """Of the request, the same on all hosts and never used twice."""
     context_len: int
     """Of the whole context; the query begins there."""
-    block_len: int
-    anchor_len: int
-    first_block: int
-    num_blocks: int
-    """Own blocks are [first_block, first_block + num_blocks); without any, the request is the query alone."""
     num_hosts: int
     query_host: int
-    """The host of the last block, which alone keeps keys of the query."""
+    """The host that alone keeps keys of the query."""
     rank: int
 
     @property
-    def own_start(self) -> int:
-        """True position of the first own token."""
-        return self.first_block * self.block_len
+    def copied_len(self) -> int:
+        """Tokens in front of the own ones: a copy of the anchor."""
+        return 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Pieces of the context that the host has: its blocks, or its stretches."""
+        return len(self.stretches())
 
     @property
     def own_len(self) -> int:
-        return max(min(self.num_blocks * self.block_len, self.context_len - self.own_start), 0)
+        return sum(stop - start for start, stop in self.stretches())
 
-    @property
-    def copied_len(self) -> int:
-        """Tokens in front of the own blocks: a copy of the anchor."""
-        return self.anchor_len if self.first_block > 0 and self.num_blocks > 0 else 0
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """What the host has of the context beside the copy, in the order of its request: true positions."""
+        raise NotImplementedError
 
     @property
     def local_len(self) -> int:
         """Of the context in this request; the query begins there."""
         return self.copied_len + self.own_len
-
-    @property
-    def own_distance(self) -> int:
-        """From the position of an own token in the request to its true one."""
-        return self.own_start - self.copied_len if self.num_blocks > 0 else 0
 
     @property
     def query_distance(self) -> int:
@@ -81,16 +75,117 @@ class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def has_query(self) -> bool:
         return self.rank == self.query_host
 
+    def segments(self, begin: int, end: int) -> Iterator[Segment]:
+        """Cut the request's tokens [begin, end) where their keys change, in order."""
+        raise NotImplementedError
+
+    def query_segment(self, begin: int, end: int) -> Segment:
+        """The tokens [begin, end) of query and answer."""
+        keys_end = end if self.has_query else self.local_len
+        keys = ((self.copied_len, keys_end),) if self.copied_len < keys_end else ()
+        return Segment(begin, end, keys, self.has_query, True)
+
+    def own_distances(self) -> Iterator[tuple[int, int, int]]:
+        """All own tokens: (begin, end, distance from their positions in the request to the true ones)."""
+        raise NotImplementedError
+
+    def distances(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The tokens among [begin, end) that do not stand at their true positions: (begin, end, distance to add)."""
+        for first, last, distance in (*self.own_distances(), (self.local_len, end, self.query_distance)):
+            first, last = max(first, begin), min(last, end)
+            if first < last and distance != 0:
+                yield first, last, distance
+
+    def own_page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
+        """`page_keys` of a page of the context."""
+        raise NotImplementedError
+
+    def page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
+        """What the hash of the page at position `start` has to hold beside its tokens; nothing where its KV is exact
+        and all tokens before it are in the request. Pages of the query depend on what all hosts have: never shared.
+        """
+        if start >= self.local_len:
+            return ((NAME, f"query of {self.name}"),)
+        return self.own_page_keys(start)
+
+    def step_digest(self, begin: int, end: int) -> bytes:
+        """What all hosts must agree on before they compute the query's tokens among [begin, end) together."""
+        first = max(begin - self.local_len, 0)
+        return digest_of_text(f"{self.name} {first} {end - self.local_len}")
+
     def check(self, page_size: int, prompt_len: int | None = None) -> None:
-        """Raise ConfigError unless the numbers describe a shard whose blocks are whole pages.
+        """Raise ConfigError unless the numbers describe a shard of whole pages.
 
         prompt_len: tokens of the prompt, where it is known: the host's context, alone or followed by a query.
         """
+        self.check_context(page_size)
+        if self.num_hosts < 1:
+            self.refuse("num_hosts", "at least 1")
+        for name in ("rank", "query_host"):
+            if not 0 <= getattr(self, name) < self.num_hosts:
+                self.refuse(name, f"a rank below num_hosts, which is {self.num_hosts}")
+        self.check_own(page_size)
+        if prompt_len is not None and prompt_len < self.local_len:
+            raise ConfigError(
+                f"{NAME}: a prompt of {prompt_len} tokens; allowed: the host's context of {self.local_len} tokens, "
+                "alone or followed by the query. Send the tokens that the shard describes."
+            )
+
+    def check_context(self, page_size: int) -> None:
+        """The numbers that do not depend on the hosts."""
+        raise NotImplementedError
+
+    def check_own(self, page_size: int) -> None:
+        """What this host has."""
+
+    def check_pages(self, name: str, page_size: int, least: int) -> None:
+        value = getattr(self, name)
+        if value < least or value % page_size:
+            self.refuse(name, f"a multiple of the page size, {page_size}, of at least {least}")
+
+    def refuse(self, name: str, allowed: str) -> None:
+        raise ConfigError(
+            f"{NAME}.{name}={getattr(self, name)!r}; allowed: {allowed}. Shards are made by farspan.star.StarLLM."
+        )
+
+
+class StarShard(Shard, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A host's share where a block sees the anchor and itself. All numbers but the ranks are in tokens."""
+
+    block_len: int
+    anchor_len: int
+    first_block: int
+    num_blocks: int
+    """Own blocks are [first_block, first_block + num_blocks); without any, the request is the query alone. The host of
+    the last block is the query's."""
+
+    @property
+    def own_start(self) -> int:
+        """True position of the first own token."""
+        return self.first_block * self.block_len
+
+    @property
+    def own_len(self) -> int:
+        return max(min(self.num_blocks * self.block_len, self.context_len - self.own_start), 0)
+
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """One, or none: own blocks are neighbours."""
+        return ((self.own_start, self.own_start + self.own_len),) if self.num_blocks else ()
+
+    @property
+    def copied_len(self) -> int:
+        """Tokens in front of the own blocks: a copy of the anchor."""
+        return self.anchor_len if self.first_block > 0 and self.num_blocks > 0 else 0
+
+    @property
+    def own_distance(self) -> int:
+        """From the position of an own token in the request to its true one."""
+        return self.own_start - self.copied_len if self.num_blocks > 0 else 0
+
+    def check_context(self, page_size: int) -> None:
+        """Blocks and anchor of whole pages, and blocks that the context has."""
         for name in ("context_len", "block_len", "anchor_len"):
-            least = page_size if name == "block_len" else 0
-            value = getattr(self, name)
-            if value < least or value % page_size:
-                self.refuse(name, f"a multiple of the page size, {page_size}, of at least {least}")
+            self.check_pages(name, page_size, page_size if name == "block_len" else 0)
         if self.anchor_len > self.block_len:
             self.refuse("anchor_len", f"at most block_len, which is {self.block_len}")
         num_blocks = -(-self.context_len // self.block_len)
@@ -98,24 +193,13 @@ class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             self.refuse("first_block", f"a whole number from 0 to {num_blocks}")
         if not 0 <= self.num_blocks <= num_blocks - self.first_block:
             self.refuse("num_blocks", f"a whole number from 0 to {num_blocks - self.first_block}")
-        if self.num_hosts < 1:
-            self.refuse("num_hosts", "at least 1")
-        for name in ("rank", "query_host"):
-            if not 0 <= getattr(self, name) < self.num_hosts:
-                self.refuse(name, f"a rank below num_hosts, which is {self.num_hosts}")
+
+    def check_own(self, page_size: int) -> None:
+        """The query's host has the last block."""
+        num_blocks = -(-self.context_len // self.block_len)
         has_last = self.num_blocks > 0 and self.first_block + self.num_blocks == num_blocks
         if self.context_len > 0 and self.has_query != has_last:
             self.refuse("query_host", "the rank of the host that has the last block")
-        if prompt_len is not None and prompt_len < self.local_len:
-            raise ConfigError(
-                f"{NAME}: a prompt of {prompt_len} tokens; allowed: the host's context of {self.local_len} tokens, "
-                "alone or followed by the query. Send the tokens that the shard describes."
-            )
-
-    def refuse(self, name: str, allowed: str) -> None:
-        raise ConfigError(
-            f"{NAME}.{name}={getattr(self, name)!r}; allowed: {allowed}. Shards are made by farspan.star.StarLLM."
-        )
 
     def segments(self, begin: int, end: int) -> Iterator[Segment]:
         """Cut the request's tokens [begin, end) where their keys change, in order."""
@@ -132,43 +216,20 @@ class StarShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 yield Segment(begin, stop, (*anchor, (start, stop)), True, False)
             else:
                 stop = end
-                keys_end = stop if self.has_query else self.local_len
-                keys = ((self.copied_len, keys_end),) if self.copied_len < keys_end else ()
-                yield Segment(begin, stop, keys, self.has_query, True)
+                yield self.query_segment(begin, stop)
             begin = stop
 
-    def distances(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """The tokens among [begin, end) that do not stand at their true positions: (begin, end, distance to add)."""
-        parts = (
-            (self.copied_len, self.local_len, self.own_distance),
-            (self.local_len, end, self.query_distance),
-        )
-        for first, last, distance in parts:
-            first, last = max(first, begin), min(last, end)
-            if first < last and distance != 0:
-                yield first, last, distance
+    def own_distances(self) -> Iterator[tuple[int, int, int]]:
+        """One distance for all own blocks."""
+        yield self.copied_len, self.local_len, self.own_distance
 
-    def page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
-        """What the hash of the page at position `start` has to hold beside its tokens; nothing where its KV is exact.
-
-        Pages of the anchor and of block 0 hold exact KV. Those of other blocks depend on where the block begins, those
-        of the query on what all hosts have: they are never shared.
-        """
-        if start >= self.local_len:
-            return ((NAME, f"query of {self.name}"),)
+    def own_page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
+        """Pages of the anchor and of block 0 hold exact KV; those of other blocks depend on where the block begins."""
         if start < self.copied_len or (self.own_start == 0 and start < self.block_len):
             return ()
         return ((NAME, f"block {self.block_len} anchor {self.anchor_len} distance {self.own_distance}"),)
 
-    def step_digest(self, begin: int, end: int) -> bytes:
-        """What all hosts must agree on before they compute the query's tokens among [begin, end) together."""
-        first = max(begin - self.local_len, 0)
-        return hashlib.blake2b(f"{self.name} {first} {end - self.local_len}".encode(), digest_size=7).digest()
 
-
-def decode_shard(raw: Any) -> StarShard:
-    """Decode the value of the request option. Raises ConfigError naming what is malformed."""
-    try:
-        return msgspec.convert(raw, StarShard)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{NAME}: {error}. Shards are made by farspan.star.StarLLM.") from error
+def digest_of_text(text: str) -> bytes:
+    """At most 7 bytes, as `Exchange.agree` takes them."""
+    return hashlib.blake2b(text.encode(), digest_size=7).digest()

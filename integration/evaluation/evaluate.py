@@ -5,17 +5,23 @@ same settings skips the rows that are there. The same settings always ask the sa
 """
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farspan.command import make_folder, one_line, sentence_of
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError
-from farspan.evaluation.results import CSV_NAME, Cell, append_csv, read_csv
+from farspan.evaluation.reading import duration, estimate_s, extension, reads_selection, selection_columns
+from farspan.evaluation.results import CSV_COLUMNS, CSV_NAME, Cell, append_csv, read_csv
+from farspan.metrics import read_selection
 from farspan.needle import model_dir
+from farspan.tables import check_columns
 
 if TYPE_CHECKING:
     from farspan.needle.tasks import Sample
@@ -27,7 +33,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "dense": {"prefill": {"method": "dense"}},
     # Sparse at any length: what is asked is how it answers, not whether it is faster.
-    "flex": {"prefill": {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0}},
+    # Coverage is measured on rows other than those that choose the blocks.
+    "flex": {"prefill": {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 8}},
     "block_sparse": {"prefill": {"method": "block_sparse"}},
     "string": {"string": {}},
 }
@@ -39,6 +46,8 @@ EXTRA_NEW_TOKENS = 32
 ANSWER_ROOM = 128
 """Tokens of the model's length that are left to the longest answer."""
 IDENTITY_NAME = "eval.json"
+OLD_QUESTIONS = {"form": "words"}
+"""What folders hold that do not say."""
 DAMAGED = "remove it together with its tables, or choose another --out"
 
 # On a CPU, where the KV cache is a part of the host's memory.
@@ -50,7 +59,18 @@ CPU_KV_BYTES = 4 * 2**30
 MEMORY_ARGUMENTS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 """With one of these the user sizes the KV cache."""
 
-Generate = Callable[["Sequence[Sample]"], list[str]]
+FORMS = ("auto", "ruler", "words")
+"""How questions are written: RULER's form, or the words that the bundled model knows."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model behind an engine."""
+
+    generate: Callable[..., list[str]]
+    """The generated texts of some questions; a second argument is the requests' own options, as `extra_args`."""
+    selection: Callable[[], list[dict[str, Any]]] | None = None
+    """What flex read since the last call, as `read_selection` gives it; None where nobody collects it."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +93,28 @@ class EvalSettings:
     """farspan options for every method but `stock`, or a mapping of method name to such options."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
+    questions: str = "auto"
+    """Of `FORMS`; auto is RULER's form for every model but the bundled one."""
+    chat_template: bool = True
+    """Whether questions in RULER's form go through the tokenizer's chat template, where it has one."""
+    haystack: tuple[Path, ...] = ()
+    """Text files whose sentences the needles lie between; prose of our own if empty."""
+
+    @property
+    def form(self) -> str:
+        """How questions are written: "ruler" or "words"."""
+        if self.questions != "auto":
+            return self.questions
+        return "words" if self.model == "needle" else "ruler"
 
 
 def run_eval(
-    settings: EvalSettings, open_model: "Callable[..., AbstractContextManager[Generate]] | None" = None
+    settings: EvalSettings, open_model: "Callable[..., AbstractContextManager[Model]] | None" = None
 ) -> list[Cell]:
     """Evaluate what is missing in `settings.out`, and return all cells of the settings in order.
 
-    open_model: given the settings and a method's options, a context manager that yields a function from samples to
-        generated texts; `vllm_model` if None.
+    open_model: given the settings and a method's options, a context manager that yields a model; `vllm_model` if None.
+    Says on stderr how long it will take, after the first question.
     Raises ConfigError, before any model is loaded, for an unknown model, task, method, length or option.
     """
     options = {method: method_options(method, settings) for method in settings.methods}
@@ -95,17 +128,48 @@ def run_eval(
     from tqdm import tqdm
 
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="farspan eval", unit="cell") as progress:
+        begin, is_first = time.monotonic(), True
         for method in dict.fromkeys(cell.method for cell in todo):
-            with open_model(settings, options[method]) as generate:
+            with open_model(settings, options[method]) as model:
+                load_s = time.monotonic() - begin
                 claim_folder(settings)
                 for cell in todo:
                     if cell.method != method:
                         continue
                     progress.set_postfix_str(f"{method} {cell.task} {cell.length}")
-                    done[cell] = replace(cell, accuracy=_accuracy(settings, cell, generate))
+                    samples = make_samples(settings, cell)
+                    predictions: list[str] = []
+                    if is_first:
+                        is_first, asked = False, time.monotonic()
+                        predictions = model.generate(samples[:1])
+                        said = estimate(settings, todo, time.monotonic() - asked, load_s)
+                        progress.write(said, file=sys.stderr)
+                    predictions += (
+                        model.generate(samples[len(predictions) :]) if len(samples) > len(predictions) else []
+                    )
+                    rows = model.selection() if model.selection is not None else None
+                    done[cell] = replace(
+                        cell,
+                        accuracy=accuracy(samples, predictions),
+                        **selection_columns(options[method], rows, cell.length),
+                    )
                     append_csv(settings.out / CSV_NAME, done[cell])
                     progress.update()
     return [done[cell] for cell in cells]
+
+
+def estimate(settings: EvalSettings, todo: Sequence[Cell], first_s: float, load_s: float) -> str:
+    """How long the cells will take, for a person.
+
+    first_s: what the first question of the first cell took; load_s: what its engine took to start.
+    """
+    lengths, first = [cell.length for cell in todo], todo[0].length
+    seconds = estimate_s(model_path(settings.model), lengths, settings.count, first_s, first)
+    more_loads = len({cell.method for cell in todo}) - 1
+    return (
+        f"about {duration(seconds + more_loads * load_s)} for {len(todo)} cells of {settings.count} questions, less "
+        f"where an engine answers several at once: one question of {first} tokens took {first_s:.1f} s"
+    )
 
 
 def all_cells(settings: EvalSettings) -> Iterator[Cell]:
@@ -117,33 +181,48 @@ def all_cells(settings: EvalSettings) -> Iterator[Cell]:
                     yield Cell(method, task, length, depth, settings.seed, settings.count)
 
 
-def _accuracy(settings: EvalSettings, cell: Cell, generate: Generate) -> float:
+def accuracy(samples: "Sequence[Sample]", predictions: Sequence[str]) -> float:
+    """The mean score of the predictions."""
+    from farspan.evaluation.ruler import RulerSample, ruler_score
     from farspan.needle.tasks import score
 
-    samples = make_samples(settings, cell)
-    predictions = generate(samples)
-    return round(
-        sum(score(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)) / cell.count, 4
-    )
+    scores = [
+        (ruler_score if isinstance(sample, RulerSample) else score)(prediction, sample)
+        for prediction, sample in zip(predictions, samples, strict=True)
+    ]
+    return round(sum(scores) / len(scores), 4)
 
 
 def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
-    """The questions of a cell; prompts have `cell.length` tokens of the model's own tokenizer."""
+    """The questions of a cell; prompts have `cell.length` tokens of the model's own tokenizer, or hardly fewer."""
+    from farspan.evaluation.prose import read_sentences
+    from farspan.evaluation.ruler import make_ruler_sample
     from farspan.needle.tasks import make_sample
 
-    tokenizer = None
-    if settings.model != "needle":
-        tokenizer = _tokenizer(settings.model)
-    first = settings.seed * SEEDS_PER_RUN
-    samples = [
-        make_sample(cell.task, cell.length, first + i, depth=cell.depth, tokenizer=tokenizer) for i in range(cell.count)
-    ]
-    if tokenizer is None:
-        return samples
-    return [
-        replace(sample, max_new_tokens=len(tokenizer.encode(sample.completion)) + EXTRA_NEW_TOKENS)
-        for sample in samples
-    ]
+    tokenizer = _tokenizer(settings.model) if settings.model != "needle" else None
+    seeds = [settings.seed * SEEDS_PER_RUN + i for i in range(cell.count)]
+    samples: list[Sample]
+    if settings.form == "words":
+        samples = [make_sample(cell.task, cell.length, seed, depth=cell.depth, tokenizer=tokenizer) for seed in seeds]
+        if tokenizer is None:
+            return samples
+    else:
+        assert tokenizer is not None
+        sentences = read_sentences(settings.haystack)
+        samples = [
+            make_ruler_sample(
+                cell.task,
+                cell.length,
+                seed,
+                tokenizer,
+                depth=cell.depth,
+                chat=settings.chat_template,
+                sentences=sentences,
+            )
+            for seed in seeds
+        ]
+    lens = [len(tokenizer.encode(sample.completion)) + EXTRA_NEW_TOKENS for sample in samples]
+    return [replace(sample, max_new_tokens=min(most, ANSWER_ROOM)) for sample, most in zip(samples, lens, strict=True)]
 
 
 _TOKENIZERS: dict[str, Any] = {}
@@ -193,6 +272,7 @@ def merge_options(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]
 
 def check_settings(settings: EvalSettings) -> None:
     """Raise ConfigError for an unknown model or task, or a number out of range."""
+    from farspan.evaluation.prose import read_sentences
     from farspan.needle.tasks import MIN_LENGTH, TASKS
 
     path = model_path(settings.model)
@@ -206,6 +286,14 @@ def check_settings(settings: EvalSettings) -> None:
             if limit is not None:
                 most = f" and at most {limit - ANSWER_ROOM}: max_position_embeddings less {ANSWER_ROOM} for the answer"
             raise ConfigError(f"length={length}; lengths are in tokens, at least {MIN_LENGTH}{most}")
+    if settings.questions not in FORMS:
+        raise ConfigError(f"questions={settings.questions!r}; known are {', '.join(FORMS)}")
+    if settings.model == "needle" and settings.form == "ruler":
+        raise ConfigError("questions='ruler', but the bundled model knows its own words alone; use 'auto' or 'words'")
+    if settings.haystack:
+        if settings.form == "words":
+            raise ConfigError("haystack is for questions in RULER's form; the form 'words' has filler of its own")
+        read_sentences(settings.haystack)
     for depth in settings.depths:
         if not 0 <= depth <= 1:
             raise ConfigError(f"depth={depth}; depths lie between 0 (start of the prompt) and 1 (end)")
@@ -267,32 +355,55 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 @contextmanager
-def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterator[Generate]:
+def vllm_model(settings: EvalSettings, options: dict[str, Any] | None) -> Iterator[Model]:
     """A vLLM engine with the model of the settings and one method's options; shut down on exit.
 
     Greedy decoding and no prefix caching, so that every answer comes from the method's own prefill. Raises ConfigError
     for what vLLM refuses.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+
+    with open_engine(settings.model, engine_arguments(settings, options)) as llm:
+
+        def generate(samples: "Sequence[Sample]", extra_args: dict[str, Any] | None = None) -> list[str]:
+            parameters = [
+                SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens, extra_args=extra_args)
+                for sample in samples
+            ]
+            prompts = [engine_prompt(sample) for sample in samples]
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            return [output.outputs[0].text for output in outputs]
+
+        if reads_selection(options, settings.engine_args):
+            read_selection(llm, reset=True)  # of warming up
+            yield Model(generate, partial(read_selection, llm, reset=True))
+        else:
+            yield Model(generate)
+
+
+@contextmanager
+def open_engine(model: str, arguments: dict[str, Any]) -> Iterator[Any]:
+    """A `vllm.LLM`, shut down on exit. Raises ConfigError for what vLLM refuses. model: its name in that sentence."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    arguments = engine_arguments(settings, options)
     try:
         llm = LLM(**arguments)
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
         reason = sentence_of(error) or one_line(str(error))
-        raise ConfigError(f"vLLM refuses the engine of model {settings.model!r}: {reason}") from error
-
-    def generate(samples: "Sequence[Sample]") -> list[str]:
-        parameters = [SamplingParams(temperature=0.0, max_tokens=sample.max_new_tokens) for sample in samples]
-        outputs = llm.generate([sample.prompt for sample in samples], parameters, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
-
+        raise ConfigError(f"vLLM refuses the engine of model {model!r}: {reason}") from error
     try:
-        yield generate
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def engine_prompt(sample: "Sample") -> Any:
+    """A question as `LLM.generate` takes it."""
+    from farspan.evaluation.ruler import RulerSample
+
+    return {"prompt_token_ids": list(sample.token_ids)} if isinstance(sample, RulerSample) else sample.prompt
 
 
 def engine_arguments(settings: EvalSettings, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -315,6 +426,7 @@ def engine_arguments(settings: EvalSettings, options: dict[str, Any] | None) -> 
         arguments |= cpu_room(settings)
     if options is not None:
         arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
+        arguments |= extension(options, settings.engine_args)
     return arguments | settings.engine_args
 
 
@@ -348,12 +460,13 @@ def read_cells(settings: EvalSettings) -> list[Cell]:
     if path.exists():
         identity = identity_of(settings)
         found = read_json_object(path, DAMAGED)
-        if not (found.keys() >= identity.keys() and isinstance(found["options"], dict)):
+        if not (found.keys() >= identity.keys() - {"questions"} and isinstance(found["options"], dict)):
             raise ConfigError(f"{path} is damaged: it lacks one of {', '.join(identity)}; {DAMAGED}")
-        for key in ("model", "chunk", "engine_args"):
-            if found[key] != identity[key]:
+        for key in ("model", "chunk", "engine_args", "questions"):
+            before = found.get(key, OLD_QUESTIONS)
+            if before != identity[key]:
                 raise ConfigError(
-                    f"{path} was made with {key}={found[key]!r}, this run has {identity[key]!r}; choose another --out"
+                    f"{path} was made with {key}={before!r}, this run has {identity[key]!r}; choose another --out"
                 )
         for method, options in identity["options"].items():
             if found["options"].get(method, options) != options:
@@ -363,6 +476,8 @@ def read_cells(settings: EvalSettings) -> list[Cell]:
                 )
     elif (settings.out / CSV_NAME).exists():
         raise ConfigError(f"{path} is missing, so nobody knows what made {CSV_NAME} beside it; choose another --out")
+    if (settings.out / CSV_NAME).exists():
+        check_columns(settings.out / CSV_NAME, CSV_COLUMNS)
     return read_csv(settings.out / CSV_NAME)
 
 
@@ -377,5 +492,9 @@ def claim_folder(settings: EvalSettings) -> None:
 
 def identity_of(settings: EvalSettings) -> dict[str, Any]:
     """What results of one folder have in common; options by method, None for `stock`."""
-    identity = {key: value for key, value in asdict(settings).items() if key in ("model", "chunk", "engine_args")}
+    identity: dict[str, Any] = {key: getattr(settings, key) for key in ("model", "chunk", "engine_args")}
+    identity["questions"] = {"form": settings.form}
+    if settings.form == "ruler":
+        haystack = [str(path) for path in settings.haystack]
+        identity["questions"] |= {"chat_template": settings.chat_template, "haystack": haystack}
     return identity | {"options": {method: method_options(method, settings) for method in settings.methods}}

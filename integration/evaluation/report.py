@@ -1,19 +1,21 @@
 """`farspan report`: what flex prefill reads and keeps, as one HTML page without anything beside it.
 
-For the bundled needle model everything is computed here, by the engine's own selection and kernels. For other models
-the page is drawn from tables: those of `farspan eval`, and rows of `farspan.metrics.read_selection` written as CSV.
+For the bundled needle model everything is computed here, by the engine's own selection and kernels; any other model
+answers questions in an engine, which adds up what it reads. Or the page is drawn from tables: those of `farspan eval`,
+and rows of `farspan.metrics.read_selection` written as CSV.
 """
 
 import base64
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
-from farspan.evaluation.results import CSV_COLUMNS, read_csv
+from farspan.evaluation.report_sections import Section, accuracy_density_section, head_sections
+from farspan.evaluation.results import ACCURACY_COLUMNS, read_csv
 from farspan.tables import Tables, read_rows
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class ReportSettings:
     """What to report on; see `farspan report --help`."""
 
     out: Path
+    model: str = "needle"
     length: int = 8192
     """Prompt tokens."""
     gamma: float = 0.95
@@ -49,16 +52,12 @@ class ReportSettings:
     """Prompt tokens a step; 0 for the whole prompt."""
     seed: int = 0
     from_csv: tuple[Path, ...] = ()
-    """Tables to draw instead of running the needle model."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what to see, and pictures."""
-
-    title: str
-    text: str
-    pictures: tuple[Path, ...]
+    """Tables to draw instead of running a model."""
+    count: int = 4
+    """Of other models than needle: questions of each point of accuracy against density; also the following ones."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    chat_template: bool = True
+    haystack: tuple[Path, ...] = ()
 
 
 def run_report(settings: ReportSettings) -> Path:
@@ -71,16 +70,42 @@ def run_report(settings: ReportSettings) -> Path:
     matplotlib.use("Agg")
     if not settings.from_csv:
         check_settings(settings)
-    make_folder(settings.out)
-    if settings.from_csv:
+    if settings.model != "needle" and not settings.from_csv:
+        title, sections = other_model(settings)
+    elif settings.from_csv:
+        make_folder(settings.out)
         title = "Flex prefill: " + ", ".join(path.name for path in settings.from_csv)
         sections = [section for path in settings.from_csv for section in sections_of_csv(path, settings.out)]
     else:
+        make_folder(settings.out)
         title = f"Flex prefill of the needle model, {settings.length} tokens, γ = {settings.gamma:g}"
         sections = needle_sections(settings)
     page = settings.out / HTML_NAME
     page.write_text(render(title, sections))
     return page
+
+
+def other_model(settings: ReportSettings) -> tuple[str, list[Section]]:
+    """Title and sections of a model that an engine runs."""
+    from farspan.evaluation.model_report import ModelReport, model_sections
+
+    report = ModelReport(
+        model=settings.model,
+        length=settings.length,
+        gamma=settings.gamma,
+        min_budget=settings.min_budget,
+        chunk=settings.chunk or None,
+        seed=settings.seed,
+        count=settings.count,
+        out=settings.out,
+        engine_args=settings.engine_args,
+        chat_template=settings.chat_template,
+        haystack=settings.haystack,
+    )
+    report.check()
+    make_folder(settings.out)
+    title = f"Flex prefill of {settings.model}, {settings.length} tokens, γ = {settings.gamma:g}"
+    return title, model_sections(report)
 
 
 def render(title: str, sections: list[Section]) -> str:
@@ -158,13 +183,15 @@ def needle_sections(settings: ReportSettings) -> list[Section]:
 
 def check_settings(settings: ReportSettings) -> None:
     """Raise ConfigError for a number out of range."""
-    if not MIN_TOKENS <= settings.length <= 131072:
+    if settings.model == "needle" and not MIN_TOKENS <= settings.length <= 131072:
         raise ConfigError(f"length={settings.length}; the needle model takes {MIN_TOKENS} to 131072 tokens")
     FlexPrefill(selection="flexprefill", gamma=settings.gamma, tau=settings.tau, min_budget=settings.min_budget).check(
         "report"
     )
     if settings.chunk < 0 or settings.seed < 0:
         raise ConfigError(f"chunk={settings.chunk}, seed={settings.seed}; neither can be negative")
+    if settings.count < 1:
+        raise ConfigError(f"count={settings.count}; it must be at least 1")
 
 
 def answer_one(model: "PagedNeedle", variant: "Variant", task: str, length: int, seed: int) -> "Answers":
@@ -196,36 +223,6 @@ def pick_masks(answers: "Answers") -> "list[HeadMask]":
     return masks
 
 
-def head_sections(panels: dict[str, list[dict[str, Any]]], out: Path) -> list[Section]:
-    """Density, pattern and coverage per layer and head."""
-    from farspan.evaluation.report_plots import draw_heads, draw_patterns
-
-    sections = [
-        Section(
-            "Density per layer and head",
-            "Share of the causal blocks that each query head read; dense attention reads all of them (1). Rows "
-            "where all heads agree sit at the min budget.",
-            (draw_heads(panels, "density", "density (fraction)", "viridis", out / "density.png"),),
-        ),
-        Section(
-            "Pattern per layer and head",
-            "Query-aware heads select blocks for each block of queries; vertical-slash heads extend the columns and "
-            "diagonals of the last queries. The square root of the Jensen-Shannon divergence between the true and "
-            "the pooled block distribution decides: below τ a head is query-aware.",
-            (
-                draw_patterns(panels, out / "patterns.png"),
-                draw_heads(panels, "divergence", "sqrt(JSD), natural log", "magma_r", out / "divergence.png"),
-            ),
-        ),
-    ]
-    measured = {title: rows for title, rows in panels.items() if rows[0]["coverage"] not in (None, "")}
-    if measured:
-        text = "Attention mass that the read blocks hold, mean over rows spread evenly over the prompt."
-        picture = draw_heads(measured, "coverage", "coverage (fraction)", "cividis", out / "coverage.png")
-        sections.append(Section("Coverage per layer and head", text, (picture,)))
-    return sections
-
-
 def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, Any]]:
     """Rows of sweep.csv for the accuracy against density."""
     from farspan.engine_ext.config import DensePrefill
@@ -245,17 +242,6 @@ def curve_rows(model: "PagedNeedle", tables: Any, seed: int) -> list[dict[str, A
     return rows
 
 
-def accuracy_density_section(rows: list[dict[str, Any]], out: Path) -> Section:
-    """The picture of sweep rows."""
-    from farspan.evaluation.report_plots import draw_accuracy_density
-
-    return Section(
-        "Accuracy against density",
-        "Each marker is one set of options on one prompt length; density is the mean over layers and heads.",
-        (draw_accuracy_density(rows, out / "accuracy_density.png"),),
-    )
-
-
 def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings: ReportSettings) -> Section:
     """Needle in a haystack over depth and length, one question a cell."""
     from farspan.evaluation.needle_answers import ask, to_question
@@ -267,7 +253,7 @@ def niah_section(model: "PagedNeedle", tables: Any, variant: "Variant", settings
             raw = encode_sample("niah_single", length, settings.seed, depth)
             right = ask(model, variant, [to_question("niah_single", *raw, str(model.device))], 0).right
             values = (variant.name, "niah_single", length, depth, settings.seed, 1, float(right[0]))
-            tables.add("accuracy.csv", CSV_COLUMNS, [dict(zip(CSV_COLUMNS, values, strict=True))])
+            tables.add("accuracy.csv", ACCURACY_COLUMNS, [dict(zip(ACCURACY_COLUMNS, values, strict=True))])
     pictures = draw_plots(read_csv(settings.out / "accuracy.csv"), settings.out)
     heatmaps = tuple(path for path in pictures if path.name.startswith("heatmap"))
     return Section("Needle in a haystack", f"{variant.name}, one question a cell.", heatmaps)
@@ -298,7 +284,7 @@ def sections_of_rows(path: Path, rows: list[dict[str, Any]], out: Path) -> list[
         for row in rows:
             panels.setdefault(", ".join(row[key] for key in ("method", "length") if key in row), []).append(row)
         return head_sections(dict(list(panels.items())[:3]), out)
-    if set(CSV_COLUMNS) <= columns:
+    if set(ACCURACY_COLUMNS) <= columns:
         from farspan.evaluation.plots import draw_plots
 
         pictures = tuple(draw_plots(read_csv(path), out))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from farspan.engine_ext.errors import ConfigError
+from farspan.engine_ext.star.shard import StarShard
 from farspan.star.llm import StarLLM
 from farspan.star.output import Progress, StarOutput
 
@@ -33,6 +34,8 @@ class StarCommand:
     engine: dict[str, Any]
     listen: tuple[str, int] | None = None
     """Address and port of a server; None to ask one question."""
+    anchor: Any = "recompute"
+    visibility: Any = "star"
 
 
 def run_star(command: StarCommand) -> int:
@@ -45,6 +48,8 @@ def run_star(command: StarCommand) -> int:
 
         if not torch.cuda.is_available():
             engine.setdefault("dtype", "float32")
+            # Compiling takes minutes there, and one short answer no time.
+            engine.setdefault("enforce_eager", True)
         model = str(model_dir())
         engine.setdefault("max_model_len", command.length + 2 * command.max_tokens)
     if command.listen is None:
@@ -57,6 +62,8 @@ def run_star(command: StarCommand) -> int:
         command.hosts,
         block_len=command.block_len,
         anchor_len=command.anchor_len,
+        anchor=command.anchor,
+        visibility=command.visibility,
         timeout_s=command.timeout_s,
         address=command.address,
         strategy=command.strategy,
@@ -155,7 +162,11 @@ def describe(output: StarOutput) -> str:
         for shard, seconds in zip(output.shards, times.host_s, strict=True)
     )
     shard = output.shards[0]
+    cut = "parts that see all before them"
+    if isinstance(shard, StarShard):
+        cut = f"blocks of {shard.block_len}, anchor {shard.anchor_len}"
+    waited = f" ({max(times.key_exchange_s):.2f} s of it until keys came)" if any(times.key_exchange_s) else ""
     return (
-        f"{shard.context_len} tokens of context in blocks of {shard.block_len}, anchor {shard.anchor_len}; {blocks}\n"
-        f"phase 1 took {times.phase_1_s:.2f} s; {first}; {times.exchanged_bytes / 2**20:.2f} MiB exchanged"
+        f"{shard.context_len} tokens of context in {cut}; {blocks}\n"
+        f"phase 1 took {times.phase_1_s:.2f} s{waited}; {first}; {times.exchanged_bytes / 2**20:.2f} MiB exchanged"
     )

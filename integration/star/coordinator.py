@@ -7,13 +7,13 @@ does not hold up, so that it can name the one that does not move.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star.host import StarHost
-from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup, HostStatus
+from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus
 
 POLL_S = 0.05
 """Between two looks at working hosts."""
@@ -35,6 +35,7 @@ class HostsSetup:
     timeout_s: float
     start_timeout_s: float
     graphs: bool
+    gathers_keys: bool
     options: dict[str, Any]
     engine: dict[str, Any]
     address: str | None
@@ -84,6 +85,8 @@ class Hosts:
         self.actors: list[Any] = []
         self.group: Any = None
         self.facts: list[HostFacts] = []
+        self.killed: set[int] = set()
+        """Hosts that were ended because they made no progress, and that have no successor yet."""
         if not ray.is_initialized():
             # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
             address = setup.address or os.environ.get("RAY_ADDRESS")
@@ -112,6 +115,11 @@ class Hosts:
                 f"hosts with pages of {sorted(page_sizes)} tokens; farspan needs the same on all. Set block_size."
             )
         assert ray.is_initialized()
+
+    def measure(self) -> list[HostRates]:
+        """What sending and computing an anchor take, of all hosts."""
+        refs = {rank: actor.measure.remote() for rank, actor in enumerate(self.actors)}
+        return [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
 
     def place(self) -> Any:
         import ray
@@ -143,6 +151,7 @@ class Hosts:
             timeout_s=setup.timeout_s,
             start_timeout_s=setup.start_timeout_s,
             graphs=setup.graphs,
+            gathers_keys=setup.gathers_keys,
             options=setup.options,
             engine=setup.engine,
         )
@@ -182,14 +191,15 @@ class Hosts:
 
         try:
             return ray.get(ref)
-        except ray.exceptions.RayActorError as error:
-            first = str(error).strip().splitlines()[0]
-            raise HostLost(rank, f"{doing}: host {rank} is dead ({first}); see its log.") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, StarError | ValueError | VLLMValidationError):
                 raise cause from None
             raise HostFailed(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayError as error:
+            # Its process or its machine is gone, or Ray has ended it as its machine's memory was nearly full.
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise HostLost(rank, f"{doing}: host {rank} is dead ({first}); see its log.") from error
 
     def run(self, asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[dict[int, HostStatus]]:
         """Let hosts work, and yield how far they are until all have put their answers into `answers`.
@@ -213,11 +223,9 @@ class Hosts:
                         errors[rank] = error
                 for rank in list(pending):
                     if self.is_stuck(rank, watches[rank], waits=bool(errors)):
-                        errors[rank] = HostLost(
-                            rank,
-                            f"{doing}: host {rank} made no progress for {self.setup.timeout_s:g} s; see its log.",
-                        )
+                        errors[rank] = stuck_error(rank, doing, self.setup.timeout_s, errors.values())
                         ray.kill(self.actors[rank], no_restart=True)
+                        self.killed.add(rank)
                         del pending[rank]
                 if pending:
                     yield {rank: watch.status for rank, watch in watches.items() if watch.status is not None}
@@ -244,8 +252,8 @@ class Hosts:
                     watch.num_steps, watch.moved = watch.status.num_steps, time.monotonic()
             watch.asked = None
         still_s = time.monotonic() - watch.moved
-        # In phase 2 all stand still with one: those that wait know whom they wait for, and say so first.
-        is_waiting = watch.status is not None and watch.status.phase == "phase 2" and watch.asked is None
+        # In lockstep all stand still with one: those that wait know whom they wait for, and say so first.
+        is_waiting = watch.status is not None and watch.status.waits_for_all and watch.asked is None
         return still_s > self.setup.timeout_s + (GRACE_S if is_waiting or waits else 0)
 
     def abort(self, pending: dict[int, Any]) -> None:
@@ -260,18 +268,26 @@ class Hosts:
                 ray.kill(self.actors[rank], no_restart=True)
 
     def replace(self, rank: int) -> None:
-        """A new host for a dead one, in its place; the others keep their engines and meet it."""
+        """A new host for a dead one, and for those that waited for it on their devices until they were ended.
+
+        The others keep their engines and meet the new ones.
+        """
         import ray
 
-        ray.kill(self.actors[rank], no_restart=True)
+        new = {rank, *self.killed}
+        for each in new:
+            ray.kill(self.actors[each], no_restart=True)
+            self.actors[each] = self.make_actor(each)
+        self.killed = set()
         timeout_s = self.setup.start_timeout_s
-        self.actors[rank] = self.make_actor(rank)
         address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
         refs = {
-            each: actor.start.remote(address, ports) if each == rank else actor.rejoin.remote(address, ports)
+            each: actor.start.remote(address, ports) if each in new else actor.rejoin.remote(address, ports)
             for each, actor in enumerate(self.actors)
         }
-        self.facts[rank] = self.wait_for(refs, "restart", timeout_s)[rank]
+        results = self.wait_for(refs, "restart", timeout_s)
+        for each in new:
+            self.facts[each] = results[each]
 
     def stop(self) -> None:
         """End all hosts and give their places back; Ray itself goes on."""
@@ -289,7 +305,7 @@ class Hosts:
                 ray.kill(actor, no_restart=True)
         if self.group is not None:
             remove_placement_group(self.group)
-        self.actors, self.group, self.facts = [], None, []
+        self.actors, self.group, self.facts, self.killed = [], None, [], set()
 
     def close(self) -> None:
         """`stop`, and Ray too if it was started here."""
@@ -312,6 +328,14 @@ def choose_device(num_hosts: int, resources: dict[str, float]) -> Literal["cpu",
             "one of its own. Use fewer hosts, or add machines to the cluster."
         )
     return "cuda"
+
+
+def stuck_error(rank: int, doing: str, timeout_s: float, errors: Iterable[BaseException]) -> StarError:
+    """Why a host that makes no progress is ended: it is lost, or waits on its device for one that is."""
+    sentence = f"{doing}: host {rank} made no progress for {timeout_s:g} s; see its log."
+    if any(isinstance(error, HostLost | HostFailed) for error in errors):
+        return StarError(sentence)
+    return HostLost(rank, sentence)
 
 
 def worst(errors: dict[int, BaseException]) -> BaseException:

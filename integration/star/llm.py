@@ -1,21 +1,34 @@
 """`StarLLM`: like vLLM's `LLM`, with the context of one prompt spread over several hosts."""
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError, StarError
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.shard import Shard
+from farspan.engine_ext.star.windows import WindowShard
 from farspan.star.arguments import check_engine_arguments, check_tokens, checked_params, load_tokenizer, sampling_params
-from farspan.star.blocks import BlockSizes, plan_shards, shards_of_one
+from farspan.star.blocks import (
+    Anchor,
+    BlockSizes,
+    Visibility,
+    plan_shards,
+    shards_of_one,
+    sharing_pays,
+    window_shards,
+    windowed_len,
+)
 from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
 from farspan.star.output import Progress, StarOutput, StarTimes
-from farspan.star.protocol import Answer, Ask, HostStatus, Phase
+from farspan.star.protocol import Answer, Ask, HostStatus
+from farspan.star.work import Work, blocks_done, tokens_of_status
 
 MARKER = "<|query|>"
 """Splits a prompt given in one piece into context and query; it is not part of either."""
@@ -31,7 +44,7 @@ class StarLLM:
 
     A context is cut into blocks; every block sees the anchor, which is the first block or its start, and itself. The
     query and all new tokens see the whole context. One host, or a context shorter than a block, is exact attention.
-    Requests are done one at a time, in order.
+    Requests are done one at a time: those of several threads wait for each other, and all hosts have them in one order.
     """
 
     host_class: type[StarHost] = StarHost
@@ -44,6 +57,8 @@ class StarLLM:
         *,
         block_len: int | None = None,
         anchor_len: int | None = None,
+        anchor: Anchor = "recompute",
+        visibility: Visibility = "star",
         timeout_s: float = 60.0,
         start_timeout_s: float = 900.0,
         graphs: bool = False,
@@ -57,6 +72,10 @@ class StarLLM:
 
         block_len, anchor_len: tokens, multiples of the page size; by default a quarter of the context or a host's even
             share, whichever is smaller, and a whole block.
+        anchor: "recompute": each host computes the anchor that it sees; "share": host 0 sends its keys and values layer
+            by layer; "auto": what is faster by a measurement at the start.
+        visibility: "star", or "all": every token sees all before it, exact attention over all hosts; there are no
+            blocks then, and hosts exchange keys in every layer.
         timeout_s: how long a host may make no progress, and the others wait for it, before an error names it.
         start_timeout_s: for placing the hosts, loading the model and the first request.
         graphs: decode in CUDA graphs that hold the exchange. Short prompts then go through all hosts too, and a lost
@@ -71,7 +90,7 @@ class StarLLM:
             raise ConfigError(f"hosts={hosts!r}; allowed: a whole number from 1. Use one for each GPU.")
         check_engine_arguments(engine)
         parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
-        self.sizes = BlockSizes(block_len, anchor_len)
+        self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "recompute" else anchor, visibility)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -82,6 +101,7 @@ class StarLLM:
                 timeout_s=timeout_s,
                 start_timeout_s=start_timeout_s,
                 graphs=graphs and hosts > 1,
+                gathers_keys=visibility == "all",
                 options=dict(options or {}),
                 engine=engine,
                 address=address,
@@ -91,8 +111,13 @@ class StarLLM:
             self.host_class,
         )
         self.num_hosts = hosts
-        self.restart_s = self.phase_1_s = 0.0
+        self.restart_s = 0.0
         """Of the running request."""
+        self.sharing_pays: bool | None = None
+        """None until it is measured."""
+        self.lock = threading.Lock()
+        self.working_thread: int | None = None
+        """That began the running request."""
         try:
             self.start()
         except BaseException:
@@ -112,11 +137,13 @@ class StarLLM:
             return
         context = [token % facts[0].vocab_size for token in range(num_tokens)]
         sizes = BlockSizes(self.page_size, None)
-        shards = plan_shards(uuid.uuid4().hex, num_tokens, self.num_hosts, self.page_size, sizes, self.linear_pairs)
-        assert shards is not None
+        name = uuid.uuid4().hex
+        shards = plan_shards(name, num_tokens, self.num_hosts, self.page_size, sizes, self.linear_pairs)
         params = sampling_params(max_tokens=2, temperature=0.0, ignore_eos=True)
-        for _ in self.ask_all(context, [1, 2], params, shards, {}, may_replace=False):
-            pass
+        work = Work(name, context, [1, 2], params, shards, False)
+        for phase in (self.read_context(work, may_replace=False), self.answer_together([work])):
+            for _ in phase:
+                pass
 
     def generate(
         self,
@@ -126,26 +153,54 @@ class StarLLM:
         *,
         block_len: int | None = None,
         anchor_len: int | None = None,
+        anchor: Anchor | None = None,
+        visibility: Visibility | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> StarOutput:
         """Answer one query about one context.
 
         context, query: text or token ids. Without a query the context is a prompt with the marker `<|query|>` between
         the two. sampling_params: vLLM's SamplingParams, n = 1; a seed is drawn where none is given, the same on all
-        hosts. block_len, anchor_len: for this request, instead of the constructor's. on_progress: called while hosts
-        work.
+        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's. on_progress:
+        called while hosts work.
         Raises ConfigError or vLLM's validation errors for a bad request, StarError naming the host and the phase where
         one is lost; the next request then starts the hosts anew.
         """
-        sizes = BlockSizes(
-            self.sizes.block_len if block_len is None else block_len,
-            self.sizes.anchor_len if anchor_len is None else anchor_len,
-        )
+        sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
         result: list[StarOutput] = []
         for progress in self.work(context, query, sampling_params, sizes, result):
             if on_progress is not None:
                 on_progress(progress)
         return result[0]
+
+    def generate_together(
+        self, prompts: Sequence[tuple[Tokens, Tokens | None]], sampling_params: Any = None
+    ) -> list[StarOutput]:
+        """Answer several queries at once: their contexts are read one after the other, their answers decoded together.
+
+        prompts: context and query of each, as in `generate`. sampling_params: vLLM's, for all or one of each.
+        Raises as `generate` does, for all of them. Times count from the start of the whole.
+        """
+        params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ConfigError(
+                f"{len(params)} sampling_params for {len(prompts)} prompts; allowed: one for all, or one for each."
+            )
+        with self.alone():
+            started = time.perf_counter()
+            self.restart_s = 0.0
+            works = [
+                self.prepare(context, query, each, self.sizes)
+                for (context, query), each in zip(prompts, params, strict=True)
+            ]
+            self.check_room(works)
+            for work in works:
+                for _ in self.ask_one(work) if work.shards is None else self.read_context(work):
+                    pass
+            together = [work for work in works if work.shards is not None]
+            for _ in self.answer_together(together) if together else ():
+                pass
+            return [self.make_output(work, time.perf_counter() - started) for work in works]
 
     def stream(
         self, context: Tokens, query: Tokens | None = None, sampling_params: Any = None
@@ -173,11 +228,53 @@ class StarLLM:
         result: list[StarOutput],
     ) -> Iterator[Progress]:
         """One request from its tokens to its output, which is put into `result`."""
-        context_ids, query_ids = self.tokens_of(context, query)
-        params = checked_params(params)
+        with self.alone():
+            yield from self.work_alone(context, query, params, sizes, result)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other request is: those of other threads wait.
+
+        Raises StarError where this thread has a stream open, for which it would wait for ever.
+        """
+        if self.lock.locked() and self.working_thread == threading.get_ident():
+            raise StarError(
+                "another request of this thread is not at its end; requests are done one at a time. Read its stream to "
+                "the end, or close it."
+            )
+        with self.lock:
+            self.working_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.working_thread = None
+
+    def work_alone(
+        self,
+        context: Tokens,
+        query: Tokens | None,
+        params: Any,
+        sizes: BlockSizes,
+        result: list[StarOutput],
+    ) -> Iterator[Progress]:
+        """`work`, while no other request is."""
         started = time.perf_counter()
         self.restart_s = 0.0
+        work = self.prepare(context, query, params, sizes)
+        self.check_room([work])
+        if work.shards is None:
+            yield from self.ask_one(work)
+        else:
+            yield from self.read_context(work)
+            yield from self.answer_together([work])
+        result.append(self.make_output(work, time.perf_counter() - started))
+
+    def prepare(self, context: Tokens, query: Tokens | None, params: Any, sizes: BlockSizes) -> Work:
+        """Check a request and plan who reads what; starts hosts that are gone."""
+        context_ids, query_ids = self.tokens_of(context, query)
+        params = checked_params(params)
         if not self.hosts.actors:
+            started = time.perf_counter()
             self.start()
             self.restart_s = time.perf_counter() - started
         sizes.check(self.page_size)
@@ -186,61 +283,75 @@ class StarLLM:
         num_context = len(context_ids) // self.page_size * self.page_size
         if num_context == len(context_ids) and not query_ids:
             num_context -= self.page_size
+        if sizes.visibility == "all" and self.num_hosts > 1:
+            num_context = windowed_len(num_context, self.num_hosts, self.page_size, self.chunk_len())
         # What is left of a page is read with the query: it sees all of the context, and costs no more.
         query_ids = context_ids[num_context:] + query_ids
         context_ids = context_ids[:num_context]
         name = uuid.uuid4().hex
-        shards = None
-        if num_context > 0:
-            shards = plan_shards(name, num_context, self.num_hosts, self.page_size, sizes, self.linear_pairs)
+        shards = self.plan(name, context_ids, sizes) if num_context > 0 else None
         if shards is None and self.hosts.setup.graphs:
             shards = shards_of_one(name, num_context, self.num_hosts, self.page_size)
         if params.max_tokens is None:
             # Hosts have room for different numbers of tokens, and must end together.
             params.max_tokens = max(self.room(shards, len(context_ids), len(query_ids)), 1)
-        self.check_room(shards, len(context_ids), len(query_ids), params.max_tokens)
-        collected: dict[str, dict[int, Answer]] = {}
-        if shards is None:
-            yield from self.ask_one(name, context_ids + query_ids, params, collected)
-        else:
-            yield from self.ask_all(context_ids, query_ids, params, shards, collected)
-        total_s = time.perf_counter() - started
-        num_prompt_tokens = len(context_ids) + len(query_ids)
-        result.append(replace(self.make_output(collected, shards, total_s), num_prompt_tokens=num_prompt_tokens))
+        shares = shards is not None and sizes.visibility == "star" and self.shares(shards, sizes.anchor)
+        return Work(name, context_ids, query_ids, params, shards, shares)
 
-    def ask_one(
-        self, name: str, prompt: list[int], params: Any, collected: dict[str, dict[int, Answer]]
-    ) -> Iterator[Progress]:
+    def plan(self, name: str, context: list[int], sizes: BlockSizes) -> Sequence[Shard] | None:
+        """Who reads what of a context of whole pages; None where one host does the same."""
+        if sizes.visibility == "all":
+            if self.num_hosts == 1:
+                return None
+            return window_shards(name, context, self.num_hosts, self.page_size, self.chunk_len())
+        facts = self.hosts.facts
+        return plan_shards(
+            name,
+            len(context),
+            self.num_hosts,
+            self.page_size,
+            sizes,
+            self.linear_pairs,
+            sending_chunk_len=facts[0].chunk_len if self.wants_sharing(sizes.anchor) else None,
+        )
+
+    def wants_sharing(self, anchor: Anchor) -> bool:
+        """Whether host 0 sends the anchor; measured when it is first asked for."""
+        if anchor != "auto":
+            return anchor == "share"
+        if self.sharing_pays is None:
+            rates = self.hosts.measure() if self.num_hosts > 1 else []
+            slowest = max(rates, key=lambda rate: rate.send_token_s, default=None)
+            self.sharing_pays = slowest is not None and sharing_pays(slowest.send_token_s, slowest.compute_token_s)
+        return self.sharing_pays
+
+    def shares(self, shards: Sequence[Shard], anchor: Anchor) -> bool:
+        """Whether a request's anchor is sent: all hosts take part in that, so all of them need a block."""
+        copied = [shard.copied_len for shard in shards if shard.num_blocks > 0]
+        return len(copied) == self.num_hosts and any(copied) and self.wants_sharing(anchor)
+
+    def chunk_len(self) -> int:
+        """Tokens of a step of every host. Raises ConfigError where hosts differ."""
+        lens = {facts.chunk_len for facts in self.hosts.facts}
+        if len(lens) > 1:
+            raise ConfigError(
+                f"visibility='all' on hosts whose steps have {sorted(lens)} tokens; allowed: the same on all. Set "
+                "max_num_batched_tokens."
+            )
+        return lens.pop()
+
+    def ask_one(self, work: Work) -> Iterator[Progress]:
         """Exact attention on host 0, as a plain request of its engine."""
-        answers: dict[int, Answer] = {}
-        ask = Ask(name, "exact attention", prompt, params, None)
-        for statuses in self.guarded({0: ask}, answers):
+        ask = Ask(work.name, "exact attention", work.context + work.query, work.params, None)
+        for statuses in self.guarded({0: ask}, work.second):
             yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
-        collected["phase 2"] = answers
 
-    def ask_all(
-        self,
-        context: list[int],
-        query: list[int],
-        params: Any,
-        shards: list[StarShard],
-        collected: dict[str, dict[int, Answer]],
-        may_replace: bool = True,
-    ) -> Iterator[Progress]:
-        """Both phases on all hosts. A host that is lost in phase 1 is replaced once, where it may be."""
-        parts = [host_context(context, shard) for shard in shards]
-        num_blocks = -(-len(context) // shards[0].block_len)
-        first_params = sampling_params(max_tokens=1, temperature=0.0, ignore_eos=True)
-
-        def ask(shard: StarShard, phase: Phase) -> Ask:
-            is_first = phase == "phase 1"
-            prompt = parts[shard.rank] if is_first else parts[shard.rank] + query
-            # Names of requests are used once in an engine.
-            return Ask(f"{shard.name}-{phase[-1]}", phase, prompt, first_params if is_first else params, shard)
-
-        answers: dict[int, Answer] = {}
-        first = {shard.rank: ask(shard, "phase 1") for shard in shards if shard.num_blocks > 0}
-        todo = first
+    def read_context(self, work: Work, may_replace: bool = True) -> Iterator[Progress]:
+        """Phase 1 on all hosts. One that is lost is replaced once, where it may be."""
+        assert work.shards is not None
+        shards, num_blocks, answers = work.shards, work.num_blocks, work.first
+        with_blocks = [shard for shard in shards if shard.num_blocks > 0]
+        todo = {shard.rank: work.first_ask(shard, 0) for shard in with_blocks}
         started = time.perf_counter()
         for attempt in range(2):
             try:
@@ -265,16 +376,30 @@ class StarLLM:
                 self.restart_s += time.perf_counter() - restarted
                 # Only what is not answered is asked again; a new host starts with an empty cache.
                 answers.pop(lost.rank, None)
-                todo = {rank: each for rank, each in first.items() if rank not in answers}
-        collected["phase 1"] = answers
+                if isinstance(shards[0], WindowShard):
+                    answers.clear()
+                todo = {shard.rank: work.first_ask(shard, 1) for shard in with_blocks if shard.rank not in answers}
         yield Progress("phase 1", num_blocks, num_blocks, [])
-        self.phase_1_s = time.perf_counter() - started
-        second: dict[int, Answer] = {}
-        query_host = shards[0].query_host
-        for statuses in self.guarded({shard.rank: ask(shard, "phase 2") for shard in shards}, second):
-            yield Progress("phase 2", num_blocks, num_blocks, tokens_of_status(statuses.get(query_host)))
-        collected["phase 2"] = second
-        self.check_same_tokens(second, shards)
+        work.phase_1_s = time.perf_counter() - started
+
+    def answer_together(self, works: Sequence[Work]) -> Iterator[Progress]:
+        """Phase 2 of requests whose contexts are read, in the same steps on all hosts."""
+        asks = {}
+        for rank in range(self.num_hosts):
+            first, *others = (work.second_ask(rank) for work in works)
+            asks[rank] = replace(first, others=tuple(others))
+        answers: dict[int, Answer] = {}
+        work = works[0]
+        assert work.shards is not None
+        for statuses in self.guarded(asks, answers):
+            tokens = tokens_of_status(statuses.get(work.shards[0].query_host))
+            yield Progress("phase 2", work.num_blocks, work.num_blocks, tokens)
+        for rank, answer in answers.items():
+            for each, own in zip(works, (answer, *answer.others), strict=True):
+                each.second[rank] = own
+        for each in works:
+            assert each.shards is not None
+            self.check_same_tokens(each.second, each.shards)
 
     def guarded(
         self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False
@@ -291,7 +416,7 @@ class StarLLM:
             self.hosts.stop()
             raise
 
-    def check_same_tokens(self, answers: dict[int, Answer], shards: list[StarShard]) -> None:
+    def check_same_tokens(self, answers: dict[int, Answer], shards: Sequence[Shard]) -> None:
         """The query host's tokens count. Raises StarError naming the hosts that have others."""
         query_host = shards[0].query_host
         tokens = {rank: list(answer.output.outputs[0].token_ids) for rank, answer in answers.items()}
@@ -304,17 +429,32 @@ class StarLLM:
                 "machines have the same GPUs and the same versions."
             )
 
-    def room(self, shards: list[StarShard] | None, context_len: int, query_len: int) -> int:
+    def room(self, shards: Sequence[Shard] | None, context_len: int, query_len: int) -> int:
         """New tokens for which the fullest host has room."""
         needs = [context_len] if shards is None else [shard.local_len for shard in shards]
         rooms = (min(facts.max_model_len, facts.cache_len) for facts in self.hosts.facts)
         return min(room - need - query_len for need, room in zip(needs, rooms, strict=False))
 
-    def check_room(self, shards: list[StarShard] | None, context_len: int, query_len: int, max_tokens: int) -> None:
-        """Raise ConfigError unless every host's share, the query and the answer fit into its engine."""
-        needs = [context_len] if shards is None else [shard.local_len for shard in shards]
+    def check_room(self, works: Sequence[Work]) -> None:
+        """Raise ConfigError unless every host's shares, the queries and the answers fit into its engine together."""
+        for work in works:
+            self.check_share(work)
+        if len(works) == 1:
+            return
+        for rank, facts in enumerate(self.hosts.facts):
+            total = sum(-(-work.need(rank) // self.page_size) * self.page_size for work in works)
+            if total > facts.cache_len:
+                raise ConfigError(
+                    f"{len(works)} requests together need {total} tokens of KV cache on host {rank}; it has "
+                    f"{facts.cache_len}. Ask fewer at a time."
+                )
+
+    def check_share(self, work: Work) -> None:
+        """Raise ConfigError unless every host's share of a request fits."""
+        context_len, query_len, max_tokens = len(work.context), len(work.query), work.params.max_tokens
+        needs = [context_len] if work.shards is None else [shard.local_len for shard in work.shards]
         for rank, (need, facts) in enumerate(zip(needs, self.hosts.facts, strict=False)):
-            total = need + query_len + max_tokens
+            total = work.need(rank)
             room = min(facts.max_model_len, facts.cache_len)
             if total > room:
                 limit = "max_model_len" if facts.max_model_len <= facts.cache_len else "tokens of KV cache"
@@ -347,20 +487,17 @@ class StarLLM:
             raise ConfigError("an empty context and an empty query; allowed: at least one token. Give a prompt.")
         return context_ids, query_ids
 
-    def make_output(
-        self, collected: dict[str, dict[int, Answer]], shards: list[StarShard] | None, total_s: float
-    ) -> StarOutput:
-        query_host = 0 if shards is None else shards[0].query_host
-        answer = collected["phase 2"][query_host]
-        first = collected.get("phase 1", {})
-        phase_1_s = self.phase_1_s if shards is not None else 0.0
+    def make_output(self, work: Work, total_s: float) -> StarOutput:
+        shards, first, phase_1_s = work.shards, work.first, work.phase_1_s
+        answer = work.second[0 if shards is None else shards[0].query_host]
         completion = answer.output.outputs[0]
         times = StarTimes(
             phase_1_s=phase_1_s,
             first_token_s=phase_1_s + answer.token_s[0],
             total_s=total_s,
             token_s=[late - early for early, late in zip(answer.token_s, answer.token_s[1:], strict=False)],
-            exchanged_bytes=sum(each.num_bytes for each in collected["phase 2"].values()),
+            exchanged_bytes=sum(each.num_bytes for each in (*work.first.values(), *work.second.values())),
+            key_exchange_s=[first[rank].key_exchange_s if rank in first else 0.0 for rank in range(self.num_hosts)],
             host_s=[first[rank].seconds if rank in first else 0.0 for rank in range(self.num_hosts)],
             restart_s=self.restart_s,
         )
@@ -369,8 +506,9 @@ class StarLLM:
             text=completion.text,
             finish_reason=completion.finish_reason,
             output=answer.output,
-            shards=shards,
+            shards=None if shards is None else list(shards),
             times=times,
+            num_prompt_tokens=len(work.context) + len(work.query),
         )
 
     def close(self) -> None:
@@ -384,20 +522,3 @@ class StarLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def host_context(context: list[int], shard: StarShard) -> list[int]:
-    """What a host reads of the context: a copy of the anchor, if it has one, and its blocks."""
-    return context[: shard.copied_len] + context[shard.own_start : shard.own_start + shard.own_len]
-
-
-def blocks_done(shard: StarShard, status: HostStatus) -> int:
-    """Own blocks that a host in phase 1 has read."""
-    if status.phase != "phase 1":
-        return 0
-    own = max(status.num_computed_tokens - shard.copied_len, 0)
-    return shard.num_blocks if own >= shard.own_len else own // shard.block_len
-
-
-def tokens_of_status(status: HostStatus | None) -> list[int]:
-    return status.token_ids if status is not None else []

@@ -1,9 +1,9 @@
 """What a request to `StarLLM` gives: its answer, its times, and how far it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.shard import Shard
 from farspan.star.protocol import Phase
 
 
@@ -24,6 +24,8 @@ class StarTimes:
     """Of each host, at work in phase 1."""
     restart_s: float
     """Spent on hosts that had to be replaced."""
+    key_exchange_s: list[float] = field(default_factory=list)
+    """Of each host, in phase 1: until it had the anchor that host 0 sends, or all hosts' keys; waiting included."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class StarOutput:
     finish_reason: str | None
     output: Any
     """vLLM's RequestOutput of the query's host, whose prompt is that host's share."""
-    shards: list[StarShard] | None
+    shards: list[Shard] | None
     """Who had which blocks; None with exact attention on one host."""
     times: StarTimes
     num_prompt_tokens: int = 0

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.shard import Shard
+from farspan.engine_ext.star.windows import WindowShard
 
 Phase = Literal["phase 1", "phase 2", "exact attention"]
 
@@ -20,6 +21,8 @@ class HostSetup:
     start_timeout_s: float
     graphs: bool
     """Whether decode runs in CUDA graphs that hold the exchange."""
+    gathers_keys: bool
+    """Whether memory is kept for all hosts' keys of one layer."""
     options: dict[str, Any]
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +42,19 @@ class HostFacts:
     vocab_size: int
     linear_pairs: float
     """Pairs of a query and a key whose attention costs as much as the linear layers of one token."""
+    chunk_len: int
+    """Tokens of a prompt that a step computes at most."""
     start_s: float
+
+
+@dataclass(frozen=True)
+class HostRates:
+    """What a host measured, by which it is chosen whether the anchor is sent or computed anew."""
+
+    send_token_s: float
+    """Seconds to send all layers' keys and values of a token from host 0 to all others."""
+    compute_token_s: float
+    """Seconds of the linear layers of a token, as far as multiplying matrices takes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,16 @@ class Ask:
     prompt: list[int]
     sampling: Any
     """vLLM's SamplingParams, without our options."""
-    shard: StarShard | None
+    shard: Shard | None
+    shares_anchor: bool = False
+    """Phase 1: host 0 sends the anchor, which the others do not compute."""
+    others: tuple["Ask", ...] = ()
+    """Phase 2: requests that are answered together with this one, in the same order on all hosts."""
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether every step of it is one of all hosts."""
+        return self.phase == "phase 2" or isinstance(self.shard, WindowShard)
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,10 @@ class Answer:
     num_cached_tokens: int
     num_bytes: int
     """Received from other hosts."""
+    key_exchange_s: float
+    """In exchanges of keys, the wait for other hosts included."""
+    others: tuple["Answer", ...] = ()
+    """Of `Ask.others`; seconds and bytes are told once for all."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +108,5 @@ class HostStatus:
     """Of the running request's prompt and output on this host."""
     token_ids: list[int]
     """New tokens of the running request so far."""
+    waits_for_all: bool = False
+    """Whether the host stands still where another one does."""

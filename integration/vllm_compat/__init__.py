@@ -8,10 +8,10 @@ from typing import Any
 from farspan.engine_ext.errors import UnsupportedEngineError
 from farspan.vllm_compat import versions
 from farspan.vllm_compat.offload import follow_planning
-from farspan.vllm_compat.offload_metrics import follow_statistics
 from farspan.vllm_compat.platform import check_engines, honour_custom_on_cpu
 from farspan.vllm_compat.requests import follow_requests
 from farspan.vllm_compat.runner import RunnerSource, follow_workers
+from farspan.vllm_compat.statistics import follow_statistics
 
 BACKEND = "farspan.engine_ext.backend.FarspanBackend"
 

@@ -12,6 +12,36 @@ def num_computed_tokens(llm: Any, request_id: str) -> int:
     return 0 if request is None else int(request.num_computed_tokens)
 
 
+def num_cached_tokens(llm: Any, request_id: str) -> int:
+    """Tokens that a request, which waits for its first step, will find in the prefix cache."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return int(scheduler.kv_cache_manager.get_computed_blocks(scheduler.requests[request_id])[1])
+
+
+def ignore_cached_pages(llm: Any, request_id: str) -> None:
+    """Let a request that waits for its first step compute all of its prompt."""
+    llm.llm_engine.engine_core.engine_core.scheduler.requests[request_id].skip_reading_prefix_cache = True
+
+
+def adopt_pages(llm: Any, request_id: str, num_tokens: int) -> None:
+    """Let a request that waits for its first step find whole pages of its prompt in the prefix cache: those that are
+    not there get a place, whose KV the caller brings before any step reads it. Raises ValueError without room.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    request, pool = scheduler.requests[request_id], scheduler.kv_cache_manager.block_pool
+    page_size = scheduler.kv_cache_manager.block_pool.hash_block_size
+    found = scheduler.kv_cache_manager.get_computed_blocks(request)[0].blocks[0]
+    pages, num_pages = list(found), num_tokens // page_size
+    if len(pages) >= num_pages:
+        return
+    pool.touch(pages)
+    num_cached = len(pages)
+    pages += pool.get_new_blocks(num_pages - num_cached)
+    pool.cache_full_blocks(request, pages, num_cached, num_pages, page_size, 0)
+    # Free, but cached: the request takes them at its first step, and the last would go first.
+    pool.free_blocks(reversed(pages))
+
+
 def num_linear_weights(llm: Any) -> int:
     """Weights that every token is multiplied with, embeddings left out."""
 

@@ -7,10 +7,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from farspan.engine_ext.config import OffloadOptions
+from farspan.engine_ext.config import OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
-from farspan.scheduler.capacity import KVLayout, staging_bytes_of, stub_bytes_of
+from farspan.scheduler.capacity import KVLayout, bounds_bytes_of, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
@@ -95,7 +95,8 @@ def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
         assert options is not None
         layout = kv_layout(vllm_config, kv_cache_specs[0])
         limits = engine_limits(vllm_config)
-        sizes = decide_sizes(options, layout, limits, min(available_memory), min(budgets))
+        gpu_bytes = min(available_memory) - selection_bytes(vllm_config, layout)
+        sizes = decide_sizes(options, layout, limits, gpu_bytes, min(budgets))
         needed = sizes.num_blocks * layout.hot_block_bytes
         configs = stock(vllm_config, kv_cache_specs, [needed] * len(available_memory))
         for each in configs:
@@ -112,16 +113,39 @@ def kv_layout(vllm_config: Any, specs: Mapping[str, Any]) -> KVLayout:
     """The KV of one rank, from the specs of its layers."""
     some = next(iter(specs.values()))
     element_bytes = some.dtype.itemsize
+    hot_heads = tuple(hot_heads_by_layer(vllm_config, specs).values())
+    num_cold = sum(some.num_kv_heads - count for count in hot_heads)
+    options = cold_options(vllm_config)
+    is_selective = options is not None and isinstance(options.cold_decode, SelectColdDecode)
     layout = KVLayout(
         num_kv_heads=some.num_kv_heads,
         head_dim=some.head_size,
         element_bytes=element_bytes,
         page_size=some.block_size,
-        hot_heads=tuple(hot_heads_by_layer(vllm_config, specs).values()),
+        hot_heads=hot_heads,
         stub_bytes=stub_bytes_of(some.block_size, element_bytes),
+        bounds_bytes=bounds_bytes_of(num_cold, some.block_size, some.head_size, element_bytes) if is_selective else 0,
     )
     assert layout.hot_block_bytes == sum(spec.page_size_bytes for spec in specs.values())
     return layout
+
+
+def most_requests_of(vllm_config: Any) -> int:
+    """Rows of a step's batch, padding included."""
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, graphs)
+
+
+def selection_bytes(vllm_config: Any, layout: KVLayout) -> int:
+    """GPU memory of the buffers and records of selective decode, beside the bounds of blocks."""
+    if not layout.bounds_bytes:
+        return 0
+    model_config, num_reqs = vllm_config.model_config, most_requests_of(vllm_config)
+    group_size = model_config.get_num_attention_heads(vllm_config.parallel_config) // layout.num_kv_heads
+    max_pages = -(-model_config.max_model_len // layout.page_size) + 1
+    of_pages = num_reqs * max_pages * (4 + layout.max_cold_heads * (4 + 8 * group_size))
+    num_cold = layout.cold_block_bytes // layout.page_bytes
+    return of_pages + num_reqs * num_cold * group_size * (layout.head_dim * layout.element_bytes + 8)
 
 
 def engine_limits(vllm_config: Any) -> EngineLimits:
@@ -204,6 +228,8 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
     import torch
     from farspan.engine_ext.offload.cache import ColdCache
     from farspan.engine_ext.offload.pool import make_host_pool
+    from farspan.kernels.page_choice import Rule
+    from vllm.model_executor.models.utils import extract_layer_index
 
     specs = layer_specs(kv_cache_config)
     hot = hot_heads_by_layer(vllm_config, specs)
@@ -237,10 +263,16 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
         sizes,
         host,
         slots,
-        max_num_reqs=max(scheduler.max_num_seqs, graphs),
+        max_num_reqs=most_requests_of(vllm_config),
         max_num_tokens=max(scheduler.max_num_batched_tokens, graphs),
         max_model_len=vllm_config.model_config.max_model_len,
     )
+    options = cold_options(vllm_config)
+    assert options is not None
+    if isinstance(options.cold_decode, SelectColdDecode):
+        rule = Rule(options.cold_decode.coverage, options.cold_decode.certified)
+        num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        cache.select(rule, {name: extract_layer_index(name) for name in hot}, num_q_heads // spec.num_kv_heads)
     cache.warm_up()
     return cache
 

@@ -1,54 +1,27 @@
-"""What happened to cold pages, in vLLM's /metrics.
+"""What happened to cold pages, in vLLM's /metrics: the scheduler's counts become metrics here, in the front end."""
 
-The scheduler counts; its counts travel as vLLM's statistics of a KV connector do, whose place is free: an engine with
-cold heads has no connector. Here, in the front end, they become metrics.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 from farspan.engine_ext.plan import OFFLOAD_STATS
-from farspan.vllm_compat.offload import cold_options
-from farspan.vllm_compat.wrapping import wrap_once
 
 COUNTERS = {
     "bytes_to_host": "Bytes of KV copied from GPU to host memory, per rank.",
     "bytes_from_host": "Bytes of KV read or copied from host memory, per rank.",
     "steps": "Steps that computed tokens.",
     "steps_that_read": "Steps whose attention waited for host memory.",
+    "select_bytes_on_host": "Bytes of KV in host memory that selective decode chose from, per rank.",
+    "select_audited": "Query heads of requests on which selective decode was held against all keys.",
+    "select_kept": "Sum over those of the share of the attention mass that was kept.",
+    "select_certified": "Sum over those of the share that was certain without reading the rest.",
 }
 GAUGES = {
     "slots": "Pages of cold KV heads that GPU memory can hold.",
     "slots_used": "Pages of cold KV heads that GPU memory holds.",
     "host_pages": "Pages of cold KV heads that host memory can hold.",
     "host_pages_used": "Pages of cold KV heads that lie in host memory alone.",
+    "select_least_kept": "Least share of the attention mass that selective decode kept in its last audit.",
+    "select_least_certified": "Least share that was certain in the last audit.",
 }
-
-
-# Statistics of a scheduler reach the front end in fixed fields. Drop when a scheduler can add its own (not in 0.33).
-def follow_statistics() -> None:
-    """Take in, in the front end, the counts of engines with cold heads."""
-    from vllm.distributed.kv_transfer.kv_connector.v1 import metrics
-
-    wrap_once(metrics.KVConnectorLogging, "observe", leaving_ours_out)
-    wrap_once(metrics.KVConnectorProm, "__init__", making_ours)
-
-
-def leaving_ours_out(stock: Callable[..., None]) -> Callable[..., None]:
-    def observe(self: Any, transfer_stats_data: dict[str, Any]) -> None:
-        if OFFLOAD_STATS not in transfer_stats_data:
-            stock(self, transfer_stats_data)
-
-    return observe
-
-
-def making_ours(stock: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, vllm_config: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
-        stock(self, vllm_config, labelnames, per_engine_labelvalues)
-        if self.prom_metrics is None and cold_options(vllm_config) is not None:
-            self.prom_metrics = OffloadMetrics(self._counter_cls, self._gauge_cls, labelnames, per_engine_labelvalues)
-
-    return __init__
 
 
 class OffloadMetrics:

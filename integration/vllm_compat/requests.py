@@ -9,7 +9,7 @@ import msgspec
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.star.shard import NAME as STAR
-from farspan.engine_ext.star.shard import decode_shard
+from farspan.engine_ext.star.windows import decode_shard
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
 

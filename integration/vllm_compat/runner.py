@@ -10,7 +10,7 @@ from typing import Any
 from farspan.engine_ext.config import FarspanConfig, Prefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import StepPlan
-from farspan.engine_ext.star.shard import StarShard
+from farspan.engine_ext.star.shard import Shard
 from farspan.vllm_compat.offload import make_cold_cache, shrinking_pages
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.wrapping import wrap_once
@@ -27,7 +27,7 @@ class RunnerState:
     """By request id, of the requests that the runner holds and that do not prefill as the engine does."""
     prompt_lens: dict[str, int] = field(default_factory=dict)
     """By request id: tokens of the prompts of the requests that the runner holds."""
-    shards: dict[str, StarShard] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict)
     """By request id, of the requests of Star Attention that the runner holds."""
     page_size: int = 0
     """Tokens of a page of the KV cache."""
@@ -107,7 +107,7 @@ class RunnerSource:
         lens = [known.get(req_id) for req_id in self.req_ids(runner, common_attn_metadata)]
         return lens + [None] * (num_reqs - len(lens))
 
-    def shards(self, common_attn_metadata: Any) -> Sequence[StarShard | None]:
+    def shards(self, common_attn_metadata: Any) -> Sequence[Shard | None]:
         """What each request of the batch is to Star Attention, in batch order; None for the others and padding."""
         num_reqs = common_attn_metadata.num_reqs
         runner = running_runner()
@@ -222,6 +222,7 @@ def metadata_builders(runner: Any) -> list[Any]:
 def follow_runner(runner_cls: type[Any]) -> None:
     """Note which runner is running, its step's plan, and the options of the requests that it holds."""
     wrap_once(runner_cls, "execute_model", following_steps)
+    wrap_once(runner_cls, "sample_tokens", following_samples)
     wrap_once(runner_cls, "initialize_kv_cache", following_setup)
     wrap_once(runner_cls, "get_kv_cache_spec", shrinking_pages)
 
@@ -233,6 +234,21 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, scheduler_output, *args, **kwargs)
 
     return execute_model
+
+
+def following_samples(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What selective decode kept travels to the scheduler with the tokens of a step."""
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        cold = state_of(self).cold
+        if output is not None and cold is not None and cold.selection is not None:
+            names = ("model_runner_output", "_model_runner_output")
+            inner = next((getattr(output, name) for name in names if hasattr(output, name)), output)
+            inner.farspan_selection = cold.selection.report()
+        return output
+
+    return sample_tokens
 
 
 def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,6 +263,20 @@ def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
         state.cold = None
         state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
-            return stock(self, kv_cache_config, *args, **kwargs)
+            result = stock(self, kv_cache_config, *args, **kwargs)
+        tell_decisions(self, kv_cache_config)
+        return result
 
     return initialize_kv_cache
+
+
+def tell_decisions(runner: Any, kv_cache_config: Any) -> None:
+    """Log what the engine decided, once, in the first rank of each engine."""
+    from farspan.decisions import decision_line
+    from vllm.logger import init_logger
+
+    builders, cold = metadata_builders(runner), state_of(runner).cold
+    is_profile = cold is not None and getattr(kv_cache_config, "farspan_offload", None) is None
+    if builders and not is_profile and runner.vllm_config.parallel_config.rank == 0:
+        # vLLM prints only its own loggers' names, so this one is under them.
+        init_logger("vllm.farspan").info_once("farspan attention on %s: %s", runner.device, decision_line(builders))

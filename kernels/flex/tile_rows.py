@@ -6,6 +6,8 @@ Masses are whole numbers, whose sums do not depend on their order: the same span
 batch. `tile_rows_reference` says in PyTorch what is computed.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from farspan.kernels.batch import KVView, PagedBatch
@@ -13,7 +15,8 @@ from farspan.kernels.flex.estimate import turn_shapes
 from farspan.kernels.flex.spans import MASS_UNIT, SPAN_MULTIPLE, Spans
 from farspan.kernels.flex.tile_rows_kernel import choice_kernel, log_sums_kernel
 from farspan.kernels.flex.types import Budget, TileSelection
-from farspan.kernels.prefill import LOG2_E, has_row_view, row_descriptor
+from farspan.kernels.prefill import LOG2_E, RowView, has_row_view
+from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import (
@@ -24,7 +27,6 @@ from farspan.kernels.tuning import (
     device_capability,
     tile_rows_config,
 )
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCKS_AT_ONCE = 128
 """Blocks whose log-sums are added up at a time, in this order whatever the length."""
@@ -51,144 +53,205 @@ def tile_row_lists(
     A list has the first block, those of its span up to its own tile, and the chosen ones before the span; tiles in no
     span list all that they may see. `budget.tau` is not used.
     """
-    num_heads, head_dim = query.shape[1:]
-    group = num_heads // kv.num_kv_heads
-    rule, num_spans, num_blocks = spans.rule, spans.num_spans, tiles.max_kv_blocks
-    assert query.stride(2) == kv.pages.stride(3) == batch.block_table.stride(1) == 1
-    assert scale > 0
-    assert num_heads % kv.num_kv_heads == 0
-    assert group % budget.heads_per_list == 0
-    key_pages = kv.keys()
-    if config is None:
-        rows_of_memory = kv.page_size if has_row_view(key_pages) else 0
-        config = tile_rows_config(
-            head_dim,
-            query.dtype,
-            device_capability(query.device),
-            block_size=tiles.block_size,
-            keys_in_a_row=rows_of_memory,
+    key_pages = kv.keys
+    kinds = (query.shape, query.stride(), query.dtype, key_pages.shape, key_pages.stride(), key_pages.dtype)
+    turned = None if turn is None else (turn.cos.shape, turn.is_neox, turn.slope, turn.offset)
+    on_rows = key_pages.data_ptr() % 16 == 0
+    key = ("tile_rows", kinds, on_rows, turned, scale, budget, config)
+    made: _SpanLaunches | None = batch.launches.get(key)
+    if made is None or made.spans is not spans or made.tiles is not tiles:
+        made = _SpanLaunches(query, kv, batch, tiles, spans, scale, budget, turn, config)
+        batch.launches[key] = made
+    ids = query.new_empty(made.ids_shape, dtype=torch.int32)
+    counts = query.new_empty(made.ids_shape[:2], dtype=torch.int32)
+    kept = query.new_empty(made.kept_shape, dtype=torch.float32)
+    log_sums = query.new_empty(made.num_log_sums, dtype=torch.float32)
+    mass = query.new_empty(made.num_masses, dtype=torch.int32)
+    for part in made.parts:
+        part_query, part_keys = (
+            (query, key_pages) if part.is_all else (query[:, part.heads], key_pages[:, part.kv_heads])
         )
-    ids = query.new_empty((num_heads // budget.heads_per_list, tiles.num_tiles, num_blocks), dtype=torch.int32)
-    counts = query.new_empty(ids.shape[:2], dtype=torch.int32)
-    kept = query.new_empty((num_heads, num_spans), dtype=torch.float32)
-    selection = TileSelection(BlockLists(ids, counts), kept)
-    # As many KV heads at a time as their log-sums have room for.
-    bytes_per_kv_head = group * num_spans * rule.rows_per_span * num_blocks * 4
-    heads_at_once = max(min(TILE_ROWS_MAX_BYTES // max(bytes_per_kv_head, 1), kv.num_kv_heads), 1)
-    log_sums = query.new_empty(heads_at_once * bytes_per_kv_head // 4, dtype=torch.float32)
-    mass = query.new_empty(heads_at_once * group * num_spans * num_blocks, dtype=torch.int32)
+        if part.log_sums is not None:
+            part.log_sums(part_query, part_keys, turn, log_sums)
+        lists = (ids, counts, kept)
+        if not part.is_all:
+            lists = (ids[part.lists], counts[part.lists], kept[part.heads])
+        part.choice(log_sums, mass, *lists)
+    return TileSelection(BlockLists(ids, counts), kept)
 
-    # By the table's width, which an engine never changes (some have a column more): one kernel serves all prompts.
-    most_blocks = max(num_blocks, batch.block_table.shape[1] * kv.page_size // tiles.block_size - 1, 32)
-    padded = triton.next_power_of_2(most_blocks)
 
-    def choose(
-        query: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, kept: torch.Tensor
+@dataclass(frozen=True)
+class _Part:
+    """The launches for some KV heads."""
+
+    is_all: bool
+    heads: slice
+    kv_heads: slice
+    lists: slice
+    """Of the list heads."""
+    log_sums: "LogSumsLaunch | None"
+    """None where no chunk has a whole span."""
+    choice: RepeatedLaunch
+
+
+class _SpanLaunches:
+    """What the layers of a step share in a call of `tile_row_lists`, whose arguments these are."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        kv: KVView,
+        batch: PagedBatch,
+        tiles: PrefillTiles,
+        spans: Spans,
+        scale: float,
+        budget: Budget,
+        turn: Turn | None,
+        config: TileRowsConfig | None,
     ) -> None:
-        if num_spans > 0:
-            stream_log_sums(
-                query, keys, batch, spans, num_blocks, tiles.block_size, scale, turn, log_sums, config
-            )  # fmt: skip
-        choice_kernel[(num_spans + spans.num_cut_tiles, ids.shape[0])](
-            log_sums,
-            mass,
-            spans.span_request,
-            spans.span_index,
-            spans.span_tile,
-            spans.cut_tile,
-            tiles.tile_block,
-            ids,
-            counts,
-            kept,
-            budget.gamma,
-            num_spans,
-            tiles.num_tiles,
-            num_blocks,
-            budget.min_blocks,
-            budget.max_blocks,
-            ROWS=rule.rows_per_span,
-            TILES=rule.span_len // tiles.block_size,
-            SHARED=budget.heads_per_list,
-            PADDED=padded,
-            UNIT=MASS_UNIT,
-            AT_ONCE=BLOCKS_AT_ONCE,
-            num_warps=CHOICE_WARPS,
+        num_heads, head_dim = query.shape[1:]
+        group = num_heads // kv.num_kv_heads
+        rule, num_spans, num_blocks = spans.rule, spans.num_spans, tiles.max_kv_blocks
+        assert query.stride(2) == kv.pages.stride(3) == batch.block_table.stride(1) == 1
+        assert scale > 0
+        assert num_heads % kv.num_kv_heads == 0
+        assert group % budget.heads_per_list == 0
+        if config is None:
+            config = tile_rows_config(
+                head_dim,
+                query.dtype,
+                device_capability(query.device),
+                block_size=tiles.block_size,
+                keys_in_a_row=kv.page_size if has_row_view(kv.keys) else 0,
+            )
+        self.tiles, self.spans = tiles, spans
+        self.ids_shape = (num_heads // budget.heads_per_list, tiles.num_tiles, num_blocks)
+        self.kept_shape = (num_heads, num_spans)
+        # As many KV heads at a time as their log-sums have room for.
+        bytes_per_kv_head = group * num_spans * rule.rows_per_span * num_blocks * 4
+        heads_at_once = max(min(TILE_ROWS_MAX_BYTES // max(bytes_per_kv_head, 1), kv.num_kv_heads), 1)
+        self.num_log_sums = heads_at_once * bytes_per_kv_head // 4
+        self.num_masses = heads_at_once * group * num_spans * num_blocks
+
+        # By the table's width, which an engine never changes (some have a column more): one kernel serves all prompts.
+        most_blocks = max(num_blocks, batch.block_table.shape[1] * kv.page_size // tiles.block_size - 1, 32)
+        parts = []
+        for first in range(0, kv.num_kv_heads, heads_at_once):
+            kv_heads = slice(first, min(first + heads_at_once, kv.num_kv_heads))
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            lists = slice(heads.start // budget.heads_per_list, heads.stop // budget.heads_per_list)
+            log_sums = None
+            if num_spans > 0:
+                part_query, part_keys = query[:, heads], kv.keys[:, kv_heads]
+                log_sums = LogSumsLaunch(
+                    part_query, part_keys, batch, spans, num_blocks, tiles.block_size, scale, turn, config
+                )  # fmt: skip
+            choice = RepeatedLaunch(
+                choice_kernel,
+                (num_spans + spans.num_cut_tiles, lists.stop - lists.start),
+                ("log_sums_ptr", "mass_ptr", "ids_ptr", "counts_ptr", "kept_ptr"),
+                {
+                    "span_request_ptr": spans.span_request,
+                    "span_index_ptr": spans.span_index,
+                    "span_tile_ptr": spans.span_tile,
+                    "cut_tile_ptr": spans.cut_tile,
+                    "tile_block_ptr": tiles.tile_block,
+                    "gamma": budget.gamma,
+                    "num_spans": num_spans,
+                    "num_tiles": tiles.num_tiles,
+                    "num_blocks": num_blocks,
+                    "min_blocks": budget.min_blocks,
+                    "max_blocks": budget.max_blocks,
+                    "ROWS": rule.rows_per_span,
+                    "TILES": rule.span_len // tiles.block_size,
+                    "SHARED": budget.heads_per_list,
+                    "PADDED": triton.next_power_of_2(most_blocks),
+                    "UNIT": MASS_UNIT,
+                    "AT_ONCE": BLOCKS_AT_ONCE,
+                },
+                num_warps=CHOICE_WARPS,
+            )
+            parts.append(_Part(heads_at_once == kv.num_kv_heads, heads, kv_heads, lists, log_sums, choice))
+        self.parts = tuple(parts)
+
+
+class LogSumsLaunch:
+    """The pass over the keys, for the layers of a step."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        batch: PagedBatch,
+        spans: Spans,
+        num_blocks: int,
+        block_size: int,
+        scale: float,
+        turn: Turn | None,
+        config: TileRowsConfig,
+        num_splits: int | None = None,
+    ) -> None:
+        """Take what all layers share.
+
+        query: [num_tokens, num_q_heads, head_dim]; key_pages: [num_pages, num_kv_heads, page_size, head_dim].
+        """
+        num_kv_heads, page_size, head_dim = key_pages.shape[1:]
+        group, rows = query.shape[1] // num_kv_heads, spans.rule.rows_per_span
+        segments = max(config.block_m // rows, 1)
+        assert SPAN_MULTIPLE * group % segments == 0, (config, spans.rule, group)
+        packs = spans.num_spans * group // segments
+        if num_splits is None:
+            most = max(num_blocks // TILE_ROWS_MIN_SPLIT_BLOCKS, 1)
+            num_splits = min(-(-TILE_ROWS_PROGRAMS // (packs * num_kv_heads)), most)
+        block_d = max(triton.next_power_of_2(head_dim), 16)
+        stride_page, stride_head, stride_token, _ = key_pages.stride()
+        self.rows: RowView | None = None
+        """How the copy engine sees the keys; None where it is not used."""
+        if config.use_tma:
+            assert page_size % block_size == 0
+            self.rows = RowView(key_pages, block_size, block_d)
+            stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
+        self.launch = RepeatedLaunch(
+            log_sums_kernel,
+            (packs * num_kv_heads * num_splits,),
+            ("query_ptr", "key_source", "cos_ptr", "sin_ptr", "log_sums_ptr"),
+            {
+                "block_table_ptr": batch.block_table,
+                "span_request_ptr": spans.span_request,
+                "span_index_ptr": spans.span_index,
+                "span_row_ptr": spans.span_row,
+                "scale_log2": scale * LOG2_E,
+                "turn_offset": 0 if turn is None else turn.offset,
+                "num_spans": spans.num_spans,
+                "num_blocks": num_blocks,
+                "num_splits": num_splits,
+                "stride_query_token": query.stride(0),
+                "stride_query_head": query.stride(1),
+                "stride_block_table": batch.block_table.stride(0),
+                "stride_page": stride_page,
+                "stride_head": stride_head,
+                "stride_token": stride_token,
+                "GROUP": group,
+                "ROWS": rows,
+                "SPAN_LEN": spans.rule.span_len,
+                "BLOCK": block_size,
+                "BLOCK_M": max(config.block_m, rows),
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": block_d,
+                "PAGE_SIZE": page_size,
+                "USE_TMA": config.use_tma,
+                **turn_shapes(turn),
+                "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
 
-    if heads_at_once == kv.num_kv_heads:
-        choose(query, key_pages, ids, counts, kept)
-        return selection
-    for first in range(0, kv.num_kv_heads, heads_at_once):
-        end = min(first + heads_at_once, kv.num_kv_heads)
-        heads = slice(first * group, end * group)
-        lists = slice(heads.start // budget.heads_per_list, heads.stop // budget.heads_per_list)
-        choose(query[:, heads], key_pages[:, first:end], ids[lists], counts[lists], kept[heads])
-    return selection
+    def __call__(self, query: torch.Tensor, key_pages: torch.Tensor, turn: Turn | None, log_sums: torch.Tensor) -> None:
+        """Write [num_q_heads, num_spans, num_blocks, rows_per_span] float32, base 2, to the front of `log_sums`.
 
-
-def stream_log_sums(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    batch: PagedBatch,
-    spans: Spans,
-    num_blocks: int,
-    block_size: int,
-    scale: float,
-    turn: Turn | None,
-    log_sums: torch.Tensor,
-    config: TileRowsConfig,
-    num_splits: int | None = None,
-) -> None:
-    """Write [num_q_heads, num_spans, num_blocks, rows_per_span] float32 log-sums, base 2, to the front of `log_sums`.
-
-    key_pages: [num_pages, num_kv_heads, page_size, head_dim]. Entries past a span's last block are undefined.
-    """
-    num_kv_heads, page_size, head_dim = key_pages.shape[1:]
-    group, rows = query.shape[1] // num_kv_heads, spans.rule.rows_per_span
-    segments = max(config.block_m // rows, 1)
-    assert SPAN_MULTIPLE * group % segments == 0, (config, spans.rule, group)
-    packs = spans.num_spans * group // segments
-    if num_splits is None:
-        most = max(num_blocks // TILE_ROWS_MIN_SPLIT_BLOCKS, 1)
-        num_splits = min(-(-TILE_ROWS_PROGRAMS // (packs * num_kv_heads)), most)
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    stride_page, stride_head, stride_token, _ = key_pages.stride()
-    key_source: torch.Tensor | TensorDescriptor = key_pages
-    if config.use_tma:
-        assert page_size % block_size == 0
-        key_source = row_descriptor(key_pages, block_size, block_d)
-        stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
-    log_sums_kernel[(packs * num_kv_heads * num_splits,)](
-        query,
-        key_source,
-        batch.block_table,
-        spans.span_request,
-        spans.span_index,
-        spans.span_row,
-        *((query, query) if turn is None else (turn.cos, turn.sin)),
-        log_sums,
-        scale * LOG2_E,
-        0 if turn is None else turn.offset,
-        spans.num_spans,
-        num_blocks,
-        num_splits,
-        query.stride(0),
-        query.stride(1),
-        batch.block_table.stride(0),
-        stride_page,
-        stride_head,
-        stride_token,
-        GROUP=group,
-        ROWS=rows,
-        SPAN_LEN=spans.rule.span_len,
-        BLOCK=block_size,
-        BLOCK_M=max(config.block_m, rows),
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        PAGE_SIZE=page_size,
-        USE_TMA=config.use_tma,
-        **turn_shapes(turn),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        Entries past a span's last block are undefined.
+        """
+        keys = key_pages if self.rows is None else self.rows.of(key_pages)
+        cos, sin = (query, query) if turn is None else (turn.cos, turn.sin)
+        self.launch(query, keys, cos, sin, log_sums)

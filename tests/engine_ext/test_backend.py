@@ -251,8 +251,9 @@ def test_misspelt_key_is_noticed(key: str) -> None:
         {"string": {}},
         {"method": "flex", "gamma": 0.9},
         {"gamma": 0.9},
+        {"preset": "fast"},
     ],
-    ids=["prefill", "misspelt", "kernel", "string", "method", "gamma"],
+    ids=["prefill", "misspelt", "kernel", "string", "method", "gamma", "preset"],
 )
 def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"at its top level and no 'farspan'.*Write \{\"farspan\": \{"):
@@ -264,7 +265,7 @@ def test_options_at_the_top_level_are_noticed(additional: dict[str, Any]) -> Non
     [
         {"other_plugin": {}},
         {"gdn_prefill_backend": "triton"},
-        {"kernel_config": {}, "window": 3, "method": "eagle", "profile": True},
+        {"kernel_config": {}, "window": 3, "method": "eagle", "preset": "speed", "profile": True},
         {"farspan": {}, "prefill": "another plugin's"},
     ],
     ids=["plugin", "vllm", "general-words", "beside-ours"],

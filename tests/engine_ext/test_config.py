@@ -36,7 +36,10 @@ MISTAKES = {
     "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
     "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),
     "not-a-mapping": ("flex", "='flex'; allowed: a mapping"),
-    "unknown-option": ({"prefil": {}}, ".prefil={}; allowed: no option of that name; known here: kernel, prefill"),
+    "unknown-option": (
+        {"prefil": {}},
+        ".prefil={}; allowed: no option of that name; known here: preset, kernel",
+    ),
     "unknown-nested-option": (flex(gama=0.9), ".prefill.gama=0.9; allowed: no option of that name"),
     "unknown-kernel": ({"kernel": "fa2"}, ".kernel='fa2'; allowed: one of 'auto', 'triton', 'fa3'"),
     "unknown-method": ({"prefill": {"method": "flx"}}, ".prefill.method='flx'; allowed: one of 'dense', 'flex'"),
@@ -64,7 +67,7 @@ MISTAKES = {
     ),
     "tau-of-the-other": (flex(tau=0.2), ".prefill.tau=0.2; allowed: only with selection 'flexprefill'. Remove tau"),
     "low-max-budget": (flex(min_budget=0, max_budget=384), ".prefill.max_budget=384; allowed: at least 512 with"),
-    "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 64."),
+    "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 256."),
     "chunk-length": (flex(min_chunk_len=-1), ".prefill.min_chunk_len=-1; allowed: a whole number of tokens: 0 to 16,"),
     "beyond-a-float": (flex(gamma=10**400), ".prefill.gamma=1000"),
     "budgets-cross": (flex(max_budget=512), ".prefill.max_budget=512; allowed: at least min_budget, which is 1024"),
@@ -98,6 +101,23 @@ MISTAKES = {
     "group-size": ({"offload": {"group_size": 0}}, ".offload.group_size=0; allowed: a whole number of KV heads: 1 to"),
     "offload-option": ({"offload": {"slots": 3}}, ".offload.slots=3; allowed: no option of that name"),
     "offload-switch": ({"offload": True}, ".offload=True; allowed: a mapping"),
+    "cold-decode": (
+        {"offload": {"cold_decode": {"method": "exakt"}}},
+        ".offload.cold_decode.method='exakt'; allowed: one of 'exact', 'select'. Did you mean 'exact'?",
+    ),
+    "cold-decode-exact": (
+        {"offload": {"cold_decode": {"method": "exact", "coverage": 0.9}}},
+        ".offload.cold_decode.coverage=0.9; allowed: no option of that name",
+    ),
+    "cold-coverage": (
+        {"offload": {"cold_decode": {"method": "select", "coverage": 0}}},
+        ".offload.cold_decode.coverage=0; allowed: a number in (0, 1]",
+    ),
+    "cold-decode-word": ({"offload": {"cold_decode": "select"}}, ".offload.cold_decode='select'; allowed: a mapping"),
+    "cold-decode-with-string": (
+        {"string": {}, "offload": {"cold_decode": {"method": "select"}}},
+        ".offload.cold_decode={'method': 'select'}; allowed: method 'exact' together with string",
+    ),
     "fa3-with-string": ({"kernel": "fa3", "string": {}}, ".kernel='fa3'; allowed: auto or triton together with string"),
 }
 

@@ -8,7 +8,7 @@ from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend
 from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext
-from farspan.engine_ext.selection.methods import FlexSelector
+from farspan.engine_ext.selection.methods import TILE_ROWS_RULE, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.rotary_turn import make_string_turn
@@ -149,3 +149,26 @@ def test_the_same_prompt_has_the_same_result() -> None:
     for _ in range(3):
         other.attend(prefill, selector)
     assert torch.equal(layer.attend(prefill, selector), first)
+
+
+@pytest.mark.parametrize("selection", ["tile_rows", "flexprefill"])
+@pytest.mark.parametrize(("first", "end"), [(0, 2048), (1300, 1900), (1948, 2000)])
+def test_measured_rows_did_not_choose_and_could_lose_something(selection: str, first: int, end: int) -> None:
+    prefill = FlexPrefill(selection=selection, min_budget=1024)  # type: ignore[arg-type]
+    layer = Layer([(end - first, end)], [90, 1100], 1)
+    rows = layer.maker.sample(layer.batch, layer.starts, layer.seq_lens, 64, prefill)
+    assert rows.has_choice is not None
+    positions = rows.batch.kv_lens - 1
+    assert torch.equal(positions - first, rows.rows)
+    counted = positions[rows.has_choice].tolist()
+    assert all(1024 <= position < end for position in counted)
+    if selection == "flexprefill":
+        assert all(position < end - 128 for position in counted)
+        assert bool(counted) == (end - first > 128)
+        return
+    chosen = {span * 256 + int(place) for span in range(9) for place in TILE_ROWS_RULE.places(torch.tensor(span))}
+    assert not chosen & set(counted)
+    # Tiles of spans that the chunk cuts read everything.
+    whole = range(-(-first // 256) * 256, end // 256 * 256)
+    assert all(position in whole for position in counted)
+    assert bool(counted) == (len(whole) > 0)

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,13 +59,90 @@ def test_star_demo_answers_in_blocks() -> None:
 @pytest.mark.ray
 def test_engines_under_ray_answer_a_file(tmp_path: Path) -> None:
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"the grass is {word}"}) + "\n" for word in ("green", "dry")))
-    options = ["--engines", "1", "--host-memory", "0.2", "--gpus-per-engine", "0", "--max-tokens", "4"]
-    example = run("examples/offload_batch.py", str(prompts), str(answers), "--max-model-len", "2048", *options)
+    texts = ("the grass is green", "the grass is dry", "grass " * 2100)
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    # An earlier job has answered the first one, and was ended within a line.
+    answers.write_text('{"number": 0, "text": "kept"}\n{"number": 1, "te')
+    options = ["--engines", "1", "--host-memory", "0.2", "--gamma", "0.9", "--max-tokens", "4"]
+    example = run("examples/ray_batch.py", str(prompts), str(answers), "--max-model-len", "2048", *options)
+    assert example.returncode == 1, example.stderr[-3000:]
+    assert "1 of 3 prompts have answers" in example.stdout
+    found = {answer["number"]: answer for answer in map(json.loads, answers.read_text().splitlines())}
+    assert found[0]["text"] == "kept"
+    assert found[1]["text"]
+    # Too long a prompt spoils its own answer alone.
+    assert "2048" in found[2]["error"]
+
+
+class Stub:
+    """In place of an engine."""
+
+    def __init__(self, starts: bool = True) -> None:
+        if not starts:
+            raise ValueError("no such model")
+
+    def ready(self) -> None:
+        pass
+
+    def answer(self, prompts: list[str], max_tokens: int) -> list[str]:
+        if "die" in prompts:
+            os._exit(1)
+        if "refuse" in prompts:
+            raise ValueError("too long")
+        return [prompt.upper()[:max_tokens] for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[Any]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    yield ray.remote(num_cpus=1)(Stub)
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_dead_engines_are_replaced_and_their_prompts_asked_once_more(stub: Any) -> None:
+    from examples.ray_batch import Job
+
+    started, answers = [], []
+
+    def start() -> Any:
+        started.append(stub.remote())
+        return started[-1]
+
+    prompts = dict(enumerate(["one", "die", "two", "refuse", "three", "four"]))
+    Job(start, prompts, 2, 3, answers.append).run(2)
+    found = {answer["number"]: answer for answer in answers}
+    assert len(answers) == len(found) == len(prompts)
+    texts = {number: answer["text"] for number, answer in found.items() if "text" in answer}
+    assert texts == {0: "ONE", 2: "TWO", 4: "THR", 5: "FOU"}
+    assert "died" in found[1]["error"]
+    assert "for the second time" in found[1]["error"]
+    assert found[3]["error"].endswith("too long")
+    # With prompt 0, then alone.
+    assert len(started) in (3, 4)
+
+
+@pytest.mark.ray
+def test_engines_that_do_not_start_end_the_job(stub: Any) -> None:
+    from farspan.engine_ext.errors import ConfigError
+
+    from examples.ray_batch import Job
+
+    with pytest.raises(ConfigError, match=r"did not start.*no such model"):
+        Job(lambda: stub.remote(starts=False), {0: "one"}, 2, 3, print).run(1)
+
+
+@pytest.mark.e2e
+def test_many_documents_get_one_question(tmp_path: Path) -> None:
+    example = run("examples/long_documents.py", "--generated", "2", "--generated-len", "1500", "--always-sparse")
     assert example.returncode == 0, example.stderr[-3000:]
-    found = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert sorted(answer["number"] for answer in found) == [0, 1]
-    assert all(answer["text"] for answer in found)
+    lines = re.findall(r"^generated \d, expected (.*) \(1500 tokens\): (.*)$", example.stdout, flags=re.MULTILINE)
+    assert len(lines) == 2, example.stdout
+    for expected, answer in lines:
+        assert set(expected.split()) <= set(answer.split())
+    assert re.search(r"^sparse: read \d+ % of the blocks", example.stdout, flags=re.MULTILINE)
 
 
 def test_demo_refuses_an_unknown_option() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return model_dir
 
 
-@pytest.fixture
-def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
-    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """What `make_llm` and `make_module_llm` are; engines end when it does."""
     from vllm import LLM
 
     engines = []
@@ -74,3 +74,25 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
         llm.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_worker_extension() -> Iterator[None]:
+    """An engine's extension stays in vLLM's worker class, which refuses another one with the same methods."""
+    yield
+    worker = sys.modules.get("vllm.v1.worker.cpu_worker")
+    if worker is not None:
+        stock = worker.CPUWorker.__bases__
+        worker.CPUWorker.__bases__ = tuple(base for base in stock if base.__module__.startswith("vllm."))
+
+
+@pytest.fixture
+def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Make engines that live as long as the test: `make_llm("llama", "CUSTOM", **LLM arguments)`."""
+    yield from engine_maker(model_dirs)
+
+
+@pytest.fixture(scope="module")
+def make_module_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Make engines that live as long as the module, which may then not use `make_llm`; see there."""
+    yield from engine_maker(model_dirs)

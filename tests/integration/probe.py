@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from typing import Any
 
+from farspan.decisions import decisions_of
 from farspan.engine_ext import impl
 from farspan.engine_ext.passes import Decode, Dense, LayerContext, Pass
 from farspan.vllm_compat.runner import metadata_builders, state_of
@@ -55,6 +56,11 @@ class WorkerProbe:
         layers = [layer for builder in metadata_builders(worker.model_runner) for layer in builder.layers.values()]
         return [row for layer in layers if layer.selector.stats is not None for row in layer.selector.stats.rows()]
 
+    def decisions(self) -> dict[str, Any]:
+        """What the worker decided at its start, as the log has it."""
+        worker: Any = self
+        return decisions_of(metadata_builders(worker.model_runner))
+
     def memory_for_activations(self) -> int:
         """Bytes that vLLM's memory profile leaves free for what a step allocates."""
         worker: Any = self
@@ -65,6 +71,12 @@ class WorkerProbe:
         worker: Any = self
         plan = state_of(worker.model_runner).plan
         return None if plan is None else plan.step
+
+    def selected_pages(self) -> list[int]:
+        """Pages in host memory that selective decode read, and those it chose from, once for every layer and head."""
+        worker: Any = self
+        totals: list[int] = state_of(worker.model_runner).cold.selection.buffers.totals.tolist()
+        return totals
 
     def offload_state(self) -> dict[str, Any]:
         """Check the pools of cold heads, and tell what was done with them so far."""

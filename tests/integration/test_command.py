@@ -17,7 +17,7 @@ from farspan.cli import main as farspan
 from farspan.command import Terminated, chain_of, run_command, sentence_of
 from farspan.engine_ext.errors import ConfigError
 
-EVAL_ROW = "method,task,length,depth,seed,count,accuracy\n"
+EVAL_ROW = "method,task,length,depth,seed,count,accuracy,density,coverage,coverage_worst,note\n"
 EVAL_IDENTITY = '{"model": "needle", "chunk": null, "engine_args": {}, "options": {}}'
 LLAMA = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 4096}'
 FILES: dict[str, str | bytes] = {
@@ -29,9 +29,9 @@ FILES: dict[str, str | bytes] = {
     "other-csv/eval.json": EVAL_IDENTITY,
     "other-csv/eval.csv": "a,b\n1,2\n",
     "cut-csv/eval.json": EVAL_IDENTITY,
-    "cut-csv/eval.csv": EVAL_ROW + "dense,niah_single,1024,,0,3,1.0\ndense,niah_si",
+    "cut-csv/eval.csv": EVAL_ROW + "dense,niah_single,1024,,0,3,1.0,,,,\ndense,niah_si",
     "word-csv/eval.json": EVAL_IDENTITY,
-    "word-csv/eval.csv": EVAL_ROW + "dense,niah_single,long,,0,3,1.0\n",
+    "word-csv/eval.csv": EVAL_ROW + "dense,niah_single,long,,0,3,1.0,,,,\n",
     "binary-csv/eval.json": EVAL_IDENTITY,
     "binary-csv/eval.csv": b"\xb4\xff\x00",
     "no-model/config.json": "{",
@@ -41,7 +41,7 @@ FILES: dict[str, str | bytes] = {
     "half-model/config.json": LLAMA,
     "empty.csv": "",
     "binary.csv": b"\xb4\xff\x00",
-    "word.csv": EVAL_ROW + "flex,x,long,0.5,0,4,1.0\n",
+    "word.csv": EVAL_ROW + "flex,x,long,0.5,0,4,1.0,,,,\n",
     "heads.csv": "layer,head,density,query_aware,divergence,coverage\n0,0,x,1,0.1,\n",
     "sweep.csv": "min_budget,density,accuracy\n0,0.1,1\n",
     "a-folder.csv/inside": "",
@@ -109,7 +109,7 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("farspan", "report --gamma nan", "report.gamma=nan", 2),
     ("farspan", "report --min-budget 5", "report.min_budget=5", 2),
     ("farspan", "report --chunk -3", "chunk=-3", 2),
-    ("farspan", "report --model other", "invalid choice: 'other'", 2),
+    ("farspan", "report --model other", "model='other' is not a folder with a config.json", 2),
     ("farspan", "star --hosts 0", "hosts=0; allowed: a whole number from 1", 2),
     ("farspan", "star --context missing.txt", "--context missing.txt: ", 2),
     ("farspan", "star sing", "invalid choice: 'sing'", 2),

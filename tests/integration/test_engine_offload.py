@@ -91,6 +91,24 @@ def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) 
     assert state["num_blocks"] == BLOCKS
     assert (state["spilled"] > 0) == (num_slots < BLOCKS)
     assert (state["staged"] > 0) == (num_slots < BLOCKS)
+    (decisions,) = llm.collective_rpc("decisions")
+    page_bytes = LAYERS * 2 * HEAD_PAGE["float32"]
+    assert decisions["offload"] == {
+        "blocks": BLOCKS,
+        "slots": num_slots,
+        "group_size": 1,
+        "staging_pages": -(-MAX_LEN // PAGE) if num_slots < BLOCKS else 0,
+        "host_bytes": BLOCKS * page_bytes,
+        "slot_bytes": num_slots * page_bytes,
+        "hot_heads": [0, 0],
+    }
+
+
+def test_vllms_own_offloading_holds_a_request_in_gpu_memory(make_llm: Callable[..., Any]) -> None:
+    """With as much memory as the fewest slots above it refuses the engine, however much the host has."""
+    arguments = offloading(9, num_gpu_blocks_override=None, additional_config={}, kv_offloading_size=1.0)
+    with pytest.raises(ValueError, match="To serve at least one request with the model's max seq len"):
+        make_llm(backend=None, **arguments)
 
 
 @pytest.mark.parametrize(

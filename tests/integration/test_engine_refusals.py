@@ -130,6 +130,25 @@ def test_options_at_the_top_level_are_refused_where_farspan_is_chosen(model_dirs
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"offload": {}}, "a KV connector together with offload"),
+        ({"prefill": {"method": "flex"}}, "a KV connector together with sparse prefill or string"),
+        ({"star": {}}, "star together with a KV connector"),
+    ],
+    ids=["offload", "flex", "star"],
+)
+def test_vllms_own_kv_offloading_is_refused_in_the_front_end(
+    model_dirs: Callable[[str], Path], options: dict[str, Any], sentence: str
+) -> None:
+    """The connector of --kv-offloading-size is made after the checks of the plugin."""
+    with pytest.raises(UnsupportedEngineError, match=sentence):
+        configure(model_dirs("llama"), kv_offloading_size=1.0, additional_config={"farspan": options})
+    assert configure(model_dirs("llama"), kv_offloading_size=1.0).kv_transfer_config is not None
+
+
+@pytest.mark.e2e
 def test_what_fits_is_configured(tmp_path: Path, model_dirs: Callable[[str], Path]) -> None:
     np.save(tmp_path / "mask.npy", np.ones((LAYERS, 2, 4, 4), bool))
     configure(model_dirs("llama"), additional_config=mask_options(tmp_path / "mask.npy"))

@@ -30,6 +30,15 @@ def test_factory_follows_async_scheduling(is_async: bool, monkeypatch: pytest.Mo
     assert isinstance(made, AsyncScheduler) is is_async
 
 
+def test_block_copies_end_an_engine_with_cold_heads() -> None:
+    """A copy of vLLM's would leave out the cold pages of the block."""
+    from farspan.scheduler.scheduler import PlannedSteps
+
+    output = SimpleNamespace(kv_cache_block_copies=[(1, 2)])
+    with pytest.raises(RuntimeError, match="vLLM copies blocks whose cold KV heads it does not know"):
+        PlannedSteps()._plan_residency(SimpleNamespace(), output)  # type: ignore[arg-type]
+
+
 @pytest.mark.e2e
 def test_tokens_and_plans(make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stock = make_llm()

@@ -1,6 +1,8 @@
 """The OpenAI server with farspan, driven by the `openai` client."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from tests.integration.test_engine_tokens import generate, make_prompts
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 START_LIMIT_S = 180
+DASHBOARD = Path(__file__).resolve().parents[2] / "examples" / "grafana.json"
 PROMPTS = make_prompts((5, 300, 900), seed=11)
 
 
@@ -34,8 +37,9 @@ def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--num-gpu-blocks-override", "128"]
     # Sparse prefill that lists every block, so that its tokens are those of exact attention.
-    prefill = '{"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}'
-    command += ["--additional-config", f'{{"farspan": {{"prefill": {prefill}}}}}']
+    prefill = {"gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}
+    options = {"preset": "fast", "prefill": prefill, "offload": {"host_memory": 0.2}}
+    command += ["--additional-config", json.dumps({"farspan": options})]
     command += ["--worker-extension-cls", EXTENSION]
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
@@ -43,10 +47,23 @@ def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
         try:
             wait_until_up(client, process, log)
             yield client
-            assert "farspan attention on cpu" in log.read_text()
+            check_start_line(log.read_text())
         finally:
             process.terminate()
             process.wait(30)
+
+
+def check_start_line(log: str) -> None:
+    """One line says what was decided, in JSON."""
+    (line,) = re.findall(r"farspan attention on cpu: (\{.*\})$", log, flags=re.MULTILINE)
+    decisions = json.loads(line)
+    prefill, offload = decisions.pop("prefill"), decisions.pop("offload")
+    assert decisions == {
+        "preset": "fast", "method": "flex", "kernel": "cpu", "page_size": 128,
+        "string": None, "star": None,
+    }  # fmt: skip
+    assert prefill.items() >= {"selection": "tile_rows", "gamma": 1.0, "crossover": "by hand"}.items()
+    assert offload.items() >= {"blocks": 128, "hot_heads": [0, 0]}.items()
 
 
 def wait_until_up(client: Any, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -89,6 +106,30 @@ def test_completions(make_llm: Any, server: Any) -> None:
         f"t{token}" for token in expected[0]
     ]
     read_density(server)
+    read_metrics(server)
+
+
+def read_metrics(server: Any) -> None:
+    """The prompts' tokens in /metrics, and everything that the dashboard shows, all of ours included."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    scrape = httpx.get(str(server.base_url.join("/metrics"))).raise_for_status().text
+    samples = [sample for family in text_string_to_metric_families(scrape) for sample in family.samples]
+    tokens = {
+        (sample.labels["path"], sample.labels["reason"]): sample.value
+        for sample in samples
+        if sample.name == "vllm:farspan_prefill_tokens_total"
+    }
+    # Once more each, as a stream, of which the prefix cache had what its pages hold.
+    assert tokens["sparse", "selected"] >= sum(map(len, PROMPTS))
+    assert tokens["dense", "request"] == len(PROMPTS[0])
+    assert tokens["dense", "crossover"] == 0
+    names = {sample.name for sample in samples}
+    shown = set(re.findall(r"vllm:\w+", DASHBOARD.read_text()))
+    assert shown <= names, sorted(shown - names)
+    assert {name for name in names if "farspan" in name and not name.endswith("_created")} <= shown
+    assert all(panel["description"] for panel in json.loads(DASHBOARD.read_text())["panels"])
 
 
 def read_density(server: Any) -> None:

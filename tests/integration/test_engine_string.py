@@ -50,6 +50,8 @@ def test_chunks_and_mixed_batches_give_the_oracles_tokens(make_llm: Any, expecte
     assert counts["decode"] > 0
     assert counts["prefill_dense"] > 0
     assert expected(SHIFT) != expected(BEYOND)
+    (decisions,) = llm.collective_rpc("decisions")
+    assert decisions["string"] == {"shift": 64, "window": 16, "logit_scale": SHIFT.logit_scale, "kernel": "cpu"}
 
 
 def test_prefix_hits_give_the_oracles_tokens(make_llm: Any, expected: Any) -> None:

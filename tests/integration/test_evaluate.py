@@ -1,29 +1,36 @@
 """`farspan eval`: what it refuses, what it writes, how it goes on; with a model of the test's own."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from farspan.cli import main
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.evaluate import (
+    NEEDLE_DIR,
     EvalSettings,
+    Model,
+    all_cells,
     check_settings,
     cpu_room,
     engine_arguments,
+    estimate,
     make_samples,
     method_options,
     run_eval,
 )
 from farspan.evaluation.plots import draw_plots
-from farspan.evaluation.results import CSV_COLUMNS, Cell, format_table, read_csv
+from farspan.evaluation.reading import estimate_s
+from farspan.evaluation.results import ACCURACY_COLUMNS, CSV_COLUMNS, Cell, format_table, read_csv, remarks
 from farspan.needle.tasks import TASKS
 
 
 class StubModels:
     """Opens models that answer right, except for prompts longer than `limit` tokens; counts what it is asked."""
 
-    def __init__(self, limit=10**9):
+    def __init__(self, limit=10**9, selection=None):
+        self.selection = selection
         self.limit = limit
         self.opened = []
         self.prompts = []
@@ -36,7 +43,7 @@ class StubModels:
             self.prompts += [sample.prompt for sample in samples]
             return [sample.completion if sample.length <= self.limit else "nothing" for sample in samples]
 
-        yield generate
+        yield Model(generate, self.selection)
 
 
 def settings(out, **changes):
@@ -58,8 +65,9 @@ def test_every_cell_becomes_a_row(tmp_path):
     ]
     assert [cell.accuracy for cell in cells] == [1.0, 1.0, 0.0, 0.0] * 4
     lines = (tmp_path / "eval.csv").read_text().splitlines()
-    assert lines[0] == ",".join(CSV_COLUMNS) == "method,task,length,depth,seed,count,accuracy"
-    assert lines[1] == "stock,niah_single,256,0.0,0,3,1.0"
+    assert lines[0] == ",".join(CSV_COLUMNS)
+    assert lines[0] == "method,task,length,depth,seed,count,accuracy,density,coverage,coverage_worst,note"
+    assert lines[1] == "stock,niah_single,256,0.0,0,3,1.0,,,,"
     assert read_csv(tmp_path / "eval.csv") == cells
 
 
@@ -103,7 +111,7 @@ def test_options_go_to_all_methods_or_by_name(tmp_path):
     assert method_options("stock", settings(tmp_path, methods=("stock",))) is None
     flex = settings(tmp_path, methods=("flex",), options=gamma)
     # Sparse at any length: models this small would otherwise always be dense.
-    always = {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0}
+    always = {"method": "flex", "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 8}
     assert method_options("flex", flex) == {"prefill": {**always, "gamma": 0.8}}
     named = settings(
         tmp_path,
@@ -180,25 +188,58 @@ def test_table_and_pictures(tmp_path):
     assert [path.read_bytes() for path in draw_plots(cells, tmp_path)] == before
 
 
-def test_prompts_are_measured_with_the_models_own_tokenizer(tmp_path, model_dirs):
-    wanted = settings(tmp_path, model=str(model_dirs("llama")), lengths=(1024,))
+def test_words_are_measured_with_the_models_own_tokenizer(tmp_path, model_dirs):
+    wanted = settings(tmp_path, model=str(model_dirs("llama")), lengths=(1024,), questions="words")
     cell = Cell("dense", "niah_single", 1024, None, 0, 2)
     for sample in make_samples(wanted, cell):
         assert sample.max_new_tokens >= 32
 
 
-@pytest.mark.e2e
-@pytest.mark.filterwarnings("default")
-def test_needle_model_on_the_cpu(tmp_path, capsys):
-    """The command of the documentation, with fewer questions."""
-    arguments = "--model needle --tasks niah_single,niah_multikey --lengths 1024,4096,8192 --methods dense --count 3"
-    engine = '{"max_num_seqs": 4, "enforce_eager": true}'
-    assert main(["eval", *arguments.split(), "--out", str(tmp_path), "--engine-args", engine]) == 0
-    cells = read_csv(tmp_path / "eval.csv")
-    assert len(cells) == 6
-    assert all(cell.accuracy >= 0.95 for cell in cells)
-    assert "niah_multikey" in capsys.readouterr().out
-    assert (tmp_path / "accuracy.png").is_file()
+def test_density_and_coverage_of_sparse_methods_have_columns(tmp_path):
+    rows = [{"density": 0.2, "coverage": 0.9}, {"density": 0.4, "coverage": 1.0}]
+    models = StubModels(selection=iter([rows, []]).__next__)
+    flex, dense = run_eval(settings(tmp_path / "flex", methods=("flex",)), models)
+    assert (flex.density, flex.coverage, flex.coverage_worst, flex.note) == (0.3, 0.95, 0.9, "")
+    assert (dense.density, dense.note) == (None, "ran densely")
+    assert read_csv(tmp_path / "flex" / "eval.csv") == [flex, dense]
+    [remark] = remarks([flex, dense])
+    assert remark.startswith("flex ran densely on niah_single at 512 tokens")
+    table = format_table([flex, dense]).splitlines()
+    assert table[3].split() == ["method", "task", "256", "density"]
+    assert table[4].split() == ["flex", "niah_single", "0.300"]
+    # 2 tiles of 128 read blocks 1 and 1 to 2 of as many; 4 tiles 1, 2, 2, 2 of 1 to 4.
+    options = {"prefill": {"pattern": "sink_local", "sink_blocks": 0, "local_blocks": 2, "block_size": 128}}
+    static = run_eval(settings(tmp_path / "static", methods=("block_sparse",), options=options), StubModels())
+    assert [cell.density for cell in static] == [1.0, 0.7]
+
+
+def test_a_model_that_fails_itself_gets_a_warning():
+    cells = [Cell(method, "niah_single", 1024, None, 0, 5, 0.4) for method in ("stock", "flex")]
+    [remark] = remarks(cells)
+    assert remark.startswith("warning: stock answers 40 % of niah_single at 1024 tokens")
+    assert remarks([replace(cells[0], accuracy=0.5), cells[1]]) == []
+
+
+def test_the_time_is_told_before_the_first_cell(tmp_path, capsys):
+    wanted = settings(tmp_path, methods=("stock", "dense"), lengths=(512, 1024), count=10)
+    run_eval(wanted, StubModels())
+    assert "for 4 cells of 10 questions" in capsys.readouterr().err
+    first = estimate_s(str(NEEDLE_DIR), [512], 10, 3.0, 512)
+    assert first == pytest.approx(30.0)
+    # Attention grows with the square.
+    assert 2 * first < estimate_s(str(NEEDLE_DIR), [1024], 10, 3.0, 512) < 4 * first
+    said = estimate(wanted, list(all_cells(wanted)), 60.0, 600.0)
+    assert said.startswith("about 82 minutes for 4 cells of 10 questions")
+
+
+def test_tables_of_accuracies_alone_are_read_but_not_gone_on_with(tmp_path):
+    run_eval(settings(tmp_path), StubModels())
+    path = tmp_path / "eval.csv"
+    lines = [line.removesuffix(",,,,") for line in path.read_text().splitlines()]
+    path.write_text("\n".join([",".join(ACCURACY_COLUMNS), *lines[1:], ""]))
+    assert [cell.accuracy for cell in read_csv(path)] == [1.0, 1.0]
+    with pytest.raises(ConfigError, match="does not have the columns"):
+        run_eval(settings(tmp_path), StubModels())
 
 
 NEEDLE_TOKEN_BYTES = 2 * 4 * 2 * 64 * 4

@@ -1,13 +1,17 @@
 """`farspan report`: one page with its pictures inside, from the needle model or from tables."""
 
 import csv
+from contextlib import contextmanager
 
 import pytest
 import torch
 from farspan.cli import main
-from farspan.evaluation import report
+from farspan.evaluation import model_report, report
+from farspan.evaluation.evaluate import Model
 from farspan.evaluation.report_plots import HeadMask, draw_masks
 from PIL import Image
+
+from tests.integration.test_ruler import Letters
 
 HEADS = {"density": 0.2, "query_aware": 1.0, "divergence": 0.05, "coverage": 0.97}
 
@@ -76,3 +80,34 @@ def test_mask_picture_shows_what_is_read(tmp_path) -> None:
     with Image.open(draw_masks([HeadMask("diagonal only", blocks, 128)], tmp_path / "mask.png")) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     assert {(0x1F, 0x4E, 0x79), (0xE3, 0xE7, 0xEC)} <= colours
+
+
+def test_any_models_page_comes_from_an_engine(tmp_path, monkeypatch, model_dirs) -> None:
+    tokenizer, asked = Letters(), []
+
+    @contextmanager
+    def open_model(settings, options):
+        assert options["prefill"]["gamma"] == 0.9
+
+        def generate(samples, extra_args=None):
+            asked.append((len(samples), extra_args))
+            return [sample.completion for sample in samples]
+
+        heads = {"density": 0.2, "density_min": 0.1, "coverage": 0.97, "coverage_min": 0.8, "divergence": 0.0}
+        rows = [{"rank": r, "layer": layer, "head": 0, **heads} for layer in range(2) for r in range(2)]
+        yield Model(generate, lambda: rows)
+
+    monkeypatch.setattr("farspan.evaluation.evaluate._tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(model_report.model_sections, "__defaults__", (open_model,))
+    arguments = ["report", "--model", str(model_dirs("llama")), "--length", "1800", "--gamma", "0.9", "--count", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("<img ") == 3
+    assert "3 questions of niah_multikey_1, 1800 tokens. Dense: 100 %. γ 0.7: 100 % at density 0.200" in page
+    assert "Pattern per layer" not in page
+    assert asked[:4] == [(1, None)] * 3 + [(3, {"farspan.method": "dense"})]
+    assert [options["farspan.gamma"] for _, options in asked[4:]] == list(model_report.CURVE_GAMMAS)
+    with (tmp_path / "page" / "heads.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # Heads of two ranks are numbered through the layer.
+    assert [(row["layer"], row["head"]) for row in rows[:4]] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]

@@ -14,9 +14,11 @@ ARCHITECTURES = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "slash": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "mqa": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
 }
-NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1), "mqa": (4, 1)}
-"""Query and KV heads: groups of 2, 7, 1, 4 and 4."""
+NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1), "mqa": (4, 1), "mixtral": (4, 2)}
+"""Query and KV heads: groups of 2, 7, 1, 4, 4 and 2."""
+NUM_EXPERTS = 4
 SLASH_HEAD, SLASH = 2, 1152
 """The query head of "slash" that looks SLASH tokens back; all others look at their own token."""
 
@@ -45,6 +47,8 @@ def write_model(folder: Path, architecture: str) -> Path:
     if has_biases(architecture):
         # Without it vLLM derives the head size from the hidden size.
         config["hidden_size"] = num_heads * HEAD_DIM
+    if architecture == "mixtral":
+        config |= {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "sliding_window": None}
     config |= ARCHITECTURES[architecture]
     (folder / "config.json").write_text(json.dumps(config))
     save_file(make_weights(architecture, config["hidden_size"]), folder / "model.safetensors")
@@ -74,12 +78,15 @@ def make_weights(architecture: str, hidden: int) -> dict[str, torch.Tensor]:
             f"{prefix}.self_attn.k_proj.weight": matrix(num_kv_heads * HEAD_DIM, hidden, 1.6),
             f"{prefix}.self_attn.v_proj.weight": matrix(num_kv_heads * HEAD_DIM, hidden, 3.0),
             f"{prefix}.self_attn.o_proj.weight": matrix(hidden, num_heads * HEAD_DIM, 2.0),
-            f"{prefix}.mlp.gate_proj.weight": matrix(INTERMEDIATE, hidden, 1.0),
-            f"{prefix}.mlp.up_proj.weight": matrix(INTERMEDIATE, hidden, 1.0),
-            f"{prefix}.mlp.down_proj.weight": matrix(hidden, INTERMEDIATE, 0.5),
             f"{prefix}.input_layernorm.weight": torch.ones(hidden),
             f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
         }
+        for mlp, names in mlp_names(architecture).items():
+            for name in names[:2]:
+                weights[f"{prefix}.{mlp}.{name}.weight"] = matrix(INTERMEDIATE, hidden, 1.0)
+            weights[f"{prefix}.{mlp}.{names[2]}.weight"] = matrix(hidden, INTERMEDIATE, 0.5)
+        if architecture == "mixtral":
+            weights[f"{prefix}.block_sparse_moe.gate.weight"] = matrix(NUM_EXPERTS, hidden, 3.0)
         if has_biases(architecture):
             for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
                 bias = torch.randn(heads * HEAD_DIM, generator=generator) * 0.1
@@ -90,6 +97,30 @@ def make_weights(architecture: str, hidden: int) -> dict[str, torch.Tensor]:
     if architecture == "slash":
         weights |= slash_projections(weights)
     return weights
+
+
+def mlp_names(architecture: str) -> dict[str, tuple[str, str, str]]:
+    """By feed-forward network of a layer: its gate, its way up and its way down."""
+    if architecture == "mixtral":
+        return {f"block_sparse_moe.experts.{expert}": ("w1", "w3", "w2") for expert in range(NUM_EXPERTS)}
+    return {"mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+def write_lora(folder: Path, architecture: str, rank: int = 8) -> Path:
+    """Write an adapter of all query and value projections that changes the tokens; returns the folder."""
+    folder.mkdir(parents=True)
+    num_heads, num_kv_heads = NUM_HEADS[architecture]
+    generator = torch.Generator().manual_seed(11)
+    weights = {}
+    for layer in range(LAYERS):
+        for name, heads in (("q_proj", num_heads), ("v_proj", num_kv_heads)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=generator) * HIDDEN**-0.5
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(heads * HEAD_DIM, rank, generator=generator)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "task_type": "CAUSAL_LM"}))
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
 
 
 def has_biases(architecture: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from farspan.kernels import decode, kv_gather, static_block_lists
+from farspan.kernels import combine, decode, kv_gather, page_bounds, page_choice, selected_decode, static_block_lists
 from farspan.kernels import prefill as paged_prefill
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.contiguous import attention as contiguous
@@ -189,10 +189,62 @@ def page_copies() -> dict[str, tuple[Any, Callable[[], object]]]:
     return calls
 
 
+def selecting() -> dict[str, tuple[Any, ...]]:
+    """Kernels of selective decode, and calls of each, for heads of 128 on pages of 128."""
+    pages = torch.empty(16, 8, 128, 256, dtype=torch.bfloat16)
+    pools = kv_gather.PagePools(pages.transpose(0, 1).contiguous(), (), torch.zeros(8, dtype=torch.int64))
+    bounds = page_bounds.make_page_bounds(8, 16, 128, 128, torch.bfloat16, pages.device)
+    ids, lens = torch.zeros(4, dtype=torch.int32), torch.tensor([1024], dtype=torch.int32)
+    buffers = selected_decode.make_selection_buffers(1, 8, 32, 16, pages.device)
+    table = torch.zeros(1, 16, dtype=torch.int32)
+    batch = PagedBatch(torch.tensor([0, 1], dtype=torch.int32), lens, table, max_query_len=1, max_kv_len=1024)
+    query = torch.empty(1, 32, 128, dtype=torch.bfloat16)
+
+    def decode_selected(by_bounds: bool) -> None:
+        selected_decode.selected_decode(
+            query,
+            KVView(pages, 0, torch.empty_like(pages)),
+            bounds,
+            batch,
+            0.1,
+            page_choice.Rule(0.9, by_bounds),
+            buffers,
+            num_splits=4,
+            min_split_keys=128,
+            out=torch.empty_like(query),
+            lse=torch.empty(32, 1),
+            left=torch.empty(32, 1),
+        )
+
+    kernels = {
+        "parts": decode._decode_kernel,
+        "weigh": page_bounds._weigh_pages_kernel,
+        "choose": page_choice._choose_pages_kernel,
+        "chosen": selected_decode._decode_chosen_kernel,
+        "combine": combine._combine_kernel,
+    }
+    choice = buffers.choice
+    bound = partial(page_bounds.bound_pages, pools, bounds, ids, ids)
+    listing = partial(page_choice.list_host_pages, table, lens, 128, choice.host_places, choice.num_host)
+    calls: dict[str, tuple[Any, ...]] = {
+        "select-bound": (page_bounds._bound_pages_kernel, bound),
+        "select-list": (page_choice._list_host_pages_kernel, listing),
+        "select-choose-by-bounds": (
+            kernels["choose"], partial(decode_selected, True),
+            *(each for name, each in kernels.items() if name != "choose"),
+        ),
+    }  # fmt: skip
+    for name, kernel in kernels.items():
+        others = [each for each in kernels.values() if each is not kernel]
+        calls[f"select-{name}"] = (kernel, partial(decode_selected, False), *others)
+    return calls
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentHopper())
     for module in (paged_prefill, short_lists, tile_rows):
         module.device_capability = lambda device: (HOPPER // 10, HOPPER % 10)
+    page_bounds.multiplies_bfloat16 = lambda device: True
     # It wants the tensors on a GPU, where they would be computed.
     contiguous._check = lambda *arguments: None
     kernel = paged_prefill.prefill_kernel
@@ -214,7 +266,7 @@ def main() -> None:
                 "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
                 "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
                 "decode-both-pools": compiled(decode._decode_kernel, decode_from_both_pools),
-                **{name: compiled(*copy) for name, copy in page_copies().items()},
+                **{name: compiled(*copy) for name, copy in (page_copies() | selecting()).items()},
             }
         )
     )

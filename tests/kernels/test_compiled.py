@@ -32,4 +32,6 @@ def test_kernels_keep_their_registers() -> None:
         assert kernels[name]["registers"] <= 255
         assert kernels[name]["stack"] == 0
     assert kernels["decode-both-pools"]["stack"] == 0
-    assert all(kernels[name]["stack"] == 0 for name in kernels if name.startswith(("map-", "move-", "stage-")))
+    assert all(
+        kernels[name]["stack"] == 0 for name in kernels if name.startswith(("map-", "move-", "stage-", "select-"))
+    )

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from farspan.kernels.batch import PagedBatch
 from farspan.kernels.flex import oracle, tile_rows, tile_rows_reference
 from farspan.kernels.flex.spans import SpanRule, Spans, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget, TileSelection
@@ -158,10 +157,12 @@ def test_log_sums_are_those_of_every_block(case: Case, num_splits: int, device: 
     num_heads = batch.query.shape[1]
     out = torch.full((num_heads, spans.num_spans, tiles.max_kv_blocks, case.rows), float("nan"), device=device)
     key_pages, _ = batch.kv.split()
-    tile_rows.stream_log_sums(
-        batch.query, key_pages, batch.paged, spans, tiles.max_kv_blocks, case.block_size, batch.scale,
-        turn_of(case, device), out, TileRowsConfig(64, 4, 2, use_tma=False), num_splits,
+    turn = turn_of(case, device)
+    launch = tile_rows.LogSumsLaunch(
+        batch.query, key_pages, batch.paged, spans, tiles.max_kv_blocks, case.block_size, batch.scale, turn,
+        TileRowsConfig(64, 4, 2, use_tma=False), num_splits,
     )  # fmt: skip
+    launch(batch.query, key_pages, turn, out)
     batch = on_cpu(batch)
     one_block = {block: log_sums_of(batch, case, spans, block) for block in range(tiles.max_kv_blocks)}
     for span, (request, index) in enumerate(zip(spans.span_request.tolist(), spans.span_index.tolist(), strict=True)):
@@ -300,7 +301,7 @@ def test_a_chunk_may_begin_before_the_end_of_its_keys() -> None:
     batch = batch_of(case, torch.device("cpu"))
     tiles = batch.tiles(case.block_size)
     spans = spans_of(batch, tiles, case.rule)
-    paged = PagedBatch(**{**vars(batch.paged), "first_pos": torch.tensor([400], dtype=torch.int32)})
+    paged = replace(batch.paged, first_pos=torch.tensor([400], dtype=torch.int32))
     lists = [
         lists_of(
             tile_rows_reference.tile_row_lists(batch.query, batch.kv, each, tiles, spans, batch.scale, case.budget)

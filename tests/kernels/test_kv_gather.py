@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from farspan.kernels import kv_gather
 from farspan.kernels.batch import KVView
 from farspan.kernels.cpu_attention import cpu_attention
 from farspan.kernels.decode import paged_decode
@@ -118,6 +119,22 @@ def test_long_tables(device: torch.device) -> None:
         found.append((entries.cpu(), mapped.cpu()))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_steps_that_are_alike_share_a_launch(device: torch.device) -> None:
+    """And each writes its own tables."""
+    kv_gather._map_launch.cache_clear()
+    slot_of = ints([0, 2, 1, -1], device)
+    for block_table, place in (([[1, 2]], 17), ([[3, 1]], 40), ([[2, 3]], 55)):
+        blocks, found = ints(block_table, device).view(1, 2), []
+        for mapping, where in ((map_step, device), (map_step_cpu, torch.device("cpu"))):
+            entries = torch.zeros(1, 2, dtype=torch.int32, device=where)
+            mapped = torch.zeros(1, dtype=torch.int64, device=where)
+            inputs = [each.to(where) for each in (blocks, ints([20], device), torch.tensor([place]), slot_of)]
+            mapping(*inputs, 16, 32, entries, mapped)
+            found.append((entries.tolist(), mapped.tolist()))
+        assert found[0] == found[1]
+    assert kv_gather._map_launch.cache_info()[:2] == (2, 1)  # hits, misses
 
 
 def half_on_the_host(batch: Inputs) -> tuple[KVView, torch.Tensor]:

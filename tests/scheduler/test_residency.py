@@ -3,9 +3,10 @@
 import random
 from collections import deque
 
+import msgspec
 import pytest
 from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan, view_term
-from farspan.scheduler.residency import Residency, Scheduled, most_pages_written, most_requests
+from farspan.scheduler.residency import NOTHING_SELECTED, Residency, Scheduled, most_pages_written, most_requests
 
 PAGE = 4
 
@@ -261,3 +262,21 @@ def test_statistics_tell_what_happened_since_they_were_asked() -> None:
     assert (told["steps"], told["steps_that_read"]) == (2, 1)
     again = residency.statistics()
     assert again["steps"] == again["bytes_to_host"] == again["bytes_from_host"] == 0
+
+
+def test_workers_tell_what_selective_decode_read() -> None:
+    """Of decoding requests in their report alone; of prefill as before."""
+    residency = make_residency(num_blocks=40, num_slots=11)
+    residency.sizes = msgspec.structs.replace(residency.sizes, is_selective=True)
+    residency.plan([Scheduled("long", 0, 24, range(1, 7)), Scheduled("short", 0, 8, (7, 8))], [], lambda block: True)
+    residency.plan([Scheduled("new", 0, 16, (10, 11, 12, 13))], [], lambda block: True)
+    residency.plan([Scheduled("long", 24, 1, (9,))], [], lambda block: True)
+    assert residency.statistics()["bytes_from_host"] == 0
+    report = msgspec.structs.replace(NOTHING_SELECTED, rows=4, kept=3.8, certified=3.0, least_kept=0.9, bytes_read=70)
+    residency.selection = report
+    told = residency.statistics()
+    assert (told["bytes_from_host"], told["select_audited"], told["select_kept"]) == (70, 4, 3.8)
+    assert (told["select_certified"], told["select_least_kept"]) == (3.0, 0.9)
+    again = residency.statistics()
+    assert again["bytes_from_host"] == again["select_audited"] == again["select_kept"] == 0
+    assert again["select_least_kept"] == 0.9

@@ -1,5 +1,6 @@
 """Host memory for cold pages: whole layers in slabs, and sentences where there is none."""
 
+import psutil
 import pytest
 import torch
 from farspan.engine_ext.errors import UnsupportedEngineError
@@ -30,6 +31,18 @@ def test_slabs() -> None:
 def test_no_memory() -> None:
     with pytest.raises(UnsupportedEngineError, match=r"could not be allocated .* Lower offload\.host_memory"):
         make_slab(1 << 60, register=False)
+
+
+def test_populated_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "POPULATED_BYTES", 16 << 20)
+    slab = torch.empty(100 << 20, dtype=torch.uint8)
+    before = psutil.Process().memory_info().rss
+    pool.populate(slab)
+    assert psutil.Process().memory_info().rss - before > 90 << 20
+    slab.fill_(7)
+    pool.populate(slab[1:])
+    pool.populate(slab[3:9])
+    assert (slab == 7).all()
 
 
 @pytest.mark.gpu

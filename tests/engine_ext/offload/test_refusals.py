@@ -15,7 +15,7 @@ def engine(offload: dict[str, Any] | None, **changes: Any) -> Any:
         "additional_config": {"farspan": {"offload": offload}},
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, use_ubatching=False),
-        "cache_config": SimpleNamespace(block_size=128),
+        "cache_config": SimpleNamespace(block_size=128, kv_offloading_size=None),
         "scheduler_config": SimpleNamespace(scheduler_cls=None),
         "model_config": SimpleNamespace(
             enable_sleep_mode=False,
@@ -42,12 +42,13 @@ def check(config: Any) -> None:
     [
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism together with offload"),
         ({"kv_transfer_config": object()}, "a KV connector together with offload"),
+        ({"cache_config__kv_offloading_size": 1.0}, "a KV connector together with offload"),
         ({"model_config__enable_sleep_mode": True}, "sleep mode together with offload"),
         ({"parallel_config__use_ubatching": True}, "microbatches together with offload"),
         ({"cache_config__block_size": 256}, "block_size=256 together with offload"),
         ({"scheduler_config__scheduler_cls": "mine.Scheduler"}, "scheduler_cls='mine.Scheduler' together with offload"),
     ],
-    ids=["pipeline", "connector", "sleep", "microbatches", "block-size", "scheduler"],
+    ids=["pipeline", "connector", "vllm-offloading", "sleep", "microbatches", "block-size", "scheduler"],
 )
 def test_refusals(changes: dict[str, Any], sentence: str) -> None:
     config = engine({}, **changes)

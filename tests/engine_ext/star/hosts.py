@@ -12,6 +12,7 @@ import torch
 from farspan.engine_ext import launch, layers, metadata, requests
 from farspan.engine_ext.config import Prefill, parse_config
 from farspan.engine_ext.passes import StepMetadata
+from farspan.engine_ext.star import steps
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.string import Rotation
 from farspan.kernels.batch import KVView
@@ -115,15 +116,26 @@ class Meeting:
         return everyone
 
     def exchange(self, rank: int) -> Any:
-        def agree(digest: bytes) -> None:
+        def agree(digest: bytes, number: int = 0) -> list[int]:
             assert len(digest) <= 7
-            assert len(set(self.meet(rank, digest))) == 1
+            digests, numbers = zip(*self.meet(rank, (digest, number)), strict=True)
+            assert len(set(digests)) == 1
+            return list(numbers)
 
         def gather(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             outs, lses = zip(*self.meet(rank, (out, lse)), strict=True)
             return torch.stack(outs), torch.stack(lses)
 
-        return SimpleNamespace(agree=agree, gather=gather, num_bytes=0, num_hosts=len(self.given))
+        def gather_pages(pages: torch.Tensor) -> torch.Tensor:
+            return torch.cat(self.meet(rank, pages.clone()))
+
+        def send_pages(pages: torch.Tensor) -> None:
+            pages.copy_(self.meet(rank, pages.clone())[0])
+
+        return SimpleNamespace(
+            agree=agree, gather=gather, gather_pages=gather_pages, send_pages=send_pages, num_bytes=0,
+            num_hosts=len(self.given), rank=rank, anchor_of=None,
+        )  # fmt: skip
 
 
 class Source:
@@ -239,6 +251,7 @@ def attend_step(
     context, parts, out = step.layers[LAYER], launch.Parts(), torch.full_like(query, torch.nan)
     launch.write_kv(launch.at_true_positions(key, step.moved, context.to_true_positions), value, pages, slots)
     query = launch.at_true_positions(query, step.moved, context.to_true_positions)
+    pages = pages if step.key_exchange is None else step.key_exchange.pages(pages)
     for each in step.passes:
         target = out[each.rows] if each.part is None else parts.new_out(out[each.rows])
         lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target)
@@ -276,8 +289,12 @@ def run_hosts(num_hosts: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work_as, range(num_hosts)))
 
 
-def meet_in_threads(num_hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let builders find the threads' exchange instead of a process group."""
+def meet_in_threads(num_hosts: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let builders find the threads' exchanges, which it returns, instead of a process group."""
     meeting = Meeting(num_hosts)
-    monkeypatch.setattr(metadata, "exchange_of", lambda hosts, rank: meeting.exchange(rank) if hosts > 1 else None)
-    monkeypatch.setattr(metadata, "current_exchange", lambda: meeting.exchange(getattr(_host, "rank", 0)))
+    made = [meeting.exchange(rank) for rank in range(num_hosts)]
+    for module in (metadata, steps):
+        monkeypatch.setattr(module, "exchange_of", lambda hosts, rank: made[rank] if hosts > 1 else None)
+    monkeypatch.setattr(metadata, "current_exchange", lambda: made[getattr(_host, "rank", 0)])
+    monkeypatch.setattr(steps, "current", lambda: made[getattr(_host, "rank", 0)])
+    return made

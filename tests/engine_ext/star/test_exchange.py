@@ -21,6 +21,8 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
     sockets = bind_ports("127.0.0.1")
     ports = [each.getsockname()[1] for each in sockets]
 
+    exchanges: list[Exchange] = []
+
     def host(rank: int) -> Any:
         exchange = form_exchange(
             rank,
@@ -32,13 +34,17 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
             timeout_s=TIMEOUT_S,
             start_timeout_s=30,
         )
+        exchanges.append(exchange)
         try:
             return work(exchange)
         except StarError as error:
             return error
 
     with ThreadPoolExecutor(num_hosts) as pool:
-        return list(pool.map(host, range(num_hosts)))
+        results = list(pool.map(host, range(num_hosts)))
+    for exchange in exchanges:
+        exchange.close()
+    return results
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3])
@@ -63,6 +69,22 @@ def test_strided_results_are_gathered() -> None:
     assert torch.equal(results[0][0][1], wide[:, 1:5, :64])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_come_from_all_hosts_or_from_host_0(dtype: torch.dtype) -> None:
+    def pages(rank: int) -> torch.Tensor:
+        return (torch.arange(48).view(3, 2, 8) + 100 * rank).to(dtype)
+
+    def work(exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor, float]:
+        gathered, sent = exchange.gather_pages(pages(exchange.rank)), pages(exchange.rank)
+        exchange.send_pages(sent)
+        return gathered, sent, exchange.take_waited_s()
+
+    for gathered, sent, waited_s in on_hosts(3, work):
+        assert torch.equal(gathered, torch.cat([pages(rank) for rank in range(3)]))
+        assert torch.equal(sent, pages(0))
+        assert waited_s > 0
+
+
 def test_a_late_host_is_named() -> None:
     def work(exchange: Exchange) -> None:
         exchange.agree(b"one")
@@ -78,6 +100,21 @@ def test_a_late_host_is_named() -> None:
     for error in (first, third):
         assert "step 3: host 1 did not take part" in str(error) or "lost the connection" in str(error)
     assert any("host 1 did not take part within 1.5 s" in str(error) for error in (first, third))
+
+
+def test_a_host_that_is_gone_is_named_at_once() -> None:
+    def work(exchange: Exchange) -> None:
+        if exchange.rank == 1:
+            exchange.mesh.close()
+            return
+        exchange.agree(b"one")
+
+    started = time.monotonic()
+    first, second, third = on_hosts(3, work)
+    assert second is None
+    for error in (first, third):
+        assert "lost the connection to host 1" in str(error)
+    assert time.monotonic() - started < 10
 
 
 def test_hosts_that_would_compute_different_steps_say_so() -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.passes import Sparse
+from farspan.engine_ext.star.windows import WindowShard
 
 from tests.engine_ext.star.hosts import (
     Host,
     Layout,
+    at_places,
     first_of,
     make_tokens,
     meet_in_threads,
@@ -214,3 +216,129 @@ def test_a_host_that_decodes_in_graphs_refuses_steps_of_its_own(monkeypatch: pyt
     own = shard_tokens(make_tokens(layout.context_len + 5), layout.shards()[0])
     with pytest.raises(StarError, match="a step of one token that other hosts do not take part in"):
         host.step([(0, layout.shards()[0], first_of(own, 1), 0)])
+
+
+def window_shards(num_hosts: int, num_pages: int, window_pages: int) -> list[WindowShard]:
+    common = {"name": "w", "context": "c", "context_len": num_pages * PAGE, "window_len": window_pages * PAGE}
+    return [
+        WindowShard(**common, page_size=PAGE, num_hosts=num_hosts, query_host=num_hosts - 1, rank=rank)
+        for rank in range(num_hosts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_hosts", "num_pages", "window_pages"),
+    [(2, 8, 8), (2, 13, 8), (2, 12, 4), (3, 19, 12), (4, 8, 16), (7, 15, 28)],
+    ids=str,
+)
+def test_every_token_sees_all_before_it(
+    num_hosts: int, num_pages: int, window_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = window_shards(num_hosts, num_pages, window_pages)
+    context_len, chunk = num_pages * PAGE, window_pages * PAGE // num_hosts
+    tokens = make_tokens(context_len + QUERY_LEN)
+    causal = torch.ones(len(tokens.query), len(tokens.query), dtype=torch.bool).tril()
+    expected = oracle(tokens, causal).float()
+    meet_in_threads(num_hosts, monkeypatch)
+    hosts = [Host(PAGE, 64, None, monkeypatch) for _ in shards]
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shard, host = shards[rank], hosts[rank]
+        shard.check(PAGE, shard.local_len)
+        places = torch.tensor([at for start, stop in shard.stretches() for at in range(start, stop)])
+        own = at_places(tokens, torch.cat([places, torch.arange(context_len, len(tokens.query))]))
+        outs = []
+        for first in range(0, shard.local_len, chunk):
+            outs += host.step([(0, shard, first_of(own, min(first + chunk, shard.local_len)), first)])
+        # Found in the prefix cache but for the last page, as a second question's phase 1 does.
+        last = shard.local_len - PAGE
+        (again,) = host.step([(0, shard, first_of(own, shard.local_len), last)])
+        torch.testing.assert_close(again, torch.cat(outs)[last:], atol=2e-5, rtol=1e-4)
+        for first, end in ((0, 20), (20, QUERY_LEN)):
+            outs += host.step([(0, shard, first_of(own, shard.local_len + end), shard.local_len + first)])
+        return places, torch.cat(outs)
+
+    results = run_hosts(num_hosts, work)
+    assert sorted(torch.cat([places for places, _ in results]).tolist()) == list(range(context_len))
+    for places, out in results:
+        torch.testing.assert_close(out[: len(places)], expected[places], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[len(places) :], expected[context_len:], atol=2e-5, rtol=1e-4)
+
+
+def test_flex_reads_only_its_blocks_of_all_hosts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists of a chunk are those of the same chunk on one host: here at gamma 1, all blocks of the context."""
+    shards = window_shards(2, 64, 32)
+    tokens = make_tokens(1024)
+    expected = oracle(tokens, torch.ones(1024, 1024, dtype=torch.bool).tril()).float()
+    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 0}
+    meet_in_threads(2, monkeypatch)
+    hosts = [Host(PAGE, 64, {"prefill": prefill}, monkeypatch) for _ in shards]
+
+    def work(rank: int) -> None:
+        shard, host = shards[rank], hosts[rank]
+        made: list[Any] = []
+        stock = host.builder.build
+        host.builder.build = lambda *arguments: made.append(stock(*arguments)) or made[-1]
+        places = torch.tensor([at for start, stop in shard.stretches() for at in range(start, stop)])
+        own = at_places(tokens, places)
+        for first in (0, 256):
+            (out,) = host.step([(0, shard, first_of(own, first + 256), first)])
+            torch.testing.assert_close(out, expected[places[first : first + 256]], atol=2e-5, rtol=1e-4)
+        assert all(isinstance(each.work, Sparse) for step in made for each in step.passes)
+
+    run_hosts(2, work)
+
+
+def test_chunks_that_leave_the_windows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with shorter chunks than its windows would see pages that nobody has computed."""
+    shards = window_shards(2, 16, 8)
+    tokens = make_tokens(256)
+    meet_in_threads(2, monkeypatch)
+    hosts = [Host(PAGE, 64, None, monkeypatch) for _ in shards]
+
+    def work(rank: int) -> str:
+        shard = shards[rank]
+        own = at_places(tokens, torch.tensor([at for start, stop in shard.stretches() for at in range(start, stop)]))
+        with pytest.raises(StarError) as caught:
+            hosts[rank].step([(0, shard, first_of(own, 48), 0)])
+        return str(caught.value)
+
+    for sentence in run_hosts(2, work):
+        assert "before other hosts have what they see" in sentence
+
+
+@pytest.mark.parametrize("chunk", [16, 48, 1000], ids=lambda chunk: f"chunk{chunk}")
+def test_an_anchor_that_is_sent_is_the_computed_one_bit_for_bit(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["three-hosts-ragged"]
+    tokens = make_tokens(layout.context_len)
+    made = meet_in_threads(layout.num_hosts, monkeypatch)
+    shards = layout.shards()
+
+    def work(rank: int, host: Host, shares: bool) -> torch.Tensor:
+        shard = shards[rank]
+        own = shard_tokens(tokens, shard)
+        made[rank].anchor_of = shard.name if shares else None
+        done, outs = 0, []
+        while done < shard.local_len:
+            end = min(done + chunk, shard.local_len)
+            if done < shard.copied_len:
+                end = min(end, shard.copied_len)
+                if shares:
+                    done = shard.copied_len
+                    continue
+            outs += host.step([(0, shard, first_of(own, end), done)])
+            done = end
+        assert made[rank].anchor_of is None
+        return torch.cat(outs)[-shard.own_len :]
+
+    both = []
+    for shares in (True, False):
+        hosts = [Host(PAGE, 64, None, monkeypatch) for _ in shards]
+        for shard, host in zip(shards, hosts, strict=True):
+            # As the engine's prefix cache does, which holds a place for the anchor before it comes.
+            host.tables[0] = [host.free.pop() for _ in range(shard.local_len // PAGE)]
+        both.append(
+            run_hosts(layout.num_hosts, lambda rank, hosts=hosts, shares=shares: work(rank, hosts[rank], shares))
+        )
+    for shared, computed in zip(*both, strict=True):
+        torch.testing.assert_close(shared, computed, atol=0, rtol=0)

@@ -1,13 +1,17 @@
-"""Hosts that do what a test tells them by a file: die, sleep, fail or answer with other tokens, once."""
+"""Hosts that do what a test tells them by a file: die, sleep, fail, lose the network or lie, once."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from farspan.star import StarLLM
 from farspan.star.host import StarHost
 from farspan.star.protocol import Answer, Ask
@@ -17,6 +21,15 @@ FAULT_FILE = "FARSPAN_TEST_FAULT"
 
 class FaultyHost(StarHost):
     """A StarHost with at most one fault, at the second step of a phase."""
+
+    connections: frozenset[int] = frozenset()
+    """File descriptors of the connections to other hosts."""
+
+    def rejoin(self, address: str, ports: Sequence[int]) -> None:
+        """As StarHost's; remembers which connections it made."""
+        before = connected()
+        super().rejoin(address, ports)
+        self.connections = connected() - before
 
     def run(self, ask: Ask) -> Answer:
         """As StarHost's, with the fault that the file names for this host and phase."""
@@ -43,6 +56,10 @@ class FaultyHost(StarHost):
             answer = dataclasses.replace(answer)
         return answer
 
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        assert self.llm.llm_engine.reset_prefix_cache()
+
     def act(self) -> None:
         """Do what the file says."""
         assert self.fault is not None
@@ -55,6 +72,26 @@ class FaultyHost(StarHost):
             os.kill(os.getpid(), signal.SIGSTOP)
         if action == "memory":
             raise MemoryError("a test's memory is full")
+        if action == "fill":
+            # More than any machine has: the allocator refuses, as it does when memory is full.
+            torch.empty(1 << 50, dtype=torch.uint8)
+        if action == "cut":
+            for descriptor in self.connections:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def connected() -> frozenset[int]:
+    """File descriptors of this process's TCP connections."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+                    found.add(int(name))
+    return frozenset(found)
 
 
 def take_fault(rank: int, phase: str) -> dict[str, Any] | None:

@@ -4,8 +4,17 @@ import itertools
 
 import pytest
 from farspan.engine_ext.errors import ConfigError
-from farspan.star.blocks import BlockSizes, assign_blocks, block_lens, cost_of, default_block_len, plan_shards
-from farspan.star.llm import host_context
+from farspan.star.blocks import (
+    BlockSizes,
+    assign_blocks,
+    block_lens,
+    cost_of,
+    default_block_len,
+    plan_shards,
+    window_shards,
+    windowed_len,
+)
+from farspan.star.work import host_context
 
 PAGE = 128
 NONE = BlockSizes()
@@ -67,6 +76,39 @@ def test_the_busiest_host_has_as_little_as_can_be(num_hosts: int, linear_pairs: 
 
 def test_the_first_host_may_have_more_blocks_as_it_has_no_anchor_to_copy() -> None:
     assert assign_blocks([1024] * 5, 2, 1024, 1e6) == [3, 2]
+
+
+def test_hosts_that_are_sent_the_anchor_wait_for_the_chunks_before_its_last() -> None:
+    """The first host has more where the others compute an anchor, or wait for most of it."""
+    counts = {}
+    for chunk in (None, 128, 1024):
+        plan = plan_shards("r", 8 * 1024, 2, PAGE, BlockSizes(1024), 1e6, sending_chunk_len=chunk)
+        counts[chunk] = [shard.num_blocks for shard in plan or ()]
+    assert counts == {None: [5, 3], 128: [4, 4], 1024: [4, 4]}
+    assert assign_blocks([1024] * 4, 2, 8192, 1e6, waited_len=3072) == [3, 1]
+
+
+def test_windows_have_every_token_once_and_the_same_work_everywhere() -> None:
+    page, chunk = 16, 128
+    for num_hosts, num_pages in itertools.product((2, 3, 4, 7), range(1, 150)):
+        length = windowed_len(num_pages * page, num_hosts, page, chunk)
+        assert 0 <= num_pages * page - length < 2 * num_hosts * page
+        if length == 0:
+            continue
+        shards = window_shards("w", list(range(length)), num_hosts, page, chunk)
+        steps = {-(-shard.own_len // chunk) for shard in shards}
+        assert len(steps) == 1
+        for shard in shards:
+            shard.check(page, shard.local_len)
+        own = [host_context(list(range(length)), shard) for shard in shards]
+        assert sorted(itertools.chain(*own)) == list(range(length))
+        if length % (num_hosts * chunk) == 0:
+            # A token sees as many as its position says.
+            assert len({sum(each) for each in own}) == 1
+    with pytest.raises(
+        ConfigError, match="max_num_batched_tokens=100 with visibility='all'; allowed: multiples of two"
+    ):
+        windowed_len(1000, 2, page, 100)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
-from farspan.star.coordinator import HostFailed, HostLost, choose_device, worst
+from farspan.star.coordinator import HostFailed, HostLost, Hosts, choose_device, stuck_error, worst
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -22,6 +22,30 @@ def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:
     failed = HostFailed("failed")
     assert worst({0: waited, 1: failed}) is failed
     assert worst({1: bad}) is bad
+
+
+def test_a_host_that_ray_ended_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    # Ray's memory monitor ends the largest process of a machine whose memory is nearly full; no RayActorError.
+    for error in (ray.exceptions.OutOfMemoryError("memory"), ray.exceptions.RayActorError()):
+
+        def get(ref: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        with pytest.raises(HostLost, match="phase 1: host 3 is dead") as caught:
+            Hosts.result_of(object.__new__(Hosts), 3, None, "phase 1")
+        assert caught.value.rank == 3
+
+
+def test_a_host_that_waits_for_a_dead_one_on_its_device_is_not_the_lost_one() -> None:
+    first = stuck_error(0, "phase 2", 12, [StarError("waited")])
+    assert isinstance(first, HostLost)
+    assert str(first) == "phase 2: host 0 made no progress for 12 s; see its log."
+    for error in (HostLost(1, "host 1 is dead"), HostFailed("host 1 failed")):
+        waits = stuck_error(0, "phase 2", 12, [error])
+        assert not isinstance(waits, HostLost)
+        assert worst({0: waits, 1: error}) is error
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,69 @@ def test_exact_attention_where_a_block_holds_the_context(star: StarLLM, star_mod
     assert short.token_ids == StarLlama(star_model, 1, 500, 0).generate(CONTEXT[: PAGE - 1] + QUERY, MAX_TOKENS)
 
 
+def first_logprobs(output: StarOutput) -> list[dict[int, float]]:
+    places = output.output.outputs[0].logprobs or []
+    return [{token: entry.logprob for token, entry in place.items()} for place in places]
+
+
+def forget_pages(star: StarLLM, *ranks: int) -> None:
+    """Empty the prefix caches of these hosts, of all by default."""
+    import ray
+
+    for rank in ranks or range(star.num_hosts):
+        ray.get(star.hosts.actors[rank].forget.remote())
+
+
+def test_an_anchor_that_host_0_sends_gives_the_same_bits(star: StarLLM, star_model: Path) -> None:
+    """Blocks and chunks are the same on both ways; then again, with the anchor in all caches, and a new one."""
+    context = PROMPT[31 : 31 + CONTEXT_LEN]
+    outputs = [
+        star.generate(context, QUERY, greedy(logprobs=20), block_len=192, anchor=anchor)
+        for anchor in ("share", "share", "recompute")
+    ]
+    assert outputs[0].token_ids == expected_tokens(star_model, outputs[0], context, QUERY)
+    assert outputs[0].shards is not None
+    assert [shard.num_blocks for shard in outputs[0].shards] == [1, 1]
+    assert all(seconds > 0 for seconds in outputs[0].times.key_exchange_s)
+    assert outputs[1].times.key_exchange_s == [0.0, 0.0]
+    context = PROMPT[33 : 33 + CONTEXT_LEN]
+    sent = star.generate(context, QUERY, greedy(logprobs=20), block_len=192, anchor="share")
+    forget_pages(star)
+    computed = star.generate(context, QUERY, greedy(logprobs=20), block_len=192, anchor="recompute")
+    assert sent.shards is not None
+    assert computed.shards is not None
+    assert [shard.num_blocks for shard in sent.shards] == [shard.num_blocks for shard in computed.shards]
+    assert first_logprobs(sent) == first_logprobs(computed)
+    assert max(computed.times.key_exchange_s) == 0
+    assert star.generate(context, QUERY, greedy(), anchor="auto").token_ids
+    assert star.sharing_pays is not None
+
+
+def test_every_token_sees_all_before_it_over_two_hosts(star: StarLLM, star_model: Path) -> None:
+    """Exact attention, whatever the lengths; a second question finds what it can in the hosts' caches."""
+    for length in (CONTEXT_LEN, 200, 300):
+        context = PROMPT[7 : 7 + length]
+        exact = StarLlama(star_model, 1, length, 0).generate(context + QUERY, MAX_TOKENS)
+        output = star.generate(context, QUERY, greedy(), visibility="all")
+        assert output.token_ids == exact
+        assert output.shards is not None
+        assert sum(shard.own_len for shard in output.shards) == output.shards[0].context_len <= length
+        assert min(output.times.key_exchange_s) > 0
+        again = star.generate(context, QUERY, greedy(), visibility="all")
+        assert again.token_ids == exact
+    # One host has lost its pages: all begin anew.
+    forget_pages(star, 1)
+    assert star.generate(context, QUERY, greedy(), visibility="all").token_ids == exact
+    assert star.restart_s == 0
+    # Too short for a page in each part: one host.
+    assert star.generate(context[:40], QUERY, greedy(), visibility="all").shards is None
+    for changes in ({"block_len": 48}, {"anchor_len": 16}, {"anchor": "share"}):
+        with pytest.raises(ConfigError, match="allowed: only with visibility='star'"):
+            star.generate(context, QUERY, greedy(), visibility="all", **changes)
+    with pytest.raises(ConfigError, match="visibility='some'; allowed: 'star', 'all'"):
+        star.generate(context, QUERY, greedy(), visibility="some")  # type: ignore[arg-type]
+
+
 def test_a_second_question_reads_no_block_again(star: StarLLM, star_model: Path) -> None:
     context = PROMPT[11 : 11 + CONTEXT_LEN]
     first = star.generate(context, QUERY, greedy())
@@ -115,6 +178,37 @@ def test_streaming_and_abort(star: StarLLM) -> None:
     assert star.restart_s == 0
 
 
+def test_requests_of_several_threads_wait_for_each_other(star: StarLLM) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    contexts = [PROMPT[at : at + 200] for at in range(3)]
+    alone = [star.generate(context, QUERY, greedy()).token_ids for context in contexts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda context: star.generate(context, QUERY, greedy()).token_ids, contexts))
+    assert together == alone
+    stream = star.stream(CONTEXT, QUERY, greedy(100))
+    assert next(stream)
+    with pytest.raises(StarError, match="another request of this thread is not at its end"):
+        star.generate(CONTEXT, QUERY, greedy())
+    stream.close()
+    assert star.generate(contexts[0], QUERY, greedy()).token_ids == alone[0]
+
+
+def test_queries_answered_together_have_the_tokens_that_each_has_alone(star: StarLLM) -> None:
+    """Contexts of several lengths, one that is on one host alone, and an answer that ends earlier."""
+    prompts = [(PROMPT[:200], QUERY), (PROMPT[5 : 5 + CONTEXT_LEN], QUERY[:30]), (PROMPT[:10], QUERY[:5])]
+    params = [greedy(12), greedy(5), greedy(7)]
+    alone = [star.generate(*prompt, each).token_ids for prompt, each in zip(prompts, params, strict=True)]
+    together = star.generate_together(prompts, params)
+    assert [output.token_ids for output in together] == alone
+    assert [output.shards is None for output in together] == [False, False, True]
+    with pytest.raises(ConfigError, match="2 sampling_params for 3 prompts"):
+        star.generate_together(prompts, params[:2])
+    with pytest.raises(ConfigError, match="requests together need"):
+        star.generate_together([(PROMPT * 2, QUERY)] * 9, greedy())
+    assert star.restart_s == 0
+
+
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     from vllm import SamplingParams
 
@@ -144,16 +238,27 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     assert star.restart_s == 0
 
 
-@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize(
+    ("first", "rank", "action", "choice"),
+    [
+        (23, 1, "kill", {}),
+        (29, 0, "stop", {}),
+        (41, 0, "kill", {"anchor": "share"}),
+        (43, 1, "kill", {"visibility": "all"}),
+    ],
+    ids=["kill", "stop", "share", "all"],
+)
 def test_a_host_lost_in_phase_1_is_replaced(
-    star: StarLLM, star_model: Path, fault: Callable[..., None], action: str
+    star: StarLLM, star_model: Path, fault: Callable[..., None], first: int, rank: int, action: str, choice: Any
 ) -> None:
     # Each its own, or the second would find its blocks computed, and phase 1 would be over in one step.
-    first, rank = (23, 1) if action == "kill" else (29, 0)
     context = PROMPT[first : first + CONTEXT_LEN]
     fault(rank, "phase 1", action)
-    output = star.generate(context, QUERY, greedy())
-    assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
+    output = star.generate(context, QUERY, greedy(), **choice)
+    if choice.get("visibility") == "all":
+        assert output.token_ids == StarLlama(star_model, 1, CONTEXT_LEN, 0).generate(context + QUERY, MAX_TOKENS)
+    else:
+        assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
     assert output.times.restart_s > 0
 
 
@@ -179,13 +284,35 @@ def test_a_host_lost_in_phase_2_is_named(
     assert star.restart_s > 0
 
 
-@pytest.mark.parametrize("phase", ["phase 1", "phase 2"])
-def test_a_host_whose_memory_is_full_says_so(star: StarLLM, fault: Callable[..., None], phase: str) -> None:
-    fault(1, phase, "memory")
+@pytest.mark.parametrize(
+    ("phase", "action", "sentence"),
+    [
+        ("phase 1", "fill", "RuntimeError: .*allocate"),
+        ("phase 2", "memory", "MemoryError: a test's memory is full"),
+    ],
+    ids=["phase-1", "phase-2"],
+)
+def test_a_host_whose_memory_is_full_says_so(
+    star: StarLLM, fault: Callable[..., None], phase: str, action: str, sentence: str
+) -> None:
+    fault(1, phase, action)
     context = PROMPT[37 : 37 + CONTEXT_LEN]
-    with pytest.raises(StarError, match=f"{phase}: host 1 failed: MemoryError"):
+    with pytest.raises(StarError, match=f"{phase}: host 1 failed: {sentence}"):
         star.generate(context, QUERY, greedy())
     assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
+
+
+def test_a_host_without_network_is_named(star: StarLLM, fault: Callable[..., None]) -> None:
+    """Its connections to the other hosts are cut in phase 2; the coordinator still reaches it."""
+    fault(1, "phase 2", "cut")
+    context = PROMPT[39 : 39 + CONTEXT_LEN]
+    started = time.monotonic()
+    with pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
+        star.generate(context, QUERY, greedy(32))
+    assert time.monotonic() - started < 2 * TIMEOUT_S
+    assert "host 1" in str(caught.value)
+    assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
+    assert star.restart_s > 0
 
 
 def test_other_tokens_name_their_host(star: StarLLM, fault: Callable[..., None]) -> None:

@@ -1,0 +1,58 @@
+"""The tables of docs/star.md are those of the rows, and what they show is what the rows say."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.record import Environment, Recorder, Row, read_rows
+from benchmarks.star_tables import TABLES, all_tables, answer_tables, gpu_rows, measured_table, rates_of_rows
+
+ENVIRONMENT = Environment("20261128-abc", "2026-11-28", "0123", "some GPU", "1.2", "2.11", "3.6", "0.32")
+
+
+def test_the_page_has_the_tables_of_the_rows() -> None:
+    assert TABLES.is_current(all_tables(read_rows())), "run: python -m benchmarks.star_tables --write"
+
+
+def rows() -> list[Row]:
+    recorder = Recorder(None, ENVIRONMENT)
+    for length, seconds in ((65536, 0.9), (131072, 2.7)):
+        case = f"n{length}-b1-llama8b-l8-bf16"
+        for variant, share in (("fa3", 1.0), ("tp2-fa3", 0.5), ("farspan-star-n4", 0.25)):
+            recorder.add("star", case, variant, "time", "ms", [1e3 * seconds * share])
+            recorder.add("star", f"{case}-tpot", variant, "time", "ms", [2.5])
+        recorder.add("star", f"{case}-phase1", "farspan-star-n4", "time", "ms", [1.0])
+        recorder.add("star", case, "farspan-star-n4", "exchanged", "MiB", [3.0])
+    return recorder.rows
+
+
+def test_times_stand_beside_tensor_parallelism() -> None:
+    table = measured_table(gpu_rows(rows()))
+    assert "| Star, blocks of N/4 | 0.23 (2.00×) | 0.68 (2.00×) | 2.50 | 3 |" in table
+    assert "| one GPU, FlashAttention 3 | 0.90 | 2.70 | 2.50 |  |" in table
+
+
+def test_only_times_of_one_run_are_compared() -> None:
+    later = [replace(row, run_id="20261129-abc", p50="500") for row in rows() if row.variant == "farspan-star-n4"]
+    table = measured_table(gpu_rows([*rows(), *later]))
+    assert "| Star, blocks of N/4 | 0.50 | 0.50 | 500.00 | 500 |" in table
+    other = [replace(row, gpu="other GPU") for row in later]
+    assert gpu_rows([*rows(), *other]) == other
+    assert gpu_rows([]) == []
+
+
+def test_rates_are_those_behind_the_times() -> None:
+    rates, source = rates_of_rows(rows())
+    assert "64K, 128K" in source
+    # Of the 0.9 s at 64K, 0.45 are attention: they grow to 1.8 of 2.7 s.
+    assert rates.attention_tflops == pytest.approx(2 * 32 * 128 * 8 * 65536**2 / 0.45e12)
+    assert rates_of_rows([])[1] == "those of `farspan plan`"
+
+
+def test_answers_have_a_column_a_case() -> None:
+    recorder = Recorder(None, replace(ENVIRONMENT, gpu="cpu"))
+    recorder.add("star", "n2048-niah-needle-q8", "star-n4", "accuracy", "fraction", [0.875])
+    recorder.add("star", "n8192-code-small", "star-n4", "drift", "nats/token", [-0.3, -0.1])
+    table = answer_tables(recorder.rows)
+    assert "| `star-n4` | 87.5 |" in table
+    assert "| `star-n4` | -0.2000 ± 0.1000 |" in table

@@ -1,0 +1,137 @@
+"""What the hosts are asked in both phases, without any host, and what one makes of several requests, without vLLM."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from farspan.engine_ext.errors import ConfigError, StarError
+from farspan.star.blocks import BlockSizes
+from farspan.star.host import StarHost
+from farspan.star.llm import StarLLM
+from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup
+from farspan.star.work import Work
+from vllm import SamplingParams
+
+from tests.engine_ext.star.hosts import Layout
+
+PAGE = 16
+
+
+def answer_of(tokens: list[int], others: tuple[Answer, ...] = ()) -> Answer:
+    completion = SimpleNamespace(token_ids=tokens, text="", finish_reason="length")
+    return Answer(SimpleNamespace(outputs=[completion]), 0.0, [0.1] * len(tokens), 0, 0, 0.0, others)
+
+
+class Asking(StarLLM):
+    """A StarLLM that keeps what it asks; the tokens of an answer are the last of its prompt."""
+
+    def __init__(self) -> None:
+        self.asked: list[Ask] = []
+        facts = [HostFacts(PAGE, 1024, 2048, 512, 1000.0, 128, 0.0)] * 2
+        self.hosts: Any = SimpleNamespace(setup=SimpleNamespace(graphs=False), actors=[1, 2], facts=facts)
+        self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
+        self.tokenizer = self.working_thread = self.sharing_pays = None
+        self.lock = threading.Lock()
+
+    def guarded(self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False) -> Iterator[Any]:
+        """Answer at once."""
+        self.asked += asks.values()
+        for rank, ask in asks.items():
+            answers[rank] = answer_of(ask.prompt[-2:], tuple(answer_of(each.prompt[-2:]) for each in ask.others))
+        yield {}
+
+
+def test_phase_1_prefills_as_the_request_says() -> None:
+    """The options name the pages that phase 2 looks for."""
+    llm = Asking()
+    params = SamplingParams(max_tokens=4, extra_args={"farspan.method": "dense"})
+    work = Work("r", list(range(64)), [1, 2], params, Layout(2, 64, 32, 32, (1, 1)).shards(), shares_anchor=True)
+    list(llm.read_context(work))
+    list(llm.answer_together([work]))
+    assert [ask.phase for ask in llm.asked] == ["phase 1", "phase 1", "phase 2", "phase 2"]
+    assert [ask.sampling.extra_args for ask in llm.asked] == [{"farspan.method": "dense"}] * 4
+    assert [ask.sampling.max_tokens for ask in llm.asked] == [1, 1, 4, 4]
+    assert [ask.shares_anchor for ask in llm.asked] == [True, True, False, False]
+    # Who asks again computes its own.
+    assert work.shards is not None
+    assert not work.first_ask(work.shards[1], 1).shares_anchor
+
+
+def test_queries_together_are_one_request_to_each_host() -> None:
+    llm = Asking()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    prompts: list[Any] = [(list(range(at, at + 200)), [at, at + 1]) for at in (1, 50)]
+    outputs = llm.generate_together([*prompts, ([7], [8, 9])], params)
+    assert [output.token_ids for output in outputs] == [[1, 2], [50, 51], [8, 9]]
+    assert [output.num_prompt_tokens for output in outputs] == [202, 202, 3]
+    assert [ask.phase for ask in llm.asked] == ["phase 1"] * 4 + ["exact attention"] + ["phase 2"] * 2
+    for ask in llm.asked[-2:]:
+        assert [each.prompt[-2:] for each in (ask, *ask.others)] == [[1, 2], [50, 51]]
+        assert ask.is_lockstep
+    assert llm.generate(*prompts[1], params).token_ids == [50, 51]
+    with pytest.raises(ConfigError, match="2 sampling_params for 3 prompts"):
+        llm.generate_together([*prompts, prompts[0]], [params] * 2)
+    with pytest.raises(ConfigError, match="20 requests together need"):
+        llm.generate_together(prompts * 10, params)
+
+
+def test_all_hosts_read_windows_where_every_token_sees_all_before_it() -> None:
+    llm = Asking()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    output = llm.generate(list(range(300)), [1, 2], params, visibility="all")
+    first = [ask for ask in llm.asked if ask.phase == "phase 1"]
+    assert sorted(token for ask in first for token in ask.prompt) == list(range(256))
+    assert all(ask.is_lockstep and not ask.shares_anchor for ask in first)
+    # What fills no window evenly comes with the query.
+    assert llm.asked[-1].prompt[-46:] == [*range(256, 300), 1, 2]
+    assert output.token_ids == [1, 2]
+
+
+def test_a_second_request_of_a_thread_with_an_open_stream_is_refused() -> None:
+    llm = Asking()
+    stream = llm.work(list(range(200)), [1, 2], SamplingParams(max_tokens=2), llm.sizes, [])
+    next(stream)
+    with pytest.raises(StarError, match="another request of this thread is not at its end"):
+        llm.generate(list(range(200)), [1, 2])
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.generate(list(range(200)), [1, 2]).token_ids == [1, 2]
+
+
+class Engine:
+    """Gives request i one token a step, i + 1 tokens in all."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+        self.made: dict[str, list[int]] = {}
+
+    def add_request(self, name: str, prompt: Any, sampling: Any) -> str:
+        self.left[name] = len(self.made) + 1
+        self.made[name] = []
+        return name
+
+    def has_unfinished_requests(self) -> bool:
+        return any(self.left.values())
+
+    def step(self) -> list[Any]:
+        outputs = []
+        for name in [name for name, left in self.left.items() if left]:
+            self.left[name] -= 1
+            self.made[name].append(len(self.made[name]))
+            completion = SimpleNamespace(token_ids=list(self.made[name]))
+            outputs.append(SimpleNamespace(request_id=name, outputs=[completion], num_cached_tokens=3))
+        return outputs
+
+
+def test_a_host_answers_requests_together() -> None:
+    host = StarHost(HostSetup(0, 1, "m", "cpu", 1.0, 1.0, False, False, {}))
+    host.llm = SimpleNamespace(llm_engine=Engine())
+    params = SamplingParams(max_tokens=4)
+    ask = Ask("a", "phase 2", [1], params, None, others=(Ask("b", "phase 2", [2], params, None),))
+    answer = host.run(ask)
+    assert answer.output.outputs[0].token_ids == [0]
+    assert [other.output.outputs[0].token_ids for other in answer.others] == [[0, 1]]
+    assert [len(each.token_s) for each in (answer, *answer.others)] == [1, 2]
+    assert answer.num_cached_tokens == 3
+    assert host.phase is None
