@@ -327,6 +327,13 @@ def parse_config(raw: Any) -> FarspanConfig:
     config.prefill.check(f"{ROOT}.prefill")
     if config.offload is not None:
         config.offload.check(f"{ROOT}.offload")
+        if preset == "exact" and isinstance(config.offload.cold_decode, SelectColdDecode):
+            refuse(
+                f"{ROOT}.offload.cold_decode",
+                raw["offload"]["cold_decode"],
+                'method "exact" with preset "exact"',
+                "Leave out cold_decode or preset",
+            )
         if config.offload.head_profile is not None and getattr(config.prefill, "mask_file", None) is not None:
             refuse(
                 f"{ROOT}.offload.head_profile",

@@ -28,7 +28,7 @@ class HeadProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 def load_profile(file: str) -> HeadProfile:
     """Read a profile, once per process. Raises ConfigError."""
     try:
-        profile = msgspec.json.decode(Path(file).read_bytes(), type=HeadProfile)
+        profile = msgspec.json.decode(Path(file).expanduser().read_bytes(), type=HeadProfile)
     except OSError as error:
         raise ConfigError(f"offload.head_profile={file!r} cannot be read ({error.strerror}). {MAKE_ONE}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

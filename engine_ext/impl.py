@@ -75,16 +75,18 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             step = step_of(name)
             if step is not None:
                 key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
+        if kv_cache.shape[3] != 2 * self.head_size:  # all heads are cold, and the pages are stubs
+            return
+        num_hot_heads, order = kv_cache.shape[1], None
         if self.config.offload is not None and self.config.offload.head_profile is not None:
             step = step_of(str(layer.layer_name))
             order = None if step is None else step.layers[str(layer.layer_name)].head_order
-            if order is not None:
-                key, value = key[:, order.kv_heads], value[:, order.kv_heads]
-        if kv_cache.shape[3] == 2 * self.head_size:  # else all heads are cold, and the pages are stubs
-            num_hot_heads = kv_cache.shape[1]
-            if num_hot_heads < key.shape[1]:
-                key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
-            write_kv(key, value, kv_cache, slot_mapping)
+        if order is not None:
+            hot = order.kv_heads[:num_hot_heads]
+            key, value = key[:, hot], value[:, hot]
+        elif num_hot_heads < key.shape[1]:
+            key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
+        write_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -101,7 +103,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         """Write attention of [num_tokens, num_heads, head_dim] queries into `output`, of the same shape.
 
         The step's keys of hot heads are in the cache already; those of cold ones are written here. Rows past the
-        step's tokens are padding and left as they are.
+        step's tokens are padding: left as they are, or zero where heads are in another order.
         """
         assert output_scale is None, "fused output quantization is not announced"
         assert output_block_scale is None, "fused output quantization is not announced"

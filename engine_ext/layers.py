@@ -13,6 +13,7 @@ from farspan.engine_ext.selection.methods import FlexSelector, MaskSelector, Sel
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.engine_ext.star.positions import Turns, share_turns
 from farspan.engine_ext.string import rotary_source, string_turn_for_layer
+from farspan.engine_ext.support import hot_heads
 from farspan.kernels.block_patterns import mask_rows
 from farspan.kernels.tiles import BlockLists
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -50,13 +51,14 @@ def make_layer_contexts(
 
 
 def head_order_of(vllm_config: Any, config: FarspanConfig, index: int, device: torch.device) -> HeadOrder | None:
-    """The order of one layer's heads on this rank; None where it is that of the model."""
+    """The order of one layer's heads on this rank; None where the model's own has the hot heads first."""
     if config.offload is None or config.offload.head_profile is None:
         return None
     parallel, model_config = vllm_config.parallel_config, vllm_config.model_config
     rank, num_ranks = get_tensor_model_parallel_rank(), parallel.tensor_parallel_size
     order = order_by_score(load_profile(config.offload.head_profile), index, rank, num_ranks)
-    if order == sorted(order):
+    num_hot = hot_heads(vllm_config)[index]
+    if num_hot == len(order) or set(order[:num_hot]) == set(range(num_hot)):
         return None
     group = model_config.get_num_attention_heads(parallel) // len(order)
     kv_heads = torch.tensor(order)

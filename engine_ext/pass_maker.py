@@ -187,7 +187,7 @@ def other_row(prefill: FlexPrefill, first_pos: int, place: int, chunk_end: int) 
         return place, (first_pos + place) // TILE_SIZE + 1 > max(min_blocks, FORCED_BLOCKS)
     rule = TILE_ROWS_RULE
     span, at = divmod(first_pos + place, rule.span_len)
-    if at in chosen_places(span):
+    if query_len > 1 and at in chosen_places(span):
         # Neighbours never choose both.
         place += 1 if place + 1 < query_len else -1
         span, at = divmod(first_pos + place, rule.span_len)

@@ -111,6 +111,8 @@ class WarmUp:
     max_chunk_len: int
     selections: Mapping[int, LayerSelection] | None = None
     """See `Decode`."""
+    table_width: int | None = None
+    """Of the block tables, in pages; None for vLLM's. Kernels differ by it."""
 
     def cases(self) -> list[WarmUpCase]:
         """See `warm_up_cases`."""
@@ -137,12 +139,18 @@ class WarmUp:
             return
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
         keys = self.decode_view if case.kind == "decode" else view
-        attend(self.make_pass(case), query, keys, self.layer, 1.0, torch.empty_like(query))
+        each, out = self.make_pass(case), torch.empty_like(query)
+        attend(each, query, keys, self.layer, 1.0, out)
+        if isinstance(each.work, Decode) and each.work.selections is not None:
+            # The audit of what was selected reads every page.
+            attend(replace(each, work=replace(each.work, selections=None)), query, keys, self.layer, 1.0, out)
 
     def make_pass(self, case: WarmUpCase) -> Pass:
         """The pass of one request whose keys are all in page 0."""
         device = self.view.pages.device
-        num_pages = -(-self.max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.view.page_size
+        num_pages = self.table_width
+        if num_pages is None:
+            num_pages = -(-self.max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.view.page_size
         lens = to_device([[0, case.query_len], [case.kv_len, 0]], device)
         batch = PagedBatch(
             query_start_loc=lens[0],
@@ -168,17 +176,17 @@ def warm_ups_of(
     kv_cache: the layer's pages in vLLM's cache; num_q_heads: of the layer on this rank; dtype: of the model.
     """
     vllm_config: Any = builder.vllm_config
-    views: list[tuple[PassMaker, KVView, KVView]] = []
+    views: list[tuple[PassMaker, KVView, KVView, int | None]] = []
     selections: Mapping[int, LayerSelection] | None = None
     if builder.hot_maker is not None:
-        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache)))
+        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache), None))
     if builder.cold is not None and builder.cold_maker is not None:
         cold = builder.cold.layers[layer_name]
         slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
-        views.append((builder.cold_maker, slots, both))
+        views.append((builder.cold_maker, slots, both, builder.cold.entries.shape[1]))
         if builder.cold.selection is not None:
             selections = builder.cold.selection.layers
-    num_kv_heads = sum(view.num_kv_heads for _, view, _ in views)
+    num_kv_heads = sum(view.num_kv_heads for _, view, _, _ in views)
     return [
         WarmUp(
             prefill=builder.config.prefill,
@@ -192,6 +200,7 @@ def warm_ups_of(
             max_model_len=vllm_config.model_config.max_model_len,
             max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
             selections=None if decode_view.host_pages is None else selections,
+            table_width=width,
         )
-        for maker, view, decode_view in views
+        for maker, view, decode_view, width in views
     ]

@@ -157,7 +157,7 @@ def cut_last_line(path: Path) -> None:
 def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines. Raises ConfigError for a line that is none, or lacks the key."""
     found = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -185,17 +185,17 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
+    """Whole numbers separated by commas, each once."""
     try:
-        return tuple(int(word) for word in words(text))
+        return tuple(dict.fromkeys(int(word) for word in words(text)))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from error
 
 
 def floats(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
+    """Numbers separated by commas, each once."""
     try:
-        return tuple(float(word) for word in words(text))
+        return tuple(dict.fromkeys(float(word) for word in words(text)))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from error
 

@@ -84,8 +84,8 @@ def check_settings(settings: ProfileSettings) -> None:
             f"--length is {settings.length}; it must be more than {2 * needed_tokens(settings)}, twice --sink-tokens "
             "and --recent-tokens together, so that there are tokens between them. Raise it, or lower the others."
         )
-    if not settings.out.resolve().parent.is_dir():
-        raise ConfigError(f"--out {settings.out} is in no folder that exists. Make the folder, or name another file.")
+    if settings.out.is_dir() or not settings.out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {settings.out} is no file in a folder that exists. Make the folder, or name a file.")
 
 
 def needed_tokens(settings: ProfileSettings) -> int:
@@ -114,12 +114,13 @@ def profile_model(settings: ProfileSettings) -> HeadProfile:
             f"MODEL is {settings.model!r}, which cannot be read ({one_line(str(error))[:200]}). Give a folder with "
             "config.json and a tokenizer, a name on the model hub, or needle."
         ) from error
-    length = min(settings.length, getattr(config, "max_position_embeddings", settings.length))
+    length = min(settings.length, getattr(config.get_text_config(), "max_position_embeddings", settings.length))
     texts = []
     for file in settings.texts:
         try:
             # Some four characters a token; more of a long file need not be read.
-            text = file.read_text(errors="replace")[: 16 * length]
+            with file.open(encoding="utf-8", errors="replace") as opened:
+                text = opened.read(16 * length)
         except OSError as error:
             raise ConfigError(f"--text {file} cannot be read ({error.strerror}).") from error
         tokens = tokenizer(text)["input_ids"][:length]

@@ -200,12 +200,13 @@ class ColdCache:
     def stage(self, first_req: int, num_pages: list[int]) -> tuple[StagedPages, torch.Tensor]:
         """What to stage for some requests of the step, and the block table of the staged pages.
 
-        num_pages: of the requests from `first_req` on. Returns the pages and [num_reqs, max_pages] int32.
+        num_pages: of the requests from `first_req` on. Returns the pages and [num_reqs, max_pages] int32, as wide as
+        the engine's own tables: kernels differ by their width.
         """
         pages = [self.entries[first_req + place, :count] for place, count in enumerate(num_pages)]
         firsts = [sum(num_pages[:place]) for place in range(len(num_pages))]
         device = self.entries.device
-        numbers = torch.arange(max(num_pages), dtype=torch.int32, device=device)
+        numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=device)
         return StagedPages(torch.cat(pages)), to_device([firsts], device)[0][:, None] + numbers
 
     def groups_of(self, layer: ColdLayer) -> list[slice]:

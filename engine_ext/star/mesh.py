@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 RANK = struct.Struct("<q")
+GREETING_S = 5.0
+"""For a connection to say its rank: others than hosts may find the port."""
 
 
 class Mesh:
@@ -89,7 +91,10 @@ def form_mesh(rank: int, num_hosts: int, address: str, store: Any, timeout_s: fl
         while len(peers) < num_hosts - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             peer, _ = server.accept()
-            other = RANK.unpack(receive(peer, RANK.size, deadline))[0]
+            try:
+                other = RANK.unpack(receive(peer, RANK.size, min(deadline, time.monotonic() + GREETING_S)))[0]
+            except OSError:  # nobody of ours
+                other = -1
             if not rank < other < num_hosts or other in peers:
                 peer.close()
                 continue

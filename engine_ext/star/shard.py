@@ -32,7 +32,11 @@ class Segment(NamedTuple):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one host has of one request, whatever its tokens see in phase 1. All numbers but the ranks are in tokens."""
+    """What one host has of one request, whatever its tokens see in phase 1. All numbers but the ranks are in tokens.
+
+    `StarShard` and `WindowShard` give the methods that raise NotImplementedError here: a struct of msgspec 0.19 cannot
+    be an abstract class.
+    """
 
     name: str
     """Of the request, the same on all hosts and never used twice."""

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from farspan.evaluation.audit_results import (
     rounded,
 )
 from farspan.evaluation.evaluate import (
+    MEMORY_ARGUMENTS,
     EvalSettings,
     engine_arguments,
     max_position,
     merge_options,
     model_path,
     open_engine,
+    prompt_room,
 )
 from farspan.kernels.tuning import TILE_ROWS_SPAN_LEN
 from farspan.metrics import read_selection
@@ -95,7 +97,7 @@ def run_audit(settings: AuditSettings) -> tuple[list[AuditRow], list[dict[str, A
     from vllm.platforms import current_platform
 
     device = "cpu" if current_platform.is_cpu() else "cuda"
-    chunk = settings.chunk or DEFAULT_CHUNK[device]
+    chunk = DEFAULT_CHUNK[device] if settings.chunk is None else settings.chunk
     prefill = check_settings(settings, chunk)
     prompts = cut_prompts(settings, read_tokens(settings.model, settings.texts))
     info = read_model(model_path(settings.model), overrides=overrides_of(settings.engine_args))
@@ -192,6 +194,11 @@ def check_settings(settings: AuditSettings, chunk: int) -> FlexPrefill:
         )
     if settings.options.get("method", "flex") != "flex":
         raise ConfigError(f"options={settings.options}; an audit is of prefill method 'flex'. Leave method out.")
+    for name in ("gamma", "min_seq_len", "min_chunk_len", "coverage_rows"):
+        if name in settings.options:
+            raise ConfigError(f"options has {name}, which an audit sets itself. Leave it out; gammas are --gammas.")
+    if "worker_extension_cls" in settings.engine_args:
+        raise ConfigError("engine_args has worker_extension_cls, which an audit needs for itself. Leave it out.")
     # Sparse at any length: what is asked is what it keeps, not whether it is faster.
     options = {"method": "flex", "gamma": max(settings.gammas), "min_seq_len": 0, "min_chunk_len": 0}
     parsed = parse_config({"prefill": merge_options(options, settings.options)}).prefill
@@ -283,6 +290,9 @@ def audit_engine(settings: AuditSettings, prefill: FlexPrefill, chunk: int, devi
         chunk=chunk,
         engine_args=engine_args | settings.engine_args,
     )
+    if not MEMORY_ARGUMENTS & model.engine_args.keys():
+        # Log-probs of a whole chunk take memory that vLLM's profile does not see: KV of one prompt leaves room.
+        model = replace(model, engine_args=prompt_room(model) | model.engine_args)
     with open_engine(settings.model, engine_arguments(model, {"prefill": measured})) as llm:
         llm.collective_rpc("farspan_audit", args=(True,))
         yield llm

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from farspan.evaluation.reading import by_layer_head
 from farspan.evaluation.report_plots import tokens as length_name
 
 DRIFT_LIMIT = -0.005
@@ -115,9 +116,8 @@ def mean_heads(prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str,
     """
     merged: dict[tuple[int, int], dict[str, list[Any]]] = {}
     for rows in prompts:
-        heads_per_rank = max((row["head"] for row in rows), default=0) + 1
-        for row in rows:
-            head = merged.setdefault((row["layer"], row["rank"] * heads_per_rank + row["head"]), {})
+        for row in by_layer_head(rows):
+            head = merged.setdefault((row["layer"], row["head"]), {})
             for column in ("density", "coverage", "chunk_coverage"):
                 head.setdefault(column, []).append(row[column])
     return [

@@ -423,15 +423,15 @@ def engine_arguments(settings: EvalSettings, options: dict[str, Any] | None) -> 
         arguments["max_num_seqs"] = min(settings.chunk, 256)
     if current_platform.is_cpu() and not MEMORY_ARGUMENTS & settings.engine_args.keys():
         # vLLM's own 0.92 of the host's memory refuses to start beside any other program of some size.
-        arguments |= cpu_room(settings)
+        arguments |= prompt_room(settings)
     if options is not None:
         arguments |= {"attention_backend": "CUSTOM", "additional_config": {"farspan": options}}
         arguments |= extension(options, settings.engine_args)
     return arguments | settings.engine_args
 
 
-def cpu_room(settings: EvalSettings) -> dict[str, Any]:
-    """Engine arguments for a CPU: as much KV cache as a few of the longest prompts need."""
+def prompt_room(settings: EvalSettings) -> dict[str, Any]:
+    """Engine arguments that keep as much KV cache as a few of the longest prompts need, in float32 at most."""
     from transformers import AutoConfig
 
     try:

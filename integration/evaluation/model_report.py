@@ -16,6 +16,7 @@ from farspan.evaluation.evaluate import (
     reads_selection,
     vllm_model,
 )
+from farspan.evaluation.reading import by_layer_head
 from farspan.evaluation.report_sections import Section, accuracy_density_section, head_sections
 from farspan.evaluation.results import STOCK_FAILS_BELOW, Cell
 from farspan.tables import Tables
@@ -25,7 +26,10 @@ TASKS = ("niah_single", "niah_multikey_2", "variable_tracking")
 CURVE_TASK = "niah_multikey_1"
 CURVE_GAMMAS = (0.7, 0.8, 0.9, 0.95, 0.98)
 COVERAGE_ROWS = 16
-HEAD_COLUMNS = ("method", "length", "rank", "layer", "head", "density", "density_min", "coverage", "coverage_min")
+HEAD_COLUMNS = (
+    "method", "length", "rank", "layer", "head", "density", "density_min", "coverage", "coverage_min",
+    "query_aware", "divergence",
+)  # fmt: skip
 CURVE_COLUMNS = (
     "gamma", "min_budget", "length", "seed", "count", "density", "coverage", "coverage_worst_head", "accuracy",
     "dense_accuracy",
@@ -91,6 +95,8 @@ def model_sections(
         for task in TASKS:
             model.generate(samples_of(report, task, 1))
             rows = by_layer_head(model.selection())
+            if not rows:
+                raise ConfigError("no chunk was prefilled by flex: nothing to draw; ask for a greater --length")
             panels[f"{task}, γ = {report.gamma:g}"] = rows
             named = {"method": f"flex-g{report.gamma:g} {task}", "length": report.length}
             tables.add("heads.csv", HEAD_COLUMNS, (picked(HEAD_COLUMNS, {**named, **row}) for row in rows))
@@ -110,6 +116,11 @@ def curve_rows(report: ModelReport, model: Model) -> list[dict[str, Any]]:
         model.selection()
         right = accuracy(samples, model.generate(samples, {"farspan.gamma": gamma}))
         heads = model.selection()
+        if not heads or any(head["coverage"] is None for head in heads):
+            raise ConfigError(
+                f"length={report.length} with min_budget={report.min_budget}: no list leaves anything out. "
+                "Ask for a greater --length, a lower --min-budget, or a larger --chunk"
+            )
         values = (
             gamma,
             report.min_budget,
@@ -143,17 +154,6 @@ def curve_text(report: ModelReport, curve: Sequence[dict[str, Any]]) -> str:
 def samples_of(report: ModelReport, task: str, count: int) -> list[Any]:
     """Questions in the middle of whose text the answer lies."""
     return make_samples(report.questions, Cell("flex", task, report.length, 0.5, report.seed, count))
-
-
-def by_layer_head(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of all ranks, with the heads numbered through the layer. Raises ConfigError where there are none."""
-    if not rows:
-        raise ConfigError("no chunk was prefilled by flex, so there is nothing to draw; ask for a greater --length")
-    per_rank = 1 + max(row["head"] for row in rows)
-    first_rank: dict[int, int] = {}
-    for row in rows:
-        first_rank[row["layer"]] = min(row["rank"], first_rank.get(row["layer"], row["rank"]))
-    return [{**row, "head": row["head"] + per_rank * (row["rank"] - first_rank[row["layer"]])} for row in rows]
 
 
 def picked(columns: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:

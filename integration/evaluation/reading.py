@@ -1,6 +1,6 @@
 """What sparse methods read and kept in a cell, and how long the cells to come will take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill, parse_config
@@ -90,3 +90,12 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
+
+
+def by_layer_head(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `read_selection` of all ranks, with the heads numbered through the layer."""
+    per_rank = 1 + max((row["head"] for row in rows), default=0)
+    first_rank: dict[int, int] = {}
+    for row in rows:
+        first_rank[row["layer"]] = min(row["rank"], first_rank.get(row["layer"], row["rank"]))
+    return [{**row, "head": row["head"] + per_rank * (row["rank"] - first_rank[row["layer"]])} for row in rows]

@@ -6,6 +6,11 @@ from typing import Any
 
 from farspan.engine_ext.errors import ConfigError
 
+MARKER = "<|query|>"
+"""Splits a prompt given in one piece into context and query; it is not part of either."""
+
+Tokens = str | Sequence[int]
+
 
 def sampling_params(**arguments: Any) -> Any:
     from vllm import SamplingParams
@@ -30,6 +35,33 @@ def checked_params(params: Any) -> Any:
     if params.seed is None and params.temperature > 0:
         params.seed = random.getrandbits(63)
     return params
+
+
+def split_prompt(tokenizer: Any, context: Tokens, query: Tokens | None) -> tuple[list[int], list[int]]:
+    """Token ids of context and query; special tokens stand at the start of the context alone.
+
+    tokenizer: of transformers; None where only token ids can be given. Raises ConfigError for what has no such parts.
+    """
+    if query is None and isinstance(context, str):
+        before, marker, after = context.partition(MARKER)
+        if not marker:
+            raise ConfigError(
+                f"a prompt without {MARKER!r}; allowed: context and query apart, or in one text with {MARKER!r} "
+                "between them. Pass the query as the second argument."
+            )
+        context, query = before, after
+    if isinstance(context, str) or isinstance(query, str):
+        if tokenizer is None:
+            raise ConfigError("text with skip_tokenizer_init; allowed: token ids. Pass lists of ints.")
+        if isinstance(context, str):
+            context = tokenizer.encode(context)
+        if isinstance(query, str):
+            query = tokenizer.encode(query, add_special_tokens=False)
+    context_ids: list[int] = list(context)  # type: ignore[arg-type]
+    query_ids: list[int] = list(query or [])  # type: ignore[arg-type]
+    if not context_ids and not query_ids:
+        raise ConfigError("an empty context and an empty query; allowed: at least one token. Give a prompt.")
+    return context_ids, query_ids
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

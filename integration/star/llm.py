@@ -13,7 +13,15 @@ from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.engine_ext.star.shard import Shard
 from farspan.engine_ext.star.windows import WindowShard
-from farspan.star.arguments import check_engine_arguments, check_tokens, checked_params, load_tokenizer, sampling_params
+from farspan.star.arguments import (
+    Tokens,
+    check_engine_arguments,
+    check_tokens,
+    checked_params,
+    load_tokenizer,
+    sampling_params,
+    split_prompt,
+)
 from farspan.star.blocks import (
     Anchor,
     BlockSizes,
@@ -26,17 +34,13 @@ from farspan.star.blocks import (
 )
 from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
-from farspan.star.output import Progress, StarOutput, StarTimes
+from farspan.star.output import Progress, StarOutput
 from farspan.star.protocol import Answer, Ask, HostStatus
 from farspan.star.work import Work, blocks_done, tokens_of_status
 
-MARKER = "<|query|>"
-"""Splits a prompt given in one piece into context and query; it is not part of either."""
 WARM_UP_PAGES = 2
 """Of context for each host, in the request that every start ends with."""
 SMALLEST_PAGE = 16
-
-Tokens = str | Sequence[int]
 
 
 class StarLLM:
@@ -200,7 +204,7 @@ class StarLLM:
             together = [work for work in works if work.shards is not None]
             for _ in self.answer_together(together) if together else ():
                 pass
-            return [self.make_output(work, time.perf_counter() - started) for work in works]
+            return [work.output(time.perf_counter() - started, self.restart_s, self.num_hosts) for work in works]
 
     def stream(
         self, context: Tokens, query: Tokens | None = None, sampling_params: Any = None
@@ -267,11 +271,11 @@ class StarLLM:
         else:
             yield from self.read_context(work)
             yield from self.answer_together([work])
-        result.append(self.make_output(work, time.perf_counter() - started))
+        result.append(work.output(time.perf_counter() - started, self.restart_s, self.num_hosts))
 
     def prepare(self, context: Tokens, query: Tokens | None, params: Any, sizes: BlockSizes) -> Work:
         """Check a request and plan who reads what; starts hosts that are gone."""
-        context_ids, query_ids = self.tokens_of(context, query)
+        context_ids, query_ids = split_prompt(self.tokenizer, context, query)
         params = checked_params(params)
         if not self.hosts.actors:
             started = time.perf_counter()
@@ -463,53 +467,6 @@ class StarLLM:
                     f"the query and {max_tokens} new ones; it has {room} ({limit}). Use more hosts, a larger "
                     "max_model_len or gpu_memory_utilization, or smaller blocks and a smaller anchor."
                 )
-
-    def tokens_of(self, context: Tokens, query: Tokens | None) -> tuple[list[int], list[int]]:
-        """Token ids of context and query; special tokens stand at the start of the context alone."""
-        if query is None and isinstance(context, str):
-            before, marker, after = context.partition(MARKER)
-            if not marker:
-                raise ConfigError(
-                    f"a prompt without {MARKER!r}; allowed: context and query apart, or in one text with {MARKER!r} "
-                    "between them. Pass the query as the second argument."
-                )
-            context, query = before, after
-        if isinstance(context, str) or isinstance(query, str):
-            if self.tokenizer is None:
-                raise ConfigError("text with skip_tokenizer_init; allowed: token ids. Pass lists of ints.")
-            if isinstance(context, str):
-                context = self.tokenizer.encode(context)
-            if isinstance(query, str):
-                query = self.tokenizer.encode(query, add_special_tokens=False)
-        context_ids: list[int] = list(context)  # type: ignore[arg-type]
-        query_ids: list[int] = list(query or [])  # type: ignore[arg-type]
-        if not context_ids and not query_ids:
-            raise ConfigError("an empty context and an empty query; allowed: at least one token. Give a prompt.")
-        return context_ids, query_ids
-
-    def make_output(self, work: Work, total_s: float) -> StarOutput:
-        shards, first, phase_1_s = work.shards, work.first, work.phase_1_s
-        answer = work.second[0 if shards is None else shards[0].query_host]
-        completion = answer.output.outputs[0]
-        times = StarTimes(
-            phase_1_s=phase_1_s,
-            first_token_s=phase_1_s + answer.token_s[0],
-            total_s=total_s,
-            token_s=[late - early for early, late in zip(answer.token_s, answer.token_s[1:], strict=False)],
-            exchanged_bytes=sum(each.num_bytes for each in (*work.first.values(), *work.second.values())),
-            key_exchange_s=[first[rank].key_exchange_s if rank in first else 0.0 for rank in range(self.num_hosts)],
-            host_s=[first[rank].seconds if rank in first else 0.0 for rank in range(self.num_hosts)],
-            restart_s=self.restart_s,
-        )
-        return StarOutput(
-            token_ids=list(completion.token_ids),
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            output=answer.output,
-            shards=None if shards is None else list(shards),
-            times=times,
-            num_prompt_tokens=len(work.context) + len(work.query),
-        )
 
     def close(self) -> None:
         """End all hosts, free their memory, and stop Ray if it was started here. Calling it again changes nothing."""

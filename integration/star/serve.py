@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 from farspan.engine_ext.errors import StarError
-from farspan.star.llm import MARKER, StarLLM
+from farspan.star.arguments import MARKER
+from farspan.star.llm import StarLLM
 from farspan.star.output import StarOutput
 
 UNSUPPORTED = ("echo", "suffix", "logprobs", "prompt_logprobs", "tools", "use_beam_search")

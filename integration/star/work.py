@@ -1,11 +1,13 @@
 """One request to `StarLLM` between its plan and its output."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from farspan.engine_ext.star.shard import Shard, StarShard
 from farspan.star.arguments import sampling_params
+from farspan.star.output import StarOutput, StarTimes
 from farspan.star.protocol import Answer, Ask, HostStatus
 
 
@@ -55,6 +57,31 @@ class Work:
         shard = self.shards[rank]
         prompt = host_context(self.context, shard) + self.query
         return Ask(f"{self.name}-2", "phase 2", prompt, self.params, shard)
+
+    def output(self, total_s: float, restart_s: float, num_hosts: int) -> StarOutput:
+        """What the user gets, once phase 2 has its answers; times in seconds."""
+        answer = self.second[0 if self.shards is None else self.shards[0].query_host]
+        completion = answer.output.outputs[0]
+        first = [self.first.get(rank) for rank in range(num_hosts)]
+        times = StarTimes(
+            phase_1_s=self.phase_1_s,
+            first_token_s=self.phase_1_s + answer.token_s[0],
+            total_s=total_s,
+            token_s=[late - early for early, late in itertools.pairwise(answer.token_s)],
+            exchanged_bytes=sum(each.num_bytes for each in (*self.first.values(), *self.second.values())),
+            key_exchange_s=[each.key_exchange_s if each else 0.0 for each in first],
+            host_s=[each.seconds if each else 0.0 for each in first],
+            restart_s=restart_s,
+        )
+        return StarOutput(
+            token_ids=list(completion.token_ids),
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            output=answer.output,
+            shards=None if self.shards is None else list(self.shards),
+            times=times,
+            num_prompt_tokens=len(self.context) + len(self.query),
+        )
 
 
 def host_context(context: list[int], shard: Shard) -> list[int]:

@@ -52,6 +52,10 @@ def test_every_preset_is_tried_and_documented() -> None:
         ({"preset": "exact", "prefill": {"method": "flex"}}, ".prefill.method='flex'; allowed: 'dense' with preset"),
         ({"preset": "max-context", "prefill": {"method": "block_sparse"}}, "allowed: 'dense' with preset"),
         ({"preset": "exact", "prefill": {"gamma": 0.9}}, ".prefill.gamma=0.9; allowed: no option of that name"),
+        (
+            {"preset": "exact", "offload": {"cold_decode": {"method": "select"}}},
+            'allowed: method "exact" with preset "exact"',
+        ),
         ({"preset": "exact", "string": {}}, ".string={}; allowed: without preset 'exact'"),
         ({"preset": "max-context", "star": {}}, ".star={}; allowed: without preset 'max-context'"),
         ({"preset": "max-context", "offload": None}, ".offload=None; allowed: options, or nothing, with preset"),

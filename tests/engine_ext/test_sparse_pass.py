@@ -6,7 +6,7 @@ import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend
-from farspan.engine_ext.pass_maker import PassMaker
+from farspan.engine_ext.pass_maker import PassMaker, other_row
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import TILE_ROWS_RULE, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats
@@ -115,6 +115,12 @@ def test_other_rows_are_measured_where_statistics_ask_for_it() -> None:
         assert row["density"] == other["density"]
         assert other["coverage"] > GAMMA - 0.05
         assert row["coverage"] != other["coverage"]
+
+
+def test_a_chunk_of_one_token_measures_that_token() -> None:
+    last_of_a_span = TILE_ROWS_RULE.span_len - 1
+    for first_pos in range(last_of_a_span + 1):
+        assert other_row(FlexPrefill(min_budget=0), first_pos, 0, first_pos + 1) == (0, False)
 
 
 def test_under_shifted_positions() -> None:

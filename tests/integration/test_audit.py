@@ -66,6 +66,8 @@ def settings(tmp_path: Path, **changes: Any) -> AuditSettings:
         ({"prompts": 0}, "prompts=0"),
         ({"options": {"method": "dense"}}, "an audit is of prefill method 'flex'"),
         ({"options": {"min_budgets": 0}}, "min_budgets"),
+        ({"options": {"min_seq_len": 9}}, "options has min_seq_len, which an audit sets itself"),
+        ({"engine_args": {"worker_extension_cls": "x.Y"}}, "engine_args has worker_extension_cls"),
         ({"model": "/nowhere"}, "not a folder with a config.json"),
     ],
 )

@@ -105,9 +105,17 @@ def test_composes_with_sparse_prefill(make_llm: Any, expected: Any, prefill: dic
 
 def test_measured_coverage_is_that_of_the_shifted_attention(make_llm: Any) -> None:
     """With gamma 1 all blocks are read, so nothing may seem lost."""
-    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 4}
-    llm = make_llm(max_num_batched_tokens=100, max_num_seqs=16, additional_config=options(SHIFT, prefill=prefill))
-    generate(llm, PROMPTS, 1)
+    prefill = {
+        "method": "flex",
+        "gamma": 1.0,
+        "min_seq_len": 0,
+        "min_chunk_len": 0,
+        "min_budget": 0,
+        "coverage_rows": 4,
+    }
+    llm = make_llm(max_num_batched_tokens=1024, max_num_seqs=16, additional_config=options(SHIFT, prefill=prefill))
+    # Rows count whose list might leave a block out: not those of short prompts.
+    generate(llm, [*PROMPTS, *make_prompts((900,), seed=12)], 1)
 
     (rows,) = llm.collective_rpc("selection_rows")
     assert rows

@@ -13,11 +13,11 @@ from farspan.evaluation.evaluate import (
     Model,
     all_cells,
     check_settings,
-    cpu_room,
     engine_arguments,
     estimate,
     make_samples,
     method_options,
+    prompt_room,
     run_eval,
 )
 from farspan.evaluation.plots import draw_plots
@@ -258,7 +258,7 @@ NEEDLE_TOKEN_BYTES = 2 * 4 * 2 * 64 * 4
     ids=["few", "many", "chunk", "long", "own-length"],
 )
 def test_memory_on_a_cpu_is_what_the_prompts_need(tmp_path, changes, num_seqs, max_len):
-    room = cpu_room(settings(tmp_path, **changes))
+    room = prompt_room(settings(tmp_path, **changes))
     assert room["max_num_seqs"] == num_seqs
     tokens = num_seqs * max_len
     assert tokens <= room["kv_cache_memory_bytes"] / NEEDLE_TOKEN_BYTES <= tokens + 128 * (num_seqs + 1)

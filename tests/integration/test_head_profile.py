@@ -106,7 +106,7 @@ def test_the_command(model_dirs: Callable[[str], Path], tmp_path: Path, capsys: 
         (["--length", "90"], "--length is 90; it must be more than 96"),
         (["--text", str(tmp_path / "none")], "cannot be read (No such file"),
         (["--device", "cuda:77"], "--device is 'cuda:77', which is not there"),
-        (["--out", str(tmp_path / "none" / "x")], "is in no folder that exists"),
+        (["--out", str(tmp_path / "none" / "x")], "is no file in a folder that exists"),
         (["--recent-tokens", "4000"], "has 300 tokens for this model; more than 8032 are needed"),
     ):
         assert main(["profile", folder, "--text", str(text), "--out", str(out), *sizes, *arguments]) == 2

@@ -93,7 +93,8 @@ def test_any_models_page_comes_from_an_engine(tmp_path, monkeypatch, model_dirs)
             asked.append((len(samples), extra_args))
             return [sample.completion for sample in samples]
 
-        heads = {"density": 0.2, "density_min": 0.1, "coverage": 0.97, "coverage_min": 0.8, "divergence": 0.0}
+        heads = {"density": 0.2, "density_min": 0.1, "coverage": 0.97, "coverage_min": 0.8}
+        heads |= {"query_aware": 0.0, "divergence": 0.0}
         rows = [{"rank": r, "layer": layer, "head": 0, **heads} for layer in range(2) for r in range(2)]
         yield Model(generate, lambda: rows)
 

@@ -97,9 +97,10 @@ def connected() -> frozenset[int]:
 def take_fault(rank: int, phase: str) -> dict[str, Any] | None:
     """The fault of this host and phase, which is then used up."""
     path = Path(os.environ[FAULT_FILE])
-    if not path.exists():
+    try:
+        fault: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:  # none, or just used up by its host
         return None
-    fault: dict[str, Any] = json.loads(path.read_text())
     if fault["rank"] != rank or fault["phase"] != phase:
         return None
     path.unlink()

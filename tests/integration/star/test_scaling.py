@@ -6,33 +6,17 @@ from dataclasses import replace
 
 import pytest
 from farspan.cli import main
-from farspan.scheduler.footprint import ModelShape
 from farspan.scheduler.rates import LINKS, MEASURED, Link
 from farspan.star.scaling import Cluster, fitted_rates
 
-SHAPE = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    intermediate_size=14336,
-    embedding_params=128256 * 4096,
-    head_params=128256 * 4096,
-    is_tied=False,
-    linear_params=32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336),
-    expert_params=0,
-    num_experts=0,
-    experts_per_token=0,
-    max_positions=131072,
-)
+from tests.scheduler.test_rates import SHAPE_8B
+
 NO_TIME = Link(name="none", gbs=math.inf, latency_us=0)
 N = 131072
 
 
 def cluster(num_hosts: int, link: Link = NO_TIME) -> Cluster:
-    return Cluster(SHAPE, MEASURED, link, num_hosts)
+    return Cluster(SHAPE_8B, MEASURED, link, num_hosts)
 
 
 def test_two_blocks_on_two_hosts_gain_nothing_but_with_a_shared_anchor() -> None:
@@ -40,7 +24,7 @@ def test_two_blocks_on_two_hosts_gain_nothing_but_with_a_shared_anchor() -> None
     assert two.star(N, N // 2, is_shared=False).prefill_s == pytest.approx(two.exact_s(N))
     shared = two.star(N, N // 2, is_shared=True).prefill_s
     # What is left is the second half, which sees all before it.
-    assert shared == pytest.approx(two.exact_s(N) - two.exact_s(N // 2) * (1 - 1 / SHAPE.num_layers))
+    assert shared == pytest.approx(two.exact_s(N) - two.exact_s(N // 2) * (1 - 1 / SHAPE_8B.num_layers))
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3, 8, 64])
@@ -70,15 +54,15 @@ def test_smaller_blocks_are_faster() -> None:
 
 def test_a_fit_finds_the_rates_behind_the_times() -> None:
     true = replace(MEASURED, linear_tflops=500.0, attention_tflops=400.0)
-    one = Cluster(SHAPE, true, NO_TIME, 1)
-    found = fitted_rates(SHAPE, MEASURED, {n: one.exact_s(n) for n in (65536, 131072, 262144)})
+    one = Cluster(SHAPE_8B, true, NO_TIME, 1)
+    found = fitted_rates(SHAPE_8B, MEASURED, {n: one.exact_s(n) for n in (65536, 131072, 262144)})
     assert found.linear_tflops == pytest.approx(500)
     assert found.attention_tflops == pytest.approx(400)
     assert found.kv_gbs == MEASURED.kv_gbs
     with pytest.raises(ValueError, match="1 measured lengths; a fit needs two or more"):
-        fitted_rates(SHAPE, MEASURED, {65536: 1.0})
+        fitted_rates(SHAPE_8B, MEASURED, {65536: 1.0})
     with pytest.raises(ValueError, match="do not grow"):
-        fitted_rates(SHAPE, MEASURED, {65536: 1.0, 131072: 1.1, 262144: 1.2})
+        fitted_rates(SHAPE_8B, MEASURED, {65536: 1.0, 131072: 1.1, 262144: 1.2})
 
 
 def test_one_gpu_takes_as_long_as_measured() -> None:

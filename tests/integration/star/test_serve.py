@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
-from farspan.star.llm import MARKER
+from farspan.star.arguments import MARKER
 from farspan.star.output import StarOutput
 from farspan.star.serve import Queue, make_app
 

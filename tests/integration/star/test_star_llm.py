@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.star import StarLLM, StarOutput
-from farspan.star.llm import MARKER
+from farspan.star.arguments import MARKER
 from farspan.star.output import Progress
 
 from tests.integration.star.conftest import PAGE, TIMEOUT_S, start_hosts
