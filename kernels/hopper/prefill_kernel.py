@@ -221,6 +221,12 @@ def _consume(
                 block = num_far + step - 1
                 if HAS_LISTS:
                     block = gl.load(ids_ptr + block)
+                # The product of the tile before is complete first, so that its weights need no registers here.
+                before = (step - 1) % STAGES
+                mbarrier.wait(values_full.index(before), (step - 1) // STAGES & 1)
+                acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(values_empty.index(before), count=1)
                 stage = step % STAGES
                 mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
                 scores = warpgroup_mma(
@@ -239,11 +245,6 @@ def _consume(
                 )
                 scores, far = warpgroup_mma_wait(0, deps=(scores, far))
                 mbarrier.arrive(keys_empty.index(stage), count=1)
-                before = (step - 1) % STAGES
-                mbarrier.wait(values_full.index(before), (step - 1) // STAGES & 1)
-                acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(values_empty.index(before), count=1)
                 scores = gl.where((block * BLOCK_N + offs_n)[None, :] < bound[:, None], far, scores)
                 new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
