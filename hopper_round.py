@@ -102,6 +102,8 @@ def correct_cases():
         ("fp16", lambda: dense([1000, 63], [1000, 1063], dtype=torch.float16)),
         ("d64", lambda: dense([1000, 63], [1000, 1063], head_dim=64)),
         ("page 256", lambda: dense([1000, 63], [1000, 1063], page_size=256)),
+        ("page 64", lambda: dense([1000, 63], [1000, 1063], page_size=64)),
+        ("page 16", lambda: dense([1000, 63], [1000, 1063], page_size=16)),
         ("token-major pages", lambda: dense([1000, 63], [1000, 1063], layout="lbnhc")),
         ("turn 300 dense", lambda: turned(300, None)),
         ("turn 300 lists", lambda: turned(300, 0.4)),

@@ -16,19 +16,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Buffers of keys and of values: two of each fill what the multiprocessor has beside the query. Compiled only.
 STAGES = 2
+# Pages that need several copies for a tile of keys.
+SMALL_PAGES = (16, 32, 64)
 
 
 def supports(query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, block_size: int) -> bool:
     """Whether `hopper_prefill` serves these tensors, apart from the device and the work that they are for.
-
-    Pages below 128 tokens need several boxes for a tile of keys and are left out until that has run on a GPU.
-    """
+"""
     page_size, head_dim = key_pages.shape[2:]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and head_dim in (64, 128)
         and block_size == BLOCK_N.value
-        and page_size % BLOCK_N.value == 0
+        and (page_size % BLOCK_N.value == 0 or page_size in SMALL_PAGES)
         and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == 0
         and has_row_view(key_pages, value_pages)
     )
@@ -62,11 +62,12 @@ def hopper_prefill(
     group_size = num_heads // num_kv_heads
     max_pages = batch.block_table.shape[1]
     paged = max_pages > 1
+    box = min(page_size, BLOCK_N.value) if paged else BLOCK_N.value
     stride_page, stride_head, stride_token, _ = key_pages.stride()
     heads_per_list = num_heads // block_lists.block_ids.shape[0] if block_lists is not None else group_size
     hopper_prefill_kernel[(num_heads * tiles.num_tiles,)](
-        tile_descriptor(key_pages),
-        tile_descriptor(value_pages),
+        tile_descriptor(key_pages, box),
+        tile_descriptor(value_pages, box),
         query,
         out,
         lse,
@@ -108,17 +109,17 @@ def hopper_prefill(
     )
 
 
-def tile_descriptor(cache: torch.Tensor) -> TensorDescriptor:
-    """The copy engine's view of a cache as [num_rows, head_dim] in boxes of 128 rows; reads outside give zero."""
+def tile_descriptor(cache: torch.Tensor, box: int) -> TensorDescriptor:
+    """The copy engine's view of a cache as [num_rows, head_dim] in boxes of `box` rows; reads outside give zero."""
     descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(_descriptor_fields(cache.shape, cache.stride(), cache.dtype), base=cache)
+    descriptor.__dict__.update(_descriptor_fields(cache.shape, cache.stride(), cache.dtype, box), base=cache)
     return descriptor
 
 
 @lru_cache
-def _descriptor_fields(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
+def _descriptor_fields(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, box: int) -> dict[str, object]:
     """All of a descriptor but its tensor, checked by Triton once."""
     rows = num_rows(shape, strides, dtype.itemsize)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     like = torch.empty(8, dtype=dtype)
-    return dict(vars(TensorDescriptor(like, [rows, shape[3]], [strides[2], 1], [BLOCK_N.value, shape[3]], layout)))
+    return dict(vars(TensorDescriptor(like, [rows, shape[3]], [strides[2], 1], [box, shape[3]], layout)))

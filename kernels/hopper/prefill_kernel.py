@@ -41,6 +41,24 @@ def _list_index(step, num_far, num_turned, last):
 
 
 @gluon.jit
+def _row_of(table_row_ptr, start, last_key, head_row, page_rows, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
+    """The row of memory of the key at `start`; a box past the last key reads the last one's again."""
+    if PAGE_SIZE == 0:
+        return gl.load(table_row_ptr) * page_rows + head_row + start
+    if BOX < BLOCK_N:
+        start = gl.minimum(start, last_key // BOX * BOX)
+    return gl.load(table_row_ptr + start // PAGE_SIZE) * page_rows + head_row + start % PAGE_SIZE
+
+
+@gluon.jit
+def _box_of(tile, box: gl.constexpr, BOX: gl.constexpr):
+    """The rows of a tile that one copy fills."""
+    if BOX == BLOCK_N:
+        return tile
+    return tile.slice(box * BOX, BOX)
+
+
+@gluon.jit
 def _produce(
     keys,
     values,
@@ -55,6 +73,7 @@ def _produce(
     num_blocks,
     num_far,
     num_turned,
+    last_key,
     head_row,
     page_rows,
     PAGE_SIZE: gl.constexpr,
@@ -62,6 +81,7 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     """Copy the tiles of all steps, as soon as their buffers are free."""
+    BOX: gl.constexpr = keys.block_type.shape[0]
     TILE_BYTES: gl.constexpr = BLOCK_N * key_tiles.shape[2] * 2
     for step in range(num_blocks):
         stage = step % STAGES
@@ -71,16 +91,18 @@ def _produce(
         if HAS_LISTS:
             block = gl.load(ids_ptr + block)
         start = block * BLOCK_N
-        if PAGE_SIZE == 0:
-            row = gl.load(table_row_ptr) * page_rows + head_row + start
-        else:
-            row = gl.load(table_row_ptr + start // PAGE_SIZE) * page_rows + head_row + start % PAGE_SIZE
+        # Looked up before the wait, so that the copies follow it at once.
+        rows = ()
+        for box in gl.static_range(BLOCK_N // BOX):
+            rows += (_row_of(table_row_ptr, start + box * BOX, last_key, head_row, page_rows, PAGE_SIZE, BOX),)
         mbarrier.wait(keys_empty.index(stage), phase)
         mbarrier.expect(keys_full.index(stage), TILE_BYTES)
-        load_tile(keys, [row, 0], keys_full.index(stage), key_tiles.index(stage))
+        for box in gl.static_range(BLOCK_N // BOX):
+            load_tile(keys, [rows[box], 0], keys_full.index(stage), _box_of(key_tiles.index(stage), box, BOX))
         mbarrier.wait(values_empty.index(stage), phase)
         mbarrier.expect(values_full.index(stage), TILE_BYTES)
-        load_tile(values, [row, 0], values_full.index(stage), value_tiles.index(stage))
+        for box in gl.static_range(BLOCK_N // BOX):
+            load_tile(values, [rows[box], 0], values_full.index(stage), _box_of(value_tiles.index(stage), box, BOX))
 
 
 @gluon.jit
@@ -427,7 +449,8 @@ def hopper_prefill_kernel(
                 _produce,
                 (
                     keys, values, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                    ids_ptr, table_row_ptr, num_blocks, num_far, num_turned, kv_head * head_rows, page_rows,
+                    ids_ptr, table_row_ptr, num_blocks, num_far, num_turned, kv_end - 1, kv_head * head_rows,
+                    page_rows,
                     PAGE_SIZE, HAS_LISTS, STAGES,
                 ),
             ),

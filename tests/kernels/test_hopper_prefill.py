@@ -64,6 +64,17 @@ def test_listed_blocks_equal_the_reference(hopper: torch.device, causal: bool, n
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["lbhnc", "lbnhc"])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 256])
+def test_every_page_size(hopper: torch.device, page_size: int, layout: str) -> None:
+    batch = draw(hopper, [300, 63, 129], [1000, 1063, 129], page_size=page_size, layout=layout)
+    assert_attention_close(*prefill(batch), *reference_attention(batch), BF16)
+    lists = random_block_lists(batch.tiles(128), 8, 0.4)
+    expected = reference_attention(batch, tiles=batch.tiles(128), block_lists=lists)
+    assert_attention_close(*prefill(batch, block_lists=lists), *expected, BF16)
+
+
+@pytest.mark.gpu
 def test_an_empty_list_gives_zero(hopper: torch.device) -> None:
     batch = draw(hopper, [200], [200])
     lists = random_block_lists(batch.tiles(128), 1, 1.0)
@@ -105,11 +116,12 @@ def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, shift: i
     [
         ({}, True),
         ({"head_dim": 64, "dtype": torch.float16}, True),
-        ({"page_size": 16}, False),
+        ({"page_size": 16}, True),
+        ({"page_size": 48}, False),
         ({"dtype": torch.float32}, False),
         ({"head_dim": 96}, False),
     ],
-    ids=["d128", "d64-float16", "page16", "float32", "d96"],
+    ids=["d128", "d64-float16", "page16", "page48", "float32", "d96"],
 )
 def test_which_tensors_are_served(options: dict[str, object], served: bool) -> None:
     batch = draw(torch.device("cpu"), [5], [5], **options)
