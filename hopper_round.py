@@ -43,10 +43,16 @@ def launches_of():
 
 def correct_cases():
     import torch
-    from farspan.kernels.prefill import prefill_attention
     from farspan.kernels.rotary_turn import make_string_turn
     from tests.kernels.helpers import assert_attention_close, random_block_lists, reference_attention
-    from tests.kernels.test_hopper_prefill import draw, prefill
+    from farspan.kernels.tuning import HopperPrefillConfig
+    from tests.kernels.test_hopper_prefill import PORTABLE, draw
+    from tests.kernels.test_hopper_prefill import prefill as prefill_by
+
+    best = HopperPrefillConfig(2, 2, overlap=2, pack=True, late=True)
+
+    def prefill(batch, config=best, **options):
+        return prefill_by(batch, config, **options)
 
     device, bf16 = torch.device("cuda"), torch.bfloat16
 
@@ -68,8 +74,7 @@ def correct_cases():
     def first_pos():
         batch = draw(device, [200, 65], [1200, 300])
         paged = replace(batch.paged, first_pos=torch.tensor([900, 235], dtype=torch.int32, device=device))
-        keys, values = batch.kv.split()
-        expected = prefill_attention(batch.query, keys, values, paged, batch.tiles(128), batch.scale, causal=False)
+        expected = prefill(batch, PORTABLE, paged=paged, causal=False)
         assert_attention_close(*prefill(batch, paged=paged, causal=False), *expected, bf16)
 
     def turned(shift, density):
@@ -77,10 +82,7 @@ def correct_cases():
         tiles = batch.tiles(128)
         made = None if density is None else random_block_lists(tiles, 8, density)
         turn = make_string_turn(10_000.0 ** -(torch.arange(64) / 64), shift, 64, True, device)
-        keys, values = batch.kv.split()
-        expected = prefill_attention(
-            batch.query, keys, values, batch.paged, tiles, batch.scale, block_lists=made, turn=turn
-        )
+        expected = prefill(batch, PORTABLE, block_lists=made, turn=turn)
         assert_attention_close(*prefill(batch, block_lists=made, turn=turn), *expected, bf16)
 
     def many_times():
@@ -96,19 +98,12 @@ def correct_cases():
         ("ragged", lambda: dense([1000, 63, 1, 129], [1000, 1063, 500, 129])),
         ("again and again", many_times),
         ("lists per head", lambda: lists(8, True)),
-        ("lists per kv head", lambda: lists(2, True)),
-        ("ragged full", lambda: dense([1000, 63, 1, 129], [1000, 1063, 500, 129], causal=False)),
         ("lists full", lambda: lists(8, False)),
         ("fp16", lambda: dense([1000, 63], [1000, 1063], dtype=torch.float16)),
         ("d64", lambda: dense([1000, 63], [1000, 1063], head_dim=64)),
-        ("page 256", lambda: dense([1000, 63], [1000, 1063], page_size=256)),
-        ("page 64", lambda: dense([1000, 63], [1000, 1063], page_size=64)),
         ("page 16", lambda: dense([1000, 63], [1000, 1063], page_size=16)),
-        ("token-major pages", lambda: dense([1000, 63], [1000, 1063], layout="lbnhc")),
         ("turn 300 dense", lambda: turned(300, None)),
         ("turn 300 lists", lambda: turned(300, 0.4)),
-        ("turn 1 dense", lambda: turned(1, None)),
-        ("turn 5000 dense", lambda: turned(5000, None)),
         ("first_pos", first_pos),
     ]
 
@@ -119,8 +114,8 @@ def time_cases():
     from benchmarks.calls import kv_of, paged_of, tiles_of
     from benchmarks.inputs import AttentionShape, make_paged_batch
     from benchmarks.timing import time_interleaved
-    from farspan.kernels.hopper.prefill import hopper_prefill
     from farspan.kernels.prefill import prefill_attention
+    from farspan.kernels.tuning import HopperPrefillConfig, prefill_config
     from farspan.kernels.tiles import BlockLists
 
     def lists_of(tiles, heads, density, device):
@@ -146,17 +141,23 @@ def time_cases():
         out, lse = torch.empty_like(batch.query), torch.empty(shape.num_q_heads, query_len, device="cuda")
         other, other_lse = torch.empty_like(out), torch.empty_like(lse)
 
-        def ours(**options):
-            return lambda: hopper_prefill(
+        def call(config, out, lse):
+            return lambda: prefill_attention(
                 batch.query, keys, values, paged, tiles, shape.scale,
-                block_lists=lists, causal=True, turn=turn, out=out, lse=lse, **options,
+                block_lists=lists, turn=turn, out=out, lse=lse, config=config,
             )
 
-        def portable():
-            prefill_attention(
-                batch.query, keys, values, paged, tiles, shape.scale, block_lists=lists, turn=turn, out=other, lse=other_lse
-            )
+        def ours(heads_in_a_row=8, num_stages=2, **options):
+            return call(HopperPrefillConfig(heads_in_a_row, num_stages, **options), out, lse)
 
+        portable = call(
+            prefill_config(
+                shape.head_dim, shape.dtype, (9, 0), block_size=128, tokens_per_tile=128,
+                heads_that_share=4 if list_heads != 32 else 1, keys_in_a_row=128, has_turn=turn is not None,
+                has_lists=lists is not None,
+            ),
+            other, other_lse,
+        )
         works = {"hopper" + "".join(f" {name}={value}" for name, value in options.items()): ours(**options) for options in variants or [{}]}
         works["portable"] = portable
         if density is None and peers.has_module("vllm.vllm_flash_attn"):
@@ -174,17 +175,22 @@ def time_cases():
             say(f"   {name}: {ms:.3f} ms (least {min(samples):.3f}), {flops / ms / 1e9:.0f} TFLOP/s")
 
     d64 = AttentionShape(num_q_heads=32, num_kv_heads=8, head_dim=64)
-    orders = [{"heads_in_a_row": heads} for heads in (8, 4, 32)]
+    best = {"overlap": 2, "pack": True, "late": True}
+    variants = [{}, best, {"overlap": 2}, best | {"take_turns": True}, {"take_turns": True}, best | {"q_regs": True}]
+    four = {"num_stages": 4}
+    narrow = [{}, four, best | four, best | four | {"exp_mix": 4}, best | four | {"exp_mix": 8}]
+    narrow.append(best | four | {"take_turns": True})
     return [
-        ("dense 8K", lambda: timed(8192, 8192, repeats=20, variants=orders)),
-        ("dense 32K", lambda: timed(32768, 32768, variants=orders)),
-        ("lists .3 per head 64K", lambda: timed(65536, 65536, 0.3, 32, 5, variants=orders)),
-        ("lists .3 shared 64K", lambda: timed(65536, 65536, 0.3, 8, 5, variants=orders)),
-        ("dense 128K", lambda: timed(131072, 131072, repeats=4)),
-        ("chunk 8K at 128K", lambda: timed(8192, 131072, repeats=6, variants=orders)),
-        ("lists .1 per head, chunk 16K at 128K", lambda: timed(16384, 131072, 0.1, 32, 8, variants=orders)),
-        ("dense 2K", lambda: timed(2048, 2048, repeats=30, variants=orders)),
-        ("d64 32K", lambda: timed(32768, 32768, shape=d64, variants=orders)),
+        ("dense 32K", lambda: timed(32768, 32768, variants=variants)),
+        ("dense 8K", lambda: timed(8192, 8192, repeats=30, variants=variants)),
+        ("lists .3 per head 64K", lambda: timed(65536, 65536, 0.3, 32, 6, variants=[{}, best, best | {"take_turns": True}])),
+        ("d64 32K", lambda: timed(32768, 32768, shape=d64, variants=narrow)),
+        ("dense 2K", lambda: timed(2048, 2048, repeats=40, variants=variants)),
+        ("dense 4K", lambda: timed(4096, 4096, repeats=40, variants=variants)),
+        ("chunk 2K at 32K", lambda: timed(2048, 32768, repeats=20, variants=variants[:2])),
+        ("dense 128K", lambda: timed(131072, 131072, repeats=4, variants=[{}, best])),
+        ("lists .3 shared 64K", lambda: timed(65536, 65536, 0.3, 8, 6, variants=[{}, best])),
+        ("lists .1 per head, chunk 16K at 128K", lambda: timed(16384, 131072, 0.1, 32, 8, variants=[{}, best])),
     ]
 
 

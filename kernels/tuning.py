@@ -118,6 +118,52 @@ def prefill_config(
     )
 
 
+@dataclass(frozen=True)
+class HopperPrefillConfig:
+    """How the Gluon kernel of Hopper walks through its work."""
+
+    heads_in_a_row: int
+    """Query heads whose programs of one tile are neighbours, a divisor of their number."""
+    num_stages: int
+    """Tiles of keys, and of values, in shared memory."""
+    overlap: int = 0
+    take_turns: bool = False
+    q_regs: bool = False
+    exp_mix: int = 0
+    pack: bool = False
+    late: bool = False
+
+
+@lru_cache
+def hopper_prefill_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    block_size: int,
+    page_size: int,
+    tokens_per_tile: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_list_heads: int,
+) -> HopperPrefillConfig | None:
+    """Choose how the Gluon kernel computes a prefill whose cache the copy engine can read; None where it does not.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block and per query tile.
+    page_size: tokens of a page, 0 where each request is one page. tokens_per_tile: the most tokens that a query tile
+    can have. num_heads, num_kv_heads: of queries, and of keys. num_list_heads: block lists per tile; 0 without lists.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
+        return None
+    if block_size != 128 or (page_size % 128 and page_size not in (16, 32, 64)):
+        return None
+    # A program computes 128 rows of one head, however many tokens the tile has.
+    if tokens_per_tile <= 64:
+        return None
+    heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
+    return HopperPrefillConfig(heads_in_a_row, num_stages=2)
+
+
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
 # 2.7 ms and the paged kernel 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound itself
 # was not measured.

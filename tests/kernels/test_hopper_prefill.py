@@ -1,12 +1,13 @@
 """Prefill on Hopper against the float32 reference; a Gluon kernel does not run in the interpreter."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from farspan.kernels.hopper.prefill import hopper_prefill, supports
 from farspan.kernels.prefill import prefill_attention
 from farspan.kernels.rotary_turn import make_string_turn
+from farspan.kernels.tuning import HopperPrefillConfig, PrefillConfig, hopper_prefill_config
 
 from tests.kernels.helpers import (
     Inputs,
@@ -18,6 +19,9 @@ from tests.kernels.helpers import (
 )
 
 BF16 = torch.bfloat16
+Config = HopperPrefillConfig | PrefillConfig
+HOPPER = HopperPrefillConfig(heads_in_a_row=2, num_stages=2)
+PORTABLE = PrefillConfig(128, 1, 64, 8, 3, use_tma=False)
 
 
 def draw(device: torch.device, query_lens: list[int], seq_lens: list[int], **options: object) -> Inputs:
@@ -25,15 +29,23 @@ def draw(device: torch.device, query_lens: list[int], seq_lens: list[int], **opt
     return make_batch(query_lens, seq_lens, device=device, sharpness=2.0, **shape)  # type: ignore[arg-type]
 
 
-def prefill(batch: Inputs, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel on a batch, into outputs full of NaN."""
+def prefill(batch: Inputs, config: Config = HOPPER, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a kernel on a batch, into outputs full of NaN."""
     keys, values = batch.kv.split()
-    out = poisoned_like(batch.query)
     lse = torch.full((batch.query.shape[1], len(batch.query)), float("nan"), device=batch.query.device)
-    arguments = {"block_lists": None, "causal": True, "turn": None} | options
-    paged = arguments.pop("paged", batch.paged)
-    hopper_prefill(batch.query, keys, values, paged, batch.tiles(128), batch.scale, out=out, lse=lse, **arguments)  # type: ignore[arg-type]
-    return out, lse
+    paged = options.pop("paged", batch.paged)
+    return prefill_attention(
+        batch.query,
+        keys,
+        values,
+        paged,  # type: ignore[arg-type]
+        batch.tiles(128),
+        batch.scale,
+        out=poisoned_like(batch.query),
+        lse=lse,
+        config=config,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 @pytest.fixture
@@ -89,9 +101,7 @@ def test_chunks_that_are_not_the_last_of_their_keys(hopper: torch.device) -> Non
     batch = draw(hopper, [200, 65], [1200, 300])
     first = torch.tensor([900, 235], dtype=torch.int32, device=hopper)
     paged = replace(batch.paged, first_pos=first)
-    tiles = batch.tiles(128)
-    keys, values = batch.kv.split()
-    expected = prefill_attention(batch.query, keys, values, paged, tiles, batch.scale, causal=False)
+    expected = prefill(batch, PORTABLE, paged=paged, causal=False)
     assert_attention_close(*prefill(batch, paged=paged, causal=False), *expected, BF16)
 
 
@@ -104,10 +114,7 @@ def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, shift: i
     lists = None if density is None else random_block_lists(tiles, 8, density)
     inv_freq = 10_000.0 ** -(torch.arange(64) / 64)
     turn = make_string_turn(inv_freq, shift, 64, True, hopper)
-    keys, values = batch.kv.split()
-    expected = prefill_attention(
-        batch.query, keys, values, batch.paged, tiles, batch.scale, block_lists=lists, turn=turn
-    )  # fmt: skip
+    expected = prefill(batch, PORTABLE, block_lists=lists, turn=turn)
     assert_attention_close(*prefill(batch, block_lists=lists, turn=turn), *expected, BF16)
 
 
@@ -117,13 +124,29 @@ def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, shift: i
         ({}, True),
         ({"head_dim": 64, "dtype": torch.float16}, True),
         ({"page_size": 16}, True),
+        ({"page_size": 0}, True),
         ({"page_size": 48}, False),
         ({"dtype": torch.float32}, False),
         ({"head_dim": 96}, False),
+        ({"block_size": 64}, False),
+        ({"capability": (8, 0)}, False),
+        ({"capability": (10, 0)}, False),
+        ({"tokens_per_tile": 5}, False),
     ],
-    ids=["d128", "d64-float16", "page16", "page48", "float32", "d96"],
+    ids=lambda value: "-".join(f"{name}={each}" for name, each in value.items()) if isinstance(value, dict) else None,
 )
-def test_which_tensors_are_served(options: dict[str, object], served: bool) -> None:
-    batch = draw(torch.device("cpu"), [5], [5], **options)
-    assert supports(batch.query, *batch.kv.split(), 128) is served
-    assert not supports(batch.query, *batch.kv.split(), 64)
+def test_which_calls_are_served(options: dict[str, Any], served: bool) -> None:
+    call: dict[str, Any] = {
+        "head_dim": 128,
+        "dtype": BF16,
+        "capability": (9, 0),
+        "block_size": 128,
+        "page_size": 128,
+        "tokens_per_tile": 128,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "num_list_heads": 0,
+    }
+    config = hopper_prefill_config(**(call | options))
+    assert (config is not None) is served
+    assert config is None or 32 % config.heads_in_a_row == 0
