@@ -66,6 +66,9 @@ class PassMaker:
     device: torch.device
     first_kv_head: int = 0
     """The passes are for the `num_kv_heads` KV heads of a layer from this one on."""
+    ours_from: int | None = None
+    """Tokens of a batch's longest chunk from which our kernel computes dense prefill faster than `dense_kernel`; None
+    where it never does."""
 
     @property
     def kv_heads(self) -> slice:
@@ -98,7 +101,9 @@ class PassMaker:
         """
         work: Dense | Sparse
         if isinstance(prefill, DensePrefill):
-            kernel = "triton" if turns and self.dense_kernel == "fa3" else self.dense_kernel
+            kernel = self.dense_kernel
+            if kernel == "fa3" and (turns or (self.ours_from is not None and batch.max_query_len >= self.ours_from)):
+                kernel = "triton"
             tiles = None
             if kernel == "triton":
                 tiles = make_prefill_tiles(query_start_loc, chunk_ends, TILE_SIZE, self.device)

@@ -59,6 +59,9 @@ def warm_up_cases(
     ]
     for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
         if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
+            # From this length on ours is faster, and has one tile shape.
+            if maker.ours_from is not None and maker.ours_from <= max_chunk_len:
+                cases.append(WarmUpCase("prefill", turns, prefill=each, query_len=maker.ours_from, kv_len=maker.ours_from))
             continue
         cases += [
             WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)

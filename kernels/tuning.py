@@ -164,6 +164,22 @@ def hopper_prefill_config(
     return HopperPrefillConfig(heads_in_a_row, num_stages=2)
 
 
+# Tokens of a chunk from which the Gluon kernel is faster than FlashAttention 3, by head_dim.
+HOPPER_DENSE_FROM: dict[int, int] = {}
+
+
+def hopper_dense_from(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int
+) -> int | None:
+    """Tokens of a chunk from which the Gluon kernel of Hopper computes dense prefill faster than FlashAttention 3.
+
+    None where it never does. The arguments are those of `hopper_prefill_config`.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or page_size % 128:
+        return None
+    return HOPPER_DENSE_FROM.get(head_dim)
+
+
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
 # 2.7 ms and the paged kernel 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound itself
 # was not measured.
