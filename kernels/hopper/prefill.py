@@ -86,12 +86,7 @@ def hopper_launch(
             "HAS_FIRST_POS": batch.first_pos is not None,
             "IS_CAUSAL": causal,
             "STAGES": config.num_stages,
-            "OVERLAP": config.overlap,
-            "TAKE_TURNS": config.take_turns,
-            "Q_REGS": config.q_regs,
-            "EXP_MIX": config.exp_mix,
-            "PACK": config.pack,
-            "LATE": config.late,
+            "OVERLAPS": config.overlaps,
         },
         num_warps=4,
     )

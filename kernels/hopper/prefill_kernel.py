@@ -124,81 +124,27 @@ def _turned(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask, HALF_ROTARY: gl.c
     return (query.to(gl.float32) * cos[None, :] + partner.to(gl.float32) * signed_sin[None, :]).to(query.dtype)
 
 
-# 2**x on the units of multiplication and addition: x is split into an integer, which becomes the exponent, and a
-# fraction, for which a polynomial stands.
-POLYNOMIAL = """
-        max.f32 x, {x}, 0fC2FC0000;
-        add.rm.f32 n, x, 0f4B400000;
-        sub.f32 m, n, 0f4B400000;
-        sub.f32 f, x, m;
-        fma.rn.f32 p, f, 0f3C5DBE54, 0f3D550A03;
-        fma.rn.f32 p, p, f, 0f3E773CC4;
-        fma.rn.f32 p, p, f, 0f3F3168B3;
-        fma.rn.f32 p, p, f, 0f3F800016;
-        mov.b32 i, n;
-        mov.b32 e, p;
-        shl.b32 i, i, 23;
-        add.s32 e, e, i;
-        mov.b32 {y}, e;
-"""
-
-
-def _mixed_asm(pack):
-    """One of `pack` exponentials by the polynomial, the others by the special function units."""
-    lines = ["{ .reg .f32 x, n, m, f, p; .reg .b32 i, e;"]
-    lines += [f"ex2.approx.ftz.f32 ${each}, ${pack + each};" for each in range(1, pack)]
-    lines.append(POLYNOMIAL.replace("{x}", f"${pack}").replace("{y}", "$0") + "}")
-    return "\n".join(lines)
-
-
-MIX_4 = gl.constexpr(_mixed_asm(4))
-MIX_8 = gl.constexpr(_mixed_asm(8))
-MIX_4_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 4 + ["f"] * 4))
-MIX_8_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 8 + ["f"] * 8))
-
-
 @gluon.jit
-def _exp2_mixed(logits, EXP_MIX: gl.constexpr):
-    if EXP_MIX == 4:
-        return gl.inline_asm_elementwise(MIX_4, MIX_4_CONSTRAINTS, [logits], dtype=gl.float32, is_pure=True, pack=4)
-    else:
-        return gl.inline_asm_elementwise(MIX_8, MIX_8_CONSTRAINTS, [logits], dtype=gl.float32, is_pure=True, pack=8)
-
-
-@gluon.jit
-def _packed(weights, dtype: gl.constexpr):
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
+def _as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, PACK: gl.constexpr):
+    """Weights as the tensor cores take them. PACK: convert pairs here, and not where the product needs them."""
+    if not PACK:
+        weights = weights.to(dtype)
+    elif dtype == gl.bfloat16:
+        weights = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [weights], dtype=gl.bfloat16, is_pure=True, pack=2
         )
     else:
-        return gl.inline_asm_elementwise(
+        weights = gl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [weights], dtype=gl.float16, is_pure=True, pack=2
         )
+    return gl.convert_layout(weights, LAYOUT)
 
 
 @gluon.jit
-def _finish(row_sum):
-    """Keep the assembler from moving the wait for a product before the exponentials that run beside it."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.eq.f32 p, $1, 0fFF7FFFFF; @p trap; mov.f32 $0, $1; }",
-        "=f,f",
-        [row_sum],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _softmax_step(scores, row_max, row_sum, scale_log2, EXP_MIX: gl.constexpr):
+def _softmax_step(scores, row_max, row_sum, scale_log2):
     """Weights of a tile's scores, and the running softmax with them in it."""
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    logits = scores * scale_log2 - new_max[:, None]
-    if EXP_MIX == 0:
-        weights = gl.exp2(logits)
-    else:
-        weights = _exp2_mixed(logits, EXP_MIX)
+    weights = gl.exp2(scores * scale_log2 - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + gl.sum(weights, 1)
     return weights, rescale, new_max, row_sum
@@ -247,13 +193,7 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    turns,
-    OVERLAP: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    Q_REGS: gl.constexpr,
-    EXP_MIX: gl.constexpr,
-    PACK: gl.constexpr,
-    LATE: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
@@ -261,6 +201,8 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    # With a turn, its rescaling beside the next product takes more registers than there are.
+    RESCALES_LATE: gl.constexpr = OVERLAPS and not HAS_TURN
     # A thread copies 16 bytes.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
@@ -306,7 +248,7 @@ def _consume(
         if IS_CAUSAL:
             mask = mask & ((start + offs_n)[None, :] <= position[:, None])
         scores = gl.where(mask, scores, float("-inf"))
-        weights, _, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2, 0)
+        weights, _, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         if kv_end - start < BLOCK_N:
             mbarrier.wait(values_full.index(0), 0)
@@ -345,21 +287,13 @@ def _consume(
                 scores, far = warpgroup_mma_wait(0, deps=(scores, far))
                 mbarrier.arrive(keys_empty.index(stage), count=1)
                 scores = gl.where((block * BLOCK_N + offs_n)[None, :] < bound[:, None], far, scores)
-                new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2, EXP_MIX)
+                new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                weights = gl.convert_layout(new_weights.to(dtype), WEIGHTS)
+                weights = _as_operand(new_weights, dtype, WEIGHTS, False)
 
-        if Q_REGS:
-            query_regs = query_tiles.index(CONSUMER).load(gl.DotOperandLayout(0, SCORES, 2))
-        if TAKE_TURNS:
-            if CONSUMER == 1:
-                mbarrier.arrive(turns.index(0), count=1)
-        if LATE:
-            rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
-        if OVERLAP == 2:
-            mbarrier.wait(
-                keys_full.index(first_step % STAGES), first_step // STAGES & 1, pred=first_step < num_blocks
-            )
+        rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
+        if OVERLAPS:
+            mbarrier.wait(keys_full.index(first_step % STAGES), first_step // STAGES & 1, pred=first_step < num_blocks)
         for step in range(first_step, num_blocks):
             stage = step % STAGES
             before = (step - 1) % STAGES
@@ -367,50 +301,37 @@ def _consume(
             if HAS_TURN:
                 # The far blocks come first.
                 rotation = gl.where(step - first_step < num_far, 2 + CONSUMER, CONSUMER)
-            if OVERLAP != 2:
+            if not OVERLAPS:
                 mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
-            if TAKE_TURNS:
-                mbarrier.wait(turns.index(CONSUMER), (step - first_step) & 1)
-            if Q_REGS:
-                scores = warpgroup_mma(
-                    query_regs, key_tiles.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True
-                )
-            else:
-                scores = warpgroup_mma(
-                    query_tiles.index(rotation),
-                    key_tiles.index(stage).permute([1, 0]),
-                    no_scores,
-                    use_acc=False,
-                    is_async=True,
-                )
+            scores = warpgroup_mma(
+                query_tiles.index(rotation),
+                key_tiles.index(stage).permute([1, 0]),
+                no_scores,
+                use_acc=False,
+                is_async=True,
+            )
             mbarrier.wait(values_full.index(before), (step - 1) // STAGES & 1)
-            if LATE:
+            if RESCALES_LATE:
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
             next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-            if TAKE_TURNS:
-                mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(keys_empty.index(stage), count=1)
-            new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2, EXP_MIX)
-            if OVERLAP == 1:
-                row_sum = _finish(row_sum)
-            if PACK:
-                new_weights = gl.convert_layout(_packed(new_weights, dtype), WEIGHTS)
-            if OVERLAP == 2:
+            new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
+            if OVERLAPS:
+                # Without a wait here the assembler moves the exponentials behind the product that they run beside.
+                new_weights = _as_operand(new_weights, dtype, WEIGHTS, True)
                 following = step + 1
-                mbarrier.wait(
-                    keys_full.index(following % STAGES), following // STAGES & 1, pred=following < num_blocks
-                )
+                mbarrier.wait(keys_full.index(following % STAGES), following // STAGES & 1, pred=following < num_blocks)
             acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
             mbarrier.arrive(values_empty.index(before), count=1)
-            if not LATE:
+            if not RESCALES_LATE:
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-            if PACK:
+            if OVERLAPS:
                 weights = new_weights
             else:
-                weights = gl.convert_layout(new_weights.to(dtype), WEIGHTS)
+                weights = _as_operand(new_weights, dtype, WEIGHTS, False)
 
-        if LATE:
+        if RESCALES_LATE:
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
         before = (num_blocks - 1) % STAGES
         mbarrier.wait(values_full.index(before), (num_blocks - 1) // STAGES & 1)
@@ -470,18 +391,13 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    Q_REGS: gl.constexpr,
-    EXP_MIX: gl.constexpr,
-    PACK: gl.constexpr,
-    LATE: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
     keys, values: descriptors of rows [num_rows, head_dim]. page_rows, head_rows: rows from one page, and from one KV
     head, to the next. PAGE_SIZE 0 means one page per request. heads_in_a_row: query heads whose programs of a tile are
-    neighbours.
+    neighbours. OVERLAPS: see `HopperPrefillConfig`.
     """
     HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
     # The longest tiles come first.
@@ -556,9 +472,6 @@ def hopper_prefill_kernel(
     keys_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(stage), count=1)
         mbarrier.init(values_full.index(stage), count=1)
@@ -585,7 +498,7 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    turns, OVERLAP, TAKE_TURNS, Q_REGS, EXP_MIX, PACK, LATE,
+                    OVERLAPS,
                 ),
             ),
             (
@@ -595,7 +508,7 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    turns, OVERLAP, TAKE_TURNS, Q_REGS, EXP_MIX, PACK, LATE,
+                    OVERLAPS,
                 ),
             ),
         ],

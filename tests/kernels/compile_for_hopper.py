@@ -93,7 +93,7 @@ def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str,
 def prefill(
     hopper: bool, head_dim: int = 128, *, has_lists: bool = True, has_turn: bool = False, page_size: int = 128
 ) -> None:
-    """Launch prefill of 1,024 tokens, with one list per query head or none, by the Gluon or the portable kernel."""
+    """Launch prefill of 1,024 tokens, with one list per query head or none, by the chosen or the portable kernel."""
     query = torch.empty(1024, 32, head_dim, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     portable = tuning.prefill_config(
@@ -125,7 +125,7 @@ def prefill(
         if has_lists
         else None,
         turn=make_string_turn(torch.ones(head_dim // 2), 5, 1, True, query.device) if has_turn else None,
-        config=tuning.HopperPrefillConfig(heads_in_a_row=8, num_stages=2) if hopper else portable,
+        config=None if hopper else portable,
     )
 
 
@@ -258,11 +258,9 @@ def main() -> None:
             {
                 "dense-d64": compiled(kernel, lambda: contiguous.attention(q, q, q)),
                 "lists-d128": compiled(kernel, partial(prefill, False)),
-                "hopper-d128": compiled(gluon_kernel, partial(prefill, True, has_lists=False)),
                 "hopper-lists-d128": compiled(gluon_kernel, partial(prefill, True)),
-                "hopper-lists-d64": compiled(gluon_kernel, partial(prefill, True, 64)),
                 "hopper-lists-turn-d128": compiled(gluon_kernel, partial(prefill, True, has_turn=True)),
-                "hopper-lists-page16-d128": compiled(gluon_kernel, partial(prefill, True, page_size=16)),
+                "hopper-lists-page16-d64": compiled(gluon_kernel, partial(prefill, True, 64, page_size=16)),
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),
