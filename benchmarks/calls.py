@@ -22,7 +22,7 @@ from farspan.kernels.decode import make_decode_workspace, paged_decode
 from farspan.kernels.prefill import prefill_attention
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
-from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
+from farspan.kernels.tuning import HopperPrefillConfig, PrefillConfig, device_capability, prefill_config
 
 from benchmarks.inputs import PagedBatch
 
@@ -94,15 +94,22 @@ def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | 
 
 
 def prefill(
-    batch: PagedBatch, turn: Turn | None = None, *, block_lists: BlockLists | None = None, portable: bool = False
+    batch: PagedBatch,
+    turn: Turn | None = None,
+    *,
+    block_lists: BlockLists | None = None,
+    portable: bool = False,
+    config: HopperPrefillConfig | PrefillConfig | None = None,
 ) -> Call:
     """Causal prefill by our kernel, over all keys or the blocks listed.
 
     turn: that of shifted positions, or None. portable: by the portable kernel, also where the device has its own.
+    config: see `prefill_attention`.
     """
     tiles, (out, lse) = tiles_of(batch), empty_results(batch)
     keys, values = kv_of(batch).split()
-    config = portable_config(batch, tiles, turn, block_lists) if portable else None
+    if portable:
+        config = portable_config(batch, tiles, turn, block_lists)
     return lambda: prefill_attention(
         batch.query, keys, values, paged_of(batch), tiles, batch.shape.scale,
         block_lists=block_lists, turn=turn, out=out, lse=lse, config=config,

@@ -1,5 +1,4 @@
-"""Dense causal prefill on paged KV, one call: our kernel of the device, the portable one, FA3, vLLM's Triton kernel and
-SDPA."""
+"""Dense causal prefill on paged KV, one call: our kernels, FA3, vLLM's Triton kernel and SDPA."""
 
 from collections.abc import Callable
 

@@ -94,7 +94,8 @@ def _produce(
         # Looked up before the wait, so that the copies follow it at once.
         rows = ()
         for box in gl.static_range(BLOCK_N // BOX):
-            rows += (_row_of(table_row_ptr, start + box * BOX, last_key, head_row, page_rows, PAGE_SIZE, BOX),)
+            row = _row_of(table_row_ptr, start + box * BOX, last_key, head_row, page_rows, PAGE_SIZE, BOX)
+            rows += (row,)  # type: ignore[assignment]
         mbarrier.wait(keys_empty.index(stage), phase)
         mbarrier.expect(keys_full.index(stage), TILE_BYTES)
         for box in gl.static_range(BLOCK_N // BOX):

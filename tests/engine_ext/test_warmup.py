@@ -182,7 +182,7 @@ def test_requests_reach_no_other_kernels(
         run_requests(maker, PREFILLS[name], turn, pages, layer)
     assert compiled <= warmed
     in_gluon = any(each[0] == "hopper_prefill_kernel" for each in compiled)
-    assert in_gluon == (kernel == "fa3" and (name != "block-sparse-64" or page_size == 128 or has_turn))
+    assert in_gluon == (kernel == "fa3")
 
 
 @pytest.mark.parametrize("max_model_len", [1, 100, 128, 129, 8192, 131072, 1 << 20])
