@@ -29,8 +29,8 @@ def hopper_launch(
     """How the layers of a step see their caches, and their launch.
 
     scale_log2: factor on the logits, times log2(e). The other arguments are those of `prefill_attention`, which has
-    checked them, and such as `tuning.hopper_prefill_config` takes. A call of the launch brings query, keys, values, out,
-    lse, block ids and counts, and a turn's cosines and sines.
+    checked them, and such as `tuning.hopper_prefill_config` takes. A call of the launch brings query, keys, values,
+    out, lse, block ids and counts, and a turn's cosines and sines.
     """
     assert tiles.block_size == BLOCK_N.value
     num_heads = query.shape[1]
