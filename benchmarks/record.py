@@ -21,6 +21,7 @@ DATA = ROOT / "benchmarks" / "data"
 BENCHMARKS = frozenset(
     [
         "prefill_dense",
+        "prefill_lists",
         "prefill_flex",
         "select",
         "host_side",

@@ -22,6 +22,7 @@ from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, appen
 PROGRAM = "python -m benchmarks.run"
 MODULES = (
     "prefill_dense",
+    "prefill_lists",
     "prefill_flex",
     "select",
     "host_side",

@@ -6,7 +6,6 @@ turned query.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -14,9 +13,15 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.row_view import RowView, has_row_view, row_view
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
-from triton.tools.tensor_descriptor import TensorDescriptor
+from farspan.kernels.tuning import (
+    HopperPrefillConfig,
+    PrefillConfig,
+    device_capability,
+    hopper_prefill_config,
+    prefill_config,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -67,7 +72,7 @@ def prefill_attention(
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    config: PrefillConfig | None = None,
+    config: PrefillConfig | HopperPrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on keys and values in pages.
 
@@ -84,7 +89,8 @@ def prefill_attention(
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
         contiguous; either is allocated when None.
-    config: tile shapes; those of `tuning.prefill_config` when None.
+    config: which kernel, and its tile shapes; those of `tuning.hopper_prefill_config`, or else of
+        `tuning.prefill_config`, when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
@@ -132,7 +138,7 @@ class _TiledLaunch:
         block_lists: BlockLists | None,
         causal: bool,
         turn: Turn | None,
-        config: PrefillConfig | None,
+        config: PrefillConfig | HopperPrefillConfig | None,
     ) -> None:
         num_tokens, num_heads, head_dim = query.shape
         _, num_kv_heads, page_size, _ = key_pages.shape
@@ -160,11 +166,24 @@ class _TiledLaunch:
         paged = max_pages > 1
         tokens_per_tile = min(tiles.block_size, batch.max_query_len)
         has_rows = has_row_view(key_pages, value_pages)
+        capability = device_capability(query.device)
+        if config is None and has_rows:
+            config = hopper_prefill_config(
+                head_dim,
+                query.dtype,
+                capability,
+                block_size=tiles.block_size,
+                page_size=page_size if paged else 0,
+                tokens_per_tile=tokens_per_tile,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                num_list_heads=0 if block_lists is None else num_list_heads,
+            )
         if config is None:
             config = prefill_config(
                 head_dim,
                 query.dtype,
-                device_capability(query.device),
+                capability,
                 block_size=tiles.block_size,
                 tokens_per_tile=tokens_per_tile,
                 # Heads may share a program when they share keys, values and list.
@@ -173,18 +192,26 @@ class _TiledLaunch:
                 has_turn=turn is not None,
                 has_lists=block_lists is not None,
             )
+        self.tiles = tiles
+        self.rows: RowView | None = None
+        """How the copy engine sees keys and values; None where it is not used."""
+        if isinstance(config, HopperPrefillConfig):
+            # Loads Gluon, which other devices do without.
+            from farspan.kernels.hopper.prefill import hopper_launch
+
+            self.rows, self.launch = hopper_launch(
+                query, key_pages, value_pages, out, lse, batch, tiles, scale * LOG2_E, block_lists, causal, turn, config
+            )
+            return
         block_n = config.block_n
         assert tiles.block_size % block_n == 0
         assert group_size % config.heads_per_tile == 0
         block_d = triton.next_power_of_2(head_dim)
         stride_page, stride_head, stride_token, _ = key_pages.stride()
-        self.tiles = tiles
-        self.rows: RowView | None = None
-        """How the copy engine sees keys and values; None where it is not used."""
         if config.use_tma:
             assert not paged or page_size % block_n == 0
             assert has_rows
-            self.rows = RowView(key_pages, block_n, block_d)
+            self.rows = row_view(key_pages, block_n, block_d)
             stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
 
         num_pieces = triton.cdiv(tokens_per_tile, config.block_t)
@@ -250,45 +277,3 @@ class _TiledLaunch:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-def has_row_view(*caches: torch.Tensor) -> bool:
-    """Whether the tensor copy engine can read caches [num_pages, num_kv_heads, page_size, head_dim] as rows of tokens.
-
-    It needs strides of pages and heads that are multiples of a row's, 16-byte alignment, and row numbers in 32 bits.
-    """
-    return all(
-        cache.data_ptr() % 16 == 0 and 0 < num_rows(cache.shape, cache.stride(), cache.element_size()) < 2**31
-        for cache in caches
-    )
-
-
-@lru_cache
-def num_rows(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> int:
-    """Rows of a token's stride from the first token of a cache to its last; 0 where it does not lie in such rows."""
-    stride_page, stride_head, stride_token, _ = strides
-    if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
-        return 0
-    if stride_token * element_size % 16:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(shape[:3], strides[:3], strict=True))
-    return last // stride_token + 1
-
-
-class RowView:
-    """The copy engine's view of caches of one form as [num_rows, head_dim]; reads outside of them give zero.
-
-    Triton checks a descriptor when it is made, which costs as much host time as a launch: here once for all layers.
-    """
-
-    def __init__(self, like: torch.Tensor, block_n: int, block_d: int) -> None:
-        """Take the form of a cache that has a row view."""
-        rows = num_rows(like.shape, like.stride(), like.element_size())
-        self.fields = vars(TensorDescriptor(like, [rows, like.shape[3]], [like.stride(2), 1], [block_n, block_d]))
-        del self.fields["base"]
-
-    def of(self, cache: torch.Tensor) -> TensorDescriptor:
-        """The view of a cache of the same shape, strides and dtype, aligned to 16 bytes."""
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.fields, base=cache)
-        return descriptor

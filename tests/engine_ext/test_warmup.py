@@ -1,6 +1,8 @@
 """What runs at start compiles every kernel that requests can reach, by Triton's rule of when to compile anew."""
 
 import random
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +17,13 @@ from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import most_parts
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
+from farspan.kernels import prefill
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
 from farspan.kernels.rotary_turn import Turn, make_string_turn
+from farspan.kernels.tuning import OursBesideFa3
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -36,7 +42,7 @@ def is_another_kernel_by(value: Any, name: str, options: dict[str, Any]) -> Any:
         if name in (options.get("do_not_specialize_on_alignment") or ()):
             return value.dtype
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, (TensorDescriptor, GluonDescriptor)):
         return "descriptor", value.base.dtype, tuple(value.block_shape)
     if isinstance(value, bool) or not isinstance(value, int):
         return type(value)
@@ -57,11 +63,24 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
             is_constant = name not in self.arg_names or self.fn.__annotations__.get(name) in (
                 tl.constexpr,
                 "tl.constexpr",
+                "gl.constexpr",
             )
             key.append((name, value if is_constant else is_another_kernel_by(value, name, self.kwargs)))
         found.add((self.__name__, *key))
 
     monkeypatch.setattr(InterpretedFunction, "run", note)
+    # A Gluon kernel is no InterpretedFunction.
+    options = {
+        name: [param.name for param in hopper_prefill_kernel.params if getattr(param, name)]
+        for name in ("do_not_specialize", "do_not_specialize_on_alignment")
+    }
+    gluon = SimpleNamespace(
+        arg_names=hopper_prefill_kernel.arg_names,
+        fn=hopper_prefill_kernel.fn,
+        kwargs=options,
+        __name__="hopper_prefill_kernel",
+    )
+    monkeypatch.setattr(hopper_prefill_kernel, "run", partial(note, gluon))
     monkeypatch.setattr(launch, "is_on_host", lambda tensor: False)
     return found
 
@@ -69,7 +88,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
 def make_maker(kernel: Any, *, has_turn: bool) -> PassMaker:
     parts = most_parts(MAX_NUM_REQS, NUM_KV_HEADS, MAX_MODEL_LEN, NUM_SMS)
     workspace = make_decode_workspace(parts * NUM_Q_HEADS, HEAD_DIM, DEVICE)
-    return PassMaker(NUM_KV_HEADS, kernel, NUM_SMS, workspace, has_turn, DEVICE)
+    # Beside FlashAttention 3, ours computes long chunks.
+    ours = OursBesideFa3(min_chunk_len=100, max_kv_len=MAX_MODEL_LEN) if kernel == "fa3" else None
+    return PassMaker(NUM_KV_HEADS, kernel, NUM_SMS, workspace, has_turn, DEVICE, ours_beside_fa3=ours)
 
 
 def make_pages(page_size: int) -> torch.Tensor:
@@ -111,7 +132,7 @@ def run_requests(
     turns = turn is not None and any(turn.reaches(kv_len - 1) for kv_len in kv_lens)
     starts = [sum(query_lens[:place]) for place in range(len(query_lens) + 1)]
     each = maker.prefill(alike, batch_of(query_lens, kv_lens), starts, kv_lens, 0, turns=turns)
-    if alike != DensePrefill() or maker.dense_kernel == "triton" or turns:
+    if alike != DensePrefill() or each.work.kernel == "triton":  # type: ignore[union-attr]
         run(each, sum(query_lens))
 
 
@@ -131,8 +152,10 @@ PREFILLS: dict[str, Prefill] = {
 @pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_requests_reach_no_other_kernels(
-    compiled: set[Kernel], name: str, page_size: int, kernel: Any, has_turn: bool
+    compiled: set[Kernel], name: str, page_size: int, kernel: Any, has_turn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # FlashAttention 3 is there on Hopper alone, as is the kernel in Gluon.
+    monkeypatch.setattr(prefill, "device_capability", lambda device: (9, 0) if kernel == "fa3" else (8, 0))
     turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
@@ -158,6 +181,8 @@ def test_requests_reach_no_other_kernels(
     for _ in range(20):
         run_requests(maker, PREFILLS[name], turn, pages, layer)
     assert compiled <= warmed
+    in_gluon = any(each[0] == "hopper_prefill_kernel" for each in compiled)
+    assert in_gluon == (kernel == "fa3")
 
 
 @pytest.mark.parametrize("max_model_len", [1, 100, 128, 129, 8192, 131072, 1 << 20])
