@@ -32,6 +32,7 @@ MODULES = (
     "string_e2e",
     "offload_decode",
     "offload_select",
+    "host_memory",
     "offload",
     "offload_memory",
     "star",

@@ -120,6 +120,24 @@ def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
     return slab
 
 
+def driver_slab(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8 in host memory that CUDA's driver makes, until nothing refers to it."""
+    torch.cuda.current_stream()
+    address = ctypes.c_void_p()
+    driver = ctypes.CDLL("libcuda.so.1")
+    # 1: known to all contexts, 2: addressed by the device.
+    failed = driver.cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(3))
+    if failed or address.value is None:
+        raise UnsupportedEngineError(
+            f"offload: CUDA could not make {num_bytes / GIB:.1f} GiB of host memory (error {failed}). Lower "
+            "offload.host_memory."
+        )
+    memory = (ctypes.c_uint8 * num_bytes).from_address(address.value)
+    # Not at the end of the process, which gives everything back, and may still have a step in flight.
+    weakref.finalize(memory, driver.cuMemFreeHost, address).atexit = False
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def populate(slab: torch.Tensor) -> None:
     """Have the system find memory for a slab, in large pages where it has them, on several threads.
 
