@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.worker_process import WorkerProcess
@@ -80,6 +81,9 @@ class EngineSpec:
     """Further arguments of `LLM`."""
     model_dir: str | None = None
     """A folder with trained weights, used instead of `model`."""
+    texts: tuple[Path, ...] = ()
+    """Files whose tokens, one file after the other, the prompts begin with; random tokens if empty. Needs `model_dir`,
+    which has the tokenizer."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
     warmup_lens: list[int] = field(default_factory=list)

@@ -35,6 +35,7 @@ MODULES = (
     "host_memory",
     "offload",
     "offload_memory",
+    "offload_exact",
     "star",
     "star_quality",
     "real",
