@@ -32,7 +32,6 @@ MODULES = (
     "string_e2e",
     "offload_decode",
     "offload_select",
-    "host_memory",
     "offload",
     "offload_memory",
     "offload_exact",
