@@ -33,6 +33,8 @@ MODULES = (
     "offload_decode",
     "offload_select",
     "offload",
+    "offload_whole",
+    "offload_far",
     "offload_memory",
     "offload_exact",
     "star",

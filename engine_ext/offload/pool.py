@@ -90,7 +90,7 @@ def slab_members(layer_bytes: Sequence[int]) -> list[list[int]]:
 
 
 def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
-    """[num_bytes] uint8 in host memory from the start of a large page on, registered with CUDA until the tensor dies."""
+    """[num_bytes] uint8 in host memory, from the start of a large page on; registered with CUDA until it dies."""
     try:
         # Torch begins a little behind the start of a page. What is never touched takes no memory.
         room = torch.empty(num_bytes + LARGE_PAGE_BYTES, dtype=torch.uint8)
