@@ -36,6 +36,7 @@ MODULES = (
     "offload_whole",
     "offload_far",
     "offload_memory",
+    "offload_tight",
     "offload_exact",
     "star",
     "star_quality",
