@@ -5,8 +5,8 @@ Each engine with the GPU to itself, as `plan` and a user would start it:
 - the 8B shape under 24 GB, as on a consumer GPU, with host memory for a context of 768K: a request of 100K tokens;
 - vLLM's own backend under the same cap: the longest context that it fits by itself.
 
-`benchmarks.offload_tight` has a smaller cap and a longer context. Memory of the GPU is all that is taken of it after the
-request, as nvidia-smi shows it; of the host, the largest resident memory of the engine's process, pinned pages
+`benchmarks.offload_tight` has a smaller cap and a longer context. Memory of the GPU is all that is taken of it after
+the request, as nvidia-smi shows it; of the host, the largest resident memory of the engine's process, pinned pages
 included.
 """
 
