@@ -127,14 +127,14 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = rows_of(in_order, each.rows, heads)
-            target = out if each.part is None else parts.new_out(out)
+            target, lse = parts.room(each, out)
             if each.keys == "cache":
                 kv = KVView(pages)
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)
             lse = attend(
-                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target
+                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target, lse
             )
             if each.part is not None:
                 parts.add(each, lse, out)

@@ -9,8 +9,9 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 from farspan.engine_ext.errors import StarError
@@ -22,10 +23,44 @@ ATTEMPT_S = 1.0
 
 MESSAGE = struct.Struct("<?qqq")
 """Of a host before a step: whether it aborts, its step, what it is about to compute, and a number."""
+RESULT_ALIGNMENT = 128
+"""Bytes. Triton compiles one kernel for strides that are multiples of 16 elements and another for the rest."""
 
 
 class StarAborted(StarError):
     """All hosts end a request together, at the same step."""
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """A host's attention over its own keys, in the one buffer that is sent."""
+
+    buffer: torch.Tensor
+    """[num_bytes] uint8."""
+    out: torch.Tensor
+    """[num_tokens, num_q_heads, head_dim], model dtype; a view of the buffer, as is `lse`."""
+    lse: torch.Tensor
+    """[num_q_heads, num_tokens] float32, natural log."""
+
+    @classmethod
+    def empty(cls, out: torch.Tensor) -> Self:
+        """Room for a result of the shape and dtype of `out`."""
+        buffer = torch.empty(result_bytes(*out.shape, out.itemsize), dtype=torch.uint8, device=out.device)
+        return cls(buffer, *unpacked(buffer, out))
+
+
+def result_bytes(num_tokens: int, num_q_heads: int, head_dim: int, itemsize: int) -> int:
+    """Of the buffer of a PartialResult."""
+    num_bytes = num_tokens * num_q_heads * (head_dim * itemsize + 4)
+    return -(-num_bytes // RESULT_ALIGNMENT) * RESULT_ALIGNMENT
+
+
+def unpacked(buffer: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results in [..., num_bytes] uint8 of PartialResults: [..., *out.shape] and [..., num_q_heads, num_tokens]."""
+    others, lse_begin = buffer.shape[:-1], out.numel() * out.itemsize
+    lse_end = lse_begin + 4 * out.shape[0] * out.shape[1]
+    part_lse = buffer[..., lse_begin:lse_end].view(torch.float32).view(*others, out.shape[1], out.shape[0])
+    return buffer[..., :lse_begin].view(out.dtype).view(*others, *out.shape), part_lse
 
 
 class Exchange:
@@ -56,8 +91,10 @@ class Exchange:
         """One small collective on each group, by every host. Raises StarError where a host does not take part."""
         self.agree(b"warm-up")
         is_cuda = self.device_group is not self.cpu_group
-        ones = torch.ones(1, 1, 2, device="cuda" if is_cuda else "cpu")
-        out, _ = self.gather(ones * self.rank, torch.zeros(1, 1, device=ones.device))
+        mine = PartialResult.empty(torch.empty(1, 1, 2, device="cuda" if is_cuda else "cpu"))
+        mine.buffer.zero_()
+        mine.out.fill_(self.rank)
+        out, _ = self.gather(mine)
         if out[:, 0, 0, 0].tolist() != list(range(self.num_hosts)):
             raise StarError(f"host {self.rank}: the warm-up exchange gave other hosts' numbers in the wrong places.")
 
@@ -107,7 +144,7 @@ class Exchange:
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self.timeout_s)
         with self.timed(pages.device), self.named_errors():
-            self.device_group.broadcast([pages.view(-1).view(torch.uint8)], options).wait()
+            done(self.device_group.broadcast([pages.view(-1).view(torch.uint8)], on_this_stream(options)))
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -139,22 +176,15 @@ class Exchange:
         except RuntimeError as error:
             raise StarError(self.sentence_of_late(error)) from error
 
-    def gather(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
 
-        out: [num_tokens, num_q_heads, head_dim], model dtype; lse: [num_q_heads, num_tokens] float32, natural log.
         Returns [num_hosts, num_tokens, num_q_heads, head_dim] and [num_hosts, num_q_heads, num_tokens], views of one
         buffer. Raises StarError where the CPU notices that a host is gone.
         """
-        out_bytes = out.numel() * out.element_size()
-        mine = torch.empty(out_bytes + 4 * lse.numel(), dtype=torch.uint8, device=out.device)
-        mine[:out_bytes].view(out.dtype).view(out.shape).copy_(out)
-        mine[out_bytes:].view(torch.float32).view(lse.shape).copy_(lse)
-        everyone = torch.empty(self.num_hosts, mine.numel(), dtype=torch.uint8, device=out.device)
-        self.all_gather(self.device_group, everyone, mine)
-        part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
-        part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
-        return part_out, part_lse
+        everyone = torch.empty(self.num_hosts, len(mine.buffer), dtype=torch.uint8, device=mine.buffer.device)
+        self.all_gather(self.device_group, everyone, mine.buffer)
+        return unpacked(everyone, mine.out)
 
     def all_gather(self, group: Any, everyone: torch.Tensor, mine: torch.Tensor) -> None:
         from torch.distributed.distributed_c10d import AllgatherOptions
@@ -162,7 +192,7 @@ class Exchange:
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
         with self.named_errors():
-            group._allgather_base(everyone, mine[None], options).wait()
+            done(group._allgather_base(everyone, mine[None], on_this_stream(options)))
 
     def sentence_of_late(self, error: Exception) -> str:
         """Who is missing, by what the hosts that waited in vain tell the store."""
@@ -208,6 +238,18 @@ class Exchange:
             with contextlib.suppress(RuntimeError):
                 self.device_group._get_backend(torch.device("cuda")).abort()
         self.cpu_group = self.device_group = self.store = None
+
+
+def on_this_stream(options: Any) -> Any:
+    """Options of a collective that NCCL puts on the current stream, so that nothing waits for another one."""
+    options.asyncOp = False
+    return options
+
+
+def done(work: Any) -> None:
+    """Wait for a collective where its backend has not: gloo's CPU, and NCCL of versions that use a stream of theirs."""
+    if work is not None:
+        work.wait()
 
 
 def hosts(ranks: Sequence[int]) -> str:
