@@ -35,6 +35,7 @@ MODULES = (
     "offload",
     "offload_memory",
     "star",
+    "star_decode",
     "star_quality",
     "real",
 )

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,12 +88,12 @@ class Case:
 class BenchHost(StarHost):
     """A host whose engine can load seeded random weights."""
 
-    def start(self, address: str, ports: Sequence[int]) -> HostFacts:
+    def start(self, address: str, port: int) -> HostFacts:
         """As StarHost's, with the loader of the benchmarks' engines registered."""
         from benchmarks.engine_worker import register_random_weights
 
         register_random_weights()
-        return super().start(address, ports)
+        return super().start(address, port)
 
 
 class BenchStar(StarLLM):

@@ -357,7 +357,8 @@ class StarLLM:
         with_blocks = [shard for shard in shards if shard.num_blocks > 0]
         todo = {shard.rank: work.first_ask(shard, 0) for shard in with_blocks}
         started = time.perf_counter()
-        for attempt in range(2):
+        # Without a context, where a step of one token is one of all hosts, there is nothing to read.
+        for attempt in range(2 if todo else 0):
             try:
                 for statuses in self.guarded(todo, answers, may_replace and attempt == 0):
                     done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())

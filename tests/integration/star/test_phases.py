@@ -77,6 +77,14 @@ def test_queries_together_are_one_request_to_each_host() -> None:
         llm.generate_together(prompts * 10, params)
 
 
+def test_a_query_without_context_is_one_of_all_hosts_that_decode_in_graphs() -> None:
+    llm = Asking()
+    llm.hosts.setup.graphs = True
+    assert llm.generate([], [8, 9], SamplingParams(max_tokens=2)).token_ids == [8, 9]
+    assert [ask.phase for ask in llm.asked] == ["phase 2"] * 2
+    assert llm.generate([7], [8, 9], SamplingParams(max_tokens=2)).token_ids == [8, 9]
+
+
 def test_all_hosts_read_windows_where_every_token_sees_all_before_it() -> None:
     llm = Asking()
     params = SamplingParams(max_tokens=2, temperature=0.0)

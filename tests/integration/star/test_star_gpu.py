@@ -32,7 +32,7 @@ def used_mib() -> list[int]:
 @pytest.fixture(scope="module")
 def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
     """Hosts in bfloat16 with chunks of four pages."""
-    before = used_mib()
+    before, started = used_mib(), time.monotonic()
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
     with start_hosts(
         star_model,
@@ -47,7 +47,9 @@ def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
         num_gpu_blocks_override=256,
         max_num_batched_tokens=512,
         gpu_memory_utilization=0.3,
+        timeout_s=6,
     ) as llm:
+        print(f"hosts up after {time.monotonic() - started:.1f} s")
         yield llm
     deadline = time.monotonic() + 10
     while max(now - then for now, then in zip(used_mib(), before, strict=True)) > MEMORY_TOLERANCE_MIB:
@@ -91,10 +93,12 @@ def test_a_lost_host_is_named_and_the_next_request_served(star_in_graphs: StarLL
     """Host 0 waits for host 1 in a collective; both start anew, and the graphs are captured again."""
     star = star_in_graphs
     whole = star.generate(CONTEXT, QUERY, greedy(32)).token_ids
+    print(f"answered: {whole}", flush=True)
     fault(1, "phase 2", "kill")
     started = time.monotonic()
     with pytest.raises(StarError, match="phase 2: host 1 is dead"):
         star.generate(CONTEXT, QUERY, greedy(32))
-    print(f"named after {time.monotonic() - started:.1f} s")
-    assert star.generate(CONTEXT, QUERY, greedy(32)).token_ids == whole
-    print(f"served again after {star.restart_s:.1f} s")
+    print(f"named after {time.monotonic() - started:.1f} s", flush=True)
+    again = star.generate(CONTEXT, QUERY, greedy(32)).token_ids
+    print(f"served again after {star.restart_s:.1f} s", flush=True)
+    assert again == whole
