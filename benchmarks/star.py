@@ -151,7 +151,7 @@ def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int
         extra_args={"farspan.method": way.method},
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
-    arguments = dict(way.arguments)
+    arguments = {"visibility": "star"} | way.arguments
     if way.share:
         arguments["block_len"] = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
     return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, **arguments)
@@ -234,6 +234,7 @@ class Bench:
             engine["compilation_config"] = graphs
         options = {"prefill": {"method": "flex", "gamma": GAMMA}}
         common: dict[str, Any] = {"timeout_s": 60, "start_timeout_s": 200, "env": environment, "options": options}
+        common["visibility"] = "all"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self.model))
             suffix = ""

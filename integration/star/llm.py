@@ -79,7 +79,7 @@ class StarLLM:
         anchor: "recompute": each host computes the anchor that it sees; "share": host 0 sends its keys and values layer
             by layer; "auto": what is faster by a measurement at the start.
         visibility: "star", or "all": every token sees all before it, exact attention over all hosts; there are no
-            blocks then, and hosts exchange keys in every layer.
+            blocks then, and hosts exchange keys in every layer, for which memory is kept. Its requests may say "star".
         timeout_s: how long a host may make no progress, and the others wait for it, before an error names it.
         start_timeout_s: for placing the hosts, loading the model and the first request.
         graphs: decode in CUDA graphs that hold the exchange. Short prompts then go through all hosts too, and a lost
@@ -165,12 +165,17 @@ class StarLLM:
 
         context, query: text or token ids. Without a query the context is a prompt with the marker `<|query|>` between
         the two. sampling_params: vLLM's SamplingParams, n = 1; a seed is drawn where none is given, the same on all
-        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's. on_progress:
-        called while hosts work.
+        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's; "all" only where
+        the constructor has it too, which keeps memory for it. on_progress: called while hosts work.
         Raises ConfigError or vLLM's validation errors for a bad request, StarError naming the host and the phase where
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
+        if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
+            raise ConfigError(
+                "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for all "
+                "keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
+            )
         result: list[StarOutput] = []
         for progress in self.work(context, query, sampling_params, sizes, result):
             if on_progress is not None:

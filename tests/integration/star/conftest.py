@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from farspan.star.blocks import BlockSizes
+
 from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
 from tests.integration.tiny_models import write_model
 
@@ -57,7 +59,9 @@ def fault_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def star(star_model: Path, fault_file: Path) -> Iterator[FaultyStarLLM]:
     """Two hosts with pages of 16 tokens and chunks of 64."""
-    with start_hosts(star_model, 2, fault_file) as llm:
+    with start_hosts(star_model, 2, fault_file, visibility="all") as llm:
+        # What a request says nothing of.
+        llm.sizes = BlockSizes()
         yield llm
 
 

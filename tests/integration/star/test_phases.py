@@ -30,13 +30,14 @@ class Asking(StarLLM):
     def __init__(self) -> None:
         self.asked: list[Ask] = []
         facts = [HostFacts(PAGE, 1024, 2048, 512, 1000.0, 128, 0.0)] * 2
-        self.hosts: Any = SimpleNamespace(setup=SimpleNamespace(graphs=False), actors=[1, 2], facts=facts)
+        self.hosts: Any = SimpleNamespace(setup=SimpleNamespace(graphs=False, gathers_keys=True), actors=[1, 2], facts=facts)
         self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
         self.tokenizer = self.working_thread = self.sharing_pays = None
         self.lock = threading.Lock()
 
     def guarded(self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False) -> Iterator[Any]:
         """Answer at once."""
+        assert asks
         self.asked += asks.values()
         for rank, ask in asks.items():
             answers[rank] = answer_of(ask.prompt[-2:], tuple(answer_of(each.prompt[-2:]) for each in ask.others))
@@ -95,6 +96,9 @@ def test_all_hosts_read_windows_where_every_token_sees_all_before_it() -> None:
     # What fills no window evenly comes with the query.
     assert llm.asked[-1].prompt[-46:] == [*range(256, 300), 1, 2]
     assert output.token_ids == [1, 2]
+    llm.hosts.setup.gathers_keys = False
+    with pytest.raises(ConfigError, match="visibility='all' for one request; allowed: where StarLLM has it too"):
+        llm.generate(list(range(300)), [1, 2], params, visibility="all")
 
 
 def test_a_second_request_of_a_thread_with_an_open_stream_is_refused() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from farspan.engine_ext.errors import StarError
 from farspan.star import StarLLM, StarOutput
+from farspan.star.blocks import BlockSizes
 
 from tests.integration.star.conftest import start_hosts
 from tests.integration.star.test_star_llm import first_logprobs, forget_pages, greedy
@@ -48,7 +49,9 @@ def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
         max_num_batched_tokens=512,
         gpu_memory_utilization=0.3,
         timeout_s=6,
+        visibility="all",
     ) as llm:
+        llm.sizes = BlockSizes()
         print(f"hosts up after {time.monotonic() - started:.1f} s")
         yield llm
     deadline = time.monotonic() + 10
