@@ -13,7 +13,7 @@ from farspan.engine_ext.requests import RequestSource
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.star.exchange import Exchange, current, exchange_of, result_bytes
 from farspan.engine_ext.star.keys import GatheredKeys, SharedAnchor
-from farspan.engine_ext.star.pieces import Piece, batch_of, digest_of, moved_rows
+from farspan.engine_ext.star.pieces import Piece, batch_of, digest_of, in_width, moved_rows
 from farspan.engine_ext.star.shard import StarShard, digest_of_text
 from farspan.engine_ext.star.windows import WindowShard
 from farspan.kernels.batch import PagedBatch
@@ -101,7 +101,9 @@ class StarSteps:
         num_pages = [-(-each // self.page_size) for each in ends]
         most = max(num_pages)
         own = torch.arange(most, device=self.maker.device).clamp_(max=num_pages[shard.rank] - 1)
-        table = to_device([[rank * most + page for rank, page in places]] * len(pieces), self.maker.device)
+        width = exchange.num_hosts * common.block_table_tensor.shape[1]
+        table = in_width(to_device([[rank * most + page for rank, page in places]], self.maker.device), width)
+        table = table.expand(len(pieces), -1)
         prefill = self.requests.prefills(common)[0]
         passes: list[Pass] = []
         first_row = first = 0
