@@ -1,8 +1,8 @@
 """What a token costs on two hosts of Star Attention: decode in graphs at whole depth, against one GPU with as much KV.
 
 An 8B shape with all 32 layers. Both hosts have half of the context, and the other engines a prompt of that half: vLLM's
-FlashAttention, and this backend on one GPU, so that what is Star's stands apart from what is the backend's. A host tells
-what it waits for before its steps, and one short request is profiled: time on the device by kernel. Last, several
+FlashAttention, and this backend on one GPU, so that what is Star's stands apart from what is the backend's. Hosts tell
+what they wait for before their steps, and one short request is profiled: time on the device by kernel. Last, several
 requests are decoded together in graphs and held against each of them alone.
 """
 
@@ -37,7 +37,7 @@ MOST_KERNELS = 14
 
 
 class TimedHost(BenchHost):
-    """A host that notes how long it waited for others before its steps, and profiles requests of PROFILED_LEN tokens."""
+    """A host that notes how long it waited for others before its steps, and profiles answers of PROFILED_LEN tokens."""
 
     def start(self, address: str, port: int) -> HostFacts:
         """As BenchHost's, with `agree` and the builder timed."""
@@ -141,9 +141,7 @@ class Bench:
             engine |= {"max_num_batched_tokens": 16384, "compilation_config": graphs}
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         Path(folder, "config.json").write_text(json.dumps(self.model))
-        return TimedStar(
-            folder, NUM_HOSTS, timeout_s=60, start_timeout_s=200, graphs=True, env=environment, **engine
-        )
+        return TimedStar(folder, NUM_HOSTS, timeout_s=60, start_timeout_s=200, graphs=True, env=environment, **engine)
 
     def measure(self, length: int) -> None:
         """Rows of a token's time."""

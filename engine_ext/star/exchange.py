@@ -205,7 +205,9 @@ class Exchange:
                 f"{self.rank} waited). The host is gone, or too slow; see its log."
             )
         if gone:
-            return f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
+            return (
+                f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
+            )
         return ""
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ def pages_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int)
 
 
 def in_width(table: torch.Tensor, width: int) -> torch.Tensor:
-    """The table with `width` columns, the further ones 0: kernels differ by the width, which one engine must not change.
+    """The table with `width` columns, the further ones 0: kernels differ by the width, which must stay the engine's.
 
     table: [num_reqs, at most width] int32.
     """

@@ -165,16 +165,16 @@ class StarLLM:
 
         context, query: text or token ids. Without a query the context is a prompt with the marker `<|query|>` between
         the two. sampling_params: vLLM's SamplingParams, n = 1; a seed is drawn where none is given, the same on all
-        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's; "all" only where
-        the constructor has it too, which keeps memory for it. on_progress: called while hosts work.
+        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's; "all" only
+        where the constructor has it too, which keeps memory for it. on_progress: called while hosts work.
         Raises ConfigError or vLLM's validation errors for a bad request, StarError naming the host and the phase where
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
         if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
             raise ConfigError(
-                "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for all "
-                "keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
+                "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for "
+                "all keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
             )
         result: list[StarOutput] = []
         for progress in self.work(context, query, sampling_params, sizes, result):

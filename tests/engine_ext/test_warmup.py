@@ -207,7 +207,8 @@ def attend_star(passes: list[Pass], moved: Any, pages: torch.Tensor, layer: Laye
     fused = torch.zeros(num_tokens, (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
     widths = [NUM_Q_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM]
     query, key, value = (part.unflatten(1, (-1, HEAD_DIM)) for part in fused.split(widths, dim=1))
-    write_kv(launch.at_true_positions(key, moved, layer.to_true_positions), value, pages, torch.zeros(num_tokens).long())
+    key = launch.at_true_positions(key, moved, layer.to_true_positions)
+    write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
     query = launch.at_true_positions(query, moved, layer.to_true_positions)
     out = torch.empty_like(query)
     for each in passes:
@@ -306,4 +307,3 @@ def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     for case in cases:
         assert 1 <= case.query_len <= case.kv_len <= max(max_model_len, 1)
         assert case.query_len <= 8192
-

@@ -58,9 +58,7 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
 @pytest.mark.parametrize("num_hosts", [2, 3])
 @pytest.mark.parametrize("num_heads", [6, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_partial_results_of_all_hosts_in_the_order_of_ranks(
-    num_hosts: int, num_heads: int, dtype: torch.dtype
-) -> None:
+def test_partial_results_of_all_hosts_in_the_order_of_ranks(num_hosts: int, num_heads: int, dtype: torch.dtype) -> None:
     def result(rank: int) -> PartialResult:
         generator = torch.Generator().manual_seed(rank)
         mine = PartialResult.empty(torch.empty(5, num_heads, 64, dtype=dtype))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from farspan.star.blocks import BlockSizes
 
 from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM

@@ -30,7 +30,8 @@ class Asking(StarLLM):
     def __init__(self) -> None:
         self.asked: list[Ask] = []
         facts = [HostFacts(PAGE, 1024, 2048, 512, 1000.0, 128, 0.0)] * 2
-        self.hosts: Any = SimpleNamespace(setup=SimpleNamespace(graphs=False, gathers_keys=True), actors=[1, 2], facts=facts)
+        setup = SimpleNamespace(graphs=False, gathers_keys=True)
+        self.hosts: Any = SimpleNamespace(setup=setup, actors=[1, 2], facts=facts)
         self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
         self.tokenizer = self.working_thread = self.sharing_pays = None
         self.lock = threading.Lock()
