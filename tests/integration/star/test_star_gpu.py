@@ -47,6 +47,8 @@ def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
         block_size=128,
         num_gpu_blocks_override=256,
         max_num_batched_tokens=512,
+        # Nothing is profiled, which fails where another process frees memory meanwhile.
+        kv_cache_memory_bytes=2**28,
         gpu_memory_utilization=0.3,
         timeout_s=6,
         visibility="all",
