@@ -152,6 +152,8 @@ def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
     arguments = {"visibility": "star"} | way.arguments
+    if arguments["visibility"] == "star":
+        arguments.setdefault("anchor", "recompute")
     if way.share:
         arguments["block_len"] = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
     return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, **arguments)

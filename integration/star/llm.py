@@ -61,7 +61,7 @@ class StarLLM:
         *,
         block_len: int | None = None,
         anchor_len: int | None = None,
-        anchor: Anchor = "recompute",
+        anchor: Anchor = "auto",
         visibility: Visibility = "star",
         timeout_s: float = 60.0,
         start_timeout_s: float = 900.0,
@@ -77,7 +77,7 @@ class StarLLM:
         block_len, anchor_len: tokens, multiples of the page size; by default a quarter of the context or a host's even
             share, whichever is smaller, and a whole block.
         anchor: "recompute": each host computes the anchor that it sees; "share": host 0 sends its keys and values layer
-            by layer; "auto": what is faster by a measurement at the start.
+            by layer; "auto": what is faster by a measurement before the first request that has an anchor.
         visibility: "star", or "all": every token sees all before it, exact attention over all hosts; there are no
             blocks then, and hosts exchange keys in every layer, for which memory is kept. Its requests may say "star".
         timeout_s: how long a host may make no progress, and the others wait for it, before an error names it.
@@ -94,7 +94,7 @@ class StarLLM:
             raise ConfigError(f"hosts={hosts!r}; allowed: a whole number from 1. Use one for each GPU.")
         check_engine_arguments(engine)
         parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
-        self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "recompute" else anchor, visibility)
+        self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "auto" else anchor, visibility)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -329,7 +329,11 @@ class StarLLM:
         if anchor != "auto":
             return anchor == "share"
         if self.sharing_pays is None:
-            rates = self.hosts.measure() if self.num_hosts > 1 else []
+            try:
+                rates = self.hosts.measure() if self.num_hosts > 1 else []
+            except StarError:
+                self.hosts.stop()
+                raise
             slowest = max(rates, key=lambda rate: rate.send_token_s, default=None)
             self.sharing_pays = slowest is not None and sharing_pays(slowest.send_token_s, slowest.compute_token_s)
         return self.sharing_pays

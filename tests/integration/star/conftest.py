@@ -60,7 +60,7 @@ def star(star_model: Path, fault_file: Path) -> Iterator[FaultyStarLLM]:
     """Two hosts with pages of 16 tokens and chunks of 64."""
     with start_hosts(star_model, 2, fault_file, visibility="all") as llm:
         # What a request says nothing of.
-        llm.sizes = BlockSizes()
+        llm.sizes = BlockSizes(anchor="recompute")
         yield llm
 
 

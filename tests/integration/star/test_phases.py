@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.star.blocks import BlockSizes
+from farspan.star.coordinator import HostLost
 from farspan.star.host import StarHost
 from farspan.star.llm import StarLLM
-from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup
+from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup
 from farspan.star.work import Work
 from vllm import SamplingParams
 
@@ -33,7 +34,8 @@ class Asking(StarLLM):
         setup = SimpleNamespace(graphs=False, gathers_keys=True)
         self.hosts: Any = SimpleNamespace(setup=setup, actors=[1, 2], facts=facts)
         self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
-        self.tokenizer = self.working_thread = self.sharing_pays = None
+        self.tokenizer = self.working_thread = None
+        self.sharing_pays = False
         self.lock = threading.Lock()
 
     def guarded(self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False) -> Iterator[Any]:
@@ -59,6 +61,30 @@ def test_phase_1_prefills_as_the_request_says() -> None:
     # Who asks again computes its own.
     assert work.shards is not None
     assert not work.first_ask(work.shards[1], 1).shares_anchor
+
+
+def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
+    """Once; where a host is lost meanwhile all start anew with the next request."""
+    llm, params = Asking(), SamplingParams(max_tokens=2, temperature=0.0)
+    stopped: list[bool] = []
+    llm.hosts.stop = lambda: stopped.append(True)
+    llm.sharing_pays = None
+
+    def lost() -> list[HostRates]:
+        raise HostLost(1, "start: host 1 is dead")
+
+    llm.hosts.measure = lost
+    with pytest.raises(StarError, match="host 1 is dead"):
+        llm.generate(list(range(200)), [1, 2], params)
+    assert stopped == [True]
+    measured = iter([[HostRates(1e-7, 1e-6), HostRates(2e-7, 1e-6)]])
+    llm.hosts.measure = lambda: next(measured)
+    for _ in range(2):
+        llm.asked.clear()
+        llm.generate(list(range(200)), [1, 2], params)
+        assert [ask.shares_anchor for ask in llm.asked] == [True, True, False, False]
+    llm.generate(list(range(200)), [1, 2], params, anchor="recompute")
+    assert not llm.asked[-4].shares_anchor
 
 
 def test_queries_together_are_one_request_to_each_host() -> None:

@@ -53,7 +53,7 @@ def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
         timeout_s=6,
         visibility="all",
     ) as llm:
-        llm.sizes = BlockSizes()
+        llm.sizes = BlockSizes(anchor="recompute")
         print(f"hosts up after {time.monotonic() - started:.1f} s")
         yield llm
     deadline = time.monotonic() + 10
