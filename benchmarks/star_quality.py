@@ -43,9 +43,10 @@ REAL_BLOCKS = (Blocks(1), Blocks(4), Blocks(8), ABLATIONS[0], ABLATIONS[-2])
 QUERY_LEN = 1024
 
 
-def cases(dry_run: bool) -> list[tuple[int, int]]:
-    """List (prompt tokens, questions of each task) of the needle model."""
-    return [(256, 1)] if dry_run else [(2048, 25)]
+def cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
+    """List (prompt tokens, questions of each task, ways of cutting) of the needle model."""
+    everything = (*SHARES, *ABLATIONS)
+    return [(256, 1, everything)] if dry_run else [(2048, 25, everything), (8192, 6, (*SHARES, ABLATIONS[0]))]
 
 
 def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
@@ -62,8 +63,8 @@ def question_cases(dry_run: bool) -> list[tuple[int, int]]:
 def run(recorder: Recorder) -> None:
     if not recorder.checkpoints:
         needle = PlainLlama.from_folder(model_dir())
-        for length, count in cases(recorder.dry_run):
-            ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, (*SHARES, *ABLATIONS))
+        for length, count, all_blocks in cases(recorder.dry_run):
+            ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, all_blocks)
     for folder in recorder.checkpoints:
         model = PlainLlama.from_folder(folder)
         for length, num_windows, all_blocks in text_cases(recorder.dry_run):
