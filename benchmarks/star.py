@@ -151,7 +151,7 @@ def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int
         extra_args={"farspan.method": way.method},
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
-    arguments = {"visibility": "star"} | way.arguments
+    arguments: dict[str, Any] = {"visibility": "star", **way.arguments}
     if arguments["visibility"] == "star":
         arguments.setdefault("anchor", "recompute")
     if way.share:

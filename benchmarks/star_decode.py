@@ -186,7 +186,7 @@ class Bench:
         vocab = self.star.hosts.facts[0].vocab_size
         prompts = [prompt_of(length + 64 * number, vocab, 50 + number) for number in range(BATCH)]
         pairs: list[Any] = [(prompt[:-32], prompt[-32:]) for prompt in prompts]
-        alone = [self.star.generate(*pair, params) for pair in pairs]
+        alone = [self.star.generate(context, query, params) for context, query in pairs]
         self.tell_notes()
         outputs = self.star.generate_together(pairs, params)
         self.tell_notes()

@@ -46,7 +46,7 @@ QUERY_LEN = 1024
 def cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
     """List (prompt tokens, questions of each task, ways of cutting) of the needle model."""
     everything = (*SHARES, *ABLATIONS)
-    return [(256, 1, everything)] if dry_run else [(2048, 25, everything), (8192, 6, (*SHARES, ABLATIONS[0]))]
+    return [(256, 1, everything)] if dry_run else [(2048, 25, everything), (4096, 4, (*SHARES, ABLATIONS[0]))]
 
 
 def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:

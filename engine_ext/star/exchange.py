@@ -47,7 +47,9 @@ class PartialResult:
     @classmethod
     def empty(cls, out: torch.Tensor) -> Self:
         """Room for a result of the shape and dtype of `out`."""
-        buffer = torch.empty(result_bytes(*out.shape, out.itemsize), dtype=torch.uint8, device=out.device)
+        num_tokens, num_q_heads, head_dim = out.shape
+        num_bytes = result_bytes(num_tokens, num_q_heads, head_dim, out.itemsize)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=out.device)
         return cls(buffer, *unpacked(buffer, out))
 
 
