@@ -4,6 +4,8 @@ An 8B shape with all 32 layers. Both hosts have half of the context, and the oth
 FlashAttention, and this backend on one GPU, so that what is Star's stands apart from what is the backend's. Hosts tell
 what they wait for before their steps, and one short request is profiled: time on the device by kernel. Last, several
 requests are decoded together in graphs and held against each of them alone.
+
+With one GPU, a host that is alone in its group: all that Star adds to a token but the other host's part.
 """
 
 import json
@@ -15,12 +17,14 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from farspan.engine_ext.star.shard import StarShard
 from farspan.star import StarLLM, StarOutput
-from farspan.star.protocol import Answer, Ask, HostFacts
+from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup
 
 from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, WORKER_ENV, Engine, EngineSpec, Request
 from benchmarks.record import BenchmarkError, Recorder, quantile
@@ -88,6 +92,25 @@ class TimedHost(BenchHost):
         return answer
 
 
+class AloneHost(TimedHost):
+    """A host in this process, whose group is itself."""
+
+    def rejoin(self, address: str, port: int) -> None:
+        """Form the group, which a single host does without otherwise."""
+        from farspan.engine_ext.star.exchange import form_exchange, set_exchange
+        from farspan.star.rendezvous import bind_port
+
+        listening = bind_port("127.0.0.1")
+        own = listening.getsockname()[1]
+        setup = self.setup
+        set_exchange(
+            form_exchange(
+                0, 1, "127.0.0.1", own, listening=listening, device_type=setup.device_type, timeout_s=setup.timeout_s,
+                start_timeout_s=setup.start_timeout_s,
+            )
+        )  # fmt: skip
+
+
 class TimedStar(StarLLM):
     """StarLLM on such hosts."""
 
@@ -99,15 +122,33 @@ def cases(dry_run: bool) -> list[int]:
     return [256] if dry_run else [65536, 131072]
 
 
+def model_of(dry_run: bool) -> tuple[dict[str, Any], str]:
+    """The shape and its label in cases."""
+    if dry_run:
+        return TINY_LLAMA, "tiny-fp32"
+    model = CALIBRATED_8B | {"max_position_embeddings": max(cases(dry_run)) + 4096}
+    return model, f"llama8b-l{model['num_hidden_layers']}-bf16"
+
+
+def engine_of(model: dict[str, Any], longest: int, dry_run: bool) -> dict[str, Any]:
+    """Arguments of a host's engine, which decodes in graphs of one to four requests."""
+    engine: dict[str, Any] = {"load_format": "seeded_random", "skip_tokenizer_init": True, "seed": 0}
+    engine["max_model_len"] = longest
+    if dry_run:
+        return engine | {"enforce_eager": True, "dtype": "float32", "block_size": 16}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+    # No kernel may be compiled in a request.
+    more = {"max_num_batched_tokens": 16384, "compilation_config": graphs, "jit_monitor_mode": "error"}
+    return engine | memory_of(model, longest) | more
+
+
 class Bench:
     """The engines, up at once, and their rows."""
 
     def __init__(self, recorder: Recorder, stack: ExitStack) -> None:
         """Start all of them together; `stack` ends them."""
         self.recorder, self.dry_run = recorder, recorder.dry_run
-        longest = max(cases(self.dry_run))
-        self.model = TINY_LLAMA if self.dry_run else CALIBRATED_8B | {"max_position_embeddings": longest + 4096}
-        self.label = "tiny-fp32" if self.dry_run else f"llama8b-l{self.model['num_hidden_layers']}-bf16"
+        self.model, self.label = model_of(self.dry_run)
         deadline = time.monotonic() + TIMEOUT_S
         self.engines = {
             "fa3": stack.enter_context(Engine(self.spec(None if self.dry_run else "FLASH_ATTN", "0"), deadline)),
@@ -128,17 +169,10 @@ class Bench:
 
     def start_star(self, stack: ExitStack) -> StarLLM:
         """Two hosts that decode in CUDA graphs, of several requests too."""
-        longest = max(cases(self.dry_run)) + 1024
-        engine: dict[str, Any] = {"load_format": "seeded_random", "skip_tokenizer_init": True, "seed": 0}
-        engine["max_model_len"] = longest
+        engine = engine_of(self.model, max(cases(self.dry_run)) + 1024, self.dry_run)
         environment = {**WORKER_ENV, "PYTHONPATH": python_path(), NOTES: str(self.notes)}
         if self.dry_run:
-            engine |= {"enforce_eager": True, "dtype": "float32", "block_size": 16}
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        else:
-            engine |= memory_of(self.model, longest)
-            graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
-            engine |= {"max_num_batched_tokens": 16384, "compilation_config": graphs}
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         Path(folder, "config.json").write_text(json.dumps(self.model))
         return TimedStar(folder, NUM_HOSTS, timeout_s=60, start_timeout_s=200, graphs=True, env=environment, **engine)
@@ -170,12 +204,7 @@ class Bench:
 
     def tell_notes(self) -> None:
         """Print what hosts wrote since this was last asked."""
-        for path in sorted(self.notes.glob("*.json")):
-            note = json.loads(path.read_text())
-            path.unlink()
-            medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in note["ms"].items())
-            lines = [f"host {note['rank']}, {note['tokens']} tokens in {note['seconds']:.3f} s: medians {medians}"]
-            self.recorder.note("\n    ".join(lines + note["kernels"]))
+        tell(self.recorder, self.notes)
 
     def together(self) -> None:
         """Several requests in one graph give the tokens of each alone, and what a step of them takes."""
@@ -200,6 +229,16 @@ class Bench:
         self.recorder.note(f"a step of {BATCH} requests: {quantile(steps, 0.5):.3f} ms")
 
 
+def tell(recorder: Recorder, folder: Path) -> None:
+    """Print the notes of hosts in a folder, and remove them."""
+    for path in sorted(folder.glob("*.json")):
+        note = json.loads(path.read_text())
+        path.unlink()
+        medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in note["ms"].items())
+        lines = [f"host {note['rank']}, {note['tokens']} tokens in {note['seconds']:.3f} s: medians {medians}"]
+        recorder.note("\n    ".join(lines + note["kernels"]))
+
+
 def same_start(a: StarOutput, b: StarOutput) -> int:
     pairs = zip(a.token_ids, b.token_ids, strict=True)
     return next((place for place, (one, other) in enumerate(pairs) if one != other), len(a.token_ids))
@@ -214,9 +253,60 @@ def far(a: StarOutput, b: StarOutput, num_tokens: int) -> float:
     return max((abs(one - other) for one, other in list(zip(*logprobs, strict=True))[:num_tokens]), default=0.0)
 
 
+def measure_alone(recorder: Recorder) -> None:
+    """A host that is alone, beside engines that are none, on one GPU."""
+    from farspan.engine_ext.star.exchange import set_exchange
+
+    started = time.monotonic()
+    model, label = model_of(recorder.dry_run)
+    length = cases(recorder.dry_run)[0] // NUM_HOSTS
+    requests = [Request(length, OUTPUT_LEN)]
+    memory = {} if recorder.dry_run else memory_of(model, length + 1024)
+    deadline = started + TIMEOUT_S
+    backends = {"fa3": None if recorder.dry_run else "FLASH_ATTN", "farspan": "CUSTOM"}
+    with ExitStack() as stack:
+        specs = {name: EngineSpec(requests, model, backend, engine=memory) for name, backend in backends.items()}
+        engines = {name: stack.enter_context(Engine(spec, deadline)) for name, spec in specs.items()}
+        os.environ.update(WORKER_ENV)
+        os.environ[NOTES] = notes = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder, "config.json").write_text(json.dumps(model))
+        device = "cpu" if recorder.dry_run else "cuda"
+        engine = engine_of(model, length + 1024, recorder.dry_run)
+        host = AloneHost(HostSetup(0, 1, folder, device, 60.0, 200.0, True, False, {}, engine))
+        stack.callback(set_exchange, None)
+        facts = host.start("", 0)
+        for each in engines.values():
+            each.receive()
+        recorder.note(f"all engines up after {time.monotonic() - started:.0f} s")
+        found = {}
+        for output_len in (4, OUTPUT_LEN, PROFILED_LEN):
+            found[output_len] = host.run(ask_alone(facts, length, output_len)).token_s
+        for name, each in engines.items():
+            found_ms = each.answer(requests[0], 0).timing.tpot_ms[1:]
+            recorder.add(NAME, f"n{length}-b1-{label}", name, "time", "ms", found_ms)
+        ours = [1e3 * (late - early) for early, late in pairwise(found[OUTPUT_LEN])][1:]
+        recorder.add(NAME, f"n{length}-b1-{label}", "farspan-star-alone", "time", "ms", ours)
+        tell(recorder, Path(notes))
+
+
+def ask_alone(facts: HostFacts, length: int, output_len: int) -> Ask:
+    """A request of `length` tokens to a host that has all of the context."""
+    from vllm import SamplingParams
+
+    name = f"alone-{output_len}"
+    context_len = (length - QUERY_LEN) // facts.page_size * facts.page_size
+    shard = StarShard(
+        name=name, context_len=context_len, num_hosts=1, query_host=0, rank=0, block_len=context_len, anchor_len=0,
+        first_block=0, num_blocks=1,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
+    return Ask(name, "phase 2", prompt_of(length, facts.vocab_size, output_len), params, shard)
+
+
 def run(recorder: Recorder) -> None:
     if not recorder.dry_run and torch.cuda.device_count() < NUM_HOSTS:
-        recorder.note(f"left out: needs {NUM_HOSTS} GPUs, there is {torch.cuda.device_count()}")
+        measure_alone(recorder)
         return
     started = time.monotonic()
     failed = []
