@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.star.shard import StarShard
@@ -271,7 +271,7 @@ def measure_alone(recorder: Recorder) -> None:
         os.environ[NOTES] = notes = stack.enter_context(tempfile.TemporaryDirectory())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         Path(folder, "config.json").write_text(json.dumps(model))
-        device = "cpu" if recorder.dry_run else "cuda"
+        device: Literal["cpu", "cuda"] = "cpu" if recorder.dry_run else "cuda"
         engine = engine_of(model, length + 1024, recorder.dry_run)
         host = AloneHost(HostSetup(0, 1, folder, device, 60.0, 200.0, True, False, {}, engine))
         stack.callback(set_exchange, None)

@@ -13,7 +13,7 @@ from typing import Any
 from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus, Phase
 from farspan.star.rendezvous import bind_port
 
-# One request at a time; graphs of larger batches would only lengthen the start.
+# Of requests answered together; graphs of larger batches would only lengthen the start.
 ENGINE_DEFAULTS: dict[str, Any] = {"max_num_seqs": 4, "enable_prefix_caching": True}
 ENGINE_FIXED: dict[str, Any] = {"attention_backend": "CUSTOM", "distributed_executor_backend": "uni"}
 MEASURED_RUNS = 4

@@ -34,7 +34,7 @@ def used_mib() -> list[int]:
 def star_in_graphs(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
     """Hosts in bfloat16 with chunks of four pages."""
     before, started = used_mib(), time.monotonic()
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
     with start_hosts(
         star_model,
         2,
@@ -92,6 +92,16 @@ def test_all_ways_over_two_gpus(star_in_graphs: StarLLM) -> None:
     rates = star.hosts.measure()
     print(f"rates {rates}")
     assert star.generate(CONTEXT, QUERY, params, anchor="auto").token_ids
+
+
+def test_queries_together_decode_in_one_graph(star_in_graphs: StarLLM) -> None:
+    """Three requests in the graph of four rows; a batch of another size may round otherwise."""
+    prompts = [(CONTEXT[at:], QUERY) for at in (0, 700, 1500)]
+    params = greedy(12, logprobs=5)
+    alone = [star_in_graphs.generate(context, query, params) for context, query in prompts]
+    for one, of_all in zip(alone, star_in_graphs.generate_together(prompts, params), strict=True):
+        assert distance(of_all, one) < LOGPROB_TOLERANCE
+        assert len(of_all.token_ids) == 12
 
 
 def test_a_lost_host_is_named_and_the_next_request_served(star_in_graphs: StarLLM, fault: Callable[..., None]) -> None:
