@@ -58,6 +58,7 @@ class StarHost:
         """Meet the other hosts, then make the engine, so that the group exists before graphs are captured."""
         started = time.monotonic()
         self.rejoin(address, port)
+        from farspan.vllm_compat.engine import draw_by_place_in_answer
         from vllm import LLM
 
         setup = self.setup
@@ -65,6 +66,7 @@ class StarHost:
         star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
         arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
         self.llm = LLM(setup.model, **arguments)
+        draw_by_place_in_answer(self.llm)
         return self.facts(time.monotonic() - started)
 
     def rejoin(self, address: str, port: int) -> None:

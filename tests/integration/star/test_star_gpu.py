@@ -71,6 +71,8 @@ def distance(output: StarOutput, expected: StarOutput) -> float:
 
 def test_all_ways_over_two_gpus(star_in_graphs: StarLLM) -> None:
     """An anchor that is sent is the computed one bit for bit; what sees all gives what one host gives."""
+    from vllm import SamplingParams
+
     star, params = star_in_graphs, greedy(16, logprobs=20)
     exact = star.generate(CONTEXT, QUERY, params, block_len=3072)
     for name, output in {
@@ -92,6 +94,10 @@ def test_all_ways_over_two_gpus(star_in_graphs: StarLLM) -> None:
     rates = star.hosts.measure()
     print(f"rates {rates}")
     assert star.generate(CONTEXT, QUERY, params, anchor="auto").token_ids
+    # Hosts have prompts of other lengths, and must draw the same tokens.
+    hot = SamplingParams(temperature=1.5, max_tokens=16, ignore_eos=True, seed=7)
+    draws = [star.generate(CONTEXT, QUERY, hot).token_ids for _ in range(2)]
+    assert draws[0] == draws[1]
 
 
 def test_queries_together_decode_in_one_graph(star_in_graphs: StarLLM) -> None:
