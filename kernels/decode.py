@@ -307,8 +307,6 @@ def decode_parts(
     num_splits, num_reqs, num_q_heads, head_dim = part_out.shape
     block_table, group_size = batch.block_table, num_q_heads // kv.num_kv_heads
     block_d = triton.next_power_of_2(head_dim)
-    # Only a turn asks where a query is.
-    first_pos = batch.first_pos if turn is not None else None
     _decode_kernel[(num_splits, kv.num_kv_heads, num_reqs)](
         query,
         kv.pages,
@@ -316,7 +314,7 @@ def decode_parts(
         part_lse,
         block_table,
         batch.kv_lens,
-        first_pos,
+        batch.first_pos,
         turn.cos if turn else None,
         turn.sin if turn else None,
         scale * LOG2_E,
@@ -348,7 +346,7 @@ def decode_parts(
         IS_NEOX=turn.is_neox if turn else True,
         HAS_TURN=turn is not None,
         SLOPE=turn.slope if turn else 1,
-        HAS_FIRST_POS=first_pos is not None,
+        HAS_FIRST_POS=batch.first_pos is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         NUM_STAGES=DECODE_STAGES,
         num_warps=4,
