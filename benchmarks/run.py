@@ -40,6 +40,7 @@ MODULES = (
     "offload_tight",
     "offload_exact",
     "star",
+    "star_decode",
     "star_quality",
     "real",
 )

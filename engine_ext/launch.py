@@ -21,6 +21,7 @@ from farspan.engine_ext.passes import (
 )
 from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.exchange import PartialResult
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
@@ -54,26 +55,36 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slot_m
 
 
 def attend(
-    each: Pass, query: torch.Tensor, kv: KVView, layer: LayerContext, scale: float, out: torch.Tensor
+    each: Pass,
+    query: torch.Tensor,
+    kv: KVView,
+    layer: LayerContext,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one pass.
 
     query, out: [num_tokens, num_q_heads, head_dim], the rows of the pass and the query heads that `kv` serves.
-    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits.
+    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits. lse: where the LSE goes, for
+    passes that are parts; its rows are contiguous.
     Returns the LSE, [num_q_heads, num_tokens] float32, natural log, -inf where a query sees no key.
     """
     turn, work = layer.turn if each.turns else None, each.work
-    if each.batch.max_kv_len == 0:
-        out.zero_()
-        return torch.full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32, device=query.device)
-    if isinstance(work, Dense) and work.kernel == "fa3":
-        assert turn is None
-        return prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
     if isinstance(work, Decode) and work.selections is not None:
         assert turn is None
+        assert lse is None
         return decode_selected(query, kv, each.batch, scale, work, work.selections[layer.index], out)
-    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-    if isinstance(work, Decode):
+    if isinstance(work, Dense) and work.kernel == "fa3" and each.batch.max_kv_len > 0:
+        assert turn is None
+        found = prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
+        return found if lse is None else lse.copy_(found)
+    if lse is None:
+        lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+    if each.batch.max_kv_len == 0:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    elif isinstance(work, Decode):
         decode(query, kv, each.batch, scale, work.splits, turn, out, lse, work.workspace, causal=each.is_causal)
     elif isinstance(work, Dense):
         prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, causal=each.is_causal)
@@ -290,11 +301,18 @@ class Parts:
     def __init__(self) -> None:
         self.outs: list[torch.Tensor] = []
         self.lses: list[torch.Tensor] = []
+        self.mine: PartialResult | None = None
 
-    def new_out(self, out: torch.Tensor) -> torch.Tensor:
-        """Where the next part of `out` goes: of its shape and dtype."""
+    def room(self, each: Pass, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a pass of `out`'s rows puts its result and its LSE; None for any place."""
+        if each.part is None:
+            return out, None
+        if each.part.exchange is not None and each.part.count == 1:
+            self.mine = PartialResult.empty(out)
+            self.outs.append(self.mine.out)
+            return self.mine.out, self.mine.lse
         self.outs.append(torch.empty_like(out))
-        return self.outs[-1]
+        return self.outs[-1], None
 
     def add(self, each: Pass, lse: torch.Tensor, out: torch.Tensor) -> None:
         """Take in the LSE of the part last made; after the last part of the set, write `out`."""
@@ -307,11 +325,12 @@ class Parts:
         if each.part.count > 1:
             part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
         if each.part.exchange is not None:
-            if each.part.count > 1:
-                combine(part_out, part_lse, self.outs[0], self.lses[0])
-            part_out, part_lse = each.part.exchange.gather(self.outs[0], self.lses[0])
+            if self.mine is None:
+                self.mine = PartialResult.empty(out)
+                combine(part_out, part_lse, self.mine.out, self.mine.lse)
+            part_out, part_lse = each.part.exchange.gather(self.mine)
         combine(part_out, part_lse, out, torch.empty_like(lse))
-        self.outs, self.lses = [], []
+        self.outs, self.lses, self.mine = [], [], None
 
 
 def combine(part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -380,7 +399,8 @@ def at_true_positions(
     if not moved:
         return heads
     assert turns is not None, "a layer of an engine with star has its turns"
-    out = heads.clone()
+    is_all = sum(rows.stop - rows.start for rows, _ in moved) == len(heads)
+    out = torch.empty_like(heads) if is_all else heads.clone()
     for rows, distance in moved:
         turn = turns.of(distance) if distance is not None else turns.of_rows(rows)
         if is_on_host(heads):

@@ -189,7 +189,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 size=self.size,
                 num_layers=len(layer_names),
                 page_size=self.page_size,
-                row_bytes=num_q_heads * (head_bytes + 4),
+                row=(num_q_heads, kv_cache_spec.head_size, kv_cache_spec.dtype.itemsize),
                 page_bytes=2 * num_kv_heads * head_bytes * self.page_size,
             )
         # In the order in which they run, for what is staged ahead.

@@ -15,6 +15,8 @@ STEP_NUMBERS = [
     "num_spans",
     "num_splits",
     "num_tiles",
+    "stride_angle",
+    "stride_block_table",
     "stride_lse_head",
     "stride_lse_token",
     "stride_part_lse",
