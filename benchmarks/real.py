@@ -9,7 +9,7 @@ to the first token. Without a checkpoint the bundled model reads its own questio
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,6 +77,12 @@ class Inputs:
     questions: int
     variants: tuple[str, ...] = ()
     """Names in VARIANTS; all if empty."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+    seconds: float | None = None
+    """`rules` begins no further piece after that long."""
+    is_timed: bool = True
+    """Whether `real` takes times, which say nothing where something else runs on the GPU."""
 
 
 def cases(dry_run: bool) -> list[int]:
@@ -121,7 +127,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
             out=Path(),
             prompts=inputs.prompts,
             options={"selection": selection},
-            engine_args={"worker_extension_cls": WORKER, "enforce_eager": True},
+            engine_args={"worker_extension_cls": WORKER, "enforce_eager": True} | inputs.engine_args,
         )
         prefill = check_settings(settings, chunk)
         prompts = cut_prompts(settings, read_tokens(settings.model, settings.texts))
@@ -148,7 +154,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
                     density = density or found
                     record_answers(recorder, llm, inputs, length, case, variant.name, options)
                 llm.collective_rpc("farspan_rule", args=("flex",))
-                if device == "cuda":
+                if device == "cuda" and inputs.is_timed:
                     record_times(
                         recorder, llm, mine[0], case, [each for each in variants if each.selection == selection]
                     )

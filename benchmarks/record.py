@@ -37,6 +37,7 @@ BENCHMARKS = frozenset(
         "star",
         "no_harm",
         "real",
+        "rules",
     ]
 )
 UNITS = {
