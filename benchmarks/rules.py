@@ -132,7 +132,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
         for piece, tokens in enumerate(mine):
             if inputs.seconds is not None and piece and time.monotonic() - started > inputs.seconds:
                 recorder.note(
-                    f"{case}: stopped after {piece} of {len(mine)} pieces, as {inputs.seconds:.0f} s are over"
+                    f"{case}: stopped after {piece} of {len(mine)} pieces: {inputs.seconds:.0f} s are over"
                 )
                 break
             reader.read(tokens, None, dense, with_coverage=False)
