@@ -131,9 +131,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
         started = time.monotonic()
         for piece, tokens in enumerate(mine):
             if inputs.seconds is not None and piece and time.monotonic() - started > inputs.seconds:
-                recorder.note(
-                    f"{case}: stopped after {piece} of {len(mine)} pieces: {inputs.seconds:.0f} s are over"
-                )
+                recorder.note(f"{case}: stopped after {piece} of {len(mine)} pieces: {inputs.seconds:.0f} s are over")
                 break
             reader.read(tokens, None, dense, with_coverage=False)
             for rule in rules:

@@ -61,14 +61,19 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
     )  # fmt: skip
-    real = parser.add_argument_group("real and rules")
+    real = parser.add_argument_group("real, rules and flex_ttft")
     real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
     real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
     real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
-    real.add_argument("--lengths", type=integers, default=(8192,), help="prompt lengths, separated by commas")
+    real.add_argument(
+        "--lengths", type=integers, default=(), help="prompt lengths; 8192 if left out, or those of flex_ttft"
+    )
     real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
     real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
-    real.add_argument("--variants", type=words, default=(), help="of benchmarks/real.py or rules.py; all if left out")
+    real.add_argument(
+        "--variants", type=words, default=(), help="of real.py, rules.py or flex_ttft.py; all if left out"
+    )
+    real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
     real.add_argument("--untimed", action="store_true", help="real: no times, where something else runs on the GPU")
@@ -96,7 +101,7 @@ def real_inputs(arguments: argparse.Namespace) -> Any:
         arguments.model,
         tuple(arguments.text),
         arguments.label,
-        arguments.lengths,
+        arguments.lengths or (8192,),
         arguments.prompts,
         arguments.questions,
         arguments.variants,
@@ -135,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
             module = importlib.import_module(f"benchmarks.{name}")
             if name in ("real", "rules"):
                 module.run(recorder, real_inputs(arguments))
+            elif name == "flex_ttft":
+                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants)
             else:
                 module.run(recorder)
         except Exception:  # the next benchmarks can still report
