@@ -22,7 +22,7 @@ from benchmarks.engine import (
     EngineResult,
     EngineSpec,
     Request,
-    logprob_distance,
+    check_first_tokens,
     measure_in_turns,
 )
 from benchmarks.flex_ttft import SHAPES
@@ -37,8 +37,6 @@ WARMUP_LEN = 24576
 COLD_GIB = 0.75
 """For KV of the engine whose pages are cold: two buffers of a head over 256K are a third of it, and about 127 pages
 of a prompt lie in slots, of 1025 at 128K."""
-# Splits over fewer programs round differently in bf16; see benchmarks.ttft.
-LOGPROB_TOLERANCE = 0.25
 REPORTED = {OFF: ("fits", "prefill", "decode"), FITS: ("fits",), COLD: ("prefill", "decode")}
 """Which of the claims an engine's times are for."""
 
@@ -141,10 +139,8 @@ def record_engines(
         for name in results:
             benchmarks = REPORTED[name] if COLD in results else ("fits",)
             timings = results[name].of(length)
-            distance = max(logprob_distance(*pair) for pair in zip(timings, results[OFF].of(length), strict=True))
+            distance = check_first_tokens(f"{name} n{length}", timings, results[OFF].of(length))
             recorder.note(f"{name} n{length}: first-token log probabilities differ by {distance:.4f}")
-            if not distance <= LOGPROB_TOLERANCE:
-                raise BenchmarkError(f"{name} n{length}: log probabilities off by {distance:.3f}")
             ttft = [timing.ttft_ms for timing in timings]
             tpot = [ms for timing in timings for ms in timing.tpot_ms[1:]]
             for benchmark in benchmarks:

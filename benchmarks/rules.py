@@ -322,8 +322,10 @@ def kept_blocks(query: torch.Tensor, key: torch.Tensor, scale: float, rule: Rule
     order = torch.where(is_free, score, -1.0).argsort(dim=-1, descending=True, stable=True)
     wanted = needed(mean, is_held, is_free, order, 1 - (1 - rule.gamma) * rule.lost)
     if rule.row_floor > 0:
-        rows = [each.expand_as(by_row) for each in (is_held[:, None], is_free[:, None], order[:, :, None])]
-        wanted = torch.maximum(wanted, needed(by_row, *rows, rule.row_floor).amax(2))
+        held, free, by_rank = (
+            each.expand_as(by_row) for each in (is_held[:, None], is_free[:, None], order[:, :, None])
+        )
+        wanted = torch.maximum(wanted, needed(by_row, held, free, by_rank, rule.row_floor).amax(2))
     wanted = torch.maximum(wanted, rule.min_blocks - 1 - is_forced.sum(-1)).clamp_min(0)
     chosen = torch.zeros_like(mean, dtype=torch.bool).scatter_(2, order, block < wanted[..., None]) & is_free
     past = (chosen | is_forced).repeat_interleave(tiles_per_span, 1)
