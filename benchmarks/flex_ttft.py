@@ -59,10 +59,12 @@ def cases(dry_run: bool) -> list[Request]:
     return requests_of(LENGTHS, dry_run)
 
 
-def requests_of(lengths: Sequence[int], dry_run: bool) -> list[Request]:
+def requests_of(lengths: Sequence[int], dry_run: bool, repeats: int | None = None) -> list[Request]:
+    """Requests of each length, in ascending order. repeats: as many as fit the length if None."""
     if dry_run:
         return [Request(50, 1, 2), Request(600, 1, 1)]
-    return [Request(length, 1, 20 if length <= 4096 else 5 if length <= 16384 else 3) for length in sorted(lengths)]
+    usual = {length: 20 if length <= 4096 else 5 if length <= 16384 else 3 for length in sorted(lengths)}
+    return [Request(length, 1, repeats or count) for length, count in usual.items()]
 
 
 def engines(
@@ -101,7 +103,11 @@ def is_flex(variant: str) -> bool:
 
 
 def run(
-    recorder: Recorder, shapes: Sequence[str] = (), lengths: Sequence[int] = (), variants: Sequence[str] = ()
+    recorder: Recorder,
+    shapes: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    variants: Sequence[str] = (),
+    repeats: int | None = None,
 ) -> None:
     """Run what is named, the usual where nothing is. Raises BenchmarkError for unknown names, or no dense variant."""
     shapes, lengths, variants = shapes or USUAL_SHAPES, lengths or LENGTHS, variants or USUAL_VARIANTS
@@ -111,7 +117,7 @@ def run(
     if all(map(is_flex, variants)):
         raise BenchmarkError(f"variants {list(variants)}; flex is held against a dense one, fa3 or farspan")
     models = {"tiny": TINY_LLAMA} if recorder.dry_run else {label: SHAPES[label] for label in shapes}
-    requests = requests_of(lengths, recorder.dry_run)
+    requests = requests_of(lengths, recorder.dry_run, repeats)
     for label, model in models.items():
         results = measure_in_turns(engines(model, requests, recorder.dry_run, variants), timeout_s=600)
         for request in requests:

@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         "--variants", type=words, default=(), help="of real.py, rules.py or flex_ttft.py; all if left out"
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
+    real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
     real.add_argument("--untimed", action="store_true", help="real: no times, where something else runs on the GPU")
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
             if name in ("real", "rules"):
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
-                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants)
+                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
             else:
                 module.run(recorder)
         except Exception:  # the next benchmarks can still report

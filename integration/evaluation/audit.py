@@ -275,7 +275,7 @@ def audit_engine(settings: AuditSettings, prefill: FlexPrefill, chunk: int, devi
     measured = msgspec.to_builtins(msgspec.structs.replace(prefill, coverage_rows=rows))
     if prefill.selection == "tile_rows":
         del measured["tau"]
-    engine_args = {"worker_extension_cls": WORKER, "max_model_len": max(settings.lengths)}
+    engine_args = {"worker_extension_cls": WORKER, "max_model_len": max(settings.lengths), "max_num_seqs": 1}
     if device == "cpu":
         engine_args |= {"dtype": "float32", "enforce_eager": True}
     model = EvalSettings(
