@@ -79,6 +79,8 @@ def test_rows_may_drift_either_way_and_make_a_table() -> None:
     table = format_real([*(replace(row, run_id="r0", p50="9") for row in recorder.rows), *recorder.rows])
     assert "| farspan-g0.95 | 0.250 | 0.250 | 0.250 | 25.0 % | 25.0 % | −0.0040 ± 0.0010 | 25.00 % |" in table
     assert "r0" not in table
+    on_gpu = [replace(row, gpu="some GPU", case=row.case.replace("fp32", "bf16")) for row in recorder.rows]
+    assert "fp32" not in format_real([*recorder.rows, *on_gpu])
     assert format_real([]) == ""
 
 
