@@ -1,4 +1,6 @@
-"""The tables of docs/evaluation/needle.md, from the CSV files beside it: `python -m tools.evaluation_tables`, `--write` puts them there.
+"""The tables of docs/evaluation/needle.md, from the CSV files beside it: `python -m tools.evaluation_tables`.
+
+`--write` puts them there.
 
 Every folder of docs/evaluation with a sweep.csv (of `python -m benchmarks.needle_training.sweep`) gives one block of
 tables.
