@@ -19,10 +19,10 @@ from benchmarks.engine import (
     EngineResult,
     EngineSpec,
     Request,
-    logprob_distance,
+    check_first_tokens,
     measure_in_turns,
 )
-from benchmarks.record import BenchmarkError, Recorder
+from benchmarks.record import Recorder
 
 OFF, FITS, COLD = "farspan", "farspan-offload", "farspan-offload-cold"
 GIB = 2**30
@@ -33,8 +33,6 @@ WARMUP_LEN = 24576
 COLD_GIB = 0.75
 """For KV of the engine whose pages are cold: two buffers of a head over 256K are a third of it, and about 127 pages
 of a prompt lie in slots, of 1025 at 128K."""
-# Splits over fewer programs round differently in bf16; see benchmarks.ttft.
-LOGPROB_TOLERANCE = 0.25
 REPORTED = {OFF: ("fits", "prefill", "decode"), FITS: ("fits",), COLD: ("prefill", "decode")}
 """Which of the claims an engine's times are for."""
 
@@ -91,10 +89,8 @@ def record_request(
     case = f"n{length}-b1-{label}"
     for name in results:
         timings = results[name].of(length)
-        distance = max(logprob_distance(*pair) for pair in zip(timings, results[OFF].of(length), strict=True))
+        distance = check_first_tokens(f"{name} n{length}", timings, results[OFF].of(length))
         recorder.note(f"{name} n{length}: first-token log probabilities differ by {distance:.4f}")
-        if not distance <= LOGPROB_TOLERANCE:
-            raise BenchmarkError(f"{name} n{length}: log probabilities off by {distance:.3f}")
         ttft = [timing.ttft_ms for timing in timings]
         tpot = [ms for timing in timings for ms in timing.tpot_ms[1:]]
         for benchmark in reported[name]:

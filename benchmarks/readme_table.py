@@ -48,12 +48,6 @@ TABLES = (
         cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
     ),
     Table("tpot", "time", "Time between tokens in vLLM"),
-    Table(
-        "prefill_flex",
-        "time",
-        "Times of dynamic sparse prefill on calibrated inputs, one attention call, selection included",
-        quality=("density",),
-    ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
     Table(

@@ -38,6 +38,7 @@ BENCHMARKS = frozenset(
         "star",
         "no_harm",
         "real",
+        "rules",
     ]
 )
 UNITS = {

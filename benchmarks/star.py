@@ -26,7 +26,16 @@ from farspan.star import StarLLM, StarOutput
 from farspan.star.host import StarHost
 from farspan.star.protocol import HostFacts
 
-from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, WORKER_ENV, Engine, EngineSpec, Request, Timing
+from benchmarks.engine import (
+    CALIBRATED_8B,
+    LOGPROB_TOLERANCE,
+    TINY_LLAMA,
+    WORKER_ENV,
+    Engine,
+    EngineSpec,
+    Request,
+    Timing,
+)
 from benchmarks.record import ROOT, BenchmarkError, Recorder, quantile
 from benchmarks.ring import RingHosts, RingSpec
 
@@ -36,7 +45,6 @@ NUM_LAYERS, ALL_LAYERS = 8, 32
 CHUNK_LEN = 32768
 GAMMA = 0.9
 QUERY_LEN, OUTPUT_LEN = 64, 33
-LOGPROB_TOLERANCE = 0.25
 TOP_LOGPROBS = 20
 TIMEOUT_S = 540
 MOST_ON_ONE_GPU, MOST_CHECKED = 131072, 65536

@@ -14,7 +14,7 @@ from farspan.engine_ext.splits import plan_splits
 from farspan.engine_ext.star.pieces import Piece
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
-from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.decode import MAX_DECODE_REQUESTS, DecodeWorkspace
 from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
@@ -154,9 +154,11 @@ class PassMaker:
     ) -> SampledRows:
         """Rows of every request's chunk, each with the keys up to its own.
 
+        Fewer rows where many requests would have more than a launch takes.
         prefill: how the chunks choose blocks; with it, rows are moved off those that choose, and those whose lists
         leave nothing out are marked.
         """
+        rows_per_request = min(rows_per_request, max(MAX_DECODE_REQUESTS // batch.num_reqs, 1))
         rows, lens, choices = [], [], []
         for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):
             first_pos = chunk_end - (end - start)

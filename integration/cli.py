@@ -152,7 +152,8 @@ def _add_report(subcommands: Any) -> None:
 
 def _run_report(arguments: argparse.Namespace) -> int:
     need_matplotlib("write the tables alone, with `farspan eval --no-plots`")
-    from farspan.evaluation.report import ReportSettings, run_report
+    from farspan.evaluation.report import run_report
+    from farspan.evaluation.report_settings import ReportSettings
 
     settings = ReportSettings(
         out=arguments.out,

@@ -22,6 +22,7 @@ from farspan.evaluation.results import CSV_COLUMNS, CSV_NAME, Cell, append_csv, 
 from farspan.metrics import read_selection
 from farspan.needle import model_dir
 from farspan.tables import check_columns
+from farspan.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from farspan.needle.tasks import Sample
@@ -197,7 +198,7 @@ def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
     from farspan.evaluation.ruler import make_ruler_sample
     from farspan.needle.tasks import make_sample
 
-    tokenizer = _tokenizer(settings.model) if settings.model != "needle" else None
+    tokenizer = load_tokenizer(settings.model) if settings.model != "needle" else None
     seeds = [settings.seed * SEEDS_PER_RUN + i for i in range(cell.count)]
     samples: list[Sample]
     if settings.form == "words":
@@ -221,17 +222,6 @@ def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
         ]
     lens = [len(tokenizer.encode(sample.completion)) + EXTRA_NEW_TOKENS for sample in samples]
     return [replace(sample, max_new_tokens=min(most, ANSWER_ROOM)) for sample, most in zip(samples, lens, strict=True)]
-
-
-_TOKENIZERS: dict[str, Any] = {}
-
-
-def _tokenizer(model: str) -> Any:
-    if model not in _TOKENIZERS:
-        from transformers import AutoTokenizer
-
-        _TOKENIZERS[model] = AutoTokenizer.from_pretrained(model)
-    return _TOKENIZERS[model]
 
 
 def method_options(method: str, settings: EvalSettings) -> dict[str, Any] | None:
