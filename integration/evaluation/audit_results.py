@@ -149,8 +149,8 @@ def kept_of(heads: Sequence[Mapping[str, Any]], gamma: float) -> Kept:
 def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
     """The gamma with the smallest density among those that meet the rule at every length, and the sentences for it.
 
-    The rule: drift + 2 standard errors >= DRIFT_LIMIT, and no head below gamma - COVERAGE_SLACK. Gammas that meet it only
-    within those errors come after those whose drift itself does: with little text nearly every gamma meets it.
+    The rule: drift + 2 standard errors >= DRIFT_LIMIT, and no head below gamma - COVERAGE_SLACK. Gammas that meet it
+    only within those errors come after those whose drift itself does: with little text nearly every gamma meets it.
     """
     by_gamma: dict[float, list[AuditRow]] = {}
     for row in rows:
