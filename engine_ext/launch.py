@@ -39,7 +39,6 @@ from farspan.kernels.reference import combine_partials as combine_partials_on_ho
 from farspan.kernels.rotary_turn import Turn, apply_turn, turn_rows
 from farspan.kernels.selected_decode import selected_decode
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-from farspan.kernels.tuning import OursBesideFa3, device_capability, ours_beside_fa3
 
 FA3_MAX_HEAD_SIZE = 256
 FA3_DTYPES = (torch.float16, torch.bfloat16)
@@ -363,15 +362,6 @@ def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: 
     if config.kernel == "fa3":
         raise ConfigError(f"kernel='fa3'; {reason}. Use 'auto' or 'triton'.")
     return "triton"
-
-
-def choose_ours_beside_fa3(
-    config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype, page_size: int
-) -> OursBesideFa3 | None:
-    """Which dense prefill without a turn our kernel computes where `choose_dense_kernel` gives "fa3"; None for none."""
-    if config.kernel != "auto" or device.type == "cpu":
-        return None
-    return ours_beside_fa3(head_size, dtype, device_capability(device), page_size)
 
 
 @cache

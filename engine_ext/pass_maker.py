@@ -18,7 +18,6 @@ from farspan.kernels.decode import MAX_DECODE_REQUESTS, DecodeWorkspace
 from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
-from farspan.kernels.tuning import OursBesideFa3
 
 FallbackReason = Literal["crossover", "min_seq_len", "min_chunk_len"]
 
@@ -67,8 +66,6 @@ class PassMaker:
     device: torch.device
     first_kv_head: int = 0
     """The passes are for the `num_kv_heads` KV heads of a layer from this one on."""
-    ours_beside_fa3: OursBesideFa3 | None = None
-    """What our kernel computes faster where `dense_kernel` is "fa3"; None for nothing."""
 
     @property
     def kv_heads(self) -> slice:
@@ -101,10 +98,7 @@ class PassMaker:
         """
         work: Dense | Sparse
         if isinstance(prefill, DensePrefill):
-            kernel = self.dense_kernel
-            ours = self.ours_beside_fa3
-            if kernel == "fa3" and (turns or (ours is not None and ours.has(batch.max_query_len, batch.max_kv_len))):
-                kernel = "triton"
+            kernel = "triton" if turns and self.dense_kernel == "fa3" else self.dense_kernel
             tiles = None
             if kernel == "triton":
                 tiles = make_prefill_tiles(query_start_loc, chunk_ends, TILE_SIZE, self.device)

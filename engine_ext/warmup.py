@@ -62,11 +62,6 @@ def warm_up_cases(
     ]
     for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
         if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
-            # Ours has one tile shape there.
-            if maker.ours_beside_fa3 is not None:
-                least = maker.ours_beside_fa3.min_chunk_len
-                if least <= max_chunk_len:
-                    cases.append(WarmUpCase("prefill", turns, prefill=each, query_len=least, kv_len=least))
             continue
         cases += [
             WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)

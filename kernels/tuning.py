@@ -161,40 +161,10 @@ def hopper_prefill_config(
     # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
     # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285; a
     # turn at 128K takes 230 ms, 225 without. Pages below 128 and the form `overlaps` have only been checked, not timed.
+    # Dense prefill without a turn stays with FlashAttention 3: H100 668 at 8K, 657 at 32K, 656 at 128K,
+    # heads of 64 541 at 32K; H200 at 8K 682 against 665, at 32K 712 against 668, at 64K 694 against 638.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
     return HopperPrefillConfig(heads_in_a_row, num_stages=2, overlaps=False)
-
-
-@dataclass(frozen=True)
-class OursBesideFa3:
-    """The batches whose dense prefill our kernel computes faster than FlashAttention 3."""
-
-    min_chunk_len: int
-    """Query tokens of the longest chunk."""
-    max_kv_len: int
-    """Keys of the longest request."""
-
-    def has(self, chunk_len: int, kv_len: int) -> bool:
-        """Whether a batch of these lengths is one of them."""
-        return chunk_len >= self.min_chunk_len and kv_len <= self.max_kv_len
-
-
-# By head_dim; none so far. 2026-11-28, 32 query heads on 8 of 128, bf16, TFLOP/s of ours and of FlashAttention 3. H100
-# 80GB: 2K 365 and 352, 8K 645 and 668, 32K 642 and 657, 128K 630 and 656, 8K behind 120K 641 and 649; heads of 64, 32K:
-# 457 and 541. H200: 8K 665 and 682, 32K 668 and 712, 64K 638 and 694; at 2K FlashAttention 3 reaches 442 there.
-OURS_BESIDE_FA3: dict[int, OursBesideFa3] = {}
-
-
-def ours_beside_fa3(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int
-) -> OursBesideFa3 | None:
-    """Which dense prefill our kernel computes faster than FlashAttention 3; None where it does none.
-
-    The arguments are those of `hopper_prefill_config`.
-    """
-    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or page_size % 128:
-        return None
-    return OURS_BESIDE_FA3.get(head_dim)
 
 
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
