@@ -103,7 +103,7 @@ class StarSteps:
         own = torch.arange(most, device=self.maker.device).clamp_(max=num_pages[shard.rank] - 1)
         width = exchange.num_hosts * common.block_table_tensor.shape[1]
         table = in_width(to_device([[rank * most + page for rank, page in places]], self.maker.device), width)
-        table = table.expand(len(pieces), -1)
+        table = table.repeat(len(pieces), 1)
         prefill = self.requests.prefills(common)[0]
         passes: list[Pass] = []
         first_row = first = 0

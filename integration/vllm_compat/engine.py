@@ -55,7 +55,8 @@ def draw_by_place_in_answer(llm: Any) -> None:
 def wrap_sampler(worker: Any) -> None:
     """See `draw_by_place_in_answer`."""
     runner = worker.model_runner
-    sampler, states = getattr(runner, "sampler", None), getattr(runner, "req_states", None)
+    sampler: Any = runner.sampler
+    states = getattr(runner, "req_states", None)
     if states is None or "_sample_random" in vars(sampler):
         return
     stock = sampler._sample_random
