@@ -28,6 +28,7 @@ def test_slabs() -> None:
         slab_members([65 * GIB])
 
 
+@pytest.mark.faults
 def test_no_memory() -> None:
     with pytest.raises(UnsupportedEngineError, match=r"could not be allocated .* Lower offload\.host_memory"):
         make_slab(1 << 60, register=False)
