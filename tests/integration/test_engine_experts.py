@@ -23,7 +23,8 @@ def check_every_method(make_llm: Any, architecture: str, **arguments: Any) -> No
 
     def tokens(method: str | None, *, is_dense: bool = False, **changes: Any) -> list[list[int]]:
         backend = None if method is None else "CUSTOM"
-        llm = make_llm(architecture, backend, **{**engine_arguments(method), **arguments, **changes})
+        sizes = {**engine_arguments(method), "max_num_seqs": 16}
+        llm = make_llm(architecture, backend, **{**sizes, **arguments, **changes})
         found = tokens_of(ask(llm, PROMPTS, extra_args={"farspan.method": "dense"} if is_dense else None))
         llm.llm_engine.engine_core.shutdown()
         return found
