@@ -26,8 +26,6 @@ from farspan.tables import check_columns
 if TYPE_CHECKING:
     from farspan.needle.tasks import Sample
 
-NEEDLE_DIR = model_dir()
-
 # Options of each method before those of the user; None is vLLM's own backend.
 METHODS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -314,9 +312,7 @@ def model_path(model: str) -> str:
     Raises ConfigError if it is none of these.
     """
     if model == "needle":
-        if not (NEEDLE_DIR / "config.json").is_file():
-            raise ConfigError(f"model='needle', but {NEEDLE_DIR} is missing: this installation lacks the bundled model")
-        return str(NEEDLE_DIR)
+        return str(model_dir())
     if (Path(model) / "config.json").is_file():
         return model
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):

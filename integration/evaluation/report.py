@@ -133,14 +133,14 @@ def render(title: str, sections: list[Section]) -> str:
 def needle_sections(settings: ReportSettings) -> list[Section]:
     """Run the needle model and draw every picture; also writes heads.csv, sweep.csv and accuracy.csv."""
     import torch
-    from farspan.evaluation.evaluate import NEEDLE_DIR
     from farspan.evaluation.needle_answers import HEAD_COLUMNS, Variant
     from farspan.evaluation.report_plots import draw_masks
+    from farspan.needle import model_dir
     from farspan.needle.network import load_network
     from farspan.needle.paged import PagedNeedle
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = load_network(NEEDLE_DIR, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    net = load_network(model_dir(), device, torch.bfloat16 if device == "cuda" else torch.float32)
     model = PagedNeedle(net, max(settings.length, CURVE_LENGTH, *NIAH_LENGTHS) + 256)
     tables = Tables(settings.out, fresh=True)
 
