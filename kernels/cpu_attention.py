@@ -366,7 +366,7 @@ def _decode_one(
         tokens = kv.pages[pages]
     # The last page may hold NaN past the request's end.
     full, last = tokens[:-1].float(), tokens[-1, :, : num_tokens - num_before].float()
-    grouped = query[0].unflatten(0, (kv.num_kv_heads, -1))
+    grouped = (query[0] * scale).unflatten(0, (kv.num_kv_heads, -1))
 
     def logits_of(rows: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, group, num_tokens]."""
@@ -377,10 +377,10 @@ def _decode_one(
     if turn is not None and turn.reaches(int(positions)):
         is_turned = torch.arange(num_tokens) < turn.bounds(positions)
         logits = torch.where(is_turned, logits_of(apply_turn(grouped, turn)), logits)
-    logits *= scale
-    lse = logits.logsumexp(dim=-1)
-    weights = logits.sub_(lse[..., None]).exp_()
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
     out = weights[..., num_before:] @ last[..., head_dim:]
     before = weights[..., :num_before].unflatten(-1, (-1, kv.page_size)).permute(2, 0, 1, 3)
     out += (before @ full[..., head_dim:]).sum(dim=0)
-    return out.flatten(0, 1)[None], lse.flatten()[:, None]
+    return (out / total).flatten(0, 1)[None], (largest + total.log()).flatten()[:, None]
