@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+CASES := 10000
+SEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-star test check format bench lock clean
+.PHONY: help setup demo demo-star test fuzz faults check format bench lock clean
 
 help:
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU), Ray and the development tools"
 	@echo "make demo    a question over a long prompt, vLLM's own attention next to ours"
 	@echo "make demo-star  one question over a long context on two hosts, exact and in blocks"
 	@echo "make test    the tests that this machine can run; ARGS='-n 2 -k merge' goes to pytest (-n: workers)"
+	@echo "make fuzz    10,000 random requests against vLLM's own tokens; CASES=… SEED=… say how many and which"
+	@echo "make faults  what happens when hosts die, are late or lie, memory is full, requests are aborted or preempted"
 	@echo "make check   ruff and mypy; 'make format' mends what ruff can"
 	@echo "make bench   benchmarks on a GPU; ARGS='decode --out DIR', ARGS='--dry-run' without one"
 	@echo "make lock    resolve requirements/cpu.lock anew"
@@ -31,6 +35,12 @@ demo-star: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(STAMP)
+	FARSPAN_FUZZ_CASES=$(CASES) FARSPAN_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/integration/test_fuzz.py $(ARGS)
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -v -m faults $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Keys and values are gathered from their pages once per request, in float32. Prefill then runs PyTorch's flash attention
 for the CPU over the pieces of the causal triangle that need no further mask, and merges the pieces by their LSE. Decode
-rows run as padded batches of requests of similar length.
+rows run as padded batches of requests of similar length; a long request alone reads its pages in place where their ids
+follow each other, as those of a prompt mostly do.
 """
 
 from collections.abc import Iterator
@@ -110,7 +111,8 @@ def cpu_attention(
         counts = torch.tensor([visible[request] for request in members])
         positions = torch.tensor([firsts[request] for request in members])
         pages = batch.block_table[torch.tensor(members)]
-        part = _decode(query[tokens].float(), kv, pages, counts, positions, scale, turn)
+        decode = _decode if len(members) > 1 else _decode_one
+        part = decode(query[tokens].float(), kv, pages, counts, positions, scale, turn)
         out[tokens] = part[0].to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
@@ -326,8 +328,10 @@ def _decode(
     tokens = read_pages(kv, pages).flatten(2, 3)[:, :, :max_len].float()
     key_pos = torch.arange(max_len)
     is_past = key_pos >= lens[:, None]
-    # Memory past a request's end may hold NaN, which no zero weight removes.
-    tokens = tokens.masked_fill(is_past[..., None], 0.0)
+    # Memory past a request's end may hold NaN, which no zero weight removes. Each end for itself: a mask over all
+    # tokens costs more than the attention.
+    for request, length in enumerate(lens.tolist()):
+        tokens[:, request, length:] = 0.0
     key, value = tokens.chunk(2, dim=-1)
     grouped = query.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
     logits = grouped @ key.mT
@@ -338,3 +342,45 @@ def _decode(
     lse = logits.logsumexp(dim=-1)
     out = (logits - lse[..., None]).exp_() @ value
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _decode_one(
+    query: torch.Tensor,
+    kv: KVView,
+    block_table: torch.Tensor,
+    lens: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    turn: Turn | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_decode` of a batch of one, page by page: without a copy of keys and values where pages follow each other."""
+    num_tokens, head_dim = int(lens), kv.head_dim
+    pages = block_table[0, : -(-num_tokens // kv.page_size)].long()
+    num_before = (len(pages) - 1) * kv.page_size
+    # [num_pages, num_kv_heads, page_size, 2 * head_dim]
+    if kv.host_pages is not None:
+        tokens = read_pages(kv, pages).transpose(0, 1)
+    elif bool((pages.diff() == 1).all()):
+        tokens = kv.pages[int(pages[0]) : int(pages[-1]) + 1]
+    else:
+        tokens = kv.pages[pages]
+    # The last page may hold NaN past the request's end.
+    full, last = tokens[:-1].float(), tokens[-1, :, : num_tokens - num_before].float()
+    grouped = (query[0] * scale).unflatten(0, (kv.num_kv_heads, -1))
+
+    def logits_of(rows: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, group, num_tokens]."""
+        before = (rows @ full[..., :head_dim].mT).permute(1, 2, 0, 3).flatten(2)
+        return torch.cat([before, rows @ last[..., :head_dim].mT], dim=-1)
+
+    logits = logits_of(grouped)
+    if turn is not None and turn.reaches(int(positions)):
+        is_turned = torch.arange(num_tokens) < turn.bounds(positions)
+        logits = torch.where(is_turned, logits_of(apply_turn(grouped, turn)), logits)
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = weights[..., num_before:] @ last[..., head_dim:]
+    before = weights[..., :num_before].unflatten(-1, (-1, kv.page_size)).permute(2, 0, 1, 3)
+    out += (before @ full[..., head_dim:]).sum(dim=0)
+    return (out / total).flatten(0, 1)[None], (largest + total.log()).flatten()[:, None]

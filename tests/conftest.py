@@ -17,9 +17,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` and `multi_gpu` where there are too few."""
+    """Skip the tests marked `gpu` and `multi_gpu` where there are too few; mark those that plan a fault."""
     num_gpus = torch.cuda.device_count()
     for item in items:
+        if "fault" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.faults)
         for marker, needed in NUM_GPUS_NEEDED.items():
             if item.get_closest_marker(marker) and num_gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU{'s' * (needed > 1)}"))

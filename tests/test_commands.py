@@ -5,12 +5,14 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from farspan.cli import make_parser
+from farspan.cli import main, make_parser
 from farspan.engine_ext.config import parse_config
 
 from benchmarks.run import MODULES
@@ -126,3 +128,29 @@ def test_shown_programs_are_python(page: Path) -> None:
     for language, block in BLOCK.findall(page.read_text()):
         if language == "python":
             compile(block, page_id(page), "exec")
+
+
+RUNNABLE = [
+    each
+    for each in COMMANDS
+    if each.values[0][:2] in (["farspan", "plan"], ["farspan", "--version"], ["python", "-c"])
+    or each.values[0][:3] == ["farspan", "star", "plan"]
+]
+"""Commands that need neither an engine nor files of the reader's."""
+
+
+@pytest.mark.parametrize("words", [each for each in RUNNABLE if len(each.values[0]) > 2 or "--version" in str(each.id)])
+def test_what_needs_no_engine_runs(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """The bundled model stands for the reader's."""
+    from farspan.needle import model_dir
+
+    arguments = [str(model_dir()) if word in ("MODEL", "llama-8b") else word for word in words[1:]]
+    if words[0] == "python":
+        subprocess.run([sys.executable, *arguments], check=True)
+    else:
+        try:
+            status = main(arguments)
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 0
+        assert status == 0
+    assert capfd.readouterr().out

@@ -55,3 +55,39 @@ def test_named_modules_exist(page: Path) -> None:
         rest = module[len(package) + 1 :].replace(".", "/")
         place = ROOT / folders[package] / (rest or "__main__")
         assert place.with_suffix(".py").exists(), f"{page_id(page)} runs {module}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
+        repeats = next(number for number in range(99) if (f"{name}-{number}" if number else name) not in found)
+        found.add(f"{name}-{repeats}" if repeats else name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page_id(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors_of(found), f"{page_id(page)} links to {target}"
+
+
+def test_every_page_is_found_from_the_first_one() -> None:
+    """From docs/README.md, over other pages."""
+    reached, waiting = set[Path](), [ROOT / "docs" / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        waiting += [(page.parent / target).resolve() for target in re.findall(r"\]\(([^)#:\s]+)", page.read_text())]
+    assert [page_id(page) for page in PAGES if page not in reached] == []

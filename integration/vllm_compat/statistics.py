@@ -1,7 +1,8 @@
 """Counts of ours on their way to vLLM's /metrics.
 
 The scheduler counts; its counts travel as vLLM's statistics of a KV connector do, whose place is free: engines with
-cold heads, and those whose KV is not exact, have no connector. In the front end they become metrics.
+cold heads, and those whose KV is not exact, have no connector. In the front end they become metrics. Counts of a single
+request are in its response, where a connector's parameters would be.
 """
 
 from collections import Counter
@@ -27,6 +28,7 @@ def follow_statistics() -> None:
 
     wrap_once(Scheduler, "schedule", counting_prefill)
     wrap_once(Scheduler, "make_stats", adding_counts)
+    wrap_once(Scheduler, "_free_request", telling_of_the_request)
     wrap_once(metrics.KVConnectorLogging, "observe", leaving_ours_out)
     wrap_once(metrics.KVConnectorProm, "__init__", making_ours)
 
@@ -52,10 +54,26 @@ def counting_prefill(stock: Callable[..., Any]) -> Callable[..., Any]:
         if counts is not None:
             for each in scheduled_of(output):
                 if each.count > 1:
-                    counts[decision_of(self.vllm_config, self.requests[each.req_id], each)] += each.count
+                    request = self.requests[each.req_id]
+                    reason = decision_of(self.vllm_config, request, each)
+                    counts[reason] += each.count
+                    vars(request).setdefault("farspan_prefill", Counter())[reason] += each.count
         return output
 
     return schedule
+
+
+def telling_of_the_request(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A request of an engine that prefills sparsely ends with what `RequestOutput.kv_transfer_params` then is."""
+
+    def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        # For a KV connector, and for one of an encoder cache.
+        told, *others = stock(self, request, *args, **kwargs)
+        if told is None and getattr(self, "farspan_prefill", None) is not None:
+            told = {"farspan": {"prefill_tokens": dict(getattr(request, "farspan_prefill", {}))}}
+        return told, *others
+
+    return _free_request
 
 
 def adding_counts(stock: Callable[..., Any]) -> Callable[..., Any]:

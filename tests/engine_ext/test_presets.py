@@ -1,13 +1,19 @@
 """Presets stand for option trees; explicit options refine them, and what contradicts them is refused."""
 
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
-from farspan.engine_ext.config import FarspanConfig, parse_config
+from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.presets import PRESETS
+from farspan.engine_ext.presets import PRESETS, Preset
 from farspan.engine_ext.requests import options_digest
+
+from tests.integration.test_engine_presets import OF_ENGINES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +43,12 @@ def test_a_preset_is_what_it_stands_for(preset: dict[str, Any], by_hand: dict[st
 
 
 def test_every_preset_is_tried_and_documented() -> None:
+    """By name: an engine of it in tests/integration/test_engine_presets.py, a row and a use for it in the reference."""
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert set(PRESETS) == set(get_args(Preset)) == set(OF_ENGINES)
     for name in PRESETS:
-        assert parse_config({"preset": name}) != FarspanConfig()
+        assert f'"preset": "{name}"' in page
+        assert re.search(rf'^\| `"?{name}"?` \|', page, flags=re.MULTILINE), name
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def stub() -> Iterator[Any]:
     ray.shutdown()
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_dead_engines_are_replaced_and_their_prompts_asked_once_more(stub: Any) -> None:
     from examples.ray_batch import Job
@@ -124,6 +125,7 @@ def test_dead_engines_are_replaced_and_their_prompts_asked_once_more(stub: Any) 
     assert len(started) in (3, 4)
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_engines_that_do_not_start_end_the_job(stub: Any) -> None:
     from farspan.engine_ext.errors import ConfigError

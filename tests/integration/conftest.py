@@ -1,9 +1,10 @@
 """Small models and engines for tests that run a real vLLM on the CPU."""
 
+import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,40 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return model_dir
 
 
+@functools.cache
+def make_engines_cheap() -> None:
+    """Leave out what vLLM does at each start and end of an engine for the sake of long-lived servers, once a process.
+
+    Without it an engine of this process takes about 12 s, of which our tests need one. vLLM collects garbage eight
+    times, each time over everything that is imported, and looks through all modules for kernels to replace.
+    """
+    import vllm.v1.engine.core
+    import vllm.v1.worker.gpu_worker
+    from vllm.triton_utils import dispatcher
+
+    register, registered = dispatcher.register_kernels, set[str]()
+
+    def register_once(overrides: Mapping[str, Callable[..., Any]]) -> None:
+        # What imports a replaced kernel later gets the replacement.
+        new = {name: kernel for name, kernel in overrides.items() if name not in registered}
+        registered.update(new)
+        if new:
+            register(new)
+
+    dispatcher.register_kernels = register_once
+    # An engine is never frozen here, so there is nothing of it to thaw; `engine_maker` freezes what outlives it.
+    for module in (vllm.v1.engine.core, vllm.v1.worker.gpu_worker):
+        module.freeze_gc_heap = lambda: None
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()
+
+
 def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     """What `make_llm` and `make_module_llm` are; engines end when it does."""
     from vllm import LLM
 
+    make_engines_cheap()
     engines = []
 
     def make(architecture: str = "llama", backend: str | None = "CUSTOM", **kwargs: Any) -> Any:
@@ -74,6 +105,7 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
         llm.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from farspan.engine_ext.config import parse_config
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "deploying.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOC = ROOT / "docs" / "deploying.md"
 ASK_FOR_CUSTOM = """
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -37,3 +40,30 @@ def ask_for_custom(plugins: str | None) -> subprocess.CompletedProcess[str]:
         environment["VLLM_PLUGINS"] = plugins
     command = [sys.executable, "-c", ASK_FOR_CUSTOM]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_kubernetes_example_starts_a_server_that_fits() -> None:
+    """Its options are farspan's and vLLM's, its port is one, and pinned memory is within the container's limit."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    claim, deployment, service = yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text())
+    template = deployment["spec"]["template"]
+    pod, labels = template["spec"], template["metadata"]["labels"]
+    (container,) = pod["containers"]
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == labels
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(container["args"])
+    assert arguments.attention_backend == "CUSTOM"
+    config = parse_config(arguments.additional_config["farspan"])
+    assert config.offload is not None
+    assert isinstance(config.offload.host_memory, int | float)
+    limits = container["resources"]["limits"]
+    assert config.offload.host_memory + 32 <= int(limits["memory"].removesuffix("Gi"))
+    assert limits["nvidia.com/gpu"] == 1
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["http"] == arguments.port
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+    assert volumes["cache"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]

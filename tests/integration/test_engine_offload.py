@@ -161,6 +161,7 @@ def test_prefix_hits(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     assert min(state["spilled"], state["loaded"], state["staged"]) > 0
 
 
+@pytest.mark.faults
 def test_preemption(make_llm: Callable[..., Any], stock_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks run out while requests decode; those that are preempted lose nothing."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -193,6 +194,7 @@ def test_batches(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     assert offload_state(llm)["spilled"] > 0
 
 
+@pytest.mark.faults
 def test_few_slots_make_requests_wait(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     """Room for what three requests write: sixteen take turns and all end."""
     llm = make_llm(**offloading(1 + 4 + 6))
@@ -202,6 +204,7 @@ def test_few_slots_make_requests_wait(make_llm: Callable[..., Any], stock_tokens
     assert scheduler.max_num_running_reqs == 3
 
 
+@pytest.mark.faults
 def test_aborts_and_resets(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     """Requests that are aborted while they prefill or decode leave no trace in the others; nor does the prefix cache
     when it is emptied under them, which preempts all and starts them again in the same step.
@@ -235,6 +238,7 @@ def test_aborts_and_resets(make_llm: Callable[..., Any], stock_tokens: Any) -> N
     assert generate(llm, prompts, 20) == expected
 
 
+@pytest.mark.faults
 def test_first_decode_after_a_spill(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     """A request decodes in slots alone; another one's prefill takes them away; it goes on, and gets them back."""
     from vllm import SamplingParams

@@ -102,9 +102,10 @@ def test_completions(make_llm: Any, server: Any) -> None:
         with pytest.raises(openai.BadRequestError, match=sentence):
             server.completions.create(prompt=PROMPTS[0], **{**ask, "extra_body": body})
     good = {**ask, "extra_body": {"ignore_eos": True, "vllm_xargs": {"farspan.method": "dense"}}}
-    assert server.completions.create(prompt=PROMPTS[0], **good).choices[0].text.split() == [
-        f"t{token}" for token in expected[0]
-    ]
+    answer = server.completions.create(prompt=PROMPTS[0], **good)
+    assert answer.choices[0].text.split() == [f"t{token}" for token in expected[0]]
+    told = answer.model_dump()["kv_transfer_params"]
+    assert told == {"farspan": {"prefill_tokens": {"request": len(PROMPTS[0])}}}
     read_density(server)
     read_metrics(server)
 

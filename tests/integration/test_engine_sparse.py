@@ -84,6 +84,31 @@ def test_sparse_and_dense_requests_share_an_engine_but_no_blocks(make_llm: Any, 
         assert again == sparse
 
 
+def test_a_response_tells_how_its_prompt_was_computed(make_llm: Any) -> None:
+    from vllm import SamplingParams
+
+    llm = with_prefill(make_llm, {"method": "flex", "gamma": 0.9, "min_seq_len": 1000, "min_chunk_len": 200})
+    params = [SamplingParams(temperature=0, max_tokens=2, extra_args=None) for _ in PROMPTS]
+    params[3].extra_args = {"farspan.method": "dense"}
+
+    def told(places: list[int]) -> list[dict[str, int]]:
+        inputs = [{"prompt_token_ids": PROMPTS[place]} for place in places]
+        outputs = llm.generate(inputs, [params[place] for place in places], use_tqdm=False)
+        return [output.kv_transfer_params["farspan"]["prefill_tokens"] for output in outputs]
+
+    short, middle, long, dense = told([0, 1, 2, 3])
+    assert (short, middle, dense) == ({"min_seq_len": 63}, {"min_seq_len": 700}, {"request": 129})
+    assert long.keys() <= {"selected", "min_chunk_len"}
+    assert long["selected"] > 1000
+    assert sum(long.values()) == 1500
+    # A prefix hit is not computed again.
+    (again,) = told([2])
+    assert sum(again.values()) < 100
+    exact = make_llm()
+    (output,) = exact.generate([{"prompt_token_ids": PROMPTS[0]}], params[0], use_tqdm=False)
+    assert output.kv_transfer_params is None
+
+
 def test_bad_override_fails_its_request_alone(make_llm: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 

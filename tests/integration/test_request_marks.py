@@ -14,7 +14,12 @@ pytestmark = [pytest.mark.filterwarnings("default")]
 
 BLOCK_SIZE = 16
 FLEX = {"prefill": {"method": "flex", "gamma": 0.95}}
-ENGINES = {"flex": FLEX, "string": {"string": {"shift": 0.33}}, "dense": None}
+ENGINES = {
+    "flex": FLEX,
+    "block_sparse": {"prefill": {"method": "block_sparse"}},
+    "string": {"string": {"shift": 0.33}},
+    "dense": None,
+}
 """By the options of an engine, every override of a request that it accepts, with the options that follow from it."""
 EFFECTIVE: dict[str, list[tuple[dict[str, Any] | None, Any]]] = {
     "flex": [
@@ -26,6 +31,11 @@ EFFECTIVE: dict[str, list[tuple[dict[str, Any] | None, Any]]] = {
         ({"farspan.gamma": 1}, 1.0),
         ({"farspan.method": "dense"}, "dense"),
         ({"else": 1}, 0.95),
+    ],
+    "block_sparse": [
+        (None, "block_sparse"),
+        ({"farspan.method": "block_sparse"}, "block_sparse"),
+        ({"farspan.method": "dense"}, "dense"),
     ],
     "string": [(None, "string"), ({"farspan.method": "dense"}, "string")],
     "dense": [(None, "dense"), ({"farspan.method": "dense"}, "dense")],

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from farspan.kernels import cpu_attention as module
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
 from farspan.kernels.tiles import BlockLists, PrefillTiles
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.helpers import (
     Inputs,
@@ -162,3 +164,39 @@ def test_write_then_read(layout: str) -> None:
     value = torch.cat([spare, batch.value, spare, spare])
     write_kv_cpu(key, value, batch.kv_cache, slots)
     torch.testing.assert_close(batch.kv_cache, expected, equal_nan=True, atol=0, rtol=0)
+
+
+class Copies(TorchDispatchMode):
+    """The most elements of a tensor that an operation made and that lies outside `memory`."""
+
+    def __init__(self, memory: torch.Tensor):
+        super().__init__()
+        self.memory, self.largest = memory.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at its result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != self.memory:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "string"])
+def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool) -> None:
+    """A long request alone, whose last page is not full; the pages around its own hold NaN."""
+    shuffled = make_batch([1], [1000], page_size=64)
+    own = shuffled.block_table[0, :16].long()
+    pages = torch.full((20, *shuffled.kv_cache.shape[1:]), float("nan"))
+    pages[2:18] = shuffled.kv_cache[own]
+    table = shuffled.block_table.clone()
+    table[0, :16] = torch.arange(2, 18, dtype=torch.int32)
+    batch = replace(shuffled, kv_cache=pages, block_table=table)
+    inv_freq = inverse_frequencies(64)
+    turn = make_shift(inv_freq, 100, 16, True, torch.device("cpu")) if is_shifted else None
+    expected = reference_attention(batch) if turn is None else string_reference(batch, turn, inv_freq)
+    assert_attention_close(*attend(shuffled, turn=turn), *expected, torch.float32)
+    with Copies(pages) as copies:
+        found = attend(batch, turn=turn)
+    assert_attention_close(*found, *expected, torch.float32)
+    # The last page aside: weights of each head at most, never keys or values.
+    assert copies.largest < 1000 * batch.kv_cache.shape[1] * 64 / 4

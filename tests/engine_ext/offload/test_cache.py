@@ -162,12 +162,14 @@ def test_a_turn_that_is_not_alone_can_be_interrupted() -> None:
             assert torch.equal(found, expected(layer, driver.computed, heads))
 
 
+@pytest.mark.faults
 def test_another_view_of_the_table_is_an_error() -> None:
     cache, _ = make_cache(6)
     with pytest.raises(RuntimeError, match="do not agree"):
         cache.follow(ResidencyPlan(view=1))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("where", ["slot", "host", "table"])
 def test_integrity_is_checked(where: str) -> None:
     cache, residency = make_cache(6)

@@ -39,6 +39,7 @@ def test_pages_begin_where_the_device_reads(page_shape: tuple[int, int, int]) ->
     assert made.num_bytes == 3 * 2 * page_shape[0] * page_shape[1] * page_shape[2]
 
 
+@pytest.mark.faults
 def test_no_memory() -> None:
     with pytest.raises(UnsupportedEngineError, match=r"could not be allocated .* Lower offload\.host_memory"):
         make_slab(1 << 60, register=False)

@@ -77,6 +77,7 @@ def test_cold_heads() -> None:
         has_cold_heads(engine({"hot_heads": [1, 2]}))
 
 
+@pytest.mark.faults
 def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from farspan.vllm_compat import offload
 

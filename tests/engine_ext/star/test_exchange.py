@@ -92,6 +92,7 @@ def test_pages_come_from_all_hosts_or_from_host_0(dtype: torch.dtype) -> None:
         assert waited_s > 0
 
 
+@pytest.mark.faults
 def test_a_late_host_is_named() -> None:
     def work(exchange: Exchange) -> None:
         exchange.agree(b"one")
@@ -109,6 +110,7 @@ def test_a_late_host_is_named() -> None:
     assert any("host 1 did not take part within 1.5 s" in str(error) for error in (first, third))
 
 
+@pytest.mark.faults
 def test_a_host_that_is_gone_is_named_at_once() -> None:
     def work(exchange: Exchange) -> None:
         if exchange.rank == 1:
@@ -145,12 +147,14 @@ def test_hosts_that_wait_in_a_collective_name_the_one_that_does_not(is_gone: boo
         assert ("lost the connection to host 1;" if is_gone else ": host 1 did not take part within") in str(error)
 
 
+@pytest.mark.faults
 def test_hosts_that_would_compute_different_steps_say_so() -> None:
     results = on_hosts(2, lambda exchange: exchange.agree(b"one" if exchange.rank == 0 else b"two"))
     assert "host 0 and host 1 are about to compute different steps" in str(results[0])
     assert "host 1 and host 0 are about to compute different steps" in str(results[1])
 
 
+@pytest.mark.faults
 def test_all_hosts_abort_at_the_same_step() -> None:
     def work(exchange: Exchange) -> int:
         for step in range(100):
@@ -173,6 +177,7 @@ def test_a_request_of_another_group_is_refused() -> None:
         exchange_of(2, 1)
 
 
+@pytest.mark.faults
 def test_hosts_that_do_not_all_come_are_told() -> None:
     listening = bind_port("127.0.0.1")
     port = listening.getsockname()[1]
