@@ -126,6 +126,7 @@ def test_a_host_that_is_gone_is_named_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "late"])
 def test_hosts_that_wait_in_a_collective_name_the_one_that_does_not(is_gone: bool) -> None:
     """Not each other, who wait for it as well."""
