@@ -73,7 +73,20 @@ def attend(
         return decode_selected(query, kv, each.batch, scale, work, work.selections[layer.index], out)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if isinstance(work, Decode):
-        decode(query, kv, each.batch, scale, work.splits, turn, out, lse, work.workspace, causal=each.is_causal)
+        assert each.is_causal or work.query_len == 1
+        decode(
+            query,
+            kv,
+            each.batch,
+            scale,
+            work.splits,
+            turn,
+            out,
+            lse,
+            work.workspace,
+            causal=each.is_causal,
+            query_len=work.query_len,
+        )
     elif isinstance(work, Dense):
         prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, causal=each.is_causal)
     else:
@@ -129,8 +142,11 @@ def decode(
     workspace: DecodeWorkspace | None,
     *,
     causal: bool = True,
+    query_len: int = 1,
 ) -> None:
-    """One query token per request over all its keys; whether it is causal makes no difference to its own last key."""
+    """A few query tokens per request, each over the keys up to its own; whether one alone is causal makes no difference
+    to its last key.
+    """
     if is_on_host(query):
         cpu_attention(query, kv, batch, scale, out=out, lse=lse, causal=causal, turn=turn)
         return
@@ -141,6 +157,7 @@ def decode(
         scale,
         num_splits=splits.num_splits,
         min_split_keys=splits.min_split_keys,
+        query_len=query_len,
         turn=turn,
         out=out,
         lse=lse,

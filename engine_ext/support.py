@@ -20,6 +20,8 @@ PREFERRED_PAGE_SIZE = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """Names of kv-cache dtypes besides "auto"; allowed where they equal the model's dtype."""
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "suffix")
+"""Whose drafts come from the tokens alone: no model's layers run between the steps that verify them."""
 MIN_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere, the first with bfloat16 and asynchronous copies."""
 
@@ -240,16 +242,35 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
                 "--kv-transfer-config and --kv-offloading-size."
             )
     if vllm_config.speculative_config is not None:
-        method = vllm_config.speculative_config.method
-        raise UnsupportedEngineError(
-            f"speculative decoding ({method!r}); farspan decodes one token a step. Leave out --speculative-config."
-        )
+        reason = speculation_refusal(vllm_config.speculative_config.method, config)
+        if reason is not None:
+            raise UnsupportedEngineError(reason)
     if has_kv_connector(vllm_config) and config.changes_kv:
         raise UnsupportedEngineError(
             "a KV connector together with sparse prefill or string; KV computed so must not reach requests that expect "
             "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config and "
             "--kv-offloading-size."
         )
+
+
+def speculation_refusal(method: str, config: FarspanConfig) -> str | None:
+    """Why drafts of a method of vLLM's cannot be verified, or None if they can."""
+    if method not in SPECULATIVE_METHODS:
+        return (
+            f"speculative decoding ({method!r}); farspan supports drafts that need no attention of their own: "
+            f"{listed(SPECULATIVE_METHODS)}. Use one of these methods, or leave out --speculative-config."
+        )
+    if config.star is not None:
+        return (
+            f"speculative decoding ({method!r}) together with star; the hosts decode one token a step together. Leave "
+            "out --speculative-config."
+        )
+    if config.offload is not None:
+        return (
+            f"speculative decoding ({method!r}) together with offload; a page in host memory is never written again, "
+            "as rejected drafts would have to be. Leave out --speculative-config, or offload."
+        )
+    return None
 
 
 def has_kv_connector(vllm_config: Any) -> bool:

@@ -176,7 +176,16 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine(model={"is_encoder_decoder": True}), UnsupportedModelError, "m has an encoder and a decoder"),
         (engine(cache_dtype="fp8"), UnsupportedModelError, "kv_cache_dtype='fp8'"),
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
-        (engine(speculative=SimpleNamespace(method="ngram")), UnsupportedEngineError, "speculative decoding"),
+        (
+            engine(speculative=SimpleNamespace(method="eagle")),
+            UnsupportedEngineError,
+            "speculative decoding ('eagle'); farspan supports drafts that need no attention of their own: ngram,",
+        ),
+        (
+            engine({"offload": {"hot_heads": 1}}, speculative=SimpleNamespace(method="ngram")),
+            UnsupportedEngineError,
+            "speculative decoding ('ngram') together with offload",
+        ),
         (
             engine({"string": {"shift": 512}}, connector=object()),
             UnsupportedEngineError,
@@ -204,7 +213,8 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         "encoder",
         "fp8",
         "dcp",
-        "speculative",
+        "draft-model",
+        "speculative-offload",
         "connector",
         "mrope",
         "shift-of-unknown-length",
@@ -234,6 +244,8 @@ def test_fa3_is_refused_by_the_dtype_before_any_gpu_is_touched(monkeypatch: pyte
 def test_engine_is_accepted() -> None:
     assert check_engine(engine({"kernel": "auto"})) == parse_config({"kernel": "auto"})
     assert check_engine(engine(connector=object())) == parse_config(None)
+    for method in ("ngram", "ngram_gpu", "suffix"):
+        assert check_engine(engine(speculative=SimpleNamespace(method=method))) == parse_config(None)
 
 
 @pytest.mark.parametrize("key", ["farspam", "Farspan", "FARSPAN", "far_span", "farspan.method", "farspan_options"])

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
-MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 40
+MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_DECODE_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 7, 2, 40
 SIZE = AttentionSize(NUM_Q_HEADS, HEAD_DIM)
 Kernel = tuple[Any, ...]
 
@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
 
 def make_maker(kernel: Any, *, has_turn: bool) -> PassMaker:
     parts = most_parts(MAX_NUM_REQS, NUM_KV_HEADS, MAX_MODEL_LEN, NUM_SMS)
-    workspace = make_decode_workspace(parts * NUM_Q_HEADS, HEAD_DIM, DEVICE)
+    workspace = make_decode_workspace(parts * NUM_Q_HEADS * MAX_DECODE_LEN, HEAD_DIM, DEVICE)
     return PassMaker(NUM_KV_HEADS, kernel, NUM_SMS, workspace, has_turn, DEVICE)
 
 
@@ -95,8 +95,11 @@ def run_requests(
         attend(each, query, KVView(pages), layer, 0.125, torch.empty_like(query))
 
     num_decodes = random.randint(1, MAX_NUM_REQS)
-    lens = [random.randint(1, MAX_MODEL_LEN) for _ in range(num_decodes)]
+    lens = [random.randint(MAX_DECODE_LEN, MAX_MODEL_LEN) for _ in range(num_decodes)]
     run(maker.decode(batch_of([1] * num_decodes, lens)), num_decodes)
+    most = random.randint(1, MAX_DECODE_LEN)
+    query_lens = [random.randint(1, most) for _ in range(num_decodes)]
+    run(maker.decode(batch_of(query_lens, lens), num_rows=sum(query_lens)), sum(query_lens))
 
     most = random.choice([3, 20, 130, MAX_CHUNK_LEN])
     query_lens = [random.randint(1, most) for _ in range(random.randint(1, 3))]
@@ -148,6 +151,7 @@ def test_requests_reach_no_other_kernels(
         torch.bfloat16,
         MAX_MODEL_LEN,
         MAX_CHUNK_LEN,
+        MAX_DECODE_LEN,
     )
     for case in warm_up.cases():
         warm_up.run(case)
@@ -164,7 +168,9 @@ def test_requests_reach_no_other_kernels(
 @pytest.mark.parametrize("name", PREFILLS)
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     maker = make_maker("triton", has_turn=True)
-    cases = warm_up_cases(PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192)
+    cases = warm_up_cases(
+        PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192, max_decode_len=min(5, max_model_len)
+    )
     assert len(cases) == len(set(cases))
     for case in cases:
         assert 1 <= case.query_len <= case.kv_len <= max(max_model_len, 1)
