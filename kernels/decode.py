@@ -46,12 +46,14 @@ def _attend_keys(
     HAS_HOST: tl.constexpr,
     SKIPS_HOST: tl.constexpr,
     HAS_ROW_BOUNDS: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Add the keys at positions [key_begin, key_end) to the running softmax of a [rows, BLOCK_D] query tile.
 
-    With HAS_ROW_BOUNDS a row sees only those at [row_begin, row_end), two [rows] tensors.
+    scale_log2: a number, or one per row as [rows, 1]. With HAS_ROW_BOUNDS a row sees only those at
+    [row_begin, row_end), two [rows] tensors.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -85,6 +87,9 @@ def _attend_keys(
         mask_kv = in_reach[:, None] & mask_d
         key = tl.load(key_ptrs, mask=mask_kv, other=0.0)
         value = tl.load(key_ptrs + HEAD_DIM, mask=mask_kv, other=0.0)
+        if IS_FP8:
+            key = key.to(query.dtype)
+            value = value.to(query.dtype)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
         if HAS_ROW_BOUNDS:
             seen = (position[None, :] >= row_begin[:, None]) & (position[None, :] < row_end[:, None])
@@ -114,6 +119,7 @@ def _decode_kernel(
     cos_ptr,
     sin_ptr,
     scale_log2,
+    value_scale,
     turn_offset,
     num_splits,
     min_split_blocks,
@@ -147,6 +153,7 @@ def _decode_kernel(
     SLOPE: tl.constexpr,
     HAS_FIRST_POS: tl.constexpr,
     HAS_QUERY_LENS: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -199,6 +206,12 @@ def _decode_kernel(
     else:
         query_ptrs = query_ptr + token * stride_query_token + (head * stride_query_head)[:, None] + offs_d[None, :]
     query = tl.load(query_ptrs, mask=mask_q, other=0.0)
+    # float8 becomes float16 in one instruction, and a row of a bfloat16 query fits once its largest number is near 1.
+    NARROWS: tl.constexpr = IS_FP8 and query_ptr.dtype.element_ty == tl.bfloat16
+    if NARROWS:
+        exponent = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30)))
+        shrink = tl.exp2(-exponent)[:, None]
+        scale_log2 = scale_log2 * tl.exp2(exponent)[:, None]
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * stride_head
     if HAS_HOST:
         # From the head's place on the device to its place in host memory.
@@ -235,21 +248,27 @@ def _decode_kernel(
             near_begin = tl.minimum(tl.maximum(key_begin, SLOPE * first_position + turn_offset), key_end)
             far_end = near_begin
         query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        if NARROWS:
+            query_far = (query_far.to(tl.float32) * shrink).to(tl.float16)
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, query_far, key_begin, far_end, tl.zeros_like(row_begin),
             tl.minimum(row_begin, row_end), kv_head_ptr, table_row_ptr, stride_page, stride_token, host_offset,
             stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST, SKIPS_HOST, HAS_QUERY_LENS,
-            PRECISION, NUM_STAGES,
+            IS_FP8, PRECISION, NUM_STAGES,
         )  # fmt: skip
+    if NARROWS:
+        query = (query.to(tl.float32) * shrink).to(tl.float16)
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, query, near_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr, stride_page,
         stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-        SKIPS_HOST, HAS_QUERY_LENS, PRECISION, NUM_STAGES,
+        SKIPS_HOST, HAS_QUERY_LENS, IS_FP8, PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
     divisor = tl.where(has_keys, row_sum, 1.0)
     out = acc / divisor[:, None]
+    if IS_FP8:
+        out = out * value_scale
     lse = tl.where(has_keys, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
     if HAS_QUERY_LENS:
         out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + split * HEAD_DIM
@@ -306,7 +325,7 @@ def paged_decode(
     """Attention of one query token per request over all its keys, or of a few over those up to their own.
 
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32, last axis contiguous.
-    kv: pages of the query's dtype, for all KV heads that the query heads share.
+    kv: pages of the query's dtype or float8_e4m3fn, for all KV heads that the query heads share.
     batch: lengths and positions are read on the device only.
         With `query_len` 1 row r of the query is request r, and `query_start_loc` is not read; kv_len 0 (padding) gives
         out 0 and lse -inf. Without `first_pos` a query is at position `kv_len - 1`, so that any row of a prompt can be
@@ -315,7 +334,7 @@ def paged_decode(
         rows (padding) come after all others, and rows [r * query_len, (r + 1) * query_len) of such a request r give
         out 0 and lse -inf, as far as there are any. They are the rows that no request has where all the others have
         `query_len`; elsewhere rows that no request has are left as they are.
-    scale: factor on the logits.
+    scale: factor on the logits, that of stored keys included.
     query_len: the most tokens that a request may have, at least 1.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
     min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
@@ -393,6 +412,7 @@ def decode_parts(
         turn.cos if turn else None,
         turn.sin if turn else None,
         scale * LOG2_E,
+        kv.value_scale,
         turn.offset if turn else 0,
         num_splits,
         min_split_keys // keys_per_step(kv),
@@ -426,6 +446,7 @@ def decode_parts(
         SLOPE=turn.slope if turn else 1,
         HAS_FIRST_POS=batch.first_pos is not None,
         HAS_QUERY_LENS=query_len > 1,
+        IS_FP8=kv.is_fp8,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         NUM_STAGES=DECODE_STAGES,
         num_warps=4,

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 import triton
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
@@ -36,7 +36,8 @@ def paged_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on paged KV.
 
-    kv: pages of the query's dtype. The other arguments, the result and the sources are those of `prefill_attention`.
+    kv: pages of the query's dtype or float8_e4m3fn. The other arguments, the result and the sources are those of
+    `prefill_attention`.
     """
     key_pages, value_pages = kv.split()
     return prefill_attention(
@@ -51,6 +52,7 @@ def paged_prefill(
         turn=turn,
         out=out,
         lse=lse,
+        value_scale=kv.value_scale,
     )
 
 
@@ -67,23 +69,25 @@ def prefill_attention(
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    value_scale: float = 1.0,
     config: PrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on keys and values in pages.
 
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
         keys are in their pages already.
-    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, with equal strides,
-        the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
+    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype or float8_e4m3fn, with
+        equal strides, the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
         the block table, page_size may be any number.
     batch: the requests; its `max_query_len` decides how many tokens a program computes.
     tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
-    scale: factor on the logits, above 0.
+    scale: factor on the logits, that of stored keys included, above 0.
     block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
         contiguous; either is allocated when None.
+    value_scale: what stored values are multiplied by; only for float8.
     config: tile shapes; those of `tuning.prefill_config` when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
@@ -103,16 +107,19 @@ def prefill_attention(
     tensors = (query, key_pages, value_pages, out, lse)
     on_rows = (key_pages.data_ptr() | value_pages.data_ptr()) % 16 == 0
     kinds = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
-    key = ("prefill", kinds, on_rows, lists, turned, scale, causal, config)
+    key = ("prefill", kinds, on_rows, lists, turned, causal, config)
     made: _TiledLaunch | None = batch.launches.get(key)
     if made is None or made.tiles is not tiles:
-        made = _TiledLaunch(*tensors, batch, tiles, scale, block_lists, causal, turn, config)
+        made = _TiledLaunch(*tensors, batch, tiles, block_lists, causal, turn, config)
         batch.launches[key] = made
+    assert scale > 0
+    assert value_scale == 1.0 or key_pages.dtype == FP8
+    scales = (scale * LOG2_E, value_scale)
     rows = made.rows
     if rows is not None:
-        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin)
+        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin, *scales)
     else:
-        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin)
+        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin, *scales)
     return out, lse
 
 
@@ -128,7 +135,6 @@ class _TiledLaunch:
         lse: torch.Tensor,
         batch: PagedBatch,
         tiles: PrefillTiles,
-        scale: float,
         block_lists: BlockLists | None,
         causal: bool,
         turn: Turn | None,
@@ -139,9 +145,10 @@ class _TiledLaunch:
         assert num_heads % num_kv_heads == 0
         assert key_pages.shape == value_pages.shape
         assert key_pages.stride() == value_pages.stride()
-        assert key_pages.dtype == value_pages.dtype == query.dtype
+        assert key_pages.dtype == value_pages.dtype
+        is_fp8 = key_pages.dtype == FP8
+        assert is_fp8 or key_pages.dtype == query.dtype
         assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
-        assert scale > 0
         assert out.shape == query.shape
         assert lse.shape == (num_heads, num_tokens)
         assert lse.dtype == torch.float32
@@ -159,7 +166,8 @@ class _TiledLaunch:
         max_pages = batch.block_table.shape[1]
         paged = max_pages > 1
         tokens_per_tile = min(tiles.block_size, batch.max_query_len)
-        has_rows = has_row_view(key_pages, value_pages)
+        # float8 is converted in registers, on the way from which the copy engine has nothing to gain.
+        has_rows = not is_fp8 and has_row_view(key_pages, value_pages)
         if config is None:
             config = prefill_config(
                 head_dim,
@@ -202,6 +210,8 @@ class _TiledLaunch:
                 "block_counts_ptr",
                 "cos_ptr",
                 "sin_ptr",
+                "scale_log2",
+                "value_scale",
             ),
             {
                 "block_table_ptr": batch.block_table,
@@ -210,7 +220,6 @@ class _TiledLaunch:
                 "first_pos_ptr": batch.first_pos,
                 "tile_request_ptr": tiles.tile_request,
                 "tile_block_ptr": tiles.tile_block,
-                "scale_log2": scale * LOG2_E,
                 "turn_offset": turn.offset if turn is not None else 0,
                 "num_tiles": tiles.num_tiles,
                 "num_pieces": num_pieces,
@@ -245,6 +254,7 @@ class _TiledLaunch:
                 "USE_TMA": config.use_tma,
                 "NARROW_IDS": config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
                 "RECOMPUTES": config.recomputes,
+                "IS_FP8": is_fp8,
                 "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
             },
             num_warps=config.num_warps,
