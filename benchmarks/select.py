@@ -57,9 +57,7 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
         shape.num_q_heads * spans.num_spans * rule.rows_per_span * tiles.max_kv_blocks, device=device
     )
 
-    launch = tile_rows.LogSumsLaunch(
-        batch.query, kv.keys, paged, spans, tiles.max_kv_blocks, block_size, None, config
-    )
+    launch = tile_rows.LogSumsLaunch(batch.query, kv.keys, paged, spans, tiles.max_kv_blocks, block_size, None, config)
 
     works: dict[str, Callable[[], object]] = {
         "farspan": lambda: tile_rows.tile_row_lists(*inputs, spans, shape.scale, budget),

@@ -19,7 +19,11 @@ PAGE_SIZES = (16, 32, 64, 128)
 PREFERRED_PAGE_SIZE = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Names of kv-cache dtypes besides "auto"; allowed where they equal the model's dtype."""
+"""Names of kv-cache dtypes besides "auto" and fp8; allowed where they equal the model's dtype."""
+FP8_KV_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+"""Names of float8_e4m3fn with one scale a tensor."""
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability of Ada, the first that converts float8."""
 SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "suffix")
 """Whose drafts come from the tokens alone: no model's layers run between the steps that verify them."""
 MIN_CAPABILITY = (8, 0)
@@ -120,13 +124,56 @@ def block_size_refusal(block_size: int | None) -> str | None:
     )
 
 
-def kv_cache_dtype_refusal(kv_cache_dtype: str | None, dtype: torch.dtype) -> str | None:
+def kv_cache_dtype_refusal(
+    kv_cache_dtype: str | None, dtype: torch.dtype, capability: tuple[int, int] | None = None
+) -> str | None:
+    """capability: of the GPU, major and minor; None where there is no GPU, or none is known."""
     if kv_cache_dtype in (None, "auto") or KV_CACHE_DTYPES.get(kv_cache_dtype) == dtype:
         return None
+    if kv_cache_dtype in FP8_KV_CACHE_DTYPES:
+        if capability is None or tuple(capability) >= FP8_CAPABILITY:
+            return None
+        given, least = (".".join(map(str, each)) for each in (capability, FP8_CAPABILITY))
+        return (
+            f"kv_cache_dtype={kv_cache_dtype!r} on a GPU of compute capability {given}; float8 needs {least} (Ada) and "
+            "later. Set --kv-cache-dtype auto."
+        )
     return (
-        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}). "
-        "Set --kv-cache-dtype auto."
+        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}), or "
+        f"as {' and '.join(FP8_KV_CACHE_DTYPES)} with one scale for the keys of a layer and one for its values. Set "
+        "--kv-cache-dtype auto or fp8."
     )
+
+
+def check_fp8(kv_cache_dtype: str, vllm_config: Any) -> None:
+    """Refuse what a float8 cache does not work with. Raises UnsupportedEngineError."""
+    from vllm.platforms import current_platform
+
+    if kv_cache_dtype not in FP8_KV_CACHE_DTYPES:
+        return
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    reason = kv_cache_dtype_refusal(kv_cache_dtype, torch.float32, capability)
+    if reason is not None:
+        raise UnsupportedEngineError(reason)
+    config, named = config_of(vllm_config), f"kv_cache_dtype={kv_cache_dtype!r}"
+    for feature, option, act in (
+        ("offload", config.offload, "moves pages of cold heads"),
+        ("star", config.star, "sends keys and values to other hosts"),
+    ):
+        if option is not None:
+            raise UnsupportedEngineError(
+                f"{named} together with {feature}, which {act} in the model's dtype. Set --kv-cache-dtype auto, or "
+                f"leave out {feature}."
+            )
+    if getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None):
+        raise UnsupportedEngineError(
+            f"{named} with kv_cache_dtype_skip_layers; farspan stores all layers alike. Leave them out."
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise UnsupportedEngineError(
+            f"{named} with calculate_kv_scales, which changes scales while CUDA graphs hold the old ones; farspan reads "
+            "those of the checkpoint. Leave out --calculate-kv-scales."
+        )
 
 
 def layer_refusals(
@@ -187,6 +234,7 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         raise UnsupportedEngineError(reason)
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
+        check_fp8(vllm_config.cache_config.cache_dtype, vllm_config)
         check_options(config, vllm_config.model_config, current_platform.device_type)
     check_features(config, vllm_config)
     check_offload(vllm_config)

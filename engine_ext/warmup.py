@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
+from farspan.engine_ext.launch import as_pages, at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder
 from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
@@ -199,7 +199,8 @@ def warm_ups_of(
     views: list[tuple[PassMaker, KVView, KVView, int | None]] = []
     selections: Mapping[int, LayerSelection] | None = None
     if builder.hot_maker is not None:
-        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache), None))
+        view = KVView(as_pages(kv_cache))
+        views.append((builder.hot_maker, view, view, None))
     if builder.cold is not None and builder.cold_maker is not None:
         cold = builder.cold.layers[layer_name]
         slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))

@@ -107,9 +107,7 @@ def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_drafts_decode_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with up to all drafts lead; what is longer prefills, and a short chunk behind it is exact."""
     options = {"prefill": {"method": "block_sparse"}}
-    step = build(
-        [5, 1, 3, 6, 4], [50, 129, 7, 1000, 4], options=options, num_drafts=4, monkeypatch=monkeypatch
-    )
+    step = build([5, 1, 3, 6, 4], [50, 129, 7, 1000, 4], options=options, num_drafts=4, monkeypatch=monkeypatch)
     decode, sparse, dense = step.passes
     assert isinstance(decode.work, Decode)
     assert decode.work.query_len == 5

@@ -169,7 +169,12 @@ def test_requests_reach_no_other_kernels(
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     maker = make_maker("triton", has_turn=True)
     cases = warm_up_cases(
-        PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192, max_decode_len=min(5, max_model_len)
+        PREFILLS[name],
+        SIZE,
+        maker,
+        max_model_len=max_model_len,
+        max_chunk_len=8192,
+        max_decode_len=min(5, max_model_len),
     )
     assert len(cases) == len(set(cases))
     for case in cases:
