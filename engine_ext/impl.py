@@ -62,7 +62,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -91,7 +91,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         pages = as_pages(kv_cache)
         scales: dict[str, float] = {}
         if pages.dtype == FP8:
-            scales = {"key_scale": float(layer._k_scale_float), "value_scale": float(layer._v_scale_float)}
+            scales = {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
         write_kv(key, value, pages, slot_mapping, **scales)
 
     def forward(

@@ -62,7 +62,7 @@ def write_kv(
 
 
 def as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """vLLM's cache of a layer in the dtype of its numbers: a float8 cache comes as bytes."""
+    """A layer's KV cache in the dtype of its numbers: vLLM brings a float8 cache as bytes."""
     return kv_cache.view(FP8) if kv_cache.dtype == torch.uint8 else kv_cache
 
 

@@ -116,8 +116,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Builds a `StepMetadata` from vLLM's `CommonAttentionMetadata`."""
 
     # Decode runs in full CUDA graphs: its tensors are the runner's own buffers, and the number of splits is fixed at
-    # capture for max_model_len. With speculative decoding the requests of a graph have as many tokens each. Batches with
-    # a prefill run piecewise, since their tiles are sized on the host.
+    # capture for max_model_len. With speculative decoding the requests of a graph have as many tokens each. Batches
+    # with a prefill run piecewise, since their tiles are sized on the host.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     reorder_batch_threshold: int | None = 1
 

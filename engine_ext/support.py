@@ -139,8 +139,8 @@ def kv_cache_dtype_refusal(
             "later. Set --kv-cache-dtype auto."
         )
     return (
-        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}), or "
-        f"as {' and '.join(FP8_KV_CACHE_DTYPES)} with one scale for the keys of a layer and one for its values. Set "
+        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}), "
+        f"or as {' and '.join(FP8_KV_CACHE_DTYPES)} with one scale for the keys of a layer and one for its values. Set "
         "--kv-cache-dtype auto or fp8."
     )
 
@@ -171,8 +171,8 @@ def check_fp8(kv_cache_dtype: str, vllm_config: Any) -> None:
         )
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise UnsupportedEngineError(
-            f"{named} with calculate_kv_scales, which changes scales while CUDA graphs hold the old ones; farspan reads "
-            "those of the checkpoint. Leave out --calculate-kv-scales."
+            f"{named} with calculate_kv_scales, which changes scales while CUDA graphs hold the old ones; farspan "
+            "reads those of the checkpoint. Leave out --calculate-kv-scales."
         )
 
 

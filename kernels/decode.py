@@ -2,8 +2,8 @@
 
 A request's keys are cut into splits that run in parallel; a second kernel combines them by their LSE. The query heads
 of a KV head, for all tokens of the request, form one tile for the tensor cores, so every key and value is read once.
-Lengths are read on the device only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
-2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
+Lengths are read on the device only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al.,
+2023); FlashInfer, arXiv 2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
 """
 
 import math

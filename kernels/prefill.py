@@ -77,8 +77,8 @@ def prefill_attention(
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
         keys are in their pages already.
     key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype or float8_e4m3fn, with
-        equal strides, the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
-        the block table, page_size may be any number.
+        equal strides, the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with
+        one column in the block table, page_size may be any number.
     batch: the requests; its `max_query_len` decides how many tokens a program computes.
     tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
     scale: factor on the logits, that of stored keys included, above 0.

@@ -49,7 +49,8 @@ def tile_row_lists(
 
     query: [num_tokens, num_q_heads, head_dim] with a contiguous last axis, on the GPU; the heads that `kv` serves.
     batch: every request has a chunk, whose keys are in their pages already. tiles, spans: of all of them.
-    scale: factor on the logits, that of stored keys included, above 0. turn: keys below its bound meet the turned query.
+    scale: factor on the logits, that of stored keys included, above 0.
+    turn: keys below its bound meet the turned query.
     A list has the first block, those of its span up to its own tile, and the chosen ones before the span; tiles in no
     span list all that they may see. `budget.tau` is not used.
     """

@@ -182,8 +182,8 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (
             engine(cache_dtype="fp8_per_token_head"),
             UnsupportedModelError,
-            "kv_cache_dtype='fp8_per_token_head'; farspan stores keys and values in the model's dtype (bfloat16), or as "
-            "fp8 and fp8_e4m3 with one scale",
+            "kv_cache_dtype='fp8_per_token_head'; farspan stores keys and values in the model's dtype (bfloat16), or "
+            "as fp8 and fp8_e4m3 with one scale",
         ),
         (engine(cache_dtype="fp8_e5m2"), UnsupportedModelError, "kv_cache_dtype='fp8_e5m2'; farspan stores keys"),
         (

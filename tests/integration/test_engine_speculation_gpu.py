@@ -57,4 +57,4 @@ def test_tokens_in_graphs(
     assert counts["steps"] > counts["launches"]
     assert generate(llm, PROMPTS, BUDGETS) == expected
     print("together:", counts, counted(llm))
-    assert 0 < counted(llm)["vllm:spec_decode_num_accepted_tokens"]
+    assert counted(llm)["vllm:spec_decode_num_accepted_tokens"] > 0
