@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import torch
 from farspan.kernels import decode
 from farspan.kernels.batch import FP8
 
