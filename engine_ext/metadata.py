@@ -28,7 +28,7 @@ from farspan.engine_ext.star.pieces import Piece, cut_chunk, digest_of, moved_ro
 from farspan.engine_ext.star.shard import Shard, StarShard
 from farspan.engine_ext.star.steps import StarSteps
 from farspan.engine_ext.star.windows import WindowShard
-from farspan.engine_ext.support import config_of
+from farspan.engine_ext.support import config_of, max_decode_len
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.decode import make_decode_workspace
 from vllm.v1.attention.backend import (
@@ -123,10 +123,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        assert self.reorder_batch_threshold is not None
-        self.max_decode_len = self.reorder_batch_threshold
-        """The most query tokens of a request that decodes."""
+        self.max_decode_len = max_decode_len(vllm_config)
+        self.reorder_batch_threshold = self.max_decode_len
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
         self.layers = make_layer_contexts(layer_names, vllm_config, self.config, device, self.requests.model)

@@ -301,6 +301,12 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
         )
 
 
+def max_decode_len(vllm_config: Any) -> int:
+    """The most query tokens of a request that decodes: one, and those of its drafts."""
+    speculative_config = vllm_config.speculative_config
+    return 1 if speculative_config is None else 1 + int(speculative_config.num_speculative_tokens)
+
+
 def speculation_refusal(method: str, config: FarspanConfig) -> str | None:
     """Why drafts of a method of vLLM's cannot be verified, or None if they can."""
     if method not in SPECULATIVE_METHODS:

@@ -78,7 +78,8 @@ def write_kv(
     forms = tuple((each.shape[1:], each.stride(), each.dtype) for each in (key, value, kv_cache))
     assert key_scale == value_scale == 1.0 or kv_cache.dtype == FP8
     launch = _launch(num_tokens, *forms, slot_mapping.dtype, key.device)
-    launch(key, value, kv_cache, slot_mapping, key_scale, value_scale)
+    divisors = (key_scale, value_scale) if kv_cache.dtype == FP8 else (None, None)
+    launch(key, value, kv_cache, slot_mapping, *divisors)
 
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]

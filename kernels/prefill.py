@@ -114,7 +114,8 @@ def prefill_attention(
         batch.launches[key] = made
     assert scale > 0
     assert value_scale == 1.0 or key_pages.dtype == FP8
-    scales = (scale * LOG2_E, value_scale)
+    # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
+    scales = (scale * LOG2_E, value_scale if key_pages.dtype == FP8 else None)
     rows = made.rows
     if rows is not None:
         made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin, *scales)

@@ -177,7 +177,7 @@ class Host:
         monkeypatch.setattr(layers, "rotary_source", lambda: rotary)
         vllm_config = SimpleNamespace(
             additional_config={"farspan": options},
-            parallel_config=SimpleNamespace(worker_extension_cls="", decode_context_parallel_size=1),
+            parallel_config=SimpleNamespace(worker_extension_cls=""),
             speculative_config=None,
             scheduler_config=SimpleNamespace(max_num_seqs=4),
             model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: NUM_HEADS),
