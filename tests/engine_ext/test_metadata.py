@@ -63,9 +63,7 @@ def build(
         additional_config={"farspan": options},
         parallel_config=SimpleNamespace(worker_extension_cls=""),
         model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
-        speculative_config=None
-        if num_drafts is None
-        else SimpleNamespace(num_speculative_tokens=num_drafts),
+        speculative_config=None if num_drafts is None else SimpleNamespace(num_speculative_tokens=num_drafts),
     )
     spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32, block_size=128)
     builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)

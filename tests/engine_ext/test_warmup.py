@@ -15,7 +15,7 @@ from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import most_parts
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.decode import make_decode_workspace
 from farspan.kernels.rotary_turn import Turn, make_string_turn
 from triton.runtime.interpreter import InterpretedFunction
@@ -76,11 +76,10 @@ def make_pages(page_size: int) -> torch.Tensor:
     return torch.zeros(2, NUM_KV_HEADS, page_size, 2 * HEAD_DIM, dtype=torch.bfloat16)
 
 
-def run_requests(
-    maker: PassMaker, prefill: Prefill, turn: Turn | None, pages: torch.Tensor, layer: LayerContext
-) -> None:
+def run_requests(maker: PassMaker, prefill: Prefill, turn: Turn | None, view: KVView, layer: LayerContext) -> None:
     """A random batch as the builder cuts it: a decode pass and a pass of requests that prefill alike."""
-    width = -(-MAX_MODEL_LEN // 128) * 128 // pages.shape[2]
+    width = -(-MAX_MODEL_LEN // 128) * 128 // view.page_size
+    scales = {"key_scale": view.key_scale, "value_scale": view.value_scale}
 
     def batch_of(query_lens: list[int], kv_lens: list[int]) -> PagedBatch:
         starts = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -91,8 +90,8 @@ def run_requests(
         fused = torch.zeros(num_tokens, (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
         parts = fused.split([NUM_Q_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM], dim=1)
         query, key, value = (part.unflatten(1, (-1, HEAD_DIM)) for part in parts)
-        write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
-        attend(each, query, KVView(pages), layer, 0.125, torch.empty_like(query))
+        write_kv(key, value, view.pages, torch.zeros(num_tokens, dtype=torch.int64), **scales)
+        attend(each, query, view, layer, 0.125, torch.empty_like(query))
 
     num_decodes = random.randint(1, MAX_NUM_REQS)
     lens = [random.randint(MAX_DECODE_LEN, MAX_MODEL_LEN) for _ in range(num_decodes)]
@@ -130,16 +129,21 @@ PREFILLS: dict[str, Prefill] = {
 
 
 @pytest.mark.parametrize("has_turn", [False, True], ids=["", "string"])
-@pytest.mark.parametrize("kernel", ["triton", "fa3"])
-@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize(
+    ("kernel", "page_size", "is_fp8"),
+    [("triton", 16, False), ("triton", 128, False), ("fa3", 16, False), ("fa3", 128, False), ("triton", 128, True)],
+    ids=["triton-16", "triton-128", "fa3-16", "fa3-128", "fp8-128"],
+)
 @pytest.mark.parametrize("name", PREFILLS)
 def test_requests_reach_no_other_kernels(
-    compiled: set[Kernel], name: str, page_size: int, kernel: Any, has_turn: bool
+    compiled: set[Kernel], name: str, page_size: int, kernel: Any, is_fp8: bool, has_turn: bool
 ) -> None:
     turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
     view = KVView(pages)
+    if is_fp8:
+        view = KVView(pages.to(FP8), key_scale=0.5, value_scale=2.0)
     warm_up = WarmUp(
         PREFILLS[name],
         SIZE,
@@ -160,7 +164,7 @@ def test_requests_reach_no_other_kernels(
     assert len(warmed) <= 80
     random.seed(f"{name} {page_size} {kernel} {has_turn}")
     for _ in range(20):
-        run_requests(maker, PREFILLS[name], turn, pages, layer)
+        run_requests(maker, PREFILLS[name], turn, view, layer)
     assert compiled <= warmed
 
 
