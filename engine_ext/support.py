@@ -235,17 +235,19 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
         check_fp8(vllm_config.cache_config.cache_dtype, vllm_config)
-        check_options(config, vllm_config.model_config, current_platform.device_type)
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        check_options(config, vllm_config.model_config, current_platform.device_type, cache_dtype)
     check_features(config, vllm_config)
     check_offload(vllm_config)
     return config
 
 
-def check_options(config: FarspanConfig, model_config: Any, device_type: str) -> None:
+def check_options(config: FarspanConfig, model_config: Any, device_type: str, cache_dtype: str = "auto") -> None:
     """Refuse options that the model, a file or the device rules out. Raises ConfigError or UnsupportedModelError."""
     from farspan.engine_ext.launch import choose_dense_kernel
 
-    choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)
+    dtype = torch.float8_e4m3fn if cache_dtype in FP8_KV_CACHE_DTYPES else model_config.dtype
+    choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), dtype)
     if config.string is not None:
         check_string(model_config, config.string)
     if config.star is not None:

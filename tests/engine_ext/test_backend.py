@@ -256,6 +256,8 @@ def test_fa3_is_refused_by_the_dtype_before_any_gpu_is_touched(monkeypatch: pyte
     monkeypatch.setattr("vllm.platforms._current_platform", platform("cuda", (9, 0)))
     with pytest.raises(ConfigError, match="kernel='fa3'; FlashAttention 3 supports float16 and bfloat16, not float32"):
         check_engine(engine({"kernel": "fa3"}, model={"dtype": torch.float32}))
+    with pytest.raises(ConfigError, match="kernel='fa3'; with a KV cache in fp8, FlashAttention 3 would round queries"):
+        check_engine(engine({"kernel": "fa3"}, cache_dtype="fp8"))
     assert not torch.cuda.is_initialized()
 
 
