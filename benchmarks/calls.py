@@ -5,6 +5,7 @@ engine's layers call them. `benchmarks.compare_revisions` loads this module, or 
 benchmarks `prefill_flex` and `select` call the stages of flex prefill separately.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,10 @@ from farspan.engine_ext.splits import num_multiprocessors, plan_splits
 from farspan.kernels import batch as kernel_batch
 from farspan.kernels.batch import KVView
 from farspan.kernels.decode import make_decode_workspace, paged_decode
-from farspan.kernels.prefill import paged_prefill
+from farspan.kernels.prefill import prefill_attention
 from farspan.kernels.rotary_turn import Turn
-from farspan.kernels.tiles import PrefillTiles, make_prefill_tiles
+from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
+from farspan.kernels.tuning import HopperPrefillConfig, PrefillConfig, device_capability, prefill_config
 
 from benchmarks.inputs import PagedBatch
 
@@ -91,12 +93,47 @@ def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | 
     )  # fmt: skip
 
 
-def prefill(batch: PagedBatch, turn: Turn | None = None) -> Call:
-    """Dense causal prefill by our Triton kernel. turn: that of shifted positions, or None."""
+def prefill(
+    batch: PagedBatch,
+    turn: Turn | None = None,
+    *,
+    block_lists: BlockLists | None = None,
+    portable: bool = False,
+    config: HopperPrefillConfig | PrefillConfig | None = None,
+) -> Call:
+    """Causal prefill by our kernel, over all keys or the blocks listed.
+
+    turn: that of shifted positions, or None. portable: by the portable kernel, also where the device has its own.
+    config: see `prefill_attention`.
+    """
     tiles, (out, lse) = tiles_of(batch), empty_results(batch)
-    return lambda: paged_prefill(
-        batch.query, kv_of(batch), paged_of(batch), tiles, batch.shape.scale, turn=turn, out=out, lse=lse
+    keys, values = kv_of(batch).split()
+    if portable:
+        config = portable_config(batch, tiles, turn, block_lists)
+    return lambda: prefill_attention(
+        batch.query, keys, values, paged_of(batch), tiles, batch.shape.scale,
+        block_lists=block_lists, turn=turn, out=out, lse=lse, config=config,
     )  # fmt: skip
+
+
+def portable_config(
+    batch: PagedBatch, tiles: PrefillTiles, turn: Turn | None, block_lists: BlockLists | None
+) -> PrefillConfig:
+    """The tile shapes of the portable kernel on pages of a benchmark."""
+    shape = batch.shape
+    group_size = shape.num_q_heads // shape.num_kv_heads
+    heads_per_list = group_size if block_lists is None else shape.num_q_heads // block_lists.block_ids.shape[0]
+    return prefill_config(
+        shape.head_dim,
+        shape.dtype,
+        device_capability(batch.query.device),
+        block_size=tiles.block_size,
+        tokens_per_tile=min(tiles.block_size, max(batch.query_lens_cpu)),
+        heads_that_share=group_size if heads_per_list % group_size == 0 else 1,
+        keys_in_a_row=math.gcd(shape.page_size, 128),
+        has_turn=turn is not None,
+        has_lists=block_lists is not None,
+    )
 
 
 def pass_of(batch: PagedBatch, how: Prefill, dense_kernel: DenseKernel) -> Pass:

@@ -27,7 +27,7 @@ import torch
 from farspan.command import make_folder, run_command
 
 from benchmarks.compare_cases import ENGINE_MODEL, TIME_ONCE, engine_cases, kernel_cases
-from benchmarks.engine import TINY_LLAMA, Answer, Engine, EngineSpec, Request, logprob_distance
+from benchmarks.engine import LOGPROB_TOLERANCE, TINY_LLAMA, Answer, Engine, EngineSpec, Request, logprob_distance
 from benchmarks.record import ROOT, BenchmarkError, Environment, Recorder, commit_of, iso_date, quantile
 from benchmarks.worker_process import WorkerProcess
 
@@ -42,8 +42,6 @@ TIMEOUT_S = 540
 ENGINE_ROOM = {"kv_cache_memory_bytes": 10 * 2**30, "gpu_memory_utilization": 0.4}
 # Largest error of a row, relative to its norm, between two exact kernels in bfloat16.
 SAME_RESULT = 0.02
-# As in benchmarks/ttft.py, for two exact kernels in bfloat16.
-LOGPROB_TOLERANCE = 0.25
 
 
 class Comparison:

@@ -6,11 +6,13 @@ time. Every engine is a `python -m benchmarks.engine_worker`, so that engines ne
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.record import BenchmarkError
 from benchmarks.worker_process import WorkerProcess
 
 LLAMA_8B: dict[str, Any] = {
@@ -54,6 +56,11 @@ WORKER_ENV = {
 }
 
 
+LOGPROB_TOLERANCE = 0.25
+"""Nats between the first tokens' candidates of two exact engines in bf16: vLLM's Triton kernel and FlashAttention 3
+differ by 0.09 to 0.16 on prompts of random tokens."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt of random tokens, sent alone, `repeats` times."""
@@ -80,6 +87,9 @@ class EngineSpec:
     """Further arguments of `LLM`."""
     model_dir: str | None = None
     """A folder with trained weights, used instead of `model`."""
+    texts: tuple[Path, ...] = ()
+    """Files whose tokens, one file after the other, the prompts begin with; random tokens if empty. Needs `model_dir`,
+    which has the tokenizer."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
     warmup_lens: list[int] = field(default_factory=list)
@@ -152,12 +162,18 @@ class Engine(WorkerProcess):
         return answer
 
 
-def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300) -> dict[str, EngineResult]:
+def measure_in_turns(
+    specs: Mapping[str, EngineSpec],
+    *,
+    timeout_s: float = 300,
+    tell: Callable[[Request, dict[str, EngineResult]], None] = lambda request, results: None,
+) -> dict[str, EngineResult]:
     """Start the engines together and send each the same requests; only one request runs at any time.
 
     Engines take turns, in an order that is reversed with every repeat, so that clocks and heat are the same for all.
-    Together they must fit into one GPU's memory. All specs need the same `requests`. Raises BenchmarkError with the end
-    of the log where an engine fails or the whole measurement takes longer than `timeout_s`.
+    Together they must fit into one GPU's memory. All specs need the same `requests`. tell: called as soon as a request
+    has its last repeat in all engines, with all results so far. Raises BenchmarkError with the end of the log where an
+    engine fails or the whole measurement takes longer than `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     requests = next(iter(specs.values())).requests
@@ -170,6 +186,7 @@ def measure_in_turns(specs: Mapping[str, EngineSpec], *, timeout_s: float = 300)
                     answer = engines[name].answer(request, repeat)
                     results[name].timings.append(answer.timing)
                     results[name].selection[str(request.prompt_len)] = answer.selection
+            tell(request, results)
     return results
 
 
@@ -185,3 +202,14 @@ def logprob_distance(a: Timing, b: Timing) -> float:
     """
     shared = a.top_logprobs.keys() & b.top_logprobs.keys()
     return max((abs(a.top_logprobs[token] - b.top_logprobs[token]) for token in shared), default=float("inf"))
+
+
+def check_first_tokens(case: str, ours: Sequence[Timing], theirs: Sequence[Timing]) -> float:
+    """The largest `logprob_distance` of two exact engines that got the same requests.
+
+    Raises BenchmarkError where it is more than LOGPROB_TOLERANCE.
+    """
+    distance = max(logprob_distance(*pair) for pair in zip(ours, theirs, strict=True))
+    if not distance <= LOGPROB_TOLERANCE:
+        raise BenchmarkError(f"{case}: log probabilities off by {distance:.3f}, allowed {LOGPROB_TOLERANCE}")
+    return distance

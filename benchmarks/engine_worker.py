@@ -175,8 +175,16 @@ def main() -> None:
         llm = start(spec, model_dir)
         vocab_size = llm.llm_engine.model_config.get_vocab_size()
 
+    written: list[int] = []
+    if spec.texts:
+        text = "\n".join(path.read_text() for path in spec.texts)
+        written = llm.get_tokenizer().encode(text, add_special_tokens=False)
+
     def prompt_of(length: int, repeat: int) -> list[int]:
-        """Random tokens; engines get the same ones for a length and repeat."""
+        """Tokens of the texts, or random ones; engines get the same ones for a length and repeat."""
+        if written:
+            assert len(written) >= length + repeat, (len(written), length)
+            return written[repeat : length + repeat]
         generator = torch.Generator().manual_seed(length + repeat)
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 

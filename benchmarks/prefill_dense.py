@@ -1,10 +1,10 @@
-"""Dense causal prefill on paged KV, one call: our kernel, FA3, vLLM's Triton kernel and SDPA."""
+"""Dense causal prefill on paged KV, one call: our kernels, FA3, vLLM's Triton kernel and SDPA."""
 
 from collections.abc import Callable
 
 from benchmarks import calls, peers
 from benchmarks.gate import check_attention
-from benchmarks.inputs import TINY, PagedBatch, PrefillCase, make_paged_batch
+from benchmarks.inputs import TINY, AttentionShape, PagedBatch, PrefillCase, make_paged_batch
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
@@ -15,7 +15,9 @@ def cases(dry_run: bool) -> list[PrefillCase]:
     """List whole prompts, and the last chunk of a long prompt."""
     if dry_run:
         return [PrefillCase(100, 100, TINY), PrefillCase(40, 100, TINY)]
-    return [PrefillCase(n, n) for n in (8192, 32768, 65536, 131072)] + [PrefillCase(8192, 131072)]
+    whole = [PrefillCase(n, n) for n in (2048, 8192, 32768, 65536, 131072)]
+    narrow = AttentionShape(head_dim=64)
+    return [*whole, PrefillCase(8192, 131072), *(PrefillCase(n, n, narrow) for n in (8192, 32768))]
 
 
 def peers_of(batch: PagedBatch, is_whole_prompt: bool) -> dict[str, peers.Peer]:
@@ -37,7 +39,9 @@ def run(recorder: Recorder) -> None:
         call = calls.prefill(batch)
         error = check_attention(batch, *call())
         recorder.note(f"{case.name}: relative error {error:.1e}")
-        works: dict[str, Callable[[], object]] = {"farspan": call}
+        portable = calls.prefill(batch, portable=True)
+        check_attention(batch, *portable())
+        works: dict[str, Callable[[], object]] = {"farspan": call, "farspan-portable": portable}
         for name, peer in peers_of(batch, case.query_len == case.seq_len).items():
             try:
                 check_attention(batch, peer(), name=name)

@@ -48,12 +48,6 @@ TABLES = (
         cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
     ),
     Table("tpot", "time", "Time between tokens in vLLM"),
-    Table(
-        "prefill_flex",
-        "time",
-        "Times of dynamic sparse prefill on calibrated inputs, one attention call, selection included",
-        quality=("density",),
-    ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
     Table(
@@ -82,9 +76,24 @@ TABLES = (
     Table(
         "offload_fits",
         "time",
-        "Offload on and off where requests fit: first token, time between tokens, a quarter of the layers of 8B",
+        "Offload on and off where requests fit: first token, time between tokens, an 8B shape",
         baseline="farspan",
-        cases=r"(ttft|tpot)-n(1024|131072)-b1-llama8b-8layers-",
+        cases=r"(ttft|tpot)-n(1024|131072)-b1-llama8b-bf16",
+    ),
+    Table(
+        "offload_prefill",
+        "time",
+        "First token with nearly all pages in host memory, a quarter of the layers of 8B",
+        baseline="farspan",
+        cases=r"ttft-n(32768|131072|262144)-b1-llama8b-8layers-",
+    ),
+    Table(
+        "offload_decode",
+        "time",
+        "Decode of one layer with all pages in host memory, in CUDA graphs, beside one large copy of them",
+        baseline="copy",
+        cases=r"n\d+-b\d-hq32-hkv8-d128-bf16$",
+        variants=r"(farspan-offload-cold|copy)$",
     ),
 )
 

@@ -9,12 +9,13 @@ to the first token. Without a checkpoint the bundled model reads its own questio
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from farspan.engine_ext.config import FlexPrefill
 from farspan.evaluation.audit import (
     AuditSettings,
     Probe,
@@ -77,6 +78,12 @@ class Inputs:
     questions: int
     variants: tuple[str, ...] = ()
     """Names in VARIANTS; all if empty."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+    seconds: float | None = None
+    """`rules` begins no further piece after that long."""
+    is_timed: bool = True
+    """Whether `real` takes times, which say nothing where something else runs on the GPU."""
 
 
 def cases(dry_run: bool) -> list[int]:
@@ -113,17 +120,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
     chunk = 1024 if recorder.dry_run else 2048
     dense: dict[int, list[Probe]] = {}
     for selection in dict.fromkeys(each.selection for each in variants):
-        settings = AuditSettings(
-            model=inputs.model,
-            texts=inputs.texts,
-            lengths=inputs.lengths,
-            gammas=(0.95,),
-            out=Path(),
-            prompts=inputs.prompts,
-            options={"selection": selection},
-            engine_args={"worker_extension_cls": WORKER, "enforce_eager": True},
-        )
-        prefill = check_settings(settings, chunk)
+        settings, prefill = engine_settings(inputs, selection, chunk)
         prompts = cut_prompts(settings, read_tokens(settings.model, settings.texts))
         with audit_engine(settings, prefill, chunk, device) as llm:
             for length, mine in prompts.items():
@@ -148,10 +145,26 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
                     density = density or found
                     record_answers(recorder, llm, inputs, length, case, variant.name, options)
                 llm.collective_rpc("farspan_rule", args=("flex",))
-                if device == "cuda":
+                if device == "cuda" and inputs.is_timed:
                     record_times(
                         recorder, llm, mine[0], case, [each for each in variants if each.selection == selection]
                     )
+
+
+def engine_settings(inputs: Inputs, selection: str, chunk: int) -> tuple[AuditSettings, FlexPrefill]:
+    """What an engine of one selection is opened with. Raises ConfigError for what an audit refuses."""
+    settings = AuditSettings(
+        model=inputs.model,
+        texts=inputs.texts,
+        lengths=inputs.lengths,
+        gammas=(0.95,),
+        out=Path(),
+        prompts=inputs.prompts,
+        options={"selection": selection},
+        engine_args={"enforce_eager": True} | inputs.engine_args,
+    )
+    prefill = check_settings(settings, chunk)
+    return replace(settings, engine_args=settings.engine_args | {"worker_extension_cls": WORKER}), prefill
 
 
 def record(recorder: Recorder, case: str, variant: Variant, dense: Sequence[Probe], sparse: Sequence[Probe]) -> float:

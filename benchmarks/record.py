@@ -21,6 +21,7 @@ DATA = ROOT / "benchmarks" / "data"
 BENCHMARKS = frozenset(
     [
         "prefill_dense",
+        "prefill_lists",
         "prefill_flex",
         "select",
         "host_side",
@@ -38,6 +39,7 @@ BENCHMARKS = frozenset(
         "star",
         "no_harm",
         "real",
+        "rules",
     ]
 )
 UNITS = {

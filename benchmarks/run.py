@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from farspan.command import integers, make_folder, run_command, words
+from farspan.command import integers, make_folder, mapping, run_command, words
 
 from benchmarks.record import DATA, BenchmarkError, Environment, Recorder, append_rows, iso_date, read_rows
 
 PROGRAM = "python -m benchmarks.run"
 MODULES = (
     "prefill_dense",
+    "prefill_lists",
     "prefill_flex",
     "select",
     "host_side",
@@ -34,10 +35,16 @@ MODULES = (
     "offload_decode",
     "offload_select",
     "offload",
+    "offload_whole",
+    "offload_far",
     "offload_memory",
+    "offload_tight",
+    "offload_exact",
     "star",
+    "star_decode",
     "star_quality",
     "real",
+    "rules",
 )
 
 
@@ -61,14 +68,23 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
     )  # fmt: skip
-    real = parser.add_argument_group("real")
+    real = parser.add_argument_group("real, rules and flex_ttft")
     real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
     real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
     real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
-    real.add_argument("--lengths", type=integers, default=(8192,), help="prompt lengths, separated by commas")
+    real.add_argument(
+        "--lengths", type=integers, default=(), help="prompt lengths; 8192 if left out, or those of flex_ttft"
+    )
     real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
     real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
-    real.add_argument("--variants", type=words, default=(), help="of benchmarks/real.py; all if left out")
+    real.add_argument(
+        "--variants", type=words, default=(), help="of real.py, rules.py or flex_ttft.py; all if left out"
+    )
+    real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
+    real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
+    real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
+    real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
+    real.add_argument("--untimed", action="store_true", help="real: no times, where something else runs on the GPU")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MODULES):
@@ -82,21 +98,24 @@ def needs_gpu(name: str) -> bool:
 
 
 def real_inputs(arguments: argparse.Namespace) -> Any:
-    """What `real` runs on; None where no checkpoint is named."""
+    """What `real` and `rules` run on; None where no checkpoint is named."""
     from benchmarks.real import Inputs
 
     if arguments.model is None:
         return None
     if not arguments.text or not arguments.label:
-        raise BenchmarkError("`real` with --model needs --text FILES and --label, what the rows call them.")
+        raise BenchmarkError("`real` or `rules` with --model needs --text FILES and --label, what the rows call them.")
     return Inputs(
         arguments.model,
         tuple(arguments.text),
         arguments.label,
-        arguments.lengths,
+        arguments.lengths or (8192,),
         arguments.prompts,
         arguments.questions,
         arguments.variants,
+        arguments.engine_args,
+        arguments.seconds,
+        not arguments.untimed,
     )
 
 
@@ -127,8 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
             module = importlib.import_module(f"benchmarks.{name}")
-            if name == "real":
+            if name in ("real", "rules"):
                 module.run(recorder, real_inputs(arguments))
+            elif name == "flex_ttft":
+                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
             else:
                 module.run(recorder)
         except Exception:  # the next benchmarks can still report

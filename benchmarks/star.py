@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,16 @@ from farspan.star import StarLLM, StarOutput
 from farspan.star.host import StarHost
 from farspan.star.protocol import HostFacts
 
-from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, WORKER_ENV, Engine, EngineSpec, Request, Timing
+from benchmarks.engine import (
+    CALIBRATED_8B,
+    LOGPROB_TOLERANCE,
+    TINY_LLAMA,
+    WORKER_ENV,
+    Engine,
+    EngineSpec,
+    Request,
+    Timing,
+)
 from benchmarks.record import ROOT, BenchmarkError, Recorder, quantile
 from benchmarks.ring import RingHosts, RingSpec
 
@@ -36,7 +45,6 @@ NUM_LAYERS, ALL_LAYERS = 8, 32
 CHUNK_LEN = 32768
 GAMMA = 0.9
 QUERY_LEN, OUTPUT_LEN = 64, 33
-LOGPROB_TOLERANCE = 0.25
 TOP_LOGPROBS = 20
 TIMEOUT_S = 540
 MOST_ON_ONE_GPU, MOST_CHECKED = 131072, 65536
@@ -88,12 +96,12 @@ class Case:
 class BenchHost(StarHost):
     """A host whose engine can load seeded random weights."""
 
-    def start(self, address: str, ports: Sequence[int]) -> HostFacts:
+    def start(self, address: str, port: int) -> HostFacts:
         """As StarHost's, with the loader of the benchmarks' engines registered."""
         from benchmarks.engine_worker import register_random_weights
 
         register_random_weights()
-        return super().start(address, ports)
+        return super().start(address, port)
 
 
 class BenchStar(StarLLM):
@@ -151,7 +159,9 @@ def ask_star(llm: StarLLM, num_tokens: int, way: Way, seed: int, output_len: int
         extra_args={"farspan.method": way.method},
     )
     prompt = prompt_of(num_tokens, llm.hosts.facts[0].vocab_size, seed)
-    arguments = dict(way.arguments)
+    arguments: dict[str, Any] = {"visibility": "star", **way.arguments}
+    if arguments["visibility"] == "star":
+        arguments.setdefault("anchor", "recompute")
     if way.share:
         arguments["block_len"] = -(-num_tokens // (way.share * llm.page_size)) * llm.page_size
     return llm.generate(prompt[:-QUERY_LEN], prompt[-QUERY_LEN:], params, **arguments)
@@ -234,6 +244,7 @@ class Bench:
             engine["compilation_config"] = graphs
         options = {"prefill": {"method": "flex", "gamma": GAMMA}}
         common: dict[str, Any] = {"timeout_s": 60, "start_timeout_s": 200, "env": environment, "options": options}
+        common["visibility"] = "all"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self.model))
             suffix = ""

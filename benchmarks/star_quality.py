@@ -43,9 +43,10 @@ REAL_BLOCKS = (Blocks(1), Blocks(4), Blocks(8), ABLATIONS[0], ABLATIONS[-2])
 QUERY_LEN = 1024
 
 
-def cases(dry_run: bool) -> list[tuple[int, int]]:
-    """List (prompt tokens, questions of each task) of the needle model."""
-    return [(256, 1)] if dry_run else [(2048, 25)]
+def cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
+    """List (prompt tokens, questions of each task, ways of cutting) of the needle model."""
+    everything = (*SHARES, *ABLATIONS)
+    return [(256, 1, everything)] if dry_run else [(2048, 25, everything), (4096, 4, (*SHARES, ABLATIONS[0]))]
 
 
 def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
@@ -54,22 +55,22 @@ def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
     return [(128, 1, ablations)] if dry_run else [(2048, 1, ablations), (8192, 2, REAL_BLOCKS)]
 
 
-def question_case(dry_run: bool) -> tuple[int, int]:
-    """Prompt tokens and number of questions, for checkpoints."""
-    return (256, 1) if dry_run else (2048, 8)
+def question_cases(dry_run: bool) -> list[tuple[int, int]]:
+    """List (prompt tokens, number of questions), for checkpoints."""
+    return [(256, 1)] if dry_run else [(2048, 8), (8000, 8)]
 
 
 def run(recorder: Recorder) -> None:
     if not recorder.checkpoints:
         needle = PlainLlama.from_folder(model_dir())
-        for length, count in cases(recorder.dry_run):
-            ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, (*SHARES, *ABLATIONS))
-    question_len, count = question_case(recorder.dry_run)
+        for length, count, all_blocks in cases(recorder.dry_run):
+            ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, all_blocks)
     for folder in recorder.checkpoints:
         model = PlainLlama.from_folder(folder)
         for length, num_windows, all_blocks in text_cases(recorder.dry_run):
             measure_drift(recorder, model, folder, length, num_windows, all_blocks)
-        ask(recorder, model, folder, folder.name, question_len, count, {"niah": GROUPS["niah"][:1]}, REAL_BLOCKS)
+        for length, count in question_cases(recorder.dry_run):
+            ask(recorder, model, folder, folder.name, length, count, {"niah": GROUPS["niah"][:1]}, REAL_BLOCKS)
 
 
 def ask(

@@ -133,7 +133,7 @@ class StringOptions(Options, frozen=True):
 
     shift: FractionOfTrainedLen | Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="0.33")] = 0.33
     """S: tokens if an integer, a fraction of the model's trained length if a float below 1. Cost: what is
-    longer is prefilled by the Triton kernel, also on Hopper."""
+    longer is prefilled by our kernel, also on Hopper."""
     window: Annotated[int, Whole(1, MAX_TOKENS, unit="tokens", hint="128")] = 128
     """W: a distance d >= S is treated as d - S + W."""
     logit_scale: Annotated[float, Real(0.1, 10, hint="1.0")] = 1.0
@@ -277,8 +277,8 @@ class FarspanConfig(Options, frozen=True):
     0.9), max-context (dense prefill, cold KV heads in host memory). Options beside it refine it; those that contradict
     it are refused."""
     kernel: Kernel = "auto"
-    """Dense prefill: FlashAttention 3 where vLLM has it, else ours (auto), or one by name. Cost: triton takes longer on
-    Hopper."""
+    """Dense prefill: FlashAttention 3 where vLLM has it and ours was not measured faster, else ours (auto), or one by
+    name. Cost: triton takes up to 4 % longer on Hopper."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     """How prompts are computed: a method with its options."""
     string: StringOptions | None = None

@@ -7,7 +7,7 @@ from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.launch import Parts, as_pages, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
-from farspan.engine_ext.star.keys import largest_gathered_keys
+from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len
 from farspan.engine_ext.support import FP8_KV_CACHE_DTYPES, check_fp8, config_of, layer_refusals
 from farspan.kernels.batch import FP8, KVView
 from vllm.config import get_current_vllm_config
@@ -116,7 +116,8 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         step = attn_metadata
         if step is None:  # vLLM measures memory without a batch
             gathered = largest_gathered_keys(query, self.num_kv_heads, self.max_model_len)
-            run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, self.max_model_len)
+            longest = longest_kv_len(self.max_model_len)
+            run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, longest)
             del gathered
             return output.fill_(0)
         name, parts = layer.layer_name, Parts()
@@ -136,14 +137,14 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = rows_of(in_order, each.rows, heads)
-            target = out if each.part is None else parts.new_out(out)
+            target, lse = parts.room(each, out)
             if each.keys == "cache":
                 kv = KVView(pages, key_scale=scales[0], value_scale=scales[1])
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)
             lse = attend(
-                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target
+                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target, lse
             )
             if each.part is not None:
                 parts.add(each, lse, out)

@@ -21,6 +21,7 @@ from farspan.engine_ext.passes import (
 )
 from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.exchange import PartialResult
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
@@ -38,6 +39,7 @@ from farspan.kernels.reference import combine_partials as combine_partials_on_ho
 from farspan.kernels.rotary_turn import Turn, apply_turn, turn_rows
 from farspan.kernels.selected_decode import selected_decode
 from farspan.kernels.tiles import BlockLists, PrefillTiles
+from farspan.kernels.tuning import OursBesideFa3, device_capability, ours_beside_fa3
 
 FA3_MAX_HEAD_SIZE = 256
 FA3_DTYPES = (torch.float16, torch.bfloat16)
@@ -67,28 +69,38 @@ def as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
 
 
 def attend(
-    each: Pass, query: torch.Tensor, kv: KVView, layer: LayerContext, scale: float, out: torch.Tensor
+    each: Pass,
+    query: torch.Tensor,
+    kv: KVView,
+    layer: LayerContext,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one pass.
 
     query, out: [num_tokens, num_q_heads, head_dim], the rows of the pass and the query heads that `kv` serves.
-    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits of true keys.
+    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits of true keys. lse: where the
+    LSE goes, for passes that are parts; its rows are contiguous.
     Returns the LSE, [num_q_heads, num_tokens] float32, natural log, -inf where a query sees no key.
     """
     turn, work = layer.turn if each.turns else None, each.work
     scale *= kv.key_scale
-    if each.batch.max_kv_len == 0:
-        out.zero_()
-        return torch.full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32, device=query.device)
-    if isinstance(work, Dense) and work.kernel == "fa3":
-        assert turn is None
-        assert not kv.is_fp8
-        return prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
     if isinstance(work, Decode) and work.selections is not None:
         assert turn is None
+        assert lse is None
         return decode_selected(query, kv, each.batch, scale, work, work.selections[layer.index], out)
-    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-    if isinstance(work, Decode):
+    if isinstance(work, Dense) and work.kernel == "fa3" and each.batch.max_kv_len > 0:
+        assert turn is None
+        assert not kv.is_fp8
+        found = prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
+        return found if lse is None else lse.copy_(found)
+    if lse is None:
+        lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+    if each.batch.max_kv_len == 0:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    elif isinstance(work, Decode):
         assert each.is_causal or work.query_len == 1
         decode(
             query,
@@ -322,11 +334,18 @@ class Parts:
     def __init__(self) -> None:
         self.outs: list[torch.Tensor] = []
         self.lses: list[torch.Tensor] = []
+        self.mine: PartialResult | None = None
 
-    def new_out(self, out: torch.Tensor) -> torch.Tensor:
-        """Where the next part of `out` goes: of its shape and dtype."""
+    def room(self, each: Pass, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a pass of `out`'s rows puts its result and its LSE; None for any place."""
+        if each.part is None:
+            return out, None
+        if each.part.exchange is not None and each.part.count == 1:
+            self.mine = PartialResult.empty(out)
+            self.outs.append(self.mine.out)
+            return self.mine.out, self.mine.lse
         self.outs.append(torch.empty_like(out))
-        return self.outs[-1]
+        return self.outs[-1], None
 
     def add(self, each: Pass, lse: torch.Tensor, out: torch.Tensor) -> None:
         """Take in the LSE of the part last made; after the last part of the set, write `out`."""
@@ -339,11 +358,12 @@ class Parts:
         if each.part.count > 1:
             part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
         if each.part.exchange is not None:
-            if each.part.count > 1:
-                combine(part_out, part_lse, self.outs[0], self.lses[0])
-            part_out, part_lse = each.part.exchange.gather(self.outs[0], self.lses[0])
+            if self.mine is None:
+                self.mine = PartialResult.empty(out)
+                combine(part_out, part_lse, self.mine.out, self.mine.lse)
+            part_out, part_lse = each.part.exchange.gather(self.mine)
         combine(part_out, part_lse, out, torch.empty_like(lse))
-        self.outs, self.lses = [], []
+        self.outs, self.lses, self.mine = [], [], None
 
 
 def combine(part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -378,6 +398,15 @@ def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: 
     return "triton"
 
 
+def choose_ours_beside_fa3(
+    config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype, page_size: int
+) -> OursBesideFa3 | None:
+    """Which dense prefill without a turn our kernel computes where `choose_dense_kernel` gives "fa3"; None for none."""
+    if config.kernel != "auto" or device.type == "cpu":
+        return None
+    return ours_beside_fa3(head_size, dtype, device_capability(device), page_size)
+
+
 @cache
 def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
     """Why FlashAttention 3 cannot serve these layers on this GPU, or None if it can."""
@@ -405,7 +434,8 @@ def at_true_positions(
     if not moved:
         return heads
     assert turns is not None, "a layer of an engine with star has its turns"
-    out = heads.clone()
+    is_all = sum(rows.stop - rows.start for rows, _ in moved) == len(heads)
+    out = torch.empty_like(heads) if is_all else heads.clone()
     for rows, distance in moved:
         turn = turns.of(distance) if distance is not None else turns.of_rows(rows)
         if is_on_host(heads):

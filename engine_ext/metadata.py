@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from farspan.engine_ext.config import DensePrefill, FarspanConfig, Prefill
 from farspan.engine_ext.errors import StarError
-from farspan.engine_ext.launch import choose_dense_kernel
+from farspan.engine_ext.launch import choose_dense_kernel, choose_ours_beside_fa3
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
@@ -175,6 +175,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             workspace=workspace,
             has_turn=self.turn is not None,
             device=device,
+            ours_beside_fa3=choose_ours_beside_fa3(
+                self.config, device, kv_cache_spec.head_size, kv_cache_spec.dtype, self.page_size
+            ),
         )
         self.maker = maker
         """Of the hot heads, which are all where none is cold."""
@@ -190,7 +193,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 size=self.size,
                 num_layers=len(layer_names),
                 page_size=self.page_size,
-                row_bytes=num_q_heads * (head_bytes + 4),
+                row=(num_q_heads, kv_cache_spec.head_size, kv_cache_spec.dtype.itemsize),
                 page_bytes=2 * num_kv_heads * head_bytes * self.page_size,
             )
         # In the order in which they run, for what is staged ahead.

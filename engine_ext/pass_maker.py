@@ -14,10 +14,11 @@ from farspan.engine_ext.splits import plan_splits
 from farspan.engine_ext.star.pieces import Piece
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
-from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.decode import MAX_DECODE_REQUESTS, DecodeWorkspace
 from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device
+from farspan.kernels.tuning import OursBesideFa3
 
 FallbackReason = Literal["crossover", "min_seq_len", "min_chunk_len"]
 
@@ -66,6 +67,8 @@ class PassMaker:
     device: torch.device
     first_kv_head: int = 0
     """The passes are for the `num_kv_heads` KV heads of a layer from this one on."""
+    ours_beside_fa3: OursBesideFa3 | None = None
+    """What our kernel computes faster where `dense_kernel` is "fa3"; None for nothing."""
 
     @property
     def kv_heads(self) -> slice:
@@ -103,7 +106,10 @@ class PassMaker:
         """
         work: Dense | Sparse
         if isinstance(prefill, DensePrefill):
-            kernel = "triton" if turns and self.dense_kernel == "fa3" else self.dense_kernel
+            kernel = self.dense_kernel
+            ours = self.ours_beside_fa3
+            if kernel == "fa3" and (turns or (ours is not None and ours.has(batch.max_query_len, batch.max_kv_len))):
+                kernel = "triton"
             tiles = None
             if kernel == "triton":
                 tiles = make_prefill_tiles(query_start_loc, chunk_ends, TILE_SIZE, self.device)
@@ -131,7 +137,8 @@ class PassMaker:
         first_row = pieces[0].first_row
         is_causal = pieces[0].segment.is_causal
         if all(piece.query_len == 1 for piece in pieces):
-            made = self.decode(batch, first_row)
+            # Where a query is makes no difference to one that sees all keys, and would make another kernel.
+            made = self.decode(replace(batch, first_pos=None), first_row)
         else:
             starts = list(accumulate((piece.query_len for piece in pieces), initial=0))
             ends = [piece.chunk_end for piece in pieces]
@@ -152,9 +159,11 @@ class PassMaker:
     ) -> SampledRows:
         """Rows of every request's chunk, each with the keys up to its own.
 
+        Fewer rows where many requests would have more than a launch takes.
         prefill: how the chunks choose blocks; with it, rows are moved off those that choose, and those whose lists
         leave nothing out are marked.
         """
+        rows_per_request = min(rows_per_request, max(MAX_DECODE_REQUESTS // batch.num_reqs, 1))
         rows, lens, choices = [], [], []
         for (start, end), chunk_end in zip(pairwise(query_start_loc), chunk_ends, strict=True):
             first_pos = chunk_end - (end - start)

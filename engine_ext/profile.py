@@ -20,11 +20,13 @@ def run_largest_chunk(
     It holds as much temporary memory as a real chunk does, so vLLM leaves room for it beside the KV cache. Nothing is
     done for other methods than flex, whose temporaries grow with neither the prompt nor the heads, and on the CPU,
     where vLLM profiles no memory.
-    query: [num_tokens, num_q_heads, head_dim].
+    query: [num_tokens, num_q_heads, head_dim]; no more of it than `max_model_len` tokens count.
     """
     if is_on_host(query) or not isinstance(prefill, FlexPrefill):
         return
-    num_tokens, device = min(len(query), max_model_len), query.device
+    # vLLM profiles all tokens of a step, which may be more than one request can have.
+    query = query[:max_model_len]
+    num_tokens, device = len(query), query.device
     num_pages = -(-max_model_len // PREFERRED_PAGE_SIZE)
     pages = query.new_zeros(1, num_kv_heads, PREFERRED_PAGE_SIZE, 2 * query.shape[2])
     both = to_device([[0, num_tokens], [max_model_len, 0]], device)
@@ -37,4 +39,4 @@ def run_largest_chunk(
     )
     maker = PassMaker(num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
     each = maker.prefill(prefill, batch, [0, num_tokens], [max_model_len], 0, turns=False)
-    attend(each, query[:num_tokens], KVView(pages), LayerContext(0, None, None, FlexSelector()), scale, query.clone())
+    attend(each, query, KVView(pages), LayerContext(0, None, None, FlexSelector()), scale, torch.empty_like(query))

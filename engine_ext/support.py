@@ -220,6 +220,12 @@ def sliding_window_refusal(sliding_window: int) -> str:
     )
 
 
+def has_window_layers(model_config: Any) -> bool:
+    """Whether some layers see a window of the last tokens and others all: vLLM's own backend then serves the first."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None) or ()
+    return {"sliding_attention", "full_attention"} <= set(kinds) and not model_config.disable_sliding_window
+
+
 def check_engine(vllm_config: Any) -> FarspanConfig:
     """Refuse an engine that cannot work with farspan, before anything is loaded; returns its options.
 
@@ -234,12 +240,25 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         raise UnsupportedEngineError(reason)
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
-        check_fp8(vllm_config.cache_config.cache_dtype, vllm_config)
         cache_dtype = vllm_config.cache_config.cache_dtype
+        check_fp8(cache_dtype, vllm_config)
         check_options(config, vllm_config.model_config, current_platform.device_type, cache_dtype)
+        check_window_layers(config, vllm_config.model_config)
     check_features(config, vllm_config)
     check_offload(vllm_config)
     return config
+
+
+def check_window_layers(config: FarspanConfig, model_config: Any) -> None:
+    """Refuse options that must reach every layer, where some have another backend. Raises UnsupportedModelError."""
+    if not has_window_layers(model_config):
+        return
+    for name in ("string", "offload", "star"):
+        if getattr(config, name) is not None:
+            raise UnsupportedModelError(
+                f"{model_config.model} has layers with a sliding window, which vLLM's own backend serves; {name} has "
+                f"to reach all layers. Leave out {name}."
+            )
 
 
 def check_options(config: FarspanConfig, model_config: Any, device_type: str, cache_dtype: str = "auto") -> None:
@@ -400,7 +419,7 @@ def check_model(model_config: Any, cache_config: Any) -> None:
         head_size_v=getattr(text_config, "v_head_dim", None),
         kv_cache_dtype=cache_config.cache_dtype,
         dtype=model_config.dtype,
-        sliding_window=model_config.get_sliding_window(),
+        sliding_window=None if has_window_layers(model_config) else model_config.get_sliding_window(),
         logits_soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
     block_size = block_size_refusal(cache_config.block_size)

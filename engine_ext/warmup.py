@@ -18,6 +18,8 @@ from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefil
 from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import SplitPlan
+from farspan.engine_ext.star.exchange import PartialResult, current, unpacked
+from farspan.engine_ext.star.keys import longest_kv_len
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.tiles import to_device
 from farspan.kernels.tuning import DECODE_MAX_SPLITS, DECODE_MIN_SPLIT_KEYS
@@ -30,7 +32,7 @@ BLOCK_TABLE_TOKENS = 128
 class WarmUpCase:
     """One pass that compiles kernels no other case compiles."""
 
-    kind: Literal["write", "decode", "prefill", "star"]
+    kind: Literal["write", "decode", "prefill", "turn", "combine"]
     turns: bool = False
     num_splits: int = 1
     """Of a decode."""
@@ -39,6 +41,7 @@ class WarmUpCase:
     """Tokens of the chunk, or of a request that decodes."""
     kv_len: int = 1
     """Keys up to the end of the chunk."""
+    is_causal: bool = True
 
 
 def warm_up_cases(
@@ -72,6 +75,11 @@ def warm_up_cases(
     ]
     for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
         if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
+            # Ours has one tile shape there.
+            if maker.ours_beside_fa3 is not None:
+                least = maker.ours_beside_fa3.min_chunk_len
+                if least <= max_chunk_len:
+                    cases.append(WarmUpCase("prefill", turns, prefill=each, query_len=least, kv_len=least))
             continue
         cases += [
             WarmUpCase("prefill", turns, prefill=each, query_len=query_len, kv_len=kv_len)
@@ -127,19 +135,35 @@ class WarmUp:
     selections: Mapping[int, LayerSelection] | None = None
     """See `Decode`."""
     table_width: int | None = None
-    """Of the block tables, in pages; None for vLLM's. Kernels differ by it."""
+    """Of the block tables, in pages; None for vLLM's. Kernels that choose blocks or pages differ by it."""
+    num_hosts: int = 1
+    """Of Star Attention, whose results are combined."""
+    max_kv_len: int | None = None
+    """Most keys of a pass; None for `max_model_len`. More are those of all hosts, in tables as much wider."""
 
     def cases(self) -> list[WarmUpCase]:
-        """See `warm_up_cases`."""
+        """See `warm_up_cases`; a host of Star Attention has more."""
+        max_kv_len = self.max_kv_len or self.max_model_len
         cases = warm_up_cases(
             self.prefill,
             self.size,
             self.maker,
-            max_model_len=self.max_model_len,
+            max_model_len=max_kv_len,
             max_chunk_len=self.max_chunk_len,
             max_decode_len=self.max_decode_len,
         )
-        return [*cases, WarmUpCase("star")] if self.layer.to_true_positions is not None else cases
+        if self.layer.to_true_positions is None:
+            return cases
+        cases += [WarmUpCase("turn"), WarmUpCase("combine")]
+        if self.maker.dense_kernel == "triton":
+            # A query sees all keys of the hosts that do not have it.
+            shapes = chunk_shapes(DensePrefill(), self.size, self.max_model_len, self.max_chunk_len)
+            cases += [
+                WarmUpCase("prefill", prefill=DensePrefill(), query_len=query_len, kv_len=kv_len, is_causal=False)
+                for query_len, kv_len in shapes
+                if query_len > 1
+            ]
+        return cases
 
     def run(self, case: WarmUpCase) -> None:
         """Compile what the case needs by running it."""
@@ -149,13 +173,16 @@ class WarmUp:
             write_kv(token, token, view.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
             return
         num_q_heads = view.num_kv_heads * self.group_size
-        if case.kind == "star":
+        if case.kind == "turn":
             for num_heads in (num_q_heads, view.num_kv_heads):
                 heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
                 at_true_positions(heads, [(slice(0, 2), 1)], self.layer.to_true_positions)
-            parts = torch.zeros(2, 1, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
-            lse = torch.zeros(2, num_q_heads, 1, device=device)
-            combine(parts, lse, torch.empty_like(parts[0]), torch.empty_like(lse[0]))
+            return
+        if case.kind == "combine":
+            out = torch.zeros(2, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+            mine = PartialResult.empty(out)
+            mine.buffer.zero_()
+            combine(*unpacked(mine.buffer.repeat(self.num_hosts, 1), out), out, torch.empty_like(mine.lse))
             return
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
         keys = self.decode_view if case.kind == "decode" else view
@@ -171,6 +198,8 @@ class WarmUp:
         num_pages = self.table_width
         if num_pages is None:
             num_pages = -(-self.max_model_len // BLOCK_TABLE_TOKENS) * BLOCK_TABLE_TOKENS // self.view.page_size
+            if case.kv_len > self.max_model_len:
+                num_pages *= self.num_hosts
         lens = to_device([[0, case.query_len], [case.kv_len, 0]], device)
         batch = PagedBatch(
             query_start_loc=lens[0],
@@ -178,6 +207,7 @@ class WarmUp:
             block_table=torch.zeros(1, num_pages, dtype=torch.int32, device=device),
             max_query_len=case.query_len,
             max_kv_len=case.kv_len,
+            first_pos=None if case.is_causal else lens[0, :1],
         )
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
@@ -185,7 +215,8 @@ class WarmUp:
             work = Decode(splits, workspace=None, selections=self.selections, query_len=case.query_len)
             return replace(self.maker.decode(batch, num_rows=case.query_len), work=work, turns=case.turns)
         assert case.prefill is not None
-        return self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+        made = self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
+        return replace(made, is_causal=case.is_causal)
 
 
 def warm_ups_of(
@@ -208,6 +239,7 @@ def warm_ups_of(
         if builder.cold.selection is not None:
             selections = builder.cold.selection.layers
     num_kv_heads = sum(view.num_kv_heads for _, view, _, _ in views)
+    max_model_len, exchange = vllm_config.model_config.max_model_len, current()
     return [
         WarmUp(
             prefill=builder.config.prefill,
@@ -218,11 +250,13 @@ def warm_ups_of(
             decode_view=decode_view,
             group_size=num_q_heads // num_kv_heads,
             dtype=dtype,
-            max_model_len=vllm_config.model_config.max_model_len,
+            max_model_len=max_model_len,
             max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
             max_decode_len=builder.max_decode_len,
             selections=None if decode_view.host_pages is None else selections,
             table_width=width,
+            num_hosts=1 if exchange is None else exchange.num_hosts,
+            max_kv_len=longest_kv_len(max_model_len),
         )
         for maker, view, decode_view, width in views
     ]

@@ -152,7 +152,8 @@ def _add_report(subcommands: Any) -> None:
 
 def _run_report(arguments: argparse.Namespace) -> int:
     need_matplotlib("write the tables alone, with `farspan eval --no-plots`")
-    from farspan.evaluation.report import ReportSettings, run_report
+    from farspan.evaluation.report import run_report
+    from farspan.evaluation.report_settings import ReportSettings
 
     settings = ReportSettings(
         out=arguments.out,
@@ -252,7 +253,7 @@ def _add_star(subcommands: Any) -> None:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--block-len", type=int, help="tokens of a block; a quarter of the context or less if left out")
     add("--anchor-len", type=int, help="tokens of the anchor; a whole block if left out")
-    add("--anchor", choices=["recompute", "share", "auto"], default="recompute", help="computed by all, or sent")
+    add("--anchor", choices=["auto", "share", "recompute"], default="auto", help="sent, or computed by all")
     add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
     add("--address", help="of a Ray cluster")

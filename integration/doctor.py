@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Literal
 
 from farspan.engine_ext.errors import FarspanError
@@ -280,6 +279,7 @@ def check_kernels() -> list[Check]:
 def check_memory() -> list[Check]:
     """Host memory, the limit on locked memory, and whether torch can pin."""
     import torch
+    from farspan.host_memory import available_bytes
 
     checks = [Check("host memory", "ok", f"{available_bytes() / GIB:.1f} GiB available")]
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -297,16 +297,6 @@ def check_memory() -> list[Check]:
         advice = "If a large host pool is refused: `ulimit -l unlimited`, in a container `--ulimit memlock=-1`."
         return [*checks, Check("pinned memory", "note", finding, advice)]
     return [*checks, Check("pinned memory", "ok", finding)]
-
-
-def available_bytes() -> int:
-    """Host memory that a process could still take, bounded by the cgroup's limit."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and usage.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(int(text) - int(usage.read_text()), 0))
-    return available
 
 
 def check_distributed() -> list[Check]:

@@ -12,6 +12,7 @@ import msgspec
 from farspan.command import one_line
 from farspan.engine_ext.errors import ConfigError, UnsupportedModelError
 from farspan.engine_ext.head_profile import FORMAT, HeadProfile
+from farspan.tokenizer import load_tokenizer
 
 NUM_ROWS = 64
 """Queries of each text on which attention is measured, evenly spread over its second half."""
@@ -96,7 +97,7 @@ def profile_model(settings: ProfileSettings) -> HeadProfile:
     """Run the model over the texts. Raises ConfigError or UnsupportedModelError."""
     import torch
     from farspan.needle import model_dir
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(model_dir()) if settings.model == "needle" else settings.model
     device = settings.device
@@ -108,12 +109,12 @@ def profile_model(settings: ProfileSettings) -> HeadProfile:
         raise ConfigError(f"--device is {settings.device!r}, which is not there ({one_line(str(error))}).") from error
     try:
         config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"MODEL is {settings.model!r}, which cannot be read ({one_line(str(error))[:200]}). Give a folder with "
             "config.json and a tokenizer, a name on the model hub, or needle."
         ) from error
+    tokenizer = load_tokenizer(name)
     length = min(settings.length, getattr(config.get_text_config(), "max_position_embeddings", settings.length))
     texts = []
     for file in settings.texts:

@@ -86,7 +86,7 @@ def check_config(name: str, config: Any) -> None:
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention"}:
         others = ", ".join(sorted(kinds - {"full_attention"}))
-        reasons.append(f"layers of another kind ({others}); farspan supports full attention only.")
+        reasons.append(f"layers of another kind ({others}); farspan plans for full attention in every layer only.")
     elif not kinds and window and getattr(config, "use_sliding_window", True):
         reasons.append(sliding_window_refusal(window))
     if not reasons:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ SIZE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30
 TOKEN_UNITS = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
 PAGE_SIZES = (16, 32, 64, 128)
 DOES_NOT_FIT = 1
+DEFAULT_UTILIZATION = 0.92
 
 
 def add_plan_command(subcommands: Any) -> None:
@@ -30,7 +32,13 @@ def add_plan_command(subcommands: Any) -> None:
     add("model", metavar="MODEL", help="a folder with config.json, or a Hugging Face name")
     add("--gpu", type=_gpu, default=MEASURED_GPU, help=f"whose speed: {', '.join(GPUS)} (default {MEASURED_GPU})")
     add("--gpu-memory", type=_size, metavar="G", help="of each GPU (default: what --gpu has)")
-    add("--gpu-memory-utilization", type=float, default=0.92, metavar="F", help="as for vLLM (default 0.92)")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=DEFAULT_UTILIZATION,
+        metavar="F",
+        help=f"as for vLLM (default {DEFAULT_UTILIZATION})",
+    )
     add("--host-memory", type=_size, metavar="H", help="of the machine, for cold heads (default: no offload)")
     add("--context", type=_tokens, metavar="N", help="tokens of a request, answer included (default: the longest)")
     add("--concurrency", type=int, default=1, metavar="C", help="requests of that length at once (default 1)")
@@ -182,10 +190,32 @@ def advice(plan: CapacityPlan) -> list[str]:
             f"{remedy}, or ask for less."
         ]
     context = settings.context or longest
-    return [
+    words = [
         f"Start vLLM with --max-model-len {context} --max-num-seqs {settings.concurrency} --max-num-batched-tokens "
-        f"{plan.max_num_batched_tokens} --block-size {settings.page_size}."
+        f"{plan.max_num_batched_tokens} --block-size {settings.page_size}"
     ]
+    if settings.tensor_parallel_size > 1:
+        words.append(f"--tensor-parallel-size {settings.tensor_parallel_size}")
+    if settings.gpu_memory_utilization != DEFAULT_UTILIZATION:
+        words.append(f"--gpu-memory-utilization {settings.gpu_memory_utilization:g}")
+    if context > plan.without_offload.longest_context:
+        words.append(f"--attention-backend CUSTOM --additional-config '{json.dumps(offload_config(plan, context))}'")
+    return [" ".join(words) + "."]
+
+
+def offload_config(plan: CapacityPlan, context: int) -> dict[str, Any]:
+    """additional_config of an engine that the plan predicts for a context with offload."""
+    settings = plan.settings
+    assert plan.with_offload is not None
+    assert settings.host_memory is not None
+    (of_rank,) = (each.host_bytes or 0 for each in plan.with_offload.predictions if each.context == context)
+    needed, given = math.ceil(of_rank * settings.tensor_parallel_size / GIB), settings.host_memory / GIB
+    options: dict[str, Any] = {"host_memory": needed if needed <= given else given}
+    if settings.hot_heads:
+        options["hot_heads"] = settings.hot_heads
+    if settings.group_size is not None:
+        options["group_size"] = settings.group_size
+    return {"farspan": {"offload": options}}
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str = ">") -> list[str]:

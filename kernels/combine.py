@@ -20,6 +20,7 @@ def _combine_kernel(
     out_ptr,
     lse_ptr,
     num_parts,
+    num_heads,
     stride_part_out,
     stride_part_out_token,
     stride_part_out_head,
@@ -35,8 +36,9 @@ def _combine_kernel(
     STEP: tl.constexpr,
 ):
     """One program: one head of one token, over all its parts (at most BLOCK_P), STEP of them at a time."""
-    head = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64)
+    # On one axis, as the others end at 65,535.
+    token = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     part_lse_ptr += token * stride_part_lse_token + head * stride_part_lse_head
     part_out_ptr += token * stride_part_out_token + head * stride_part_out_head
     offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
@@ -85,12 +87,13 @@ def combine_partials(
     if num_tokens == 0:
         return out, lse
     padded = triton.next_power_of_2(num_parts)
-    _combine_kernel[(num_heads, num_tokens)](
+    _combine_kernel[(num_heads * num_tokens,)](
         part_out,
         part_lse,
         out,
         lse,
         num_parts,
+        num_heads,
         part_out.stride(0),
         part_out.stride(1),
         part_out.stride(2),

@@ -19,6 +19,8 @@ from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from farspan.kernels.tuning import DECODE_MAX_ROWS, DECODE_STAGE_BYTES, DECODE_STAGES
 
 LOG2_E = math.log2(math.e)
+MAX_DECODE_REQUESTS = 65_535
+"""The third axis of a grid has no more programs."""
 LN_2 = tl.constexpr(math.log(2.0))
 
 
@@ -346,6 +348,7 @@ def paged_decode(
     """
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, block_table = kv.num_kv_heads, batch.block_table
+    assert query_len > 1 or num_tokens <= MAX_DECODE_REQUESTS, num_tokens
     assert kv.head_dim == head_dim, kv.pages.shape
     assert num_q_heads % num_kv_heads == 0, (num_q_heads, num_kv_heads)
     assert query.stride(2) == 1, query.stride()

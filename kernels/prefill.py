@@ -6,7 +6,6 @@ turned query.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -14,9 +13,15 @@ from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.row_view import RowView, has_row_view, row_view
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-from farspan.kernels.tuning import PrefillConfig, device_capability, prefill_config
-from triton.tools.tensor_descriptor import TensorDescriptor
+from farspan.kernels.tuning import (
+    HopperPrefillConfig,
+    PrefillConfig,
+    device_capability,
+    hopper_prefill_config,
+    prefill_config,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -70,7 +75,7 @@ def prefill_attention(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     value_scale: float = 1.0,
-    config: PrefillConfig | None = None,
+    config: PrefillConfig | HopperPrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on keys and values in pages.
 
@@ -88,7 +93,8 @@ def prefill_attention(
     out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
         contiguous; either is allocated when None.
     value_scale: what stored values are multiplied by; only for float8.
-    config: tile shapes; those of `tuning.prefill_config` when None.
+    config: which kernel, and its tile shapes; those of `tuning.hopper_prefill_config`, or else of
+        `tuning.prefill_config`, when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
     Source: module docstring.
     """
@@ -107,20 +113,16 @@ def prefill_attention(
     tensors = (query, key_pages, value_pages, out, lse)
     on_rows = (key_pages.data_ptr() | value_pages.data_ptr()) % 16 == 0
     kinds = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
-    key = ("prefill", kinds, on_rows, lists, turned, causal, config)
+    key = ("prefill", kinds, on_rows, lists, turned, scale, value_scale, causal, config)
     made: _TiledLaunch | None = batch.launches.get(key)
     if made is None or made.tiles is not tiles:
-        made = _TiledLaunch(*tensors, batch, tiles, block_lists, causal, turn, config)
+        made = _TiledLaunch(*tensors, batch, tiles, scale, value_scale, block_lists, causal, turn, config)
         batch.launches[key] = made
-    assert scale > 0
-    assert value_scale == 1.0 or key_pages.dtype == FP8
-    # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
-    scales = (scale * LOG2_E, value_scale if key_pages.dtype == FP8 else None)
     rows = made.rows
     if rows is not None:
-        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin, *scales)
+        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin)
     else:
-        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin, *scales)
+        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin)
     return out, lse
 
 
@@ -136,10 +138,12 @@ class _TiledLaunch:
         lse: torch.Tensor,
         batch: PagedBatch,
         tiles: PrefillTiles,
+        scale: float,
+        value_scale: float,
         block_lists: BlockLists | None,
         causal: bool,
         turn: Turn | None,
-        config: PrefillConfig | None,
+        config: PrefillConfig | HopperPrefillConfig | None,
     ) -> None:
         num_tokens, num_heads, head_dim = query.shape
         _, num_kv_heads, page_size, _ = key_pages.shape
@@ -150,6 +154,8 @@ class _TiledLaunch:
         is_fp8 = key_pages.dtype == FP8
         assert is_fp8 or key_pages.dtype == query.dtype
         assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
+        assert scale > 0
+        assert is_fp8 or value_scale == 1.0
         assert out.shape == query.shape
         assert lse.shape == (num_heads, num_tokens)
         assert lse.dtype == torch.float32
@@ -169,11 +175,24 @@ class _TiledLaunch:
         tokens_per_tile = min(tiles.block_size, batch.max_query_len)
         # float8 is converted in registers, on the way from which the copy engine has nothing to gain.
         has_rows = not is_fp8 and has_row_view(key_pages, value_pages)
+        capability = device_capability(query.device)
+        if config is None and has_rows:
+            config = hopper_prefill_config(
+                head_dim,
+                query.dtype,
+                capability,
+                block_size=tiles.block_size,
+                page_size=page_size if paged else 0,
+                tokens_per_tile=tokens_per_tile,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                num_list_heads=0 if block_lists is None else num_list_heads,
+            )
         if config is None:
             config = prefill_config(
                 head_dim,
                 query.dtype,
-                device_capability(query.device),
+                capability,
                 block_size=tiles.block_size,
                 tokens_per_tile=tokens_per_tile,
                 # Heads may share a program when they share keys, values and list.
@@ -182,18 +201,27 @@ class _TiledLaunch:
                 has_turn=turn is not None,
                 has_lists=block_lists is not None,
             )
+        self.tiles = tiles
+        self.rows: RowView | None = None
+        """How the copy engine sees keys and values; None where it is not used."""
+        if isinstance(config, HopperPrefillConfig):
+            assert not is_fp8
+            # Loads Gluon, which other devices do without.
+            from farspan.kernels.hopper.prefill import hopper_launch
+
+            self.rows, self.launch = hopper_launch(
+                query, key_pages, value_pages, out, lse, batch, tiles, scale * LOG2_E, block_lists, causal, turn, config
+            )
+            return
         block_n = config.block_n
         assert tiles.block_size % block_n == 0
         assert group_size % config.heads_per_tile == 0
         block_d = triton.next_power_of_2(head_dim)
         stride_page, stride_head, stride_token, _ = key_pages.stride()
-        self.tiles = tiles
-        self.rows: RowView | None = None
-        """How the copy engine sees keys and values; None where it is not used."""
         if config.use_tma:
             assert not paged or page_size % block_n == 0
             assert has_rows
-            self.rows = RowView(key_pages, block_n, block_d)
+            self.rows = row_view(key_pages, block_n, block_d)
             stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
 
         num_pieces = triton.cdiv(tokens_per_tile, config.block_t)
@@ -211,8 +239,6 @@ class _TiledLaunch:
                 "block_counts_ptr",
                 "cos_ptr",
                 "sin_ptr",
-                "scale_log2",
-                "value_scale",
             ),
             {
                 "block_table_ptr": batch.block_table,
@@ -221,6 +247,9 @@ class _TiledLaunch:
                 "first_pos_ptr": batch.first_pos,
                 "tile_request_ptr": tiles.tile_request,
                 "tile_block_ptr": tiles.tile_block,
+                "scale_log2": scale * LOG2_E,
+                # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
+                "value_scale": value_scale if is_fp8 else None,
                 "turn_offset": turn.offset if turn is not None else 0,
                 "num_tiles": tiles.num_tiles,
                 "num_pieces": num_pieces,
@@ -261,45 +290,3 @@ class _TiledLaunch:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-def has_row_view(*caches: torch.Tensor) -> bool:
-    """Whether the tensor copy engine can read caches [num_pages, num_kv_heads, page_size, head_dim] as rows of tokens.
-
-    It needs strides of pages and heads that are multiples of a row's, 16-byte alignment, and row numbers in 32 bits.
-    """
-    return all(
-        cache.data_ptr() % 16 == 0 and 0 < num_rows(cache.shape, cache.stride(), cache.element_size()) < 2**31
-        for cache in caches
-    )
-
-
-@lru_cache
-def num_rows(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> int:
-    """Rows of a token's stride from the first token of a cache to its last; 0 where it does not lie in such rows."""
-    stride_page, stride_head, stride_token, _ = strides
-    if stride_token <= 0 or stride_page % stride_token or stride_head % stride_token:
-        return 0
-    if stride_token * element_size % 16:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(shape[:3], strides[:3], strict=True))
-    return last // stride_token + 1
-
-
-class RowView:
-    """The copy engine's view of caches of one form as [num_rows, head_dim]; reads outside of them give zero.
-
-    Triton checks a descriptor when it is made, which costs as much host time as a launch: here once for all layers.
-    """
-
-    def __init__(self, like: torch.Tensor, block_n: int, block_d: int) -> None:
-        """Take the form of a cache that has a row view."""
-        rows = num_rows(like.shape, like.stride(), like.element_size())
-        self.fields = vars(TensorDescriptor(like, [rows, like.shape[3]], [like.stride(2), 1], [block_n, block_d]))
-        del self.fields["base"]
-
-    def of(self, cache: torch.Tensor) -> TensorDescriptor:
-        """The view of a cache of the same shape, strides and dtype, aligned to 16 bytes."""
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.fields, base=cache)
-        return descriptor

@@ -18,6 +18,8 @@ STEP_NUMBERS = [
     "num_splits",
     "num_tiles",
     "query_len",
+    "stride_angle",
+    "stride_block_table",
     "stride_lse_head",
     "stride_lse_token",
     "stride_part_lse",

@@ -118,6 +118,83 @@ def prefill_config(
     )
 
 
+@dataclass(frozen=True)
+class HopperPrefillConfig:
+    """How the Gluon kernel of Hopper walks through its work."""
+
+    heads_in_a_row: int
+    """Query heads whose programs of one tile are neighbours, a divisor of their number."""
+    num_stages: int
+    """Tiles of keys, and of values, in shared memory."""
+    overlaps: bool
+    """Keep the exponentials of a step beside the product of the step before, which the assembler otherwise undoes."""
+
+
+@lru_cache
+def hopper_prefill_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    block_size: int,
+    page_size: int,
+    tokens_per_tile: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_list_heads: int,
+) -> HopperPrefillConfig | None:
+    """Choose how the Gluon kernel computes a prefill whose cache the copy engine can read; None where it does not.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block and per query tile.
+    page_size: tokens of a page, 0 where each request is one page. tokens_per_tile: the most tokens that a query tile
+    can have. num_heads, num_kv_heads: of queries, and of keys. num_list_heads: block lists per tile; 0 without lists.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
+        return None
+    if block_size != 128 or (page_size % 128 and page_size not in (16, 32, 64)):
+        return None
+    # A program computes 128 rows of one head, however many tokens the tile has. The bound was not measured.
+    if tokens_per_tile <= 64:
+        return None
+    # H100 80GB, 2026-11-28, 32 query heads on 8 of 128, TFLOP/s over the blocks read, against the portable kernel: one
+    # list per head of density 0.3 at 64K 620 and 457, one per KV head 651 and 458, density 0.1 and 16K behind 112K 569
+    # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
+    # by less than 5 %, 8 is best in long chunks. Pages below 128 and turns have only been checked, not timed.
+    heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
+    return HopperPrefillConfig(heads_in_a_row, num_stages=2, overlaps=False)
+
+
+@dataclass(frozen=True)
+class OursBesideFa3:
+    """The batches whose dense prefill our kernel computes faster than FlashAttention 3."""
+
+    min_chunk_len: int
+    """Query tokens of the longest chunk."""
+    max_kv_len: int
+    """Keys of the longest request."""
+
+    def has(self, chunk_len: int, kv_len: int) -> bool:
+        """Whether a batch of these lengths is one of them."""
+        return chunk_len >= self.min_chunk_len and kv_len <= self.max_kv_len
+
+
+# By head_dim. H100 80GB, 2026-11-28, 32 query heads on 8 of 128, bf16, TFLOP/s of ours and of FlashAttention 3: 2K 365
+# and 352, 8K 645 and 668, 32K 642 and 657, 128K 630 and 656, 8K behind 120K 641 and 649. Heads of 64: 32K 457 and 541.
+OURS_BESIDE_FA3 = {128: OursBesideFa3(min_chunk_len=2048, max_kv_len=2048)}
+
+
+def ours_beside_fa3(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int
+) -> OursBesideFa3 | None:
+    """Which dense prefill our kernel computes faster than FlashAttention 3; None where it does none.
+
+    The arguments are those of `hopper_prefill_config`.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or page_size % 128:
+        return None
+    return OURS_BESIDE_FA3.get(head_dim)
+
+
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
 # 2.7 ms and the paged kernel 3.3 (16 sequences of 65536 tokens, 8 heads of 64; H100 80GB, 2026-11-22). The bound itself
 # was not measured.

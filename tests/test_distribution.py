@@ -81,12 +81,13 @@ def test_the_wheel_holds_the_rooms_and_no_more(wheel: Path) -> None:
 def test_an_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
     subprocess.run([*command, "--target", str(tmp_path / "site"), str(wheel)], check=True)
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     run = subprocess.run(
         [sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count(str(tmp_path / "site")) == 2
+    assert f"{tmp_path / 'site'}/farspan/__init__.py" in run.stdout
+    assert (next((tmp_path / "cache" / "farspan").iterdir()) / "model.safetensors").is_file()
     assert "farspan.plugin:register" in run.stdout
     assert run.stdout.split()[-1] == "0.9"
 

@@ -1,4 +1,6 @@
-"""The tables of docs/evaluation.md, from its CSV: `python -m tools.evaluation_tables`, `--write` puts them there.
+"""The tables of docs/evaluation/needle.md, from the CSV files beside it: `python -m tools.evaluation_tables`.
+
+`--write` puts them there.
 
 Every folder of docs/evaluation with a sweep.csv (of `python -m benchmarks.needle_training.sweep`) gives one block of
 tables.
@@ -14,7 +16,9 @@ from tools.regions import Region
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TABLES = Region(
-    DOCS / "evaluation.md", "<!-- tables: python -m tools.evaluation_tables -->\n", "<!-- end of tables -->\n"
+    DOCS / "evaluation" / "needle.md",
+    "<!-- tables: python -m tools.evaluation_tables -->\n",
+    "<!-- end of tables -->\n",
 )
 
 Row = dict[str, str]

@@ -107,7 +107,7 @@ class StagedTurn:
         """Take the jobs of a step.
 
         is_alone: whether no other group of layers stages in the same step, so that the job after a layer's last one is
-        known.
+        known. The first one is then fetched now, beside the layers before its attention.
         """
         self.staging = staging
         self.jobs = {(job.layer, id(job.staged), job.kv_heads.start): place for place, job in enumerate(jobs)}
@@ -115,18 +115,27 @@ class StagedTurn:
         self.is_alone = is_alone
         self.fetched = 0
         """Jobs [0, fetched) have been fetched, or are not to be."""
+        if is_alone:
+            self.begin(0)
+            self.fetch_next()
+
+    def begin(self, place: int) -> None:
+        """Take over the buffers, for the jobs from `place` on."""
+        self.staging.turn = self
+        self.fetched = place
+
+    def fetch_next(self) -> None:
+        self.staging.fetch(self.order[self.fetched], self.fetched % 2)
+        self.fetched += 1
 
     def take(self, layer: str, staged: StagedPages, kv_heads: slice) -> KVView:
         """The keys and values of a group of heads for attention on the current stream, until the next call."""
         staging, place = self.staging, self.jobs[layer, id(staged), kv_heads.start]
         if staging.turn is not self or not place < self.fetched <= place + 2:
-            staging.turn = self
-            self.fetched = place
+            self.begin(place)
         # The buffer of the job before this one is free again: its attention has been given to the current stream.
         while self.fetched <= min(place + 1, len(self.order) - 1):
-            following = self.order[self.fetched]
-            if following.layer != layer and not self.is_alone:
+            if self.order[self.fetched].layer != layer and not self.is_alone:
                 break
-            staging.fetch(following, self.fetched % 2)
-            self.fetched += 1
+            self.fetch_next()
         return staging.finish(self.order[place], place % 2)

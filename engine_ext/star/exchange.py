@@ -9,34 +9,73 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.star.mesh import Mesh, form_mesh
 
-ATTEMPT_S = 1.0
-"""How long a question to the store may take once the group has failed."""
+TELLING_S = 2.0
+"""Between hosts that notice a failed collective by themselves: their time-outs begin within a step."""
 
 
 MESSAGE = struct.Struct("<?qqq")
 """Of a host before a step: whether it aborts, its step, what it is about to compute, and a number."""
+WAITED = -1
+"""In place of what a host is about to compute: it gave up waiting for a collective."""
+RESULT_ALIGNMENT = 128
+"""Bytes. Triton compiles one kernel for strides that are multiples of 16 elements and another for the rest."""
 
 
 class StarAborted(StarError):
     """All hosts end a request together, at the same step."""
 
 
+@dataclass(frozen=True)
+class PartialResult:
+    """A host's attention over its own keys, in the one buffer that is sent."""
+
+    buffer: torch.Tensor
+    """[num_bytes] uint8."""
+    out: torch.Tensor
+    """[num_tokens, num_q_heads, head_dim], model dtype; a view of the buffer, as is `lse`."""
+    lse: torch.Tensor
+    """[num_q_heads, num_tokens] float32, natural log."""
+
+    @classmethod
+    def empty(cls, out: torch.Tensor) -> Self:
+        """Room for a result of the shape and dtype of `out`."""
+        num_tokens, num_q_heads, head_dim = out.shape
+        num_bytes = result_bytes(num_tokens, num_q_heads, head_dim, out.itemsize)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=out.device)
+        return cls(buffer, *unpacked(buffer, out))
+
+
+def result_bytes(num_tokens: int, num_q_heads: int, head_dim: int, itemsize: int) -> int:
+    """Of the buffer of a PartialResult."""
+    num_bytes = num_tokens * num_q_heads * (head_dim * itemsize + 4)
+    return -(-num_bytes // RESULT_ALIGNMENT) * RESULT_ALIGNMENT
+
+
+def unpacked(buffer: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results in [..., num_bytes] uint8 of PartialResults: [..., *out.shape] and [..., num_q_heads, num_tokens]."""
+    others, lse_begin = buffer.shape[:-1], out.numel() * out.itemsize
+    lse_end = lse_begin + 4 * out.shape[0] * out.shape[1]
+    part_lse = buffer[..., lse_begin:lse_end].view(torch.float32).view(*others, out.shape[1], out.shape[0])
+    return buffer[..., :lse_begin].view(out.dtype).view(*others, *out.shape), part_lse
+
+
 class Exchange:
     """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
 
     def __init__(
-        self, rank: int, num_hosts: int, cpu_group: Any, device_group: Any, store: Any, mesh: Mesh, timeout_s: float
+        self, rank: int, num_hosts: int, group: Any, mesh: Mesh, device: torch.device, timeout_s: float
     ) -> None:
+        """group: of torch, for tensors on the device."""
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
-        self.cpu_group, self.device_group, self.store = cpu_group, device_group, store
-        self.mesh = mesh
+        self.group, self.mesh, self.device = group, mesh, device
         self.step = 0
         self.phase = "start"
         """Of the request that is worked on, for errors."""
@@ -53,11 +92,12 @@ class Exchange:
         """Around exchanges that the device has not been asked about yet."""
 
     def warm_up(self) -> None:
-        """One small collective on each group, by every host. Raises StarError where a host does not take part."""
+        """One message and one small collective, by every host. Raises StarError where a host does not take part."""
         self.agree(b"warm-up")
-        is_cuda = self.device_group is not self.cpu_group
-        ones = torch.ones(1, 1, 2, device="cuda" if is_cuda else "cpu")
-        out, _ = self.gather(ones * self.rank, torch.zeros(1, 1, device=ones.device))
+        mine = PartialResult.empty(torch.empty(1, 1, 2, device=self.device))
+        mine.buffer.zero_()
+        mine.out.fill_(self.rank)
+        out, _ = self.gather(mine)
         if out[:, 0, 0, 0].tolist() != list(range(self.num_hosts)):
             raise StarError(f"host {self.rank}: the warm-up exchange gave other hosts' numbers in the wrong places.")
 
@@ -70,15 +110,8 @@ class Exchange:
         self.step += 1
         mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
         came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
-        if late:
-            raise StarError(
-                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
-                f"{self.rank} waited). The host is gone, or too slow; see its log."
-            )
-        if gone:
-            raise StarError(
-                f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
-            )
+        if sentence := self.sentence_of_missing(late, gone):
+            raise StarError(sentence)
         everyone = [mine if rank == self.rank else MESSAGE.unpack(came[rank]) for rank in range(self.num_hosts)]
         if any(is_aborted for is_aborted, *_ in everyone):
             self.is_aborted = False
@@ -96,7 +129,7 @@ class Exchange:
         """Pages of all hosts, as many of each: [num_pages, …] contiguous to [num_hosts * num_pages, …], by ranks."""
         everyone = torch.empty(self.num_hosts, mine.nbytes, dtype=torch.uint8, device=mine.device)
         with self.timed(mine.device):
-            self.all_gather(self.device_group, everyone, mine.view(-1).view(torch.uint8))
+            self.all_gather(everyone, mine.view(-1).view(torch.uint8))
         return everyone.view(mine.dtype).view(-1, *mine.shape[1:])
 
     def send_pages(self, pages: torch.Tensor) -> None:
@@ -107,7 +140,7 @@ class Exchange:
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self.timeout_s)
         with self.timed(pages.device), self.named_errors():
-            self.device_group.broadcast([pages.view(-1).view(torch.uint8)], options).wait()
+            done(self.group.broadcast([pages.view(-1).view(torch.uint8)], on_this_stream(options)))
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -137,77 +170,67 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
-            raise StarError(self.sentence_of_late(error)) from error
+            raise StarError(self.sentence_of(error)) from error
 
-    def gather(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
 
-        out: [num_tokens, num_q_heads, head_dim], model dtype; lse: [num_q_heads, num_tokens] float32, natural log.
         Returns [num_hosts, num_tokens, num_q_heads, head_dim] and [num_hosts, num_q_heads, num_tokens], views of one
         buffer. Raises StarError where the CPU notices that a host is gone.
         """
-        out_bytes = out.numel() * out.element_size()
-        mine = torch.empty(out_bytes + 4 * lse.numel(), dtype=torch.uint8, device=out.device)
-        mine[:out_bytes].view(out.dtype).view(out.shape).copy_(out)
-        mine[out_bytes:].view(torch.float32).view(lse.shape).copy_(lse)
-        everyone = torch.empty(self.num_hosts, mine.numel(), dtype=torch.uint8, device=out.device)
-        self.all_gather(self.device_group, everyone, mine)
-        part_out = everyone[:, :out_bytes].view(out.dtype).view(self.num_hosts, *out.shape)
-        part_lse = everyone[:, out_bytes:].view(torch.float32).view(self.num_hosts, *lse.shape)
-        return part_out, part_lse
+        everyone = torch.empty(self.num_hosts, len(mine.buffer), dtype=torch.uint8, device=mine.buffer.device)
+        self.all_gather(everyone, mine.buffer)
+        return unpacked(everyone, mine.out)
 
-    def all_gather(self, group: Any, everyone: torch.Tensor, mine: torch.Tensor) -> None:
+    def all_gather(self, everyone: torch.Tensor, mine: torch.Tensor) -> None:
         from torch.distributed.distributed_c10d import AllgatherOptions
 
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
         with self.named_errors():
-            group._allgather_base(everyone, mine[None], options).wait()
+            done(self.group._allgather_base(everyone, mine[None], on_this_stream(options)))
 
-    def sentence_of_late(self, error: Exception) -> str:
-        """Who is missing, by what the hosts that waited in vain tell the store."""
-        late = self.late_hosts()
+    def sentence_of(self, error: Exception) -> str:
+        """Who is missing from a collective: hosts that waited in vain tell each other so, at about the same time."""
+        told = MESSAGE.pack(False, self.step, WAITED, 0)
+        _, late, gone = self.mesh.swap(told, TELLING_S)
+        # A connection that has ended is certain; who is silent may only wait longer than this host.
+        return self.sentence_of_missing([] if gone else late, gone) or (
+            f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
+        )
+
+    def sentence_of_missing(self, late: Sequence[int], gone: Sequence[int]) -> str:
+        """The error that names hosts whose message did not come, or whose connection has ended; empty for none."""
         if late:
             return (
                 f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
                 f"{self.rank} waited). The host is gone, or too slow; see its log."
             )
-        return f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
-
-    def late_hosts(self) -> list[int]:
-        """Hosts that are behind this one, as far as can be told: those that waited say so at about the same time.
-
-        Host 0 keeps the store: where it does not answer, host 0 is gone.
-        """
-        late: list[int] = []
-        with contextlib.suppress(RuntimeError):
-            self.store.set_timeout(timedelta(seconds=ATTEMPT_S))
-            self.store.set(f"waited {self.rank}", str(self.step))
-        for rank in range(self.num_hosts):
-            if rank == self.rank:
-                continue
-            try:
-                step = int(self.store.get(f"waited {rank}"))
-            except RuntimeError:
-                return [0] if self.rank != 0 and not self.store_answers() else [*late, rank]
-            if step < self.step:
-                late.append(rank)
-        return late
-
-    def store_answers(self) -> bool:
-        try:
-            self.store.set("asked", str(time.monotonic()))
-        except RuntimeError:
-            return False
-        return True
+        if gone:
+            return (
+                f"{self.phase}, step {self.step}: host {self.rank} lost the connection to {hosts(gone)}; see its log."
+            )
+        return ""
 
     def close(self) -> None:
         """Leave the group; what waits on the device for another host is aborted."""
         self.mesh.close()
-        if self.device_group is not None and self.device_group is not self.cpu_group:
+        if self.group is not None and self.device.type != "cpu":
             with contextlib.suppress(RuntimeError):
-                self.device_group._get_backend(torch.device("cuda")).abort()
-        self.cpu_group = self.device_group = self.store = None
+                self.group._get_backend(self.device).abort()
+        self.group = None
+
+
+def on_this_stream(options: Any) -> Any:
+    """Options of a collective that NCCL puts on the current stream, so that nothing waits for another one."""
+    options.asyncOp = False
+    return options
+
+
+def done(work: Any) -> None:
+    """Wait for a collective where its backend has not: gloo's CPU, and NCCL of versions that use a stream of theirs."""
+    if work is not None:
+        work.wait()
 
 
 def hosts(ranks: Sequence[int]) -> str:
@@ -218,45 +241,39 @@ def form_exchange(
     rank: int,
     num_hosts: int,
     address: str,
-    ports: Sequence[int],
+    port: int,
     *,
-    sockets: Sequence[socket.socket] = (),
+    listening: socket.socket | None = None,
     device_type: str,
     timeout_s: float,
     start_timeout_s: float,
 ) -> Exchange:
     """Meet the other hosts and warm up; returns when all of them have.
 
-    address, ports: where rank 0 listens: a port for the CPU group and one for the device group. sockets: rank 0 gives
-    them, already bound to the ports. timeout_s: for each exchange; start_timeout_s: until all hosts are there. Raises
-    StarError where a host does not come.
+    address, port: where rank 0 listens. listening: rank 0's socket, already bound there. timeout_s: for each exchange;
+    start_timeout_s: until all hosts are there. Raises StarError where a host does not come.
     """
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
-    def meet(index: int, backend: str) -> tuple[Any, Any]:
-        try:
-            return stateless_init_torch_distributed_process_group(
-                address,
-                ports[index],
-                rank,
-                num_hosts,
-                backend,
-                return_store=True,
-                listen_socket=sockets[index] if sockets else None,
-                timeout=timedelta(seconds=start_timeout_s),
-            )
-        except (RuntimeError, OSError) as error:
-            raise StarError(
-                f"host {rank} did not meet all {num_hosts} hosts at {address}:{ports[index]} within "
-                f"{start_timeout_s:g} s ({error}). See the logs of the hosts, and whether they reach that address."
-            ) from error
-
     try:
-        cpu_group, store = meet(0, "gloo")
-        device_group = cpu_group if device_type == "cpu" else meet(1, "nccl")[0]
+        group, store = stateless_init_torch_distributed_process_group(
+            address,
+            port,
+            rank,
+            num_hosts,
+            "gloo" if device_type == "cpu" else "nccl",
+            return_store=True,
+            listen_socket=listening,
+            timeout=timedelta(seconds=start_timeout_s),
+        )
+    except (RuntimeError, OSError) as error:
+        raise StarError(
+            f"host {rank} did not meet all {num_hosts} hosts at {address}:{port} within {start_timeout_s:g} s "
+            f"({error}). See the logs of the hosts, and whether they reach that address."
+        ) from error
     finally:
-        for unused in sockets:
-            unused.close()
+        if listening is not None:
+            listening.close()
     try:
         mesh = form_mesh(rank, num_hosts, address, store, start_timeout_s)
     except (RuntimeError, OSError) as error:
@@ -264,7 +281,7 @@ def form_exchange(
             f"host {rank} did not reach all {num_hosts} hosts within {start_timeout_s:g} s ({error}). See the logs of "
             "the hosts, and whether their machines reach each other on any port."
         ) from error
-    exchange = Exchange(rank, num_hosts, cpu_group, device_group, store, mesh, start_timeout_s)
+    exchange = Exchange(rank, num_hosts, group, mesh, torch.device(device_type), start_timeout_s)
     try:
         exchange.warm_up()
     except BaseException:

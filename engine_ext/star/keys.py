@@ -51,6 +51,12 @@ class GatheredKeys:
         return self.exchange.gather_pages(kv_cache.index_select(0, self.page_ids).contiguous())
 
 
+def longest_kv_len(max_model_len: int) -> int:
+    """Most keys of a pass, in tokens: those of all hosts where they gather each other's."""
+    exchange = current()
+    return max_model_len * (exchange.num_hosts if exchange is not None and exchange.gathers_keys else 1)
+
+
 def largest_gathered_keys(query: torch.Tensor, num_kv_heads: int, max_model_len: int) -> torch.Tensor | None:
     """As much memory as a layer's gathered keys take where every host has all that it can, for vLLM's profile to see.
 

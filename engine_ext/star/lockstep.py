@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from farspan.engine_ext.star.pieces import Piece, batch_of
+from farspan.engine_ext.star.pieces import Piece, pages_of
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.tiles import to_device
@@ -42,7 +42,7 @@ class LockstepBuffers:
     def fill(self, pieces: Sequence[Piece], num_rows: int, block_table: torch.Tensor, page_size: int) -> None:
         """Write a step of pieces of one token each, the first rows of it; rows behind them see no keys.
 
-        block_table: as in `batch_of`.
+        block_table: as in `pages_of`.
         """
         assert [piece.first_row for piece in pieces] == list(range(len(pieces)))
         self.kv_lens[len(pieces) : num_rows].zero_()
@@ -51,7 +51,7 @@ class LockstepBuffers:
         pages = [(piece.request, piece.shard.name, piece.pages(page_size)) for piece in pieces]
         if pages != self.pages:
             self.pages = pages
-            table = batch_of(pieces, block_table, page_size).block_table
+            table = pages_of(pieces, block_table, page_size)
             self.table[: len(pieces), : table.shape[1]].copy_(table)
         lens = to_device([[piece.kv_len for piece in pieces]], self.kv_lens.device)
         self.kv_lens[: len(pieces)].copy_(lens[0])

@@ -60,26 +60,44 @@ def moved_rows(first_row: int, shard: Shard, begin: int, end: int) -> list[tuple
     return [(slice(first + to_row, last + to_row), distance) for first, last, distance in shard.distances(begin, end)]
 
 
-def batch_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int) -> PagedBatch:
-    """Pieces with adjacent rows as a batch; all of them causal, or none, or of one row each.
+def pages_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The pages of each piece's keys, [num_pieces, most pages of any, at least 1] int32.
 
     block_table: [num_reqs, max_pages] int32 of vLLM's batch, on the device.
     """
-    device = block_table.device
     columns = [[page for start, stop in piece.pages(page_size) for page in range(start, stop)] for piece in pieces]
     width = max(1, *map(len, columns)) if len(columns) > 1 else max(1, len(columns[0]))
     table = to_device(
-        [[piece.request, *row, *[0] * (width - len(row))] for piece, row in zip(pieces, columns, strict=True)], device
+        [[piece.request, *row, *[0] * (width - len(row))] for piece, row in zip(pieces, columns, strict=True)],
+        block_table.device,
     ).long()
+    return block_table[table[:, :1], table[:, 1:]]
+
+
+def in_width(table: torch.Tensor, width: int) -> torch.Tensor:
+    """The table with `width` columns, the further ones 0: kernels differ by the width, which must stay the engine's.
+
+    table: [num_reqs, at most width] int32.
+    """
+    padded = table.new_zeros(len(table), width)
+    padded[:, : table.shape[1]] = table
+    return padded
+
+
+def batch_of(pieces: Sequence[Piece], block_table: torch.Tensor, page_size: int) -> PagedBatch:
+    """Pieces with adjacent rows as a batch; all of them causal, or none, or of one row each.
+
+    block_table: as in `pages_of`; the batch's has its width.
+    """
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + piece.query_len)
     kv_lens = [piece.kv_len for piece in pieces]
-    numbers = to_device([starts, [*kv_lens, 0], [0] * len(starts)], device)
+    numbers = to_device([starts, [*kv_lens, 0], [0] * len(starts)], block_table.device)
     return PagedBatch(
         query_start_loc=numbers[0],
         kv_lens=numbers[1, :-1],
-        block_table=block_table[table[:, :1], table[:, 1:]],
+        block_table=in_width(pages_of(pieces, block_table, page_size), block_table.shape[1]),
         max_query_len=max(piece.query_len for piece in pieces),
         max_kv_len=max(kv_lens),
         first_pos=None if pieces[0].segment.is_causal else numbers[2, :-1],

@@ -11,9 +11,9 @@ from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import Part, Pass
 from farspan.engine_ext.requests import RequestSource
 from farspan.engine_ext.selection.crossover import AttentionSize
-from farspan.engine_ext.star.exchange import Exchange, current, exchange_of
+from farspan.engine_ext.star.exchange import Exchange, current, exchange_of, result_bytes
 from farspan.engine_ext.star.keys import GatheredKeys, SharedAnchor
-from farspan.engine_ext.star.pieces import Piece, batch_of, digest_of, moved_rows
+from farspan.engine_ext.star.pieces import Piece, batch_of, digest_of, in_width, moved_rows
 from farspan.engine_ext.star.shard import StarShard, digest_of_text
 from farspan.engine_ext.star.windows import WindowShard
 from farspan.kernels.batch import PagedBatch
@@ -29,14 +29,14 @@ class StarSteps:
     size: AttentionSize
     num_layers: int
     page_size: int
-    row_bytes: int
-    """A row's partial result in one layer."""
+    row: tuple[int, int, int]
+    """Of a row's partial result in one layer: query heads, head dim, bytes of a component."""
     page_bytes: int
     """A page's keys and values in one layer."""
 
     def count_bytes(self, exchange: Exchange, num_rows: int) -> None:
         """Note what a step's exchanges of all layers bring from the other hosts."""
-        exchange.num_bytes += num_rows * self.row_bytes * self.num_layers * (exchange.num_hosts - 1)
+        exchange.num_bytes += result_bytes(num_rows, *self.row) * self.num_layers * (exchange.num_hosts - 1)
 
     def passes(self, common: Any, pieces: list[Piece]) -> list[Pass]:
         """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
@@ -101,7 +101,9 @@ class StarSteps:
         num_pages = [-(-each // self.page_size) for each in ends]
         most = max(num_pages)
         own = torch.arange(most, device=self.maker.device).clamp_(max=num_pages[shard.rank] - 1)
-        table = to_device([[rank * most + page for rank, page in places]] * len(pieces), self.maker.device)
+        width = exchange.num_hosts * common.block_table_tensor.shape[1]
+        table = in_width(to_device([[rank * most + page for rank, page in places]], self.maker.device), width)
+        table = table.expand(len(pieces), -1)
         prefill = self.requests.prefills(common)[0]
         passes: list[Pass] = []
         first_row = first = 0

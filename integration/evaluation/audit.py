@@ -43,6 +43,7 @@ from farspan.metrics import read_selection
 from farspan.model_shape import ModelInfo, read_model
 from farspan.scheduler.rates import MEASURED, MEASURED_GPU, chunks_of
 from farspan.tables import Tables
+from farspan.tokenizer import load_tokenizer
 
 AUDIT_CSV, HEADS_CSV = "audit.csv", "heads.csv"
 WORKER = "farspan.evaluation.audit_worker.AuditMetrics"
@@ -234,17 +235,13 @@ def overrides_of(engine_args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def read_tokens(model: str, texts: Sequence[Path]) -> tuple[list[int], list[int]]:
     """What a prompt begins with, and the tokens of all texts in order. Raises ConfigError for what is no text."""
-    from transformers import AutoTokenizer
-
     parts = []
     for path in texts:
         try:
             parts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not text in UTF-8. {GIVE_TEXTS}.") from error
-    tokenizer = AutoTokenizer.from_pretrained(model_path(model))
-    # One long text is what is wanted; the model reads it in pieces.
-    tokenizer.model_max_length = 10**9
+    tokenizer = load_tokenizer(model_path(model))
     return list(tokenizer("").input_ids), list(tokenizer("\n\n".join(parts), add_special_tokens=False).input_ids)
 
 
@@ -278,7 +275,7 @@ def audit_engine(settings: AuditSettings, prefill: FlexPrefill, chunk: int, devi
     measured = msgspec.to_builtins(msgspec.structs.replace(prefill, coverage_rows=rows))
     if prefill.selection == "tile_rows":
         del measured["tau"]
-    engine_args = {"worker_extension_cls": WORKER, "max_model_len": max(settings.lengths)}
+    engine_args = {"worker_extension_cls": WORKER, "max_model_len": max(settings.lengths), "max_num_seqs": 1}
     if device == "cpu":
         engine_args |= {"dtype": "float32", "enforce_eager": True}
     model = EvalSettings(

@@ -22,11 +22,10 @@ from farspan.evaluation.results import CSV_COLUMNS, CSV_NAME, Cell, append_csv, 
 from farspan.metrics import read_selection
 from farspan.needle import model_dir
 from farspan.tables import check_columns
+from farspan.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from farspan.needle.tasks import Sample
-
-NEEDLE_DIR = model_dir()
 
 # Options of each method before those of the user; None is vLLM's own backend.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -199,7 +198,7 @@ def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
     from farspan.evaluation.ruler import make_ruler_sample
     from farspan.needle.tasks import make_sample
 
-    tokenizer = _tokenizer(settings.model) if settings.model != "needle" else None
+    tokenizer = load_tokenizer(settings.model) if settings.model != "needle" else None
     seeds = [settings.seed * SEEDS_PER_RUN + i for i in range(cell.count)]
     samples: list[Sample]
     if settings.form == "words":
@@ -223,17 +222,6 @@ def make_samples(settings: EvalSettings, cell: Cell) -> "list[Sample]":
         ]
     lens = [len(tokenizer.encode(sample.completion)) + EXTRA_NEW_TOKENS for sample in samples]
     return [replace(sample, max_new_tokens=min(most, ANSWER_ROOM)) for sample, most in zip(samples, lens, strict=True)]
-
-
-_TOKENIZERS: dict[str, Any] = {}
-
-
-def _tokenizer(model: str) -> Any:
-    if model not in _TOKENIZERS:
-        from transformers import AutoTokenizer
-
-        _TOKENIZERS[model] = AutoTokenizer.from_pretrained(model)
-    return _TOKENIZERS[model]
 
 
 def method_options(method: str, settings: EvalSettings) -> dict[str, Any] | None:
@@ -314,9 +302,7 @@ def model_path(model: str) -> str:
     Raises ConfigError if it is none of these.
     """
     if model == "needle":
-        if not (NEEDLE_DIR / "config.json").is_file():
-            raise ConfigError(f"model='needle', but {NEEDLE_DIR} is missing: this installation lacks the bundled model")
-        return str(NEEDLE_DIR)
+        return str(model_dir())
     if (Path(model) / "config.json").is_file():
         return model
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):

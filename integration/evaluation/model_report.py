@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from farspan.engine_ext.errors import ConfigError
@@ -18,6 +16,7 @@ from farspan.evaluation.evaluate import (
 )
 from farspan.evaluation.reading import by_layer_head
 from farspan.evaluation.report_sections import Section, accuracy_density_section, head_sections
+from farspan.evaluation.report_settings import ReportSettings
 from farspan.evaluation.results import STOCK_FAILS_BELOW, Cell
 from farspan.tables import Tables
 
@@ -36,80 +35,63 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelReport:
-    """What to ask which model; see `farspan report --help`."""
+def engine_options(settings: ReportSettings) -> dict[str, Any]:
+    """The farspan options of the engine; a request sets its own gamma."""
+    prefill = {"gamma": settings.gamma, "min_budget": settings.min_budget, "min_seq_len": 0, "min_chunk_len": 0}
+    return {"prefill": {"method": "flex", "coverage_rows": COVERAGE_ROWS, **prefill}}
 
-    model: str
-    length: int
-    gamma: float
-    min_budget: int
-    chunk: int | None
-    seed: int
-    count: int
-    """Questions of each point of accuracy against density."""
-    out: Path
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    chat_template: bool = True
-    haystack: tuple[Path, ...] = ()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The farspan options of the engine; a request sets its own gamma."""
-        prefill = {"gamma": self.gamma, "min_budget": self.min_budget, "min_seq_len": 0, "min_chunk_len": 0}
-        return {"prefill": {"method": "flex", "coverage_rows": COVERAGE_ROWS, **prefill}}
+def questions_of(settings: ReportSettings) -> EvalSettings:
+    """What is asked, as `farspan eval` has it."""
+    return EvalSettings(
+        model=settings.model,
+        tasks=(*TASKS, CURVE_TASK),
+        lengths=(settings.length,),
+        out=settings.out,
+        methods=("flex",),
+        seed=settings.seed,
+        count=max(settings.count, 1),
+        chunk=settings.chunk or None,
+        options=engine_options(settings),
+        engine_args=settings.engine_args,
+        chat_template=settings.chat_template,
+        haystack=settings.haystack,
+    )
 
-    @property
-    def questions(self) -> EvalSettings:
-        """The same as `farspan eval` has it."""
-        return EvalSettings(
-            model=self.model,
-            tasks=(*TASKS, CURVE_TASK),
-            lengths=(self.length,),
-            out=self.out,
-            methods=("flex",),
-            seed=self.seed,
-            count=max(self.count, 1),
-            chunk=self.chunk,
-            options=self.options,
-            engine_args=self.engine_args,
-            chat_template=self.chat_template,
-            haystack=self.haystack,
-        )
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot be asked."""
-        check_settings(self.questions)
-        if not reads_selection(self.options, self.engine_args):
-            raise ConfigError("engine_args has a worker_extension_cls; the report needs that place for its own")
+def check_report(settings: ReportSettings) -> None:
+    """Raise ConfigError for what cannot be asked."""
+    check_settings(questions_of(settings))
+    if not reads_selection(engine_options(settings), settings.engine_args):
+        raise ConfigError("engine_args has a worker_extension_cls; the report needs that place for its own")
 
 
 def model_sections(
-    report: ModelReport, open_model: Callable[..., AbstractContextManager[Model]] = vllm_model
+    settings: ReportSettings, open_model: Callable[..., AbstractContextManager[Model]] = vllm_model
 ) -> list[Section]:
     """Ask and draw; also writes heads.csv and curve.csv."""
-    tables = Tables(report.out, fresh=True)
+    tables = Tables(settings.out, fresh=True)
     panels: dict[str, list[dict[str, Any]]] = {}
-    with open_model(report.questions, report.options) as model:
+    with open_model(questions_of(settings), engine_options(settings)) as model:
         assert model.selection is not None
         for task in TASKS:
-            model.generate(samples_of(report, task, 1))
+            model.generate(samples_of(settings, task, 1))
             rows = by_layer_head(model.selection())
             if not rows:
                 raise ConfigError("no chunk was prefilled by flex: nothing to draw; ask for a greater --length")
-            panels[f"{task}, γ = {report.gamma:g}"] = rows
-            named = {"method": f"flex-g{report.gamma:g} {task}", "length": report.length}
+            panels[f"{task}, γ = {settings.gamma:g}"] = rows
+            named = {"method": f"flex-g{settings.gamma:g} {task}", "length": settings.length}
             tables.add("heads.csv", HEAD_COLUMNS, (picked(HEAD_COLUMNS, {**named, **row}) for row in rows))
-        curve = curve_rows(report, model)
+        curve = curve_rows(settings, model)
         tables.add("curve.csv", CURVE_COLUMNS, curve)
-    section = accuracy_density_section(curve, report.out)
-    return [*head_sections(panels, report.out), Section(section.title, curve_text(report, curve), section.pictures)]
+    section = accuracy_density_section(curve, settings.out)
+    return [*head_sections(panels, settings.out), Section(section.title, curve_text(settings, curve), section.pictures)]
 
 
-def curve_rows(report: ModelReport, model: Model) -> list[dict[str, Any]]:
+def curve_rows(settings: ReportSettings, model: Model) -> list[dict[str, Any]]:
     """Accuracy and density at several gammas, and densely."""
     assert model.selection is not None
-    samples = samples_of(report, CURVE_TASK, report.count)
+    samples = samples_of(settings, CURVE_TASK, settings.count)
     dense = accuracy(samples, model.generate(samples, {"farspan.method": "dense"}))
     rows = []
     for gamma in CURVE_GAMMAS:
@@ -118,15 +100,15 @@ def curve_rows(report: ModelReport, model: Model) -> list[dict[str, Any]]:
         heads = model.selection()
         if not heads or any(head["coverage"] is None for head in heads):
             raise ConfigError(
-                f"length={report.length} with min_budget={report.min_budget}: no list leaves anything out. "
+                f"length={settings.length} with min_budget={settings.min_budget}: no list leaves anything out. "
                 "Ask for a greater --length, a lower --min-budget, or a larger --chunk"
             )
         values = (
             gamma,
-            report.min_budget,
-            report.length,
-            report.seed,
-            report.count,
+            settings.min_budget,
+            settings.length,
+            settings.seed,
+            settings.count,
             sum(head["density"] for head in heads) / len(heads),
             sum(head["coverage"] for head in heads) / len(heads),
             min(head["coverage"] for head in heads),
@@ -137,7 +119,7 @@ def curve_rows(report: ModelReport, model: Model) -> list[dict[str, Any]]:
     return rows
 
 
-def curve_text(report: ModelReport, curve: Sequence[dict[str, Any]]) -> str:
+def curve_text(settings: ReportSettings, curve: Sequence[dict[str, Any]]) -> str:
     """What the curve shows, and whether anything follows from it."""
     dense = curve[0]["dense_accuracy"]
     points = "; ".join(
@@ -145,15 +127,17 @@ def curve_text(report: ModelReport, curve: Sequence[dict[str, Any]]) -> str:
         f"{row['coverage']:.3f} (worst head {row['coverage_worst_head']:.3f})"
         for row in curve
     )
-    text = f"{report.count} questions of {CURVE_TASK}, {report.length} tokens. Dense: {100 * dense:.0f} %. {points}."
+    text = (
+        f"{settings.count} questions of {CURVE_TASK}, {settings.length} tokens. Dense: {100 * dense:.0f} %. {points}."
+    )
     if dense < STOCK_FAILS_BELOW:
         text += " The model itself fails this task at this length, so its accuracies say nothing about flex."
     return text
 
 
-def samples_of(report: ModelReport, task: str, count: int) -> list[Any]:
+def samples_of(settings: ReportSettings, task: str, count: int) -> list[Any]:
     """Questions in the middle of whose text the answer lies."""
-    return make_samples(report.questions, Cell("flex", task, report.length, 0.5, report.seed, count))
+    return make_samples(questions_of(settings), Cell("flex", task, settings.length, 0.5, settings.seed, count))
 
 
 def picked(columns: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:

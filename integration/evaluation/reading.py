@@ -1,11 +1,15 @@
 """What sparse methods read and kept in a cell, and how long the cells to come will take."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from farspan.engine_ext.config import BlockSparsePrefill, FlexPrefill, parse_config
+from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.evaluation.results import RAN_DENSELY
 from farspan.metrics import EXTENSION
+from farspan.model_shape import read_model
+from farspan.scheduler.footprint import ModelShape
 
 DIGITS = 4
 
@@ -60,18 +64,20 @@ def relative_work(model: str, length: int) -> float:
 
     A model whose shape is not on this machine counts as linear layers alone.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        per_token = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
-    except (OSError, ValueError, AttributeError):
+    shape = shape_of(model)
+    if shape is None:
         return float(length)
     # Scores and values of half of all pairs, beside two operations a weight.
-    return length * (2.0 * per_token + 2.0 * heads * head_dim * length)
+    return length * (2.0 * shape.active_params + 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * length)
+
+
+@lru_cache
+def shape_of(model: str) -> ModelShape | None:
+    """As `farspan plan` counts it; None for a model that it cannot read, or does not plan for."""
+    try:
+        return read_model(model).shape
+    except UnsupportedModelError:
+        return None
 
 
 def estimate_s(model: str, lengths: Sequence[int], count: int, first_s: float, first_length: int) -> float:

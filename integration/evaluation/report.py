@@ -7,7 +7,6 @@ and rows of `farspan.metrics.read_selection` written as CSV.
 
 import base64
 import html
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.report_sections import Section, accuracy_density_section, head_sections
+from farspan.evaluation.report_settings import ReportSettings
 from farspan.evaluation.results import ACCURACY_COLUMNS, read_csv
 from farspan.tables import Tables, read_rows
 
@@ -35,29 +35,6 @@ MAX_MASKS = 6
 ROWS = 16
 """Query rows of a prompt on which coverage is measured."""
 MIN_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """What to report on; see `farspan report --help`."""
-
-    out: Path
-    model: str = "needle"
-    length: int = 8192
-    """Prompt tokens."""
-    gamma: float = 0.95
-    tau: float = 0.1
-    min_budget: int = 1024
-    chunk: int = 0
-    """Prompt tokens a step; 0 for the whole prompt."""
-    seed: int = 0
-    from_csv: tuple[Path, ...] = ()
-    """Tables to draw instead of running a model."""
-    count: int = 4
-    """Of other models than needle: questions of each point of accuracy against density; also the following ones."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    chat_template: bool = True
-    haystack: tuple[Path, ...] = ()
 
 
 def run_report(settings: ReportSettings) -> Path:
@@ -87,25 +64,12 @@ def run_report(settings: ReportSettings) -> Path:
 
 def other_model(settings: ReportSettings) -> tuple[str, list[Section]]:
     """Title and sections of a model that an engine runs."""
-    from farspan.evaluation.model_report import ModelReport, model_sections
+    from farspan.evaluation.model_report import check_report, model_sections
 
-    report = ModelReport(
-        model=settings.model,
-        length=settings.length,
-        gamma=settings.gamma,
-        min_budget=settings.min_budget,
-        chunk=settings.chunk or None,
-        seed=settings.seed,
-        count=settings.count,
-        out=settings.out,
-        engine_args=settings.engine_args,
-        chat_template=settings.chat_template,
-        haystack=settings.haystack,
-    )
-    report.check()
+    check_report(settings)
     make_folder(settings.out)
     title = f"Flex prefill of {settings.model}, {settings.length} tokens, γ = {settings.gamma:g}"
-    return title, model_sections(report)
+    return title, model_sections(settings)
 
 
 def render(title: str, sections: list[Section]) -> str:
@@ -133,14 +97,14 @@ def render(title: str, sections: list[Section]) -> str:
 def needle_sections(settings: ReportSettings) -> list[Section]:
     """Run the needle model and draw every picture; also writes heads.csv, sweep.csv and accuracy.csv."""
     import torch
-    from farspan.evaluation.evaluate import NEEDLE_DIR
     from farspan.evaluation.needle_answers import HEAD_COLUMNS, Variant
     from farspan.evaluation.report_plots import draw_masks
+    from farspan.needle import model_dir
     from farspan.needle.network import load_network
     from farspan.needle.paged import PagedNeedle
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = load_network(NEEDLE_DIR, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    net = load_network(model_dir(), device, torch.bfloat16 if device == "cuda" else torch.float32)
     model = PagedNeedle(net, max(settings.length, CURVE_LENGTH, *NIAH_LENGTHS) + 256)
     tables = Tables(settings.out, fresh=True)
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from farspan import tokenizer
 from farspan.engine_ext.errors import ConfigError
 
 MARKER = "<|query|>"
@@ -96,14 +97,8 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
 
 def load_tokenizer(model: str, engine: dict[str, Any]) -> Any:
     """The model's tokenizer. Raises ConfigError where there is none."""
-    from transformers import AutoTokenizer
-
-    trust = bool(engine.get("trust_remote_code", False))
-    name = engine.get("tokenizer") or model
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model={name!r} has no tokenizer that can be read ({' '.join(str(error).split())}). Give a folder or a "
-            "name with one, or skip_tokenizer_init=True and token ids."
-        ) from error
+    return tokenizer.load_tokenizer(
+        str(engine.get("tokenizer") or model),
+        bool(engine.get("trust_remote_code", False)),
+        ", or skip_tokenizer_init=True and token ids",
+    )

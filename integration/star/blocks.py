@@ -14,7 +14,7 @@ DEFAULT_SHARE = 4
 """Blocks of a context where the user names no size: the paper's tables have N/4."""
 
 
-Anchor = Literal["recompute", "share", "auto"]
+Anchor = Literal["auto", "share", "recompute"]
 Visibility = Literal["star", "all"]
 
 
@@ -24,7 +24,7 @@ class BlockSizes:
 
     block_len: int | None = None
     anchor_len: int | None = None
-    anchor: Anchor = "recompute"
+    anchor: Anchor = "auto"
     visibility: Visibility = "star"
 
     def changed(

@@ -34,7 +34,7 @@ class StarCommand:
     engine: dict[str, Any]
     listen: tuple[str, int] | None = None
     """Address and port of a server; None to ask one question."""
-    anchor: Any = "recompute"
+    anchor: Any = "auto"
     visibility: Any = "star"
 
 

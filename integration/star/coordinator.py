@@ -102,8 +102,8 @@ class Hosts:
         try:
             self.group = self.place()
             self.actors = [self.make_actor(rank) for rank in range(self.setup.num_hosts)]
-            address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "start", self.setup.start_timeout_s)[0]
-            refs = {rank: actor.start.remote(address, ports) for rank, actor in enumerate(self.actors)}
+            address, port = self.wait_for({0: self.actors[0].listen.remote()}, "start", self.setup.start_timeout_s)[0]
+            refs = {rank: actor.start.remote(address, port) for rank, actor in enumerate(self.actors)}
             self.facts = [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
         except BaseException:
             self.stop()
@@ -280,9 +280,9 @@ class Hosts:
             self.actors[each] = self.make_actor(each)
         self.killed = set()
         timeout_s = self.setup.start_timeout_s
-        address, ports = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
+        address, port = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
         refs = {
-            each: actor.start.remote(address, ports) if each in new else actor.rejoin.remote(address, ports)
+            each: actor.start.remote(address, port) if each in new else actor.rejoin.remote(address, port)
             for each, actor in enumerate(self.actors)
         }
         results = self.wait_for(refs, "restart", timeout_s)

@@ -6,14 +6,14 @@ A Ray actor with several threads: one works, the others answer how far it is.
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus, Phase
-from farspan.star.rendezvous import bind_ports
+from farspan.star.rendezvous import bind_port
 
-# One request at a time; graphs of larger batches would only lengthen the start.
+# Of requests answered together; graphs of larger batches would only lengthen the start.
 ENGINE_DEFAULTS: dict[str, Any] = {"max_num_seqs": 4, "enable_prefix_caching": True}
 ENGINE_FIXED: dict[str, Any] = {"attention_backend": "CUSTOM", "distributed_executor_backend": "uni"}
 MEASURED_RUNS = 4
@@ -38,7 +38,7 @@ class StarHost:
 
     def __init__(self, setup: HostSetup) -> None:
         self.setup = setup
-        self.sockets: list[socket.socket] = []
+        self.listening: socket.socket | None = None
         self.llm: Any = None
         self.phase: Phase | None = None
         self.num_steps = 0
@@ -46,17 +46,19 @@ class StarHost:
         self.token_ids: list[int] = []
         self.is_aborted = self.is_lockstep = False
 
-    def listen(self) -> tuple[str, list[int]]:
-        """Bind the ports where all hosts meet; asked of host 0. Returns its address and the ports."""
+    def listen(self) -> tuple[str, int]:
+        """Bind the port where all hosts meet; asked of host 0. Returns its address and the port."""
         import ray
 
-        self.sockets = bind_ports(ray.util.get_node_ip_address())
-        return self.sockets[0].getsockname()[0], [each.getsockname()[1] for each in self.sockets]
+        self.listening = bind_port(ray.util.get_node_ip_address())
+        address, port = self.listening.getsockname()[:2]
+        return address, port
 
-    def start(self, address: str, ports: Sequence[int]) -> HostFacts:
+    def start(self, address: str, port: int) -> HostFacts:
         """Meet the other hosts, then make the engine, so that the group exists before graphs are captured."""
         started = time.monotonic()
-        self.rejoin(address, ports)
+        self.rejoin(address, port)
+        from farspan.vllm_compat.engine import draw_by_place_in_answer
         from vllm import LLM
 
         setup = self.setup
@@ -64,9 +66,10 @@ class StarHost:
         star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
         arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
         self.llm = LLM(setup.model, **arguments)
+        draw_by_place_in_answer(self.llm)
         return self.facts(time.monotonic() - started)
 
-    def rejoin(self, address: str, ports: Sequence[int]) -> None:
+    def rejoin(self, address: str, port: int) -> None:
         """Leave the group and meet the other hosts anew. Raises StarError where one does not come."""
         from farspan.engine_ext.star.exchange import form_exchange, set_exchange
 
@@ -78,13 +81,13 @@ class StarHost:
             setup.rank,
             setup.num_hosts,
             address,
-            ports,
-            sockets=self.sockets,
+            port,
+            listening=self.listening,
             device_type=setup.device_type,
             timeout_s=setup.timeout_s,
             start_timeout_s=setup.start_timeout_s,
         )
-        self.sockets = []
+        self.listening = None
         exchange.gathers_keys = setup.gathers_keys
         set_exchange(exchange)
 

@@ -61,7 +61,7 @@ class StarLLM:
         *,
         block_len: int | None = None,
         anchor_len: int | None = None,
-        anchor: Anchor = "recompute",
+        anchor: Anchor = "auto",
         visibility: Visibility = "star",
         timeout_s: float = 60.0,
         start_timeout_s: float = 900.0,
@@ -77,9 +77,9 @@ class StarLLM:
         block_len, anchor_len: tokens, multiples of the page size; by default a quarter of the context or a host's even
             share, whichever is smaller, and a whole block.
         anchor: "recompute": each host computes the anchor that it sees; "share": host 0 sends its keys and values layer
-            by layer; "auto": what is faster by a measurement at the start.
+            by layer; "auto": what is faster by a measurement before the first request that has an anchor.
         visibility: "star", or "all": every token sees all before it, exact attention over all hosts; there are no
-            blocks then, and hosts exchange keys in every layer.
+            blocks then, and hosts exchange keys in every layer, for which memory is kept. Its requests may say "star".
         timeout_s: how long a host may make no progress, and the others wait for it, before an error names it.
         start_timeout_s: for placing the hosts, loading the model and the first request.
         graphs: decode in CUDA graphs that hold the exchange. Short prompts then go through all hosts too, and a lost
@@ -94,7 +94,7 @@ class StarLLM:
             raise ConfigError(f"hosts={hosts!r}; allowed: a whole number from 1. Use one for each GPU.")
         check_engine_arguments(engine)
         parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
-        self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "recompute" else anchor, visibility)
+        self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "auto" else anchor, visibility)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -165,12 +165,17 @@ class StarLLM:
 
         context, query: text or token ids. Without a query the context is a prompt with the marker `<|query|>` between
         the two. sampling_params: vLLM's SamplingParams, n = 1; a seed is drawn where none is given, the same on all
-        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's. on_progress:
-        called while hosts work.
+        hosts. block_len, anchor_len, anchor, visibility: for this request, instead of the constructor's; "all" only
+        where the constructor has it too, which keeps memory for it. on_progress: called while hosts work.
         Raises ConfigError or vLLM's validation errors for a bad request, StarError naming the host and the phase where
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
+        if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
+            raise ConfigError(
+                "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for "
+                "all keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
+            )
         result: list[StarOutput] = []
         for progress in self.work(context, query, sampling_params, sizes, result):
             if on_progress is not None:
@@ -324,7 +329,11 @@ class StarLLM:
         if anchor != "auto":
             return anchor == "share"
         if self.sharing_pays is None:
-            rates = self.hosts.measure() if self.num_hosts > 1 else []
+            try:
+                rates = self.hosts.measure() if self.num_hosts > 1 else []
+            except StarError:
+                self.hosts.stop()
+                raise
             slowest = max(rates, key=lambda rate: rate.send_token_s, default=None)
             self.sharing_pays = slowest is not None and sharing_pays(slowest.send_token_s, slowest.compute_token_s)
         return self.sharing_pays
@@ -357,7 +366,8 @@ class StarLLM:
         with_blocks = [shard for shard in shards if shard.num_blocks > 0]
         todo = {shard.rank: work.first_ask(shard, 0) for shard in with_blocks}
         started = time.perf_counter()
-        for attempt in range(2):
+        # Without a context, where a step of one token is one of all hosts, there is nothing to read.
+        for attempt in range(2 if todo else 0):
             try:
                 for statuses in self.guarded(todo, answers, may_replace and attempt == 0):
                     done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())

@@ -1,5 +1,6 @@
 """What is to be known of a running `LLM` whose core is in this process. Drop what vLLM tells by itself."""
 
+import inspect
 from typing import Any
 
 
@@ -40,6 +41,34 @@ def adopt_pages(llm: Any, request_id: str, num_tokens: int) -> None:
     pool.cache_full_blocks(request, pages, num_cached, num_pages, page_size, 0)
     # Free, but cached: the request takes them at its first step, and the last would go first.
     pool.free_blocks(reversed(pages))
+
+
+def draw_by_place_in_answer(llm: Any) -> None:
+    """Let sampled tokens depend on their place in the answer instead of in the prompt, whose length hosts differ in.
+
+    Runner V2 draws by seed and position; runner V1 has a generator for each request, which needs nothing. Doing so
+    again changes nothing.
+    """
+    llm.collective_rpc(wrap_sampler)
+
+
+def wrap_sampler(worker: Any) -> None:
+    """See `draw_by_place_in_answer`."""
+    runner = worker.model_runner
+    sampler, states = getattr(runner, "sampler", None), getattr(runner, "req_states", None)
+    if states is None or "_sample_random" in vars(sampler):
+        return
+    stock = sampler._sample_random
+    signature = inspect.signature(stock)
+
+    def sample_random(*arguments: Any, **options: Any) -> Any:
+        bound = signature.bind(*arguments, **options)
+        rows = bound.arguments["expanded_idx_mapping"]
+        # On the device; 0 for the first token.
+        bound.arguments["pos"] = bound.arguments["pos"] + 1 - states.prompt_len.gpu[rows]
+        return stock(*bound.args, **bound.kwargs)
+
+    sampler._sample_random = sample_random
 
 
 def num_linear_weights(llm: Any) -> int:

@@ -1,15 +1,14 @@
 """Cold KV heads inside vLLM: its pages for hot heads only, sizes decided in the core, pools made in the workers."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from farspan.engine_ext.config import OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
+from farspan.host_memory import available_bytes
 from farspan.scheduler.capacity import KVLayout, bounds_bytes_of, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
 from farspan.vllm_compat.platform import chooses_farspan
@@ -17,7 +16,6 @@ from farspan.vllm_compat.wrapping import wrap_once
 
 AUTO_SHARE = 0.6
 """Of the free host memory, with host_memory "auto"."""
-CGROUP = Path("/sys/fs/cgroup")
 
 _host_budgets: ContextVar[list[int] | None] = ContextVar("farspan_host_budgets", default=None)
 """Bytes of host memory for KV that each rank may take, while an engine with cold heads plans its KV cache."""
@@ -61,27 +59,18 @@ def host_budget(worker: Any) -> int:
     assert options is not None
     parallel = worker.vllm_config.parallel_config
     num_ranks = parallel.local_world_size * max(parallel.data_parallel_size_local, 1)
-    available = available_host_bytes()
+    available = available_bytes()
     if options.host_memory == "auto":
         return int(available * AUTO_SHARE) // num_ranks
-    wanted = int(options.host_memory * GIB)
-    if wanted > available:
+    wanted = int(options.host_memory * GIB) // num_ranks
+    # Of the ranks of other engines that share the machine, some may have theirs already.
+    if wanted * parallel.local_world_size > available:
+        most = available * num_ranks / parallel.local_world_size
         raise ConfigError(
-            f"offload.host_memory={options.host_memory}; allowed: up to {available / GIB:.1f} GiB, which this machine "
-            "has free. Lower it, or use 'auto'."
+            f"offload.host_memory={options.host_memory}; allowed: up to {most / GIB:.1f} GiB, as this machine, or its "
+            "limit for this job, has no more free. Lower it, or use 'auto'."
         )
-    return wanted // num_ranks
-
-
-def available_host_bytes() -> int:
-    """Memory that the machine, or the container, has free."""
-    import psutil
-
-    available: int = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((CGROUP / "memory.max").read_text())
-        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
-    return available
+    return wanted
 
 
 def planning(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,6 +56,7 @@ def check_engines() -> None:
                 from farspan.engine_ext.support import check_engine
 
                 check_engine(vllm_config)
+                leave_window_layers(vllm_config)
                 refuse_mixed_up_microbatches(vllm_config)
                 choose_scheduler(vllm_config)
             else:
@@ -64,6 +65,17 @@ def check_engines() -> None:
         return check_and_update_config
 
     wrap_once(type(current_platform), "check_and_update_config", checking)
+
+
+def leave_window_layers(vllm_config: Any) -> None:
+    """Let vLLM's own backend serve layers with a sliding window, where the user names none for them."""
+    from farspan.engine_ext.support import has_window_layers
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if vllm_config.model_config is not None and has_window_layers(vllm_config.model_config):
+        own = AttentionBackendEnum.CPU_ATTN if current_platform.is_cpu() else AttentionBackendEnum.FLASH_ATTN
+        vllm_config.attention_config.backend_per_kind.setdefault("sliding_window", own)
 
 
 def choose_scheduler(vllm_config: Any) -> None:

@@ -15,9 +15,10 @@ from farspan.kernels.flex.estimate import turn_shapes
 from farspan.kernels.flex.spans import MASS_UNIT, SPAN_MULTIPLE, Spans
 from farspan.kernels.flex.tile_rows_kernel import choice_kernel, log_sums_kernel
 from farspan.kernels.flex.types import Budget, TileSelection
-from farspan.kernels.prefill import LOG2_E, RowView, has_row_view
+from farspan.kernels.prefill import LOG2_E
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
+from farspan.kernels.row_view import RowView, has_row_view, row_view
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 from farspan.kernels.tuning import (
     TILE_ROWS_MAX_BYTES,
@@ -207,7 +208,7 @@ class LogSumsLaunch:
         """How the copy engine sees the keys; None where it is not used."""
         if config.use_tma:
             assert page_size % block_size == 0
-            self.rows = RowView(key_pages, block_size, block_d)
+            self.rows = row_view(key_pages, block_size, block_d)
             stride_page, stride_head = stride_page // stride_token, stride_head // stride_token
         self.launch = RepeatedLaunch(
             log_sums_kernel,

@@ -1,6 +1,7 @@
 """The rules that benchmark `real` puts beside flex, and the table of its rows."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex.oracle import block_mass, kept_mass
 from farspan.kernels.tiles import make_prefill_tiles
 
-from benchmarks.real import local_blocks
+from benchmarks.real import WORKER, Inputs, engine_settings, local_blocks
 from benchmarks.real_table import format_real
 from benchmarks.real_worker import RuleSelector, oracle_lists
 from benchmarks.record import BenchmarkError, Environment, Recorder
@@ -78,4 +79,18 @@ def test_rows_may_drift_either_way_and_make_a_table() -> None:
     table = format_real([*(replace(row, run_id="r0", p50="9") for row in recorder.rows), *recorder.rows])
     assert "| farspan-g0.95 | 0.250 | 0.250 | 0.250 | 25.0 % | 25.0 % | −0.0040 ± 0.0010 | 25.00 % |" in table
     assert "r0" not in table
+    on_gpu = [replace(row, gpu="some GPU", case=row.case.replace("fp32", "bf16")) for row in recorder.rows]
+    assert "fp32" not in format_real([*recorder.rows, *on_gpu])
     assert format_real([]) == ""
+
+
+@pytest.mark.parametrize("selection", ["tile_rows", "flexprefill"])
+def test_an_engine_has_the_worker_that_changes_rules(selection: str, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("some text")
+    inputs = Inputs("needle", (text,), "needle", (2048,), 1, 0, engine_args={"gpu_memory_utilization": 0.2})
+    settings, prefill = engine_settings(inputs, selection, 1024)
+    assert settings.engine_args["worker_extension_cls"] == WORKER
+    assert settings.engine_args["gpu_memory_utilization"] == 0.2
+    assert prefill.selection == selection
+    assert prefill.min_seq_len == 0

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from farspan.engine_ext import launch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, parse_config
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.impl import FarspanImpl
-from farspan.engine_ext.launch import attend, choose_dense_kernel, fa3_refusal
+from farspan.engine_ext.launch import attend, choose_dense_kernel, choose_ours_beside_fa3, fa3_refusal
 from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import Decode, LayerContext, Part, Pass, StepMetadata
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors
+from farspan.kernels import tuning
 from farspan.kernels.batch import KVView, PagedBatch
 
 from tests.kernels.helpers import Inputs, assert_attention_close, make_batch, poisoned_like, reference_attention
@@ -123,6 +125,27 @@ def test_a_view_of_some_heads_keeps_the_layers_numbers() -> None:
     assert part.pages.shape == (3, 2, 16, 128)
     with pytest.raises(AssertionError):
         view.of_heads(slice(0, 3))
+
+
+def test_our_kernel_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "device_capability", lambda device: (9, 0))
+    measured = tuning.OursBesideFa3(2048, 4096)
+    monkeypatch.setattr(tuning, "OURS_BESIDE_FA3", {128: measured})
+    gpu = torch.device("cuda")
+    chosen = [
+        choose_ours_beside_fa3(parse_config(options), device, head_size, dtype, page_size)
+        for options, device, head_size, dtype, page_size in [
+            (None, gpu, 128, torch.bfloat16, 128),
+            (None, gpu, 64, torch.bfloat16, 128),
+            (None, gpu, 128, torch.float32, 128),
+            (None, gpu, 128, torch.bfloat16, 16),
+            ({"kernel": "fa3"}, gpu, 128, torch.bfloat16, 128),
+            (None, torch.device("cpu"), 128, torch.bfloat16, 128),
+        ]
+    ]
+    assert chosen == [measured, None, None, None, None, None]
+    monkeypatch.setattr(launch, "device_capability", lambda device: (10, 0))
+    assert choose_ours_beside_fa3(parse_config(None), gpu, 128, torch.bfloat16, 128) is None
 
 
 def test_kernel_choice_on_a_gpu() -> None:

@@ -13,6 +13,7 @@ from farspan.engine_ext.pass_maker import effective_prefill
 from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.kernels.rotary_turn import make_string_turn
+from farspan.kernels.tuning import OursBesideFa3
 
 DEVICE = torch.device("cpu")
 # Two layers of the second stage of a pipeline.
@@ -221,6 +222,26 @@ def test_requests_that_a_turn_does_not_reach_are_passes_without_it(
     assert turned.batch.kv_lens.tolist() == [101, 900]
     assert [each.work.kernel for each in step.passes] == kernels
     assert [each.work.tiles is not None for each in step.passes] == [name == "triton" for name in kernels]
+
+
+@pytest.mark.parametrize(
+    ("ours", "query_lens", "kernel"),
+    [
+        (None, [300], "fa3"),
+        (OursBesideFa3(100, 400), [99, 20], "fa3"),
+        (OursBesideFa3(100, 400), [20, 100], "triton"),
+        (OursBesideFa3(100, 399), [20, 100], "fa3"),
+    ],
+    ids=["never", "short", "right", "long"],
+)
+def test_dense_chunks_take_our_kernel_where_it_is_the_faster(
+    ours: OursBesideFa3 | None, query_lens: list[int], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "choose_dense_kernel", lambda *arguments: "fa3")
+    monkeypatch.setattr(metadata, "choose_ours_beside_fa3", lambda *arguments: ours)
+    (each,) = build(query_lens, [400] * len(query_lens), monkeypatch=monkeypatch).passes
+    assert each.work.kernel == kernel
+    assert (each.work.tiles is not None) is (kernel == "triton")
 
 
 def test_min_seq_len_is_held_against_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

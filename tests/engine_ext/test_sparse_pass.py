@@ -11,6 +11,7 @@ from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import TILE_ROWS_RULE, FlexSelector
 from farspan.engine_ext.selection.stats import SelectionStats
 from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.decode import MAX_DECODE_REQUESTS
 from farspan.kernels.rotary_turn import make_string_turn
 
 CPU = torch.device("cpu")
@@ -178,3 +179,10 @@ def test_measured_rows_did_not_choose_and_could_lose_something(selection: str, f
     whole = range(-(-first // 256) * 256, end // 256 * 256)
     assert all(position in whole for position in counted)
     assert bool(counted) == (len(whole) > 0)
+
+
+def test_sampled_rows_of_many_requests_fit_into_one_launch() -> None:
+    """VLLM warms up with as many requests as an engine takes."""
+    layer = Layer([(1, 1)] * 1000, [0], 1)
+    rows = layer.maker.sample(layer.batch, layer.starts, layer.seq_lens, 256, FlexPrefill())
+    assert len(rows.rows) == 65 * 1000 <= MAX_DECODE_REQUESTS

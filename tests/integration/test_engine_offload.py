@@ -202,8 +202,10 @@ def test_few_slots_make_requests_wait(make_llm: Callable[..., Any], stock_tokens
     assert scheduler.max_num_running_reqs == 3
 
 
-def test_aborts(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
-    """Requests that are aborted while they prefill or decode leave no trace in the others."""
+def test_aborts_and_resets(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Requests that are aborted while they prefill or decode leave no trace in the others; nor does the prefix cache
+    when it is emptied under them, which preempts all and starts them again in the same step.
+    """
     from vllm import SamplingParams
 
     prompts = make_prompts((300, 310, 250, 330), seed=6)
@@ -225,6 +227,8 @@ def test_aborts(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
                 engine.abort_request([f"{repeat}-1"])
             if steps == 22:
                 engine.abort_request([f"{repeat}-2"])
+            if steps == 12 + 9 * repeat:
+                engine.engine_core.engine_core.scheduler.reset_prefix_cache(reset_running_requests=True)
             offload_state(llm)
         for place in (0, 3):
             assert finished[f"{repeat}-{place}"] == expected[place]

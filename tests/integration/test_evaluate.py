@@ -8,7 +8,6 @@ import torch
 from farspan.cli import main
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.evaluate import (
-    NEEDLE_DIR,
     EvalSettings,
     Model,
     all_cells,
@@ -23,6 +22,7 @@ from farspan.evaluation.evaluate import (
 from farspan.evaluation.plots import draw_plots
 from farspan.evaluation.reading import estimate_s
 from farspan.evaluation.results import ACCURACY_COLUMNS, CSV_COLUMNS, Cell, format_table, read_csv, remarks
+from farspan.needle import model_dir
 from farspan.needle.tasks import TASKS
 
 
@@ -224,10 +224,10 @@ def test_the_time_is_told_before_the_first_cell(tmp_path, capsys):
     wanted = settings(tmp_path, methods=("stock", "dense"), lengths=(512, 1024), count=10)
     run_eval(wanted, StubModels())
     assert "for 4 cells of 10 questions" in capsys.readouterr().err
-    first = estimate_s(str(NEEDLE_DIR), [512], 10, 3.0, 512)
+    first = estimate_s(str(model_dir()), [512], 10, 3.0, 512)
     assert first == pytest.approx(30.0)
     # Attention grows with the square.
-    assert 2 * first < estimate_s(str(NEEDLE_DIR), [1024], 10, 3.0, 512) < 4 * first
+    assert 2 * first < estimate_s(str(model_dir()), [1024], 10, 3.0, 512) < 4 * first
     said = estimate(wanted, list(all_cells(wanted)), 60.0, 600.0)
     assert said.startswith("about 82 minutes for 4 cells of 10 questions")
 

@@ -152,10 +152,27 @@ def test_the_table_has_both_ways_and_what_to_start(llama: str, capsys: pytest.Ca
     assert re.search(r"^1,638,272 +1 +0 +\d+ +1 % +1 ", text, flags=re.MULTILINE)
     assert "does not fit" not in text
     assert text.rstrip().endswith(
-        "--max-model-len 1638272 --max-num-seqs 1 --max-num-batched-tokens 8192 --block-size 128."
+        "--max-model-len 1638272 --max-num-seqs 1 --max-num-batched-tokens 8192 --block-size 128 --attention-backend "
+        """CUSTOM --additional-config '{"farspan": {"offload": {"host_memory": 200}}}'."""
     )
     assert main(["plan", llama, "--gpu-memory", "24GB"]) == 0
-    assert "With offload" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "With offload" not in text
+    assert text.rstrip().endswith("--max-num-batched-tokens 8192 --block-size 128.")
+
+
+def test_what_to_start_has_what_was_asked(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of ours where the context fits by them alone, with the host memory that it needs."""
+    asked = ["--tensor-parallel-size", "2", "--gpu-memory", "24GB", "--host-memory", "100.5", "--hot-heads", "2"]
+    asked += ["--gpu-memory-utilization", "0.9", "--group-size", "1", "--context"]
+    started = []
+    for context in ("4K", "300K"):
+        assert main(["plan", llama, *asked, context]) == 0
+        started.append(capsys.readouterr().out.rstrip().splitlines()[-1])
+    assert started[0].endswith("--block-size 128 --tensor-parallel-size 2 --gpu-memory-utilization 0.9.")
+    options = json.loads(started[1].split("--additional-config '")[1].removesuffix("'."))
+    # 131,072 bytes a token, of which six of eight heads are cold.
+    assert options == {"farspan": {"offload": {"host_memory": 29, "hot_heads": 2, "group_size": 1}}}
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_any_models_page_comes_from_an_engine(tmp_path, monkeypatch, model_dirs)
         rows = [{"rank": r, "layer": layer, "head": 0, **heads} for layer in range(2) for r in range(2)]
         yield Model(generate, lambda: rows)
 
-    monkeypatch.setattr("farspan.evaluation.evaluate._tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("farspan.evaluation.evaluate.load_tokenizer", lambda model: tokenizer)
     monkeypatch.setattr(model_report.model_sections, "__defaults__", (open_model,))
     arguments = ["report", "--model", str(model_dirs("llama")), "--length", "1800", "--gamma", "0.9", "--count", "3"]
     assert main([*arguments, "--out", str(tmp_path / "page")]) == 0

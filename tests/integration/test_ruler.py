@@ -112,7 +112,7 @@ def test_the_users_text_is_the_haystack(tmp_path, tokenizer) -> None:
 def test_other_models_are_asked_in_rulers_form(tmp_path, model_dirs, monkeypatch) -> None:
     wanted = EvalSettings(str(model_dirs("llama")), ("niah_single",), (1024,), tmp_path / "out", count=2)
     tokenizer = Letters()
-    monkeypatch.setattr("farspan.evaluation.evaluate._tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("farspan.evaluation.evaluate.load_tokenizer", lambda model: tokenizer)
     samples = make_samples(wanted, Cell("dense", "niah_single", 1024, None, 0, 2))
     assert all("special magic number" in sample.prompt for sample in samples)
     assert [sample.max_new_tokens for sample in samples] == [7 + 32] * 2

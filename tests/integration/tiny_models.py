@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, HEAD_DIM = 128, 256, 2, 512, 64
+WINDOW = 256
+INTERLEAVED = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": WINDOW}
+"""A layer that sees all tokens, and one that sees WINDOW."""
 ARCHITECTURES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
@@ -15,9 +18,11 @@ ARCHITECTURES = {
     "slash": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "mqa": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
+    "interleaved": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **INTERLEAVED},
 }
 NUM_HEADS = {"llama": (4, 2), "qwen2": (7, 1), "qwen3": (4, 4), "slash": (4, 1), "mqa": (4, 1), "mixtral": (4, 2)}
-"""Query and KV heads: groups of 2, 7, 1, 4, 4 and 2."""
+NUM_HEADS["interleaved"] = NUM_HEADS["llama"]
+"""Query and KV heads: groups of 2, 7, 1, 4, 4, 2 and 2."""
 NUM_EXPERTS = 4
 SLASH_HEAD, SLASH = 2, 1152
 """The query head of "slash" that looks SLASH tokens back; all others look at their own token."""

@@ -23,6 +23,7 @@ from farspan.kernels import (
     page_choice,
     selected_decode,
     static_block_lists,
+    tuning,
 )
 from farspan.kernels import prefill as paged_prefill
 from farspan.kernels.batch import KVView, PagedBatch
@@ -31,6 +32,8 @@ from farspan.kernels.contiguous import short_lists
 from farspan.kernels.flex import tile_rows
 from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget
+from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
+from farspan.kernels.rotary_turn import make_string_turn
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -88,25 +91,42 @@ def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str,
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def prefill_over_lists() -> None:
-    """Launch prefill of 1,024 tokens with heads of 128 on pages of 128 tokens, with one list per query head."""
-    query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
+def prefill(
+    hopper: bool, head_dim: int = 128, *, has_lists: bool = True, has_turn: bool = False, page_size: int = 128
+) -> None:
+    """Launch prefill of 1,024 tokens, with one list per query head or none, by the chosen or the portable kernel."""
+    query = torch.empty(1024, 32, head_dim, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
-    paged_prefill.paged_prefill(
+    portable = tuning.prefill_config(
+        head_dim,
+        query.dtype,
+        (HOPPER // 10, HOPPER % 10),
+        block_size=128,
+        tokens_per_tile=128,
+        heads_that_share=1,
+        keys_in_a_row=page_size,
+        has_turn=has_turn,
+        has_lists=has_lists,
+    )
+    paged_prefill.prefill_attention(
         query,
-        KVView(torch.empty(16, 8, 128, 256, dtype=torch.bfloat16)),
+        *KVView(torch.empty(2048 // page_size, 8, page_size, 2 * head_dim, dtype=torch.bfloat16)).split(),
         PagedBatch(
             torch.tensor([0, 1024], dtype=torch.int32),
             torch.tensor([1024], dtype=torch.int32),
-            torch.zeros(1, 16, dtype=torch.int32),
+            torch.zeros(1, 2048 // page_size, dtype=torch.int32),
             max_query_len=1024,
             max_kv_len=1024,
         ),
-        tiles=tiles,
-        scale=0.1,
+        tiles,
+        0.1,
         block_lists=BlockLists(
             torch.zeros(32, tiles.num_tiles, 16, dtype=torch.int32), torch.ones(32, tiles.num_tiles, dtype=torch.int32)
-        ),
+        )
+        if has_lists
+        else None,
+        turn=make_string_turn(torch.ones(head_dim // 2), 5, 1, True, query.device) if has_turn else None,
+        config=None if hopper else portable,
     )
 
 
@@ -288,7 +308,7 @@ def main() -> None:
     page_bounds.multiplies_bfloat16 = lambda device: True
     # It wants the tensors on a GPU, where they would be computed.
     contiguous._check = lambda *arguments: None
-    kernel = paged_prefill.prefill_kernel
+    kernel, gluon_kernel = paged_prefill.prefill_kernel, hopper_prefill_kernel
     log_sums, choice = tile_rows.log_sums_kernel, tile_rows.choice_kernel
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
@@ -298,7 +318,10 @@ def main() -> None:
         json.dumps(
             {
                 "dense-d64": compiled(kernel, lambda: contiguous.attention(q, q, q)),
-                "lists-d128": compiled(kernel, prefill_over_lists),
+                "lists-d128": compiled(kernel, partial(prefill, False)),
+                "hopper-lists-d128": compiled(gluon_kernel, partial(prefill, True)),
+                "hopper-lists-turn-d128": compiled(gluon_kernel, partial(prefill, True, has_turn=True)),
+                "hopper-lists-page16-d64": compiled(gluon_kernel, partial(prefill, True, 64, page_size=16)),
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),

@@ -1,4 +1,6 @@
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,20 @@ def test_rounds_to_the_dtype_of_the_output(device: torch.device) -> None:
 def test_any_number_of_parts(device: torch.device, num_parts: int) -> None:
     parts = [draw_partial(5, 2, 64, device) for _ in range(num_parts)]
     assert_attention_close(*combined(*parts), *expected_of(*parts), torch.float32)
+
+
+def test_a_grid_holds_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first axis of a grid may have more than 65,535 programs."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("farspan.kernels.combine._combine_kernel", Kernel())
+    out, lse = torch.empty(1, 2, 16).expand(70_000, 2, 16), torch.empty(2, 70_000)
+    combine_partials(out[None], lse[None], out=out, lse=lse)
+    ((programs, *others),) = grids
+    assert programs * math.prod(others) == 140_000
+    assert all(axis <= 65_535 for axis in others)

@@ -11,7 +11,7 @@ from tools import lock, setup_env
 from tools.evaluation_tables import TABLES, all_tables, format_tables
 from tools.link_tree import ROOT, make_link_tree
 
-MAX_TRACKED_BYTES = 8 * 2**20
+MAX_TRACKED_BYTES = 8 * 10**6
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,29 @@ def test_staged_pages_are_those_of_the_step(num_slots: int, device: torch.device
     assert cache.num_staged > 0
 
 
+def test_the_first_group_is_fetched_before_its_attention() -> None:
+    """Beside the layers before it, as soon as the step is known; the buffers are those of the step from then on."""
+    cache, residency = make_cache(6)
+    driver = Driver(cache, residency)
+    for count in (60, 64, 64):
+        _, step, each = driver.step(count)
+        for layer in (0, 2):
+            driver.write(step, layer, count)
+        if count == 64:
+            assert cache.staging is not None
+            found = cache.staging.buffers[0].clone()
+            entries = cache.entries[0, : len(driver.blocks)]
+            on_host = (entries < 0).nonzero().flatten()
+            assert len(on_host) > 0
+            pages = found[:, on_host].flatten(1, 2)
+            positions = (on_host[:, None] * PAGE + torch.arange(PAGE)).flatten()
+            assert torch.equal(pages.transpose(0, 1), expected(0, driver.computed, slice(1, 3))[positions])
+        for layer in (0, 2):
+            for heads in (slice(1, 3), slice(3, 4)):
+                found = driver.read(step, layer, each, heads)
+                assert torch.equal(found, expected(layer, driver.computed, heads))
+
+
 def test_views_read_slots_and_host_memory() -> None:
     cache, residency = make_cache(6)
     driver = Driver(cache, residency)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from farspan.engine_ext.errors import UnsupportedEngineError
 from farspan.engine_ext.offload import pool
-from farspan.engine_ext.offload.pool import GIB, make_host_pool, make_slab, slab_members
+from farspan.engine_ext.offload.pool import GIB, LARGE_PAGE_BYTES, make_host_pool, make_slab, slab_members
 
 
 def test_layers_share_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,17 @@ def test_slabs() -> None:
     assert slab_members([3 * GIB, 3 * GIB, 3 * GIB, 20 * GIB, GIB]) == [[0, 1], [2], [3], [4]]
     with pytest.raises(UnsupportedEngineError, match=r"one layer take 65 GiB of host memory; farspan supports 64\."):
         slab_members([65 * GIB])
+
+
+@pytest.mark.parametrize("page_shape", [(5, 16, 128), (3, 16, 192), (2, 128, 256)], ids=["d64", "d96", "d128"])
+def test_pages_begin_where_the_device_reads(page_shape: tuple[int, int, int]) -> None:
+    """A GPU reads 128 bytes at a time; pages that begin between them are read at five sixths of the rate."""
+    made = make_host_pool([2, 1], page_shape, torch.bfloat16, register=False)
+    for layer in made.layers:
+        for head in layer:
+            assert [page.data_ptr() % 128 for page in head] == [0] * page_shape[0]
+    assert made.slabs[0].data_ptr() % LARGE_PAGE_BYTES == 0
+    assert made.num_bytes == 3 * 2 * page_shape[0] * page_shape[1] * page_shape[2]
 
 
 def test_no_memory() -> None:

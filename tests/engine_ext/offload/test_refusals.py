@@ -86,11 +86,19 @@ def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -
     from farspan.engine_ext.config import OffloadOptions
 
     worker = SimpleNamespace(vllm_config=config)
-    monkeypatch.setattr(offload, "available_host_bytes", lambda: 120 * offload.GIB)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 120 * offload.GIB)
     offload_options = OffloadOptions(host_memory=100)
     assert offload.host_budget(worker) == 50 * offload.GIB
     offload_options = OffloadOptions()
     assert offload.host_budget(worker) == 36 * offload.GIB
     offload_options = OffloadOptions(host_memory=121)
     with pytest.raises(ConfigError, match=r"host_memory=121.*; allowed: up to 120\.0 GiB"):
+        offload.host_budget(worker)
+    # Of two engines side by side, each asks for its half, while the other may have its own.
+    config.parallel_config.data_parallel_size_local = 2
+    config.parallel_config.local_world_size = 1
+    offload_options = OffloadOptions(host_memory=200)
+    assert offload.host_budget(worker) == 100 * offload.GIB
+    offload_options = OffloadOptions(host_memory=250)
+    with pytest.raises(ConfigError, match=r"host_memory=250.*; allowed: up to 240\.0 GiB"):
         offload.host_budget(worker)

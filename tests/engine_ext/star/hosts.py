@@ -13,6 +13,7 @@ from farspan.engine_ext import launch, layers, metadata, requests
 from farspan.engine_ext.config import Prefill, parse_config
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.star import steps
+from farspan.engine_ext.star.exchange import PartialResult, unpacked
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.string import Rotation
 from farspan.kernels.batch import KVView
@@ -122,9 +123,8 @@ class Meeting:
             assert len(set(digests)) == 1
             return list(numbers)
 
-        def gather(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            outs, lses = zip(*self.meet(rank, (out, lse)), strict=True)
-            return torch.stack(outs), torch.stack(lses)
+        def gather(mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
+            return unpacked(torch.stack(self.meet(rank, mine.buffer)), mine.out)
 
         def gather_pages(pages: torch.Tensor) -> torch.Tensor:
             return torch.cat(self.meet(rank, pages.clone()))
@@ -254,8 +254,8 @@ def attend_step(
     query = launch.at_true_positions(query, step.moved, context.to_true_positions)
     pages = pages if step.key_exchange is None else step.key_exchange.pages(pages)
     for each in step.passes:
-        target = out[each.rows] if each.part is None else parts.new_out(out[each.rows])
-        lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target)
+        target, lse = parts.room(each, out[each.rows])
+        lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target, lse)
         if each.part is not None:
             parts.add(each, lse, out[each.rows])
     return out

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from farspan.engine_ext.errors import StarError
-from farspan.engine_ext.star.exchange import Exchange, StarAborted, exchange_of, form_exchange, set_exchange
-from farspan.star.rendezvous import bind_ports
+from farspan.engine_ext.star.exchange import (
+    TELLING_S,
+    Exchange,
+    PartialResult,
+    StarAborted,
+    exchange_of,
+    form_exchange,
+    set_exchange,
+)
+from farspan.star.rendezvous import bind_port
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -18,8 +26,8 @@ TIMEOUT_S = 1.5
 
 def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
     """`work(exchange)` on every host at the same time; an exception is that host's result."""
-    sockets = bind_ports("127.0.0.1")
-    ports = [each.getsockname()[1] for each in sockets]
+    listening = bind_port("127.0.0.1")
+    port = listening.getsockname()[1]
 
     exchanges: list[Exchange] = []
 
@@ -28,8 +36,8 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
             rank,
             num_hosts,
             "127.0.0.1",
-            ports,
-            sockets=sockets if rank == 0 else (),
+            port,
+            listening=listening if rank == 0 else None,
             device_type="cpu",
             timeout_s=TIMEOUT_S,
             start_timeout_s=30,
@@ -48,25 +56,24 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3])
+@pytest.mark.parametrize("num_heads", [6, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_partial_results_of_all_hosts_in_the_order_of_ranks(num_hosts: int, dtype: torch.dtype) -> None:
-    def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def test_partial_results_of_all_hosts_in_the_order_of_ranks(num_hosts: int, num_heads: int, dtype: torch.dtype) -> None:
+    def result(rank: int) -> PartialResult:
         generator = torch.Generator().manual_seed(rank)
-        out = torch.randn(5, 6, 64, generator=generator).to(dtype)
-        return out, torch.randn(6, 5, generator=generator)
+        mine = PartialResult.empty(torch.empty(5, num_heads, 64, dtype=dtype))
+        mine.out.copy_(torch.randn(5, num_heads, 64, generator=generator))
+        mine.lse.copy_(torch.randn(num_heads, 5, generator=generator))
+        return mine
 
-    results = on_hosts(num_hosts, lambda exchange: exchange.gather(*inputs(exchange.rank)))
+    results = on_hosts(num_hosts, lambda exchange: exchange.gather(result(exchange.rank)))
     for part_out, part_lse in results:
+        # Whatever the number of heads and tokens, the combination is one compiled kernel.
+        assert part_out.stride(0) % 16 == part_lse.storage_offset() * 4 % 16 == 0
         for rank in range(num_hosts):
-            out, lse = inputs(rank)
-            assert torch.equal(part_out[rank], out)
-            assert torch.equal(part_lse[rank], lse)
-
-
-def test_strided_results_are_gathered() -> None:
-    wide = torch.randn(5, 6, 128)
-    results = on_hosts(2, lambda exchange: exchange.gather(wide[:, 1:5, :64], torch.zeros(4, 5)))
-    assert torch.equal(results[0][0][1], wide[:, 1:5, :64])
+            expected = result(rank)
+            assert torch.equal(part_out[rank], expected.out)
+            assert torch.equal(part_lse[rank], expected.lse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -117,6 +124,27 @@ def test_a_host_that_is_gone_is_named_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "late"])
+def test_hosts_that_wait_in_a_collective_name_the_one_that_does_not(is_gone: bool) -> None:
+    """Not each other, who wait for it as well."""
+
+    def work(exchange: Exchange) -> None:
+        if exchange.rank == 1 and is_gone:
+            exchange.close()
+        elif exchange.rank == 1:
+            time.sleep(TIMEOUT_S + 2 * TELLING_S)
+        else:
+            # One notices well before the other: its time-out is shorter.
+            exchange.timeout_s = TIMEOUT_S - 0.2 * exchange.rank
+            exchange.gather(PartialResult.empty(torch.zeros(1, 1, 8)))
+
+    first, second, third = on_hosts(3, work)
+    assert second is None
+    for error in (first, third):
+        assert isinstance(error, StarError)
+        assert ("lost the connection to host 1;" if is_gone else ": host 1 did not take part within") in str(error)
+
+
 def test_hosts_that_would_compute_different_steps_say_so() -> None:
     results = on_hosts(2, lambda exchange: exchange.agree(b"one" if exchange.rank == 0 else b"two"))
     assert "host 0 and host 1 are about to compute different steps" in str(results[0])
@@ -146,7 +174,7 @@ def test_a_request_of_another_group_is_refused() -> None:
 
 
 def test_hosts_that_do_not_all_come_are_told() -> None:
-    sockets = bind_ports("127.0.0.1")
-    ports = [each.getsockname()[1] for each in sockets]
+    listening = bind_port("127.0.0.1")
+    port = listening.getsockname()[1]
     with pytest.raises(StarError, match=r"host 0 did not meet all 2 hosts at 127\.0\.0\.1"):
-        form_exchange(0, 2, "127.0.0.1", ports, sockets=sockets, device_type="cpu", timeout_s=1, start_timeout_s=1)
+        form_exchange(0, 2, "127.0.0.1", port, listening=listening, device_type="cpu", timeout_s=1, start_timeout_s=1)

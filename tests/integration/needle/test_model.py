@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from farspan.needle import model_dir  # noqa: E402
+from farspan.engine_ext.errors import ConfigError  # noqa: E402
+from farspan.needle import BUNDLE, model_dir, unpack  # noqa: E402
 from farspan.needle.heads import COLUMNS, head_report  # noqa: E402
 from farspan.needle.network import load_network  # noqa: E402
 from farspan.needle.tasks import TASKS, make_sample, score  # noqa: E402
@@ -45,6 +46,29 @@ def test_the_folder_is_small_and_the_shape_is_as_promised():
     assert config["num_attention_heads"] >= 4 * config["num_key_value_heads"]
     assert config["num_key_value_heads"] >= 2
     assert config["max_position_embeddings"] == 131072
+
+
+def test_it_is_unpacked_once_and_whole(tmp_path, monkeypatch):
+    folder = unpack(BUNDLE, tmp_path / "cache" / "needle")
+    assert {path.name for path in folder.iterdir()} == {path.name.removesuffix(".xz") for path in BUNDLE.iterdir()}
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert unpack(BUNDLE, folder) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+
+    def cut(packed: bytes) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lzma.decompress", cut)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(BUNDLE, tmp_path / "full" / "needle")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_gets_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be unpacked in .*Set XDG_CACHE_HOME to a folder"):
+        model_dir.__wrapped__()
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
-from farspan.evaluation.evaluate import NEEDLE_DIR
 from farspan.evaluation.needle_answers import BlockGrids, Question, Variant, ask, overlap, sweep_row, to_question
+from farspan.needle import model_dir
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PagedNeedle
@@ -14,7 +14,7 @@ from benchmarks.needle_training.sweep import paper_variants
 
 @pytest.fixture(scope="module")
 def model() -> PagedNeedle:
-    return PagedNeedle(load_network(NEEDLE_DIR), 1024)
+    return PagedNeedle(load_network(model_dir()), 1024)
 
 
 @pytest.fixture(scope="module")

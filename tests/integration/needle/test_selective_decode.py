@@ -9,14 +9,13 @@ from farspan.engine_ext import launch
 from farspan.engine_ext.config import DensePrefill
 from farspan.engine_ext.passes import Decode, DecodeRecord, LayerContext, LayerSelection, Pass
 from farspan.engine_ext.splits import SplitPlan
-from farspan.evaluation.evaluate import NEEDLE_DIR
 from farspan.evaluation.needle_answers import Question, to_question
 from farspan.kernels.batch import KVView
 from farspan.kernels.page_bounds import PageBounds
 from farspan.kernels.page_choice import Rule
 from farspan.kernels.page_choice_reference import key_bounds
 from farspan.kernels.selected_decode import make_selection_buffers
-from farspan.needle import paged
+from farspan.needle import model_dir, paged
 from farspan.needle.evaluate import encode_sample
 from farspan.needle.network import load_network
 from farspan.needle.paged import PAGE_SIZE, PagedNeedle
@@ -73,7 +72,7 @@ class SelectiveNeedle(PagedNeedle):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> SelectiveNeedle:
-    made = SelectiveNeedle(load_network(NEEDLE_DIR), 2200)
+    made = SelectiveNeedle(load_network(model_dir()), 2200)
     monkeypatch.setattr(paged, "attend", made.attend)
     monkeypatch.setattr("farspan.kernels.page_choice_reference.SELECT_RECENT_TOKENS", 256)
     return made

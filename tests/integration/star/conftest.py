@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from farspan.star.blocks import BlockSizes
 
 from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
 from tests.integration.tiny_models import write_model
@@ -21,6 +22,8 @@ ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # It compiles for a minute where its cache is empty.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 PAGE = 16
 
@@ -41,10 +44,9 @@ def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any)
     return FaultyStarLLM(
         str(model),
         num_hosts,
-        timeout_s=TIMEOUT_S,
         start_timeout_s=180,
         env={**ENV, "PYTHONPATH": path, FAULT_FILE: str(fault_file)},
-        **(engine | arguments),
+        **({"timeout_s": TIMEOUT_S} | engine | arguments),
     )
 
 
@@ -56,7 +58,9 @@ def fault_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def star(star_model: Path, fault_file: Path) -> Iterator[FaultyStarLLM]:
     """Two hosts with pages of 16 tokens and chunks of 64."""
-    with start_hosts(star_model, 2, fault_file) as llm:
+    with start_hosts(star_model, 2, fault_file, visibility="all") as llm:
+        # What a request says nothing of.
+        llm.sizes = BlockSizes(anchor="recompute")
         yield llm
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ class FaultyHost(StarHost):
     connections: frozenset[int] = frozenset()
     """File descriptors of the connections to other hosts."""
 
-    def rejoin(self, address: str, ports: Sequence[int]) -> None:
+    def rejoin(self, address: str, port: int) -> None:
         """As StarHost's; remembers which connections it made."""
         before = connected()
-        super().rejoin(address, ports)
+        super().rejoin(address, port)
         self.connections = connected() - before
 
     def run(self, ask: Ask) -> Answer:

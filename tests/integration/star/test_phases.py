@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.star.blocks import BlockSizes
+from farspan.star.coordinator import HostLost
 from farspan.star.host import StarHost
 from farspan.star.llm import StarLLM
-from farspan.star.protocol import Answer, Ask, HostFacts, HostSetup
+from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup
 from farspan.star.work import Work
 from vllm import SamplingParams
 
@@ -30,13 +31,16 @@ class Asking(StarLLM):
     def __init__(self) -> None:
         self.asked: list[Ask] = []
         facts = [HostFacts(PAGE, 1024, 2048, 512, 1000.0, 128, 0.0)] * 2
-        self.hosts: Any = SimpleNamespace(setup=SimpleNamespace(graphs=False), actors=[1, 2], facts=facts)
+        setup = SimpleNamespace(graphs=False, gathers_keys=True)
+        self.hosts: Any = SimpleNamespace(setup=setup, actors=[1, 2], facts=facts)
         self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
-        self.tokenizer = self.working_thread = self.sharing_pays = None
+        self.tokenizer = self.working_thread = None
+        self.sharing_pays = False
         self.lock = threading.Lock()
 
     def guarded(self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False) -> Iterator[Any]:
         """Answer at once."""
+        assert asks
         self.asked += asks.values()
         for rank, ask in asks.items():
             answers[rank] = answer_of(ask.prompt[-2:], tuple(answer_of(each.prompt[-2:]) for each in ask.others))
@@ -59,6 +63,30 @@ def test_phase_1_prefills_as_the_request_says() -> None:
     assert not work.first_ask(work.shards[1], 1).shares_anchor
 
 
+def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
+    """Once; where a host is lost meanwhile all start anew with the next request."""
+    llm, params = Asking(), SamplingParams(max_tokens=2, temperature=0.0)
+    stopped: list[bool] = []
+    llm.hosts.stop = lambda: stopped.append(True)
+    llm.sharing_pays = None
+
+    def lost() -> list[HostRates]:
+        raise HostLost(1, "start: host 1 is dead")
+
+    llm.hosts.measure = lost
+    with pytest.raises(StarError, match="host 1 is dead"):
+        llm.generate(list(range(200)), [1, 2], params)
+    assert stopped == [True]
+    measured = iter([[HostRates(1e-7, 1e-6), HostRates(2e-7, 1e-6)]])
+    llm.hosts.measure = lambda: next(measured)
+    for _ in range(2):
+        llm.asked.clear()
+        llm.generate(list(range(200)), [1, 2], params)
+        assert [ask.shares_anchor for ask in llm.asked] == [True, True, False, False]
+    llm.generate(list(range(200)), [1, 2], params, anchor="recompute")
+    assert not llm.asked[-4].shares_anchor
+
+
 def test_queries_together_are_one_request_to_each_host() -> None:
     llm = Asking()
     params = SamplingParams(max_tokens=2, temperature=0.0)
@@ -77,6 +105,14 @@ def test_queries_together_are_one_request_to_each_host() -> None:
         llm.generate_together(prompts * 10, params)
 
 
+def test_a_query_without_context_is_one_of_all_hosts_that_decode_in_graphs() -> None:
+    llm = Asking()
+    llm.hosts.setup.graphs = True
+    assert llm.generate([], [8, 9], SamplingParams(max_tokens=2)).token_ids == [8, 9]
+    assert [ask.phase for ask in llm.asked] == ["phase 2"] * 2
+    assert llm.generate([7], [8, 9], SamplingParams(max_tokens=2)).token_ids == [8, 9]
+
+
 def test_all_hosts_read_windows_where_every_token_sees_all_before_it() -> None:
     llm = Asking()
     params = SamplingParams(max_tokens=2, temperature=0.0)
@@ -87,6 +123,9 @@ def test_all_hosts_read_windows_where_every_token_sees_all_before_it() -> None:
     # What fills no window evenly comes with the query.
     assert llm.asked[-1].prompt[-46:] == [*range(256, 300), 1, 2]
     assert output.token_ids == [1, 2]
+    llm.hosts.setup.gathers_keys = False
+    with pytest.raises(ConfigError, match="visibility='all' for one request; allowed: where StarLLM has it too"):
+        llm.generate(list(range(300)), [1, 2], params, visibility="all")
 
 
 def test_a_second_request_of_a_thread_with_an_open_stream_is_refused() -> None:

@@ -1,0 +1,31 @@
+"""What `flex_ttft` runs when it is told which shapes, lengths and variants."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.flex_ttft import SHAPES, engines, requests_of, run
+from benchmarks.record import BenchmarkError, Environment, Recorder
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"shapes": ["llama70b"]}, "known are qwen0.5b, qwen1.5b, llama8b-16layers, llama8b"),
+        ({"variants": ["farspan-g0.5"]}, "known are fa3, farspan, farspan-g0.95, farspan-g0.9"),
+        ({"variants": ["farspan-g0.9"]}, "held against a dense one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(given: dict[str, Any], sentence: str) -> None:
+    recorder = Recorder(None, Environment("r", "2026-11-28", "c", "cpu", "", "2", "3", "0.32"))
+    with pytest.raises(BenchmarkError, match=sentence):
+        run(recorder, **given)
+
+
+def test_an_engine_has_room_for_its_longest_prompt() -> None:
+    requests = requests_of([4096, 1024], dry_run=False, repeats=2)
+    assert [(each.prompt_len, each.repeats) for each in requests] == [(1024, 2), (4096, 2)]
+    made = engines(SHAPES["llama8b"], requests, False, ["fa3", "farspan-g0.9"])
+    assert [spec.backend for spec in made.values()] == ["FLASH_ATTN", "CUSTOM"]
+    room = {spec.engine["kv_cache_memory_bytes"] // (2 * 2 * 32 * 8 * 128) for spec in made.values()}
+    assert all(4096 < num_tokens < 13000 for num_tokens in room)

@@ -1,0 +1,50 @@
+"""Models of which some layers have a sliding window: those are vLLM's own backend's, the others ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.integration.test_engine_tokens import generate, make_prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+PROMPTS = make_prompts((1, 129, 300, 1500), seed=9)
+LONG = make_prompts((1500,), seed=10)[0]
+DENSE = {"method": "dense"}
+FLEX = {"method": "flex", "gamma": 0.3, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
+
+
+def engine(make_llm: Callable[..., Any], prefill: dict[str, Any], **kwargs: Any) -> Any:
+    return make_llm(
+        "interleaved",
+        max_num_batched_tokens=700,
+        max_num_seqs=4,
+        additional_config={"farspan": {"prefill": prefill}},
+        **kwargs,
+    )
+
+
+def test_tokens_are_those_of_the_stock_backend(make_llm: Callable[..., Any]) -> None:
+    """Also after a prefix hit that is longer than the window, and where blocks outside the window were freed."""
+    stock = make_llm("interleaved", None, enable_prefix_caching=False)
+    twice = [*PROMPTS, [*LONG[:1100], *PROMPTS[1]]]
+    expected = [generate(stock, prompts) for prompts in (twice, [LONG])]
+    llm = engine(make_llm, DENSE)
+    (found,) = llm.collective_rpc("attention_launches")
+    assert sorted(found) == ["CPUAttentionBackendImpl", "FarspanImpl"]
+    assert [generate(llm, [LONG]), generate(llm, twice)] == expected[::-1]
+
+
+def test_flex_is_sparse_in_the_layers_that_see_all(make_llm: Callable[..., Any]) -> None:
+    llm = engine(make_llm, FLEX, enable_prefix_caching=False)
+    exact = engine(make_llm, DENSE, enable_prefix_caching=False)
+    sparse = generate(llm, PROMPTS)
+    assert sparse != generate(exact, PROMPTS)
+    assert generate(llm, PROMPTS[::-1])[::-1] == sparse
+
+
+@pytest.mark.parametrize("name", ["string", "offload"])
+def test_what_must_reach_all_layers_is_refused(make_llm: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"layers with a sliding window, .* Leave out {name}"):
+        make_llm("interleaved", additional_config={"farspan": {name: {}}})
