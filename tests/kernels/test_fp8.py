@@ -170,8 +170,8 @@ def test_selection(device: torch.device) -> None:
 def test_writes_are_divided_and_saturate(dtype: torch.dtype, device: torch.device) -> None:
     """Of numbers that float8 has: Triton's interpreter does not round to it as a GPU does."""
     numbers = torch.tensor([0.0, 1.0, -1.75, 14.0, FP8_MAX, -FP8_MAX, 0.25, -104.0]).repeat(8)
-    key = (numbers * 0.5)[None, None].expand(3, 2, -1).to(dtype).to(device)
-    value = (numbers.flip(0) * 2)[None, None].expand(3, 2, -1).to(dtype).to(device)
+    key = (numbers * 0.5)[None, None].repeat(3, 2, 1).to(device, dtype)
+    value = (numbers.flip(0) * 2)[None, None].repeat(3, 2, 1).to(device, dtype)
     key[0, 0, 0], value[1, 1, 3] = 60000.0, -60000.0
     slots = torch.tensor([18, -1, 5], device=device)
     write = [write_kv, write_kv_cpu] if device.type == "cpu" else [write_kv]
