@@ -81,8 +81,6 @@ RULES = (
     Rule("16of256-lost.2", lost=0.2),
     Rule("16of256-lost.5-previous1", previous=1),
     Rule("all256-lost.5", rows=0),
-    Rule("16of256-lost.5-g.9", gamma=0.9),
-    Rule("32of256-lost.5-g.9", gamma=0.9, rows=32),
     Rule("all128-lost.5", 128, 0),
 )
 

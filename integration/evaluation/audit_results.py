@@ -149,7 +149,8 @@ def kept_of(heads: Sequence[Mapping[str, Any]], gamma: float) -> Kept:
 def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
     """The gamma with the smallest density among those that meet the rule at every length, and the sentences for it.
 
-    The rule: drift + 2 standard errors >= DRIFT_LIMIT, and no head below gamma - COVERAGE_SLACK.
+    The rule: drift + 2 standard errors >= DRIFT_LIMIT, and no head below gamma - COVERAGE_SLACK. Gammas that meet it
+    only within those errors come after those whose drift itself does: with little text nearly every gamma meets it.
     """
     by_gamma: dict[float, list[AuditRow]] = {}
     for row in rows:
@@ -168,11 +169,15 @@ def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
         return None, (
             f"No gamma of these meets the rule ({rule}). Try a larger one (--gammas {larger:g}), or prefill densely."
         )
-    gamma = min(fitting, key=lambda each: fitting[each])
+    itself = {gamma for gamma in fitting if all(row.drift >= DRIFT_LIMIT for row in by_gamma[gamma])}
+    gamma = min(itself or fitting, key=lambda each: fitting[each])
     best = by_gamma[gamma]
+    passed_over = [f"{each:g}" for each in sorted(fitting) if fitting[each] < fitting[gamma]]
     sentences = [
         f"Recommended: gamma {gamma:g}, the smallest density ({fitting[gamma]:.3f}) that meets the rule: {rule}."
     ]
+    if passed_over:
+        sentences.append(f"Gamma {', '.join(passed_over)} meets it only within the uncertainty of the drift.")
     unsure = [row for row in best if not row.is_sure]
     if unsure:
         needed = max(row.scored_tokens * (row.drift_error / SURE_ERROR) ** 2 for row in unsure)
