@@ -262,7 +262,8 @@ class _TiledLaunch:
                 "stride_out_token": out.stride(0),
                 "stride_out_head": out.stride(1),
                 "stride_lse_head": lse.stride(0),
-                "stride_block_table": batch.block_table.stride(0),
+                # Of one column None, which is no argument, as with `value_scale`.
+                "stride_block_table": None if batch.block_table.stride(0) == 1 else batch.block_table.stride(0),
                 "stride_page": stride_page,
                 "stride_head": stride_head,
                 "stride_token": stride_token,

@@ -297,7 +297,10 @@ def prefill_kernel(
     mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
     query_ptrs = query_ptr + (token * stride_query_token + head * stride_query_head)[:, None] + offs_d[None, :]
 
-    table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_block_table
+    if stride_block_table is None:  # 1
+        table_row_ptr = block_table_ptr + request.to(tl.int64)
+    else:
+        table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_block_table
     if IS_CAUSAL:
         kv_end = end_position
         if HAS_FIRST_POS:
