@@ -278,7 +278,7 @@ class FarspanConfig(Options, frozen=True):
     it are refused."""
     kernel: Kernel = "auto"
     """Dense prefill: FlashAttention 3 where vLLM has it and ours was not measured faster, else ours (auto), or one by
-    name. Cost: triton takes up to 4 % longer on Hopper."""
+    name. Cost: triton takes 2 to 9 % longer on Hopper, more with heads other than 128."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     """How prompts are computed: a method with its options."""
     string: StringOptions | None = None

@@ -159,7 +159,8 @@ def hopper_prefill_config(
     # H100 80GB, 2026-11-28, 32 query heads on 8 of 128, TFLOP/s over the blocks read, against the portable kernel: one
     # list per head of density 0.3 at 64K 620 and 457, one per KV head 651 and 458, density 0.1 and 16K behind 112K 569
     # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
-    # by less than 5 %, 8 is best in long chunks. Pages below 128 and turns have only been checked, not timed.
+    # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285; a
+    # turn at 128K takes 230 ms, 225 without. Pages below 128 and the form `overlaps` have only been checked, not timed.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
     return HopperPrefillConfig(heads_in_a_row, num_stages=2, overlaps=False)
 
@@ -178,9 +179,10 @@ class OursBesideFa3:
         return chunk_len >= self.min_chunk_len and kv_len <= self.max_kv_len
 
 
-# By head_dim. H100 80GB, 2026-11-28, 32 query heads on 8 of 128, bf16, TFLOP/s of ours and of FlashAttention 3: 2K 365
-# and 352, 8K 645 and 668, 32K 642 and 657, 128K 630 and 656, 8K behind 120K 641 and 649. Heads of 64: 32K 457 and 541.
-OURS_BESIDE_FA3 = {128: OursBesideFa3(min_chunk_len=2048, max_kv_len=2048)}
+# By head_dim; none so far. 2026-11-28, 32 query heads on 8 of 128, bf16, TFLOP/s of ours and of FlashAttention 3. H100
+# 80GB: 2K 365 and 352, 8K 645 and 668, 32K 642 and 657, 128K 630 and 656, 8K behind 120K 641 and 649; heads of 64, 32K:
+# 457 and 541. H200: 8K 665 and 682, 32K 668 and 712, 64K 638 and 694; at 2K FlashAttention 3 reaches 442 there.
+OURS_BESIDE_FA3: dict[int, OursBesideFa3] = {}
 
 
 def ours_beside_fa3(
