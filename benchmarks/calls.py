@@ -74,13 +74,13 @@ def empty_results(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | None = None) -> Call:
-    """Decode of one query token per request.
+    """Decode of a batch whose requests have as many query tokens each.
 
     turn: that of shifted positions, or None; host_pages: those that decode reads in host memory.
     """
     shape, device, num_reqs = batch.shape, batch.query.device, len(batch.seq_lens_cpu)
     splits = plan_splits(num_reqs, shape.num_kv_heads, max(batch.seq_lens_cpu), num_multiprocessors(device))
-    workspace = make_decode_workspace(num_reqs * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
+    workspace = make_decode_workspace(len(batch.query) * shape.num_q_heads * splits.num_splits, shape.head_dim, device)
     out, lse = empty_results(batch)
     kv, paged = kv_of(batch), paged_of(batch)
     if host_pages is not None:
@@ -89,7 +89,7 @@ def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | 
         kv, paged = KVView(batch.kv_cache, 0, host_pages.pages), replace(paged, block_table=table)
     return lambda: paged_decode(
         batch.query, kv, paged, shape.scale, num_splits=splits.num_splits, min_split_keys=splits.min_split_keys,
-        turn=turn, out=out, lse=lse, workspace=workspace,
+        query_len=max(batch.query_lens_cpu), turn=turn, out=out, lse=lse, workspace=workspace,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ BENCHMARKS = frozenset(
         "select",
         "host_side",
         "decode",
+        "decode_fp8",
         "ttft",
         "tpot",
         "serve",

@@ -27,6 +27,7 @@ MODULES = (
     "select",
     "host_side",
     "decode",
+    "decode_fp8",
     "ttft",
     "flex_ttft",
     "prefill_block_sparse",

@@ -57,13 +57,11 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
         shape.num_q_heads * spans.num_spans * rule.rows_per_span * tiles.max_kv_blocks, device=device
     )
 
-    launch = tile_rows.LogSumsLaunch(
-        batch.query, kv.keys, paged, spans, tiles.max_kv_blocks, block_size, shape.scale, None, config
-    )
+    launch = tile_rows.LogSumsLaunch(batch.query, kv.keys, paged, spans, tiles.max_kv_blocks, block_size, None, config)
 
     works: dict[str, Callable[[], object]] = {
         "farspan": lambda: tile_rows.tile_row_lists(*inputs, spans, shape.scale, budget),
-        "farspan-masses": lambda: launch(batch.query, kv.keys, None, log_sums),
+        "farspan-masses": lambda: launch(batch.query, kv.keys, shape.scale, None, log_sums),
         "farspan-flexprefill": lambda: flex_select.flex_block_lists(*inputs, shape.scale, paper),
         "farspan-dense": calls.prefill(batch),
     }

@@ -77,10 +77,9 @@ class Workbench:
         def masses() -> torch.Tensor:
             assert config is not None
             launch = tile_rows.LogSumsLaunch(
-                batch.query, key_pages, paged, spans, tiles.max_kv_blocks, self.block_size, batch.shape.scale, None,
-                config,
+                batch.query, key_pages, paged, spans, tiles.max_kv_blocks, self.block_size, None, config
             )  # fmt: skip
-            launch(batch.query, key_pages, None, log_sums)
+            launch(batch.query, key_pages, batch.shape.scale, None, log_sums)
             return log_sums
 
         def select() -> Any:

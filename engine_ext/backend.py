@@ -13,7 +13,11 @@ class FarspanBackend(AttentionBackend):
     """vLLM's backend CUSTOM. All attention of ordinary GQA decoders; everything else is refused with a sentence."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(support.DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *support.KV_CACHE_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        *support.KV_CACHE_DTYPES,
+        *support.FP8_KV_CACHE_DTYPES,
+    ]
     forward_includes_kv_cache_update: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,7 +96,7 @@ class FarspanBackend(AttentionBackend):
         reasons = [
             support.head_size_refusal(head_size),
             support.dtype_refusal(dtype),
-            support.kv_cache_dtype_refusal(kv_cache_dtype, dtype),
+            support.kv_cache_dtype_refusal(kv_cache_dtype, dtype, device_capability),
             support.block_size_refusal(block_size),
             support.capability_refusal(device_capability),
         ]

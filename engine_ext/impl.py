@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.launch import Parts, at_true_positions, attend, choose_dense_kernel, write_kv
+from farspan.engine_ext.launch import Parts, as_pages, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
 from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len
-from farspan.engine_ext.support import config_of, layer_refusals
-from farspan.kernels.batch import KVView
+from farspan.engine_ext.support import FP8_KV_CACHE_DTYPES, check_fp8, config_of, layer_refusals
+from farspan.kernels.batch import FP8, KVView
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl
@@ -48,6 +48,8 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         )
         if reasons:
             raise UnsupportedModelError(" ".join(reasons))
+        # A checkpoint may ask for fp8 where the engine did not.
+        check_fp8(kv_cache_dtype, vllm_config)
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
@@ -56,11 +58,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.scale = float(scale) * (self.config.string.logit_scale if self.config.string is not None else 1.0)
         self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
-        choose_dense_kernel(self.config, device, head_size, dtype)
+        choose_dense_kernel(self.config, device, head_size, FP8 if kv_cache_dtype in FP8_KV_CACHE_DTYPES else dtype)
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -86,7 +88,11 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             key, value = key[:, hot], value[:, hot]
         elif num_hot_heads < key.shape[1]:
             key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
-        write_kv(key, value, kv_cache, slot_mapping)
+        pages = as_pages(kv_cache)
+        scales: dict[str, float] = {}
+        if pages.dtype == FP8:
+            scales = {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
+        write_kv(key, value, pages, slot_mapping, **scales)
 
     def forward(
         self,
@@ -124,13 +130,16 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if step.cold is not None:
             step.cold.write(name, key, value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
-        pages = kv_cache if step.key_exchange is None else step.key_exchange.pages(kv_cache)
+        pages = as_pages(kv_cache)
+        scales = (layer._k_scale_float, layer._v_scale_float) if pages.dtype == FP8 else (1.0, 1.0)
+        if step.key_exchange is not None:
+            pages = step.key_exchange.pages(pages)
         for each in step.passes:
             heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
             out = rows_of(in_order, each.rows, heads)
             target, lse = parts.room(each, out)
             if each.keys == "cache":
-                kv = KVView(pages)
+                kv = KVView(pages, key_scale=scales[0], value_scale=scales[1])
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)

@@ -23,7 +23,7 @@ from farspan.engine_ext.selection.methods import Chunks, DeviceSelections
 from farspan.engine_ext.splits import SplitPlan
 from farspan.engine_ext.star.exchange import PartialResult
 from farspan.engine_ext.star.positions import Turns
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
 from farspan.kernels.decode import DecodeWorkspace, paged_decode
@@ -44,13 +44,27 @@ FA3_MAX_HEAD_SIZE = 256
 FA3_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
     """Store a step's [num_tokens, num_kv_heads, head_dim] keys and values in their slots; slot -1 is skipped.
 
-    pages: [num_pages, num_kv_heads, page_size, 2 * head_dim]; slot_mapping: [num_tokens] int.
+    pages: [num_pages, num_kv_heads, page_size, 2 * head_dim]; slot_mapping: [num_tokens] int. key_scale, value_scale:
+    what they are divided by first, for float8.
     """
     write = write_kv_cpu if is_on_host(key) else write_kv_triton
-    write(key, value, pages, slot_mapping)
+    write(key, value, pages, slot_mapping, key_scale=key_scale, value_scale=value_scale)
+
+
+def as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A layer's KV cache in the dtype of its numbers: vLLM brings a float8 cache as bytes."""
+    return kv_cache.view(FP8) if kv_cache.dtype == torch.uint8 else kv_cache
 
 
 def attend(
@@ -65,17 +79,19 @@ def attend(
     """Compute one pass.
 
     query, out: [num_tokens, num_q_heads, head_dim], the rows of the pass and the query heads that `kv` serves.
-    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits. lse: where the LSE goes, for
-    passes that are parts; its rows are contiguous.
+    kv: the KV heads of the pass, this step's tokens included. scale: factor on the logits of true keys. lse: where the
+    LSE goes, for passes that are parts; its rows are contiguous.
     Returns the LSE, [num_q_heads, num_tokens] float32, natural log, -inf where a query sees no key.
     """
     turn, work = layer.turn if each.turns else None, each.work
+    scale *= kv.key_scale
     if isinstance(work, Decode) and work.selections is not None:
         assert turn is None
         assert lse is None
         return decode_selected(query, kv, each.batch, scale, work, work.selections[layer.index], out)
     if isinstance(work, Dense) and work.kernel == "fa3" and each.batch.max_kv_len > 0:
         assert turn is None
+        assert not kv.is_fp8
         found = prefill_fa3(query, kv, each.batch, scale, out, causal=each.is_causal)
         return found if lse is None else lse.copy_(found)
     if lse is None:
@@ -84,7 +100,20 @@ def attend(
         out.zero_()
         lse.fill_(float("-inf"))
     elif isinstance(work, Decode):
-        decode(query, kv, each.batch, scale, work.splits, turn, out, lse, work.workspace, causal=each.is_causal)
+        assert each.is_causal or work.query_len == 1
+        decode(
+            query,
+            kv,
+            each.batch,
+            scale,
+            work.splits,
+            turn,
+            out,
+            lse,
+            work.workspace,
+            causal=each.is_causal,
+            query_len=work.query_len,
+        )
     elif isinstance(work, Dense):
         prefill(query, kv, each.batch, work.tiles, scale, turn, out, lse, causal=each.is_causal)
     else:
@@ -140,8 +169,11 @@ def decode(
     workspace: DecodeWorkspace | None,
     *,
     causal: bool = True,
+    query_len: int = 1,
 ) -> None:
-    """One query token per request over all its keys; whether it is causal makes no difference to its own last key."""
+    """A few query tokens per request, each over the keys up to its own; whether one alone is causal makes no difference
+    to its last key.
+    """
     if is_on_host(query):
         cpu_attention(query, kv, batch, scale, out=out, lse=lse, causal=causal, turn=turn)
         return
@@ -152,6 +184,7 @@ def decode(
         scale,
         num_splits=splits.num_splits,
         min_split_keys=splits.min_split_keys,
+        query_len=query_len,
         turn=turn,
         out=out,
         lse=lse,
@@ -345,7 +378,7 @@ def combine(part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, l
 def choose_dense_kernel(config: FarspanConfig, device: torch.device, head_size: int, dtype: torch.dtype) -> DenseKernel:
     """Which kernel computes dense prefill without a turn. Raises ConfigError where `kernel` cannot be honoured.
 
-    With a turn it is always "triton", or "cpu" there.
+    dtype: of the KV cache; uint8 for float8, as vLLM has it. With a turn it is always "triton", or "cpu" there.
     """
     if device.type == "cpu":
         if config.kernel != "auto":
@@ -369,6 +402,8 @@ def fa3_refusal(head_size: int, dtype: torch.dtype) -> str | None:
     """Why FlashAttention 3 cannot serve these layers on this GPU, or None if it can."""
     if head_size > FA3_MAX_HEAD_SIZE:
         return f"FlashAttention 3 supports head sizes up to {FA3_MAX_HEAD_SIZE}, not {head_size}"
+    if dtype in (FP8, torch.uint8):
+        return "with a KV cache in fp8, FlashAttention 3 would round queries to fp8 too"
     if dtype not in FA3_DTYPES:
         return f"FlashAttention 3 supports float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     try:

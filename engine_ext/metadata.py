@@ -1,7 +1,8 @@
 """From vLLM's batch to passes: built once per step, on the host, without waiting for the device.
 
-The batch is split by one rule: the leading requests with at most one query token are decodes, all others prefill.
-vLLM puts them first because of `reorder_batch_threshold`.
+The batch is split by one rule: the leading requests with at most `reorder_batch_threshold` query tokens are decodes,
+all others prefill. vLLM puts them first. The threshold is 1, or, with speculative decoding, what a request has whose
+drafts are all verified in one step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from farspan.engine_ext.config import FarspanConfig, Prefill
+from farspan.engine_ext.config import DensePrefill, FarspanConfig, Prefill
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
@@ -27,7 +28,7 @@ from farspan.engine_ext.star.pieces import Piece, cut_chunk, digest_of, moved_ro
 from farspan.engine_ext.star.shard import Shard, StarShard
 from farspan.engine_ext.star.steps import StarSteps
 from farspan.engine_ext.star.windows import WindowShard
-from farspan.engine_ext.support import config_of
+from farspan.engine_ext.support import config_of, max_decode_len
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.decode import make_decode_workspace
 from vllm.v1.attention.backend import (
@@ -37,10 +38,10 @@ from vllm.v1.attention.backend import (
 )
 
 
-def count_decodes(query_lens: list[int]) -> int:
-    """Leading requests with at most one query token: those that decode."""
+def count_decodes(query_lens: list[int], most_tokens: int = 1) -> int:
+    """Leading requests with at most so many query tokens: those that decode."""
     for request, query_len in enumerate(query_lens):
-        if query_len > 1:
+        if query_len > most_tokens:
             return request
     return len(query_lens)
 
@@ -115,12 +116,15 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Builds a `StepMetadata` from vLLM's `CommonAttentionMetadata`."""
 
     # Decode runs in full CUDA graphs: its tensors are the runner's own buffers, and the number of splits is fixed at
-    # capture for max_model_len. Batches with a prefill run piecewise, since their tiles are sized on the host.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # capture for max_model_len. With speculative decoding the requests of a graph have as many tokens each. Batches
+    # with a prefill run piecewise, since their tiles are sized on the host.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     reorder_batch_threshold: int | None = 1
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.max_decode_len = max_decode_len(vllm_config)
+        self.reorder_batch_threshold = self.max_decode_len
         self.config = config_of(vllm_config)
         self.requests = source_of(vllm_config)
         self.layers = make_layer_contexts(layer_names, vllm_config, self.config, device, self.requests.model)
@@ -159,7 +163,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             # Hot and cold heads decode one after another, in the same room; selective decode has twice the parts.
             twice = 2 if self.cold is not None and self.cold.selection is not None else 1
             rows = [
-                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group * times
+                most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group * times * self.max_decode_len
                 for heads, times in ((num_hot_heads, 1), (num_kv_heads - num_hot_heads, twice))
                 if heads > 0
             ]
@@ -215,9 +219,10 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             if any(shard is not None for shard in shards):
                 return self.build_star(common, shards)
         num_decodes, chunks = common.num_reqs, None
-        if common.max_query_len > 1:
+        if common.max_query_len > self.max_decode_len:
             query_start_loc = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-            num_decodes = count_decodes([end - start for start, end in pairwise(query_start_loc)])
+            query_lens = [end - start for start, end in pairwise(query_start_loc)]
+            num_decodes = count_decodes(query_lens, self.max_decode_len)
             chunks = self.chunks_of(common, num_decodes, query_start_loc)
         passes: list[Pass] = []
         if self.hot_maker is not None:
@@ -326,16 +331,19 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self, common: CommonAttentionMetadata, first: int, query_start_loc: list[int], last: int | None = None
     ) -> "HostChunks":
         """What the host knows of the requests [first, last or num_reqs), which prefill."""
-        # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which is refused).
+        # Exact for the rows that prefill (vLLM over-estimates only decodes under speculation, which come before).
         assert common.seq_lens_cpu_upper_bound is not None
         kv_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
         query_lens = [end - start for start, end in pairwise(query_start_loc)]
         prefills, prompt_lens = self.requests.prefills(common), self.requests.prompt_lens(common)
         rows = [request for request in range(first, last or common.num_reqs) if query_lens[request] > 0]
         missing = self.requests.missing(common) if self.cold is not None else [False] * common.num_reqs
+        # A chunk that is exact where it comes first in a batch, as a decode, is exact in every batch.
         kinds = {
             request: ChunkKind(
-                effective_prefill(
+                DensePrefill()
+                if query_lens[request] <= self.max_decode_len
+                else effective_prefill(
                     prefills[request], query_lens[request], kv_lens[request], prompt_lens[request], self.size
                 ),
                 self.turn is not None and self.turn.reaches(kv_lens[request] - 1),
@@ -357,7 +365,11 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         passes = []
         if num_decodes > 0:
             starts = common.query_start_loc[: num_decodes + 1]
-            passes.append(maker.decode(requests_of(common, block_table, 0, num_decodes, starts, 1, common.max_seq_len)))
+            query_len, num_rows = min(common.max_query_len, self.max_decode_len), None
+            if query_len > 1:
+                num_rows = int(common.query_start_loc_cpu[num_decodes])
+            batch = requests_of(common, block_table, 0, num_decodes, starts, query_len, common.max_seq_len)
+            passes.append(maker.decode(batch, num_rows=num_rows))
         for run in chunks.runs(lambda kind: (kind.prefill, kind.turns)) if chunks is not None else ():
             passes.append(self.prefill_pass(maker, common, block_table[run.first : run.stop], run))
         return passes

@@ -71,14 +71,19 @@ class PassMaker:
     def kv_heads(self) -> slice:
         return slice(self.first_kv_head, self.first_kv_head + self.num_kv_heads)
 
-    def decode(self, batch: PagedBatch, first_row: int = 0) -> Pass:
-        """The pass of requests with one row each, the first of them `first_row` of the step."""
+    def decode(self, batch: PagedBatch, first_row: int = 0, num_rows: int | None = None) -> Pass:
+        """The pass of requests that decode, their first row `first_row` of the step.
+
+        num_rows: of all requests, which may have `batch.max_query_len` tokens each; None where each has the one row of
+            its number.
+        """
         splits = plan_splits(batch.num_reqs, self.num_kv_heads, batch.max_kv_len, self.num_sms)
+        query_len = 1 if num_rows is None else batch.max_query_len
         return Pass(
-            rows=slice(first_row, first_row + batch.num_reqs),
+            rows=slice(first_row, first_row + (batch.num_reqs if num_rows is None else num_rows)),
             kv_heads=self.kv_heads,
             batch=batch,
-            work=Decode(splits, self.workspace),
+            work=Decode(splits, self.workspace, query_len=query_len),
             turns=self.has_turn,
         )
 

@@ -53,13 +53,15 @@ class LayerSelection:
 
 @dataclass(frozen=True)
 class Decode:
-    """One query token per request, over all its keys."""
+    """One query token per request over all its keys, or a few, each over those up to its own."""
 
     splits: SplitPlan
     workspace: DecodeWorkspace | None
     """Where the splits are combined, kept from step to step so that captured graphs stay valid; None on the CPU."""
     selections: Mapping[int, LayerSelection] | None = None
     """By the index of the layer; None where all keys are read."""
+    query_len: int = 1
+    """The most tokens that a request has. Where it is 1, requests have the rows of their numbers, padding included."""
 
 
 @dataclass(frozen=True)

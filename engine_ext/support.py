@@ -19,7 +19,13 @@ PAGE_SIZES = (16, 32, 64, 128)
 PREFERRED_PAGE_SIZE = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Names of kv-cache dtypes besides "auto"; allowed where they equal the model's dtype."""
+"""Names of kv-cache dtypes besides "auto" and fp8; allowed where they equal the model's dtype."""
+FP8_KV_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+"""Names of float8_e4m3fn with one scale a tensor."""
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability of Ada, the first that converts float8."""
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "suffix")
+"""Whose drafts come from the tokens alone: no model's layers run between the steps that verify them."""
 MIN_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere, the first with bfloat16 and asynchronous copies."""
 
@@ -118,13 +124,56 @@ def block_size_refusal(block_size: int | None) -> str | None:
     )
 
 
-def kv_cache_dtype_refusal(kv_cache_dtype: str | None, dtype: torch.dtype) -> str | None:
+def kv_cache_dtype_refusal(
+    kv_cache_dtype: str | None, dtype: torch.dtype, capability: tuple[int, int] | None = None
+) -> str | None:
+    """capability: of the GPU, major and minor; None where there is no GPU, or none is known."""
     if kv_cache_dtype in (None, "auto") or KV_CACHE_DTYPES.get(kv_cache_dtype) == dtype:
         return None
+    if kv_cache_dtype in FP8_KV_CACHE_DTYPES:
+        if capability is None or tuple(capability) >= FP8_CAPABILITY:
+            return None
+        given, least = (".".join(map(str, each)) for each in (capability, FP8_CAPABILITY))
+        return (
+            f"kv_cache_dtype={kv_cache_dtype!r} on a GPU of compute capability {given}; float8 needs {least} (Ada) and "
+            "later. Set --kv-cache-dtype auto."
+        )
     return (
-        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}). "
-        "Set --kv-cache-dtype auto."
+        f"kv_cache_dtype={kv_cache_dtype!r}; farspan stores keys and values in the model's dtype ({name_of(dtype)}), "
+        f"or as {' and '.join(FP8_KV_CACHE_DTYPES)} with one scale for the keys of a layer and one for its values. Set "
+        "--kv-cache-dtype auto or fp8."
     )
+
+
+def check_fp8(kv_cache_dtype: str, vllm_config: Any) -> None:
+    """Refuse what a float8 cache does not work with. Raises UnsupportedEngineError."""
+    from vllm.platforms import current_platform
+
+    if kv_cache_dtype not in FP8_KV_CACHE_DTYPES:
+        return
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    reason = kv_cache_dtype_refusal(kv_cache_dtype, torch.float32, capability)
+    if reason is not None:
+        raise UnsupportedEngineError(reason)
+    config, named = config_of(vllm_config), f"kv_cache_dtype={kv_cache_dtype!r}"
+    for feature, option, act in (
+        ("offload", config.offload, "moves pages of cold heads"),
+        ("star", config.star, "sends keys and values to other hosts"),
+    ):
+        if option is not None:
+            raise UnsupportedEngineError(
+                f"{named} together with {feature}, which {act} in the model's dtype. Set --kv-cache-dtype auto, or "
+                f"leave out {feature}."
+            )
+    if getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None):
+        raise UnsupportedEngineError(
+            f"{named} with kv_cache_dtype_skip_layers; farspan stores all layers alike. Leave them out."
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise UnsupportedEngineError(
+            f"{named} with calculate_kv_scales, which changes scales while CUDA graphs hold the old ones; farspan "
+            "reads those of the checkpoint. Leave out --calculate-kv-scales."
+        )
 
 
 def layer_refusals(
@@ -191,7 +240,9 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         raise UnsupportedEngineError(reason)
     if vllm_config.model_config is not None:
         check_model(vllm_config.model_config, vllm_config.cache_config)
-        check_options(config, vllm_config.model_config, current_platform.device_type)
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        check_fp8(cache_dtype, vllm_config)
+        check_options(config, vllm_config.model_config, current_platform.device_type, cache_dtype)
         check_window_layers(config, vllm_config.model_config)
     check_features(config, vllm_config)
     check_offload(vllm_config)
@@ -210,11 +261,12 @@ def check_window_layers(config: FarspanConfig, model_config: Any) -> None:
             )
 
 
-def check_options(config: FarspanConfig, model_config: Any, device_type: str) -> None:
+def check_options(config: FarspanConfig, model_config: Any, device_type: str, cache_dtype: str = "auto") -> None:
     """Refuse options that the model, a file or the device rules out. Raises ConfigError or UnsupportedModelError."""
     from farspan.engine_ext.launch import choose_dense_kernel
 
-    choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), model_config.dtype)
+    dtype = torch.float8_e4m3fn if cache_dtype in FP8_KV_CACHE_DTYPES else model_config.dtype
+    choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), dtype)
     if config.string is not None:
         check_string(model_config, config.string)
     if config.star is not None:
@@ -259,16 +311,41 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
                 "--kv-transfer-config and --kv-offloading-size."
             )
     if vllm_config.speculative_config is not None:
-        method = vllm_config.speculative_config.method
-        raise UnsupportedEngineError(
-            f"speculative decoding ({method!r}); farspan decodes one token a step. Leave out --speculative-config."
-        )
+        reason = speculation_refusal(vllm_config.speculative_config.method, config)
+        if reason is not None:
+            raise UnsupportedEngineError(reason)
     if has_kv_connector(vllm_config) and config.changes_kv:
         raise UnsupportedEngineError(
             "a KV connector together with sparse prefill or string; KV computed so must not reach requests that expect "
             "exact KV. Use prefill method 'dense' without string, or leave out --kv-transfer-config and "
             "--kv-offloading-size."
         )
+
+
+def max_decode_len(vllm_config: Any) -> int:
+    """The most query tokens of a request that decodes: one, and those of its drafts."""
+    speculative_config = vllm_config.speculative_config
+    return 1 if speculative_config is None else 1 + int(speculative_config.num_speculative_tokens)
+
+
+def speculation_refusal(method: str, config: FarspanConfig) -> str | None:
+    """Why drafts of a method of vLLM's cannot be verified, or None if they can."""
+    if method not in SPECULATIVE_METHODS:
+        return (
+            f"speculative decoding ({method!r}); farspan supports drafts that need no attention of their own: "
+            f"{listed(SPECULATIVE_METHODS)}. Use one of these methods, or leave out --speculative-config."
+        )
+    if config.star is not None:
+        return (
+            f"speculative decoding ({method!r}) together with star; the hosts decode one token a step together. Leave "
+            "out --speculative-config."
+        )
+    if config.offload is not None:
+        return (
+            f"speculative decoding ({method!r}) together with offload; a page in host memory is never written again, "
+            "as rejected drafts would have to be. Leave out --speculative-config, or offload."
+        )
+    return None
 
 
 def has_kv_connector(vllm_config: Any) -> bool:

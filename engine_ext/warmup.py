@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import at_true_positions, attend, combine, write_kv
+from farspan.engine_ext.launch import as_pages, at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder
 from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
@@ -38,20 +38,27 @@ class WarmUpCase:
     """Of a decode."""
     prefill: Prefill | None = None
     query_len: int = 1
-    """Tokens of the chunk."""
+    """Tokens of the chunk, or of a request that decodes."""
     kv_len: int = 1
     """Keys up to the end of the chunk."""
     is_causal: bool = True
 
 
 def warm_up_cases(
-    prefill: Prefill, size: AttentionSize, maker: PassMaker, *, max_model_len: int, max_chunk_len: int
+    prefill: Prefill,
+    size: AttentionSize,
+    maker: PassMaker,
+    *,
+    max_model_len: int,
+    max_chunk_len: int,
+    max_decode_len: int = 1,
 ) -> list[WarmUpCase]:
     """The cases of an engine, each once.
 
     prefill: the engine's; a request may choose dense prefill instead. size: of the layers. max_chunk_len: most query
-    tokens of a request in one step. Kernels differ by whether a turn reaches the queries, by the power of two of the
-    tokens of a tile, of the splits of a decode and, where blocks are selected, of the blocks of the prompt.
+    tokens of a request in one step; max_decode_len: of one that decodes. Kernels differ by whether a turn reaches the
+    queries, by the power of two of the tokens of a tile, of the tokens and the splits of a decode and, where blocks are
+    selected, of the blocks of the prompt.
     """
     max_chunk_len = min(max_chunk_len, max_model_len)
     turning = (False, True) if maker.has_turn else (False,)
@@ -59,6 +66,12 @@ def warm_up_cases(
     cases = [WarmUpCase("write")]
     cases += [
         WarmUpCase("decode", turns, num_splits) for turns, num_splits in product(turning, powers_of_two(most_splits))
+    ]
+    # The combination does not know how many tokens a request has, the others only whether they have one split.
+    decode_lens = dict.fromkeys(min(tokens, max_decode_len) for tokens in powers_of_two(max_decode_len)[1:])
+    cases += [
+        WarmUpCase("decode", turns, num_splits, query_len=query_len, kv_len=query_len)
+        for turns, num_splits, query_len in product(turning, dict.fromkeys((1, min(2, most_splits))), decode_lens)
     ]
     for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
         if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
@@ -112,6 +125,8 @@ class WarmUp:
     """Of queries, keys and values."""
     max_model_len: int
     max_chunk_len: int
+    max_decode_len: int = 1
+    """The most query tokens of a request that decodes."""
     selections: Mapping[int, LayerSelection] | None = None
     """See `Decode`."""
     table_width: int | None = None
@@ -125,7 +140,12 @@ class WarmUp:
         """See `warm_up_cases`; a host of Star Attention has more."""
         max_kv_len = self.max_kv_len or self.max_model_len
         cases = warm_up_cases(
-            self.prefill, self.size, self.maker, max_model_len=max_kv_len, max_chunk_len=self.max_chunk_len
+            self.prefill,
+            self.size,
+            self.maker,
+            max_model_len=max_kv_len,
+            max_chunk_len=self.max_chunk_len,
+            max_decode_len=self.max_decode_len,
         )
         if self.layer.to_true_positions is None:
             return cases
@@ -187,8 +207,8 @@ class WarmUp:
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
             splits = SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS)
-            work = Decode(splits, workspace=None, selections=self.selections)
-            return replace(self.maker.decode(batch), work=work, turns=case.turns)
+            work = Decode(splits, workspace=None, selections=self.selections, query_len=case.query_len)
+            return replace(self.maker.decode(batch, num_rows=case.query_len), work=work, turns=case.turns)
         assert case.prefill is not None
         made = self.maker.prefill(case.prefill, batch, [0, case.query_len], [case.kv_len], 0, turns=case.turns)
         return replace(made, is_causal=case.is_causal)
@@ -205,7 +225,8 @@ def warm_ups_of(
     views: list[tuple[PassMaker, KVView, KVView, int | None]] = []
     selections: Mapping[int, LayerSelection] | None = None
     if builder.hot_maker is not None:
-        views.append((builder.hot_maker, KVView(kv_cache), KVView(kv_cache), None))
+        view = KVView(as_pages(kv_cache))
+        views.append((builder.hot_maker, view, view, None))
     if builder.cold is not None and builder.cold_maker is not None:
         cold = builder.cold.layers[layer_name]
         slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
@@ -226,6 +247,7 @@ def warm_ups_of(
             dtype=dtype,
             max_model_len=max_model_len,
             max_chunk_len=vllm_config.scheduler_config.max_num_batched_tokens,
+            max_decode_len=builder.max_decode_len,
             selections=None if decode_view.host_pages is None else selections,
             table_width=width,
             num_hosts=1 if exchange is None else exchange.num_hosts,

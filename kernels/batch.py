@@ -1,11 +1,15 @@
 """What every launcher takes: a varlen batch on paged KV, and the pages that hold its keys and values."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+
+FP8 = torch.float8_e4m3fn
+"""The dtype of pages with 8 bits a number; its largest is `FP8_MAX`, and it has no infinity."""
+FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,17 @@ class KVView:
 
     pages: torch.Tensor
     """[num_pages, num_kv_heads, page_size, 2 * head_dim], a token's key and value side by side; any strides with a
-    contiguous last axis."""
+    contiguous last axis. Of the query's dtype, or float8_e4m3fn."""
     first_kv_head: int = 0
     """Which of the layer's KV heads is the first in `pages`."""
     host_pages: torch.Tensor | None = None
     """[num_blocks, num_kv_heads, page_size, 2 * head_dim] in host memory that the device can address, tokens as far
     apart as in `pages`. Where it is given, an entry e of a block table is page e of `pages`, or, if negative, page
     -1 - e of these. Decode reads both; prefill needs all pages on the device."""
+    key_scale: float = 1.0
+    """What stored keys are multiplied by, above 0; 1 unless they are float8. Launchers leave it to their `scale`."""
+    value_scale: float = 1.0
+    """What stored values are multiplied by, above 0; 1 unless they are float8."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -79,6 +87,11 @@ class KVView:
     def head_dim(self) -> int:
         return self.pages.shape[3] // 2
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the pages are float8_e4m3fn."""
+        return self.pages.dtype == FP8
+
     def of_heads(self, kv_heads: slice) -> "KVView":
         """The view of the layer's KV heads [start, stop), all of which must be in `pages`."""
         if kv_heads.start == self.first_kv_head and kv_heads.stop == self.first_kv_head + self.num_kv_heads:
@@ -86,7 +99,7 @@ class KVView:
         first, last = kv_heads.start - self.first_kv_head, kv_heads.stop - self.first_kv_head
         assert 0 <= first < last <= self.num_kv_heads, (kv_heads, self.first_kv_head, self.num_kv_heads)
         host_pages = None if self.host_pages is None else self.host_pages[:, first:last]
-        return KVView(self.pages[:, first:last], kv_heads.start, host_pages)
+        return replace(self, pages=self.pages[:, first:last], first_kv_head=kv_heads.start, host_pages=host_pages)
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""

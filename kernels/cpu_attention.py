@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, FP8_MAX, KVView, PagedBatch
 from farspan.kernels.rotary_turn import Turn, apply_turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles
 
@@ -25,15 +25,31 @@ MAX_BATCH_ELEMENTS = 4 * 1024 * 1024
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def write_kv_cpu(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_kv_cpu(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
     """Write new keys and values into their slots.
 
     key, value: [num_tokens or more, num_kv_heads, head_dim]; rows past `slot_mapping` are ignored.
-    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; values are cast to its dtype.
+    kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], any strides; numbers are cast to its dtype, to
+        float8_e4m3fn as the nearest one that it has.
     slot_mapping: [num_tokens] int; slot = page * page_size + offset, -1 for padding (not written).
+    key_scale, value_scale: what keys and values are divided by first, above 0; only for float8.
     """
     slots = slot_mapping.long()
-    tokens = torch.cat([key[: len(slots)], value[: len(slots)]], dim=-1).to(kv_cache.dtype)
+    key, value = key[: len(slots)], value[: len(slots)]
+    if kv_cache.dtype == FP8:
+        divided = torch.cat([key.float() / key_scale, value.float() / value_scale], dim=-1)
+        tokens = divided.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    else:
+        assert key_scale == value_scale == 1.0
+        tokens = torch.cat([key, value], dim=-1).to(kv_cache.dtype)
     if bool((slots < 0).any()):
         tokens, slots = tokens[slots >= 0], slots[slots >= 0]
     page_size = kv_cache.shape[2]
@@ -66,7 +82,7 @@ def cpu_attention(
     """Attention of a varlen batch on paged KV, prefill and decode mixed.
 
     query: [num_tokens or more, num_q_heads, head_dim], float32, bfloat16 or float16; the heads that `kv` serves.
-    scale: factor on the logits.
+    scale: factor on the logits, that of stored keys included.
     out: [num_tokens or more, num_q_heads, head_dim], written for the tokens of the batch.
     lse: [num_q_heads, num_tokens or more] float32 or None, written likewise; natural log. A token without keys has the
         output 0 and the LSE -inf.
@@ -102,7 +118,7 @@ def cpu_attention(
                 part = prompt.attend_lists(tiles, block_lists, tiles_of[request])
             else:
                 part = prompt.attend()
-            out[rows] = part[0].permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+            out[rows] = (part[0] * kv.value_scale).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
             if lse is not None:
                 lse[:, rows] = part[1].flatten(0, 1)
     visible = [min(lens[request], firsts[request] + 1) if causal else lens[request] for request in range(len(lens))]
@@ -113,7 +129,7 @@ def cpu_attention(
         pages = batch.block_table[torch.tensor(members)]
         decode = _decode if len(members) > 1 else _decode_one
         part = decode(query[tokens].float(), kv, pages, counts, positions, scale, turn)
-        out[tokens] = part[0].to(out.dtype)
+        out[tokens] = (part[0] * kv.value_scale).to(out.dtype)
         if lse is not None:
             lse[:, tokens] = part[1]
 

@@ -1,9 +1,9 @@
-"""Split-KV flash-decoding on paged KV: one query token per request, out and LSE.
+"""Split-KV flash-decoding on paged KV: one query token per request or a few, out and LSE.
 
 A request's keys are cut into splits that run in parallel; a second kernel combines them by their LSE. The query heads
-of a KV head form one tile for the tensor cores, so every key and value is read once. Lengths are read on the device
-only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al., 2023); FlashInfer, arXiv
-2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
+of a KV head, for all tokens of the request, form one tile for the tensor cores, so every key and value is read once.
+Lengths are read on the device only: a captured graph replays for any lengths. Sources: Flash-Decoding (Dao et al.,
+2023); FlashInfer, arXiv 2501.01005, for the combination; STRING, arXiv 2410.18745, for the turned query.
 """
 
 import math
@@ -16,7 +16,7 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
 from farspan.kernels.rotary_turn import Turn, rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
-from farspan.kernels.tuning import DECODE_STAGE_BYTES, DECODE_STAGES
+from farspan.kernels.tuning import DECODE_MAX_ROWS, DECODE_STAGE_BYTES, DECODE_STAGES
 
 LOG2_E = math.log2(math.e)
 MAX_DECODE_REQUESTS = 65_535
@@ -32,6 +32,8 @@ def _attend_keys(
     query,
     key_begin,
     key_end,
+    row_begin,
+    row_end,
     kv_head_ptr,
     table_row_ptr,
     stride_page,
@@ -45,10 +47,16 @@ def _attend_keys(
     PAGE_SIZE: tl.constexpr,
     HAS_HOST: tl.constexpr,
     SKIPS_HOST: tl.constexpr,
+    HAS_ROW_BOUNDS: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Add the keys at positions [key_begin, key_end) to the running softmax of a [rows, BLOCK_D] query tile."""
+    """Add the keys at positions [key_begin, key_end) to the running softmax of a [rows, BLOCK_D] query tile.
+
+    scale_log2: a number, or one per row as [rows, 1]. With HAS_ROW_BOUNDS a row sees only those at
+    [row_begin, row_end), two [rows] tensors.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d[None, :] < HEAD_DIM
@@ -81,8 +89,15 @@ def _attend_keys(
         mask_kv = in_reach[:, None] & mask_d
         key = tl.load(key_ptrs, mask=mask_kv, other=0.0)
         value = tl.load(key_ptrs + HEAD_DIM, mask=mask_kv, other=0.0)
+        if IS_FP8:
+            key = key.to(query.dtype)
+            value = value.to(query.dtype)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-        logits = tl.where((in_reach & (position >= key_begin))[None, :], logits, float("-inf"))
+        if HAS_ROW_BOUNDS:
+            seen = (position[None, :] >= row_begin[:, None]) & (position[None, :] < row_end[:, None])
+            logits = tl.where(seen & (in_reach & (position >= key_begin))[None, :], logits, float("-inf"))
+        else:
+            logits = tl.where((in_reach & (position >= key_begin))[None, :], logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         weights = tl.exp2(logits - new_max[:, None])
         decay = tl.exp2(row_max - new_max)
@@ -101,13 +116,18 @@ def _decode_kernel(
     lse_ptr,
     block_table_ptr,
     kv_lens_ptr,
+    query_start_loc_ptr,
     first_pos_ptr,
     cos_ptr,
     sin_ptr,
     scale_log2,
+    value_scale,
     turn_offset,
     num_splits,
     min_split_blocks,
+    query_len,
+    num_rows,
+    num_row_blocks,
     group_size,
     stride_query_token,
     stride_query_head,
@@ -134,17 +154,24 @@ def _decode_kernel(
     HAS_TURN: tl.constexpr,
     SLOPE: tl.constexpr,
     HAS_FIRST_POS: tl.constexpr,
+    HAS_QUERY_LENS: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """One program: one split of one request's keys, for the query heads of one KV head.
 
-    The splits of a head are adjacent in `out_ptr` and `lse_ptr`: element [request, head, split]. A split without keys
-    writes only its LSE (-inf), unless it is the only split.
+    The splits of a head are adjacent in `out_ptr` and `lse_ptr`: element [token, head, split]. A split without keys
+    writes only its LSE (-inf), unless it is the only split. With HAS_QUERY_LENS a request has up to `query_len` tokens,
+    and a program BLOCK_H of its pairs of token and head; without, request r has the one token r.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
+    row_block = 0
+    if HAS_QUERY_LENS:
+        row_block = (request % num_row_blocks).to(tl.int32)
+        request = request // num_row_blocks
     kv_len = tl.load(kv_lens_ptr + request)
     num_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
     split_blocks = tl.maximum((num_blocks + num_splits - 1) // num_splits, min_split_blocks)
@@ -153,16 +180,40 @@ def _decode_kernel(
 
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_h = offs_h < group_size
+    if HAS_QUERY_LENS:
+        offs_h += row_block * BLOCK_H
+        in_query = offs_h // group_size
+        first_row = tl.load(query_start_loc_ptr + request).to(tl.int64)
+        own_len = (tl.load(query_start_loc_ptr + request + 1) - first_row).to(tl.int32)
+        is_padding = own_len == 0
+        # Requests without tokens come last in a batch. In a captured graph theirs are the rows past all tokens.
+        first_row = tl.where(is_padding, request * query_len, first_row)
+        token = first_row + in_query
+        mask_h = (in_query < tl.where(is_padding, query_len, own_len)) & (token < num_rows)
+        kv_len = tl.where(is_padding, 0, kv_len)
+        key_end = tl.where(is_padding, 0, key_end)
+        head = (kv_head * group_size + offs_h % group_size).to(tl.int64)
+    else:
+        token = request
+        mask_h = offs_h < group_size
+        head = (kv_head * group_size + offs_h).to(tl.int64)
     mask_q = mask_h[:, None] & (offs_d[None, :] < HEAD_DIM)
-    head = (kv_head * group_size + offs_h).to(tl.int64)
-    lse_ptrs = lse_ptr + request * stride_lse_token + head * stride_lse_head + split
+    lse_ptrs = lse_ptr + token * stride_lse_token + head * stride_lse_head + split
     if (key_begin >= key_end) & (num_splits > 1):
         tl.store(lse_ptrs, float("-inf"), mask=mask_h)
         return
 
-    query_ptrs = query_ptr + request * stride_query_token + (head * stride_query_head)[:, None] + offs_d[None, :]
+    if HAS_QUERY_LENS:
+        query_ptrs = query_ptr + (token * stride_query_token + head * stride_query_head)[:, None] + offs_d[None, :]
+    else:
+        query_ptrs = query_ptr + token * stride_query_token + (head * stride_query_head)[:, None] + offs_d[None, :]
     query = tl.load(query_ptrs, mask=mask_q, other=0.0)
+    # float8 becomes float16 in one instruction, and a row of a bfloat16 query fits once its largest number is near 1.
+    NARROWS: tl.constexpr = IS_FP8 and query_ptr.dtype.element_ty == tl.bfloat16
+    if NARROWS:
+        exponent = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30)))
+        shrink = tl.exp2(-exponent)[:, None]
+        scale_log2 = scale_log2 * tl.exp2(exponent)[:, None]
     kv_head_ptr = kv_cache_ptr + kv_head.to(tl.int64) * stride_head
     if HAS_HOST:
         # From the head's place on the device to its place in host memory.
@@ -173,29 +224,58 @@ def _decode_kernel(
     row_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     near_begin = key_begin
-    if HAS_TURN:
+    # Keys that each row sees: up to its own position, and turned those below its bound.
+    row_begin = offs_h
+    row_end = offs_h
+    if HAS_QUERY_LENS:
         if HAS_FIRST_POS:
-            position = tl.load(first_pos_ptr + request)
+            first_position = tl.load(first_pos_ptr + request)
         else:
-            position = kv_len - 1
-        near_begin = tl.minimum(tl.maximum(key_begin, SLOPE * position + turn_offset), key_end)
+            first_position = kv_len - own_len
+        row_begin = tl.zeros([BLOCK_H], dtype=tl.int32)
+        row_end = first_position + in_query + 1
+    if HAS_TURN:
+        if HAS_QUERY_LENS:
+            # Keys between the bounds of the first and the last token are read twice: they meet turned queries of some
+            # rows and plain ones of others.
+            row_begin = SLOPE * (row_end - 1) + turn_offset
+            last_bound = SLOPE * (first_position + own_len - 1) + turn_offset
+            near_begin = tl.minimum(tl.maximum(key_begin, SLOPE * first_position + turn_offset), key_end)
+            far_end = tl.minimum(tl.maximum(key_begin, last_bound), key_end)
+        else:
+            if HAS_FIRST_POS:
+                first_position = tl.load(first_pos_ptr + request)
+            else:
+                first_position = kv_len - 1
+            near_begin = tl.minimum(tl.maximum(key_begin, SLOPE * first_position + turn_offset), key_end)
+            far_end = near_begin
         query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
+        if NARROWS:
+            query_far = (query_far.to(tl.float32) * shrink).to(tl.float16)
         acc, row_max, row_sum = _attend_keys(
-            acc, row_max, row_sum, query_far, key_begin, near_begin, kv_head_ptr, table_row_ptr, stride_page,
-            stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-            SKIPS_HOST, PRECISION, NUM_STAGES,
+            acc, row_max, row_sum, query_far, key_begin, far_end, tl.zeros_like(row_begin),
+            tl.minimum(row_begin, row_end), kv_head_ptr, table_row_ptr, stride_page, stride_token, host_offset,
+            stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST, SKIPS_HOST, HAS_QUERY_LENS,
+            IS_FP8, PRECISION, NUM_STAGES,
         )  # fmt: skip
+    if NARROWS:
+        query = (query.to(tl.float32) * shrink).to(tl.float16)
     acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, query, near_begin, key_end, kv_head_ptr, table_row_ptr, stride_page,
+        acc, row_max, row_sum, query, near_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr, stride_page,
         stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-        SKIPS_HOST, PRECISION, NUM_STAGES,
+        SKIPS_HOST, HAS_QUERY_LENS, IS_FP8, PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
     divisor = tl.where(has_keys, row_sum, 1.0)
     out = acc / divisor[:, None]
+    if IS_FP8:
+        out = out * value_scale
     lse = tl.where(has_keys, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
-    out_ptrs = out_ptr + request * stride_out_token + (head * stride_out_head)[:, None] + split * HEAD_DIM
+    if HAS_QUERY_LENS:
+        out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + split * HEAD_DIM
+    else:
+        out_ptrs = out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + split * HEAD_DIM
     tl.store(out_ptrs + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
     tl.store(lse_ptrs, lse, mask=mask_h)
 
@@ -210,22 +290,22 @@ class DecodeWorkspace:
     """[capacity] float32."""
 
     def parts(
-        self, num_reqs: int, num_q_heads: int, num_splits: int, head_dim: int
+        self, num_tokens: int, num_q_heads: int, num_splits: int, head_dim: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [num_splits, num_reqs, num_q_heads, head_dim] and [num_splits, num_q_heads, num_reqs] of the start.
+        """Views [num_splits, num_tokens, num_q_heads, head_dim] and [num_splits, num_q_heads, num_tokens] of the start.
 
         The splits of a head are adjacent in memory, since one program of the combination reads them.
         """
-        num_rows = num_reqs * num_q_heads * num_splits
+        num_rows = num_tokens * num_q_heads * num_splits
         assert self.lse.numel() >= num_rows, (self.lse.numel(), num_rows)
         assert self.out.numel() >= num_rows * head_dim, (self.out.numel(), num_rows * head_dim)
-        out = self.out[: num_rows * head_dim].view(num_reqs, num_q_heads, num_splits, head_dim)
-        lse = self.lse[:num_rows].view(num_reqs, num_q_heads, num_splits)
+        out = self.out[: num_rows * head_dim].view(num_tokens, num_q_heads, num_splits, head_dim)
+        lse = self.lse[:num_rows].view(num_tokens, num_q_heads, num_splits)
         return out.permute(2, 0, 1, 3), lse.permute(2, 1, 0)
 
 
 def make_decode_workspace(capacity: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
-    """A workspace for `capacity` partial outputs: requests times query heads times splits."""
+    """A workspace for `capacity` partial outputs: query tokens times query heads times splits."""
     out = torch.empty(capacity * head_dim, dtype=torch.float32, device=device)
     return DecodeWorkspace(out, torch.empty(capacity, dtype=torch.float32, device=device))
 
@@ -238,52 +318,62 @@ def paged_decode(
     *,
     num_splits: int,
     min_split_keys: int,
+    query_len: int = 1,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query token per request over all its keys.
+    """Attention of one query token per request over all its keys, or of a few over those up to their own.
 
-    query: [num_reqs, num_q_heads, head_dim], float16, bfloat16 or float32, last axis contiguous.
-    kv: pages of the query's dtype, for all KV heads that the query heads share.
-    batch: row r of the query is request r; `query_start_loc` is not read. Lengths and positions are read on the device
-        only; kv_len 0 (padding) gives out 0 and lse -inf. Without `first_pos` a query is at position `kv_len - 1`, so
-        that any row of a prompt can be a request, to learn its LSE over all its keys.
-    scale: factor on the logits.
+    query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32, last axis contiguous.
+    kv: pages of the query's dtype or float8_e4m3fn, for all KV heads that the query heads share.
+    batch: lengths and positions are read on the device only.
+        With `query_len` 1 row r of the query is request r, and `query_start_loc` is not read; kv_len 0 (padding) gives
+        out 0 and lse -inf. Without `first_pos` a query is at position `kv_len - 1`, so that any row of a prompt can be
+        a request, to learn its LSE over all its keys.
+        Else `query_start_loc` says which rows a request has; a query at position p sees keys [0, p]. Requests without
+        rows (padding) come after all others, and rows [r * query_len, (r + 1) * query_len) of such a request r give
+        out 0 and lse -inf, as far as there are any. They are the rows that no request has where all the others have
+        `query_len`; elsewhere rows that no request has are left as they are.
+    scale: factor on the logits, that of stored keys included.
+    query_len: the most tokens that a request may have, at least 1.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
     min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
     turn: keys below its bound meet the turned query.
-    out: [num_reqs, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_reqs] float32, natural log,
-        or None to allocate it.
-    workspace: for num_reqs * num_q_heads * num_splits partial outputs; allocated when None and num_splits > 1.
+    out: [num_tokens, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_tokens] float32, natural
+        log, or None to allocate it.
+    workspace: for num_tokens * num_q_heads * num_splits partial outputs; allocated when None and num_splits > 1.
     Returns out and lse. Sources: module docstring.
     """
-    num_reqs, num_q_heads, head_dim = query.shape
+    num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, block_table = kv.num_kv_heads, batch.block_table
-    assert num_reqs <= MAX_DECODE_REQUESTS, num_reqs
+    assert query_len > 1 or num_tokens <= MAX_DECODE_REQUESTS, num_tokens
     assert kv.head_dim == head_dim, kv.pages.shape
     assert num_q_heads % num_kv_heads == 0, (num_q_heads, num_kv_heads)
     assert query.stride(2) == 1, query.stride()
     assert kv.pages.stride(3) == 1, kv.pages.stride()
     assert block_table.stride(1) == 1, block_table.stride()
-    assert batch.num_reqs >= num_reqs, (batch.num_reqs, num_reqs)
+    assert query_len >= 1, query_len
+    assert query_len > 1 or batch.num_reqs >= num_tokens, (batch.num_reqs, num_tokens)
     assert num_splits >= 1, num_splits
     out = torch.empty_like(query) if out is None else out
     if lse is None:
-        lse = torch.empty(num_q_heads, num_reqs, dtype=torch.float32, device=query.device)
+        lse = torch.empty(num_q_heads, num_tokens, dtype=torch.float32, device=query.device)
     assert out.stride(2) == 1, out.stride()
     assert lse.stride(1) == 1, lse.stride()
-    if num_reqs == 0:
+    if num_tokens == 0:
         return out, lse
 
     if num_splits == 1:
         part_out, part_lse = out[None], lse[None]
     else:
         if workspace is None:
-            workspace = make_decode_workspace(num_reqs * num_q_heads * num_splits, head_dim, query.device)
-        part_out, part_lse = workspace.parts(num_reqs, num_q_heads, num_splits, head_dim)
-    decode_parts(query, kv, batch, scale, part_out, part_lse, min_split_keys=min_split_keys, turn=turn)
+            workspace = make_decode_workspace(num_tokens * num_q_heads * num_splits, head_dim, query.device)
+        part_out, part_lse = workspace.parts(num_tokens, num_q_heads, num_splits, head_dim)
+    decode_parts(
+        query, kv, batch, scale, part_out, part_lse, min_split_keys=min_split_keys, query_len=query_len, turn=turn
+    )
     if num_splits > 1:
         combine_partials(part_out, part_lse, out=out, lse=lse)
     return out, lse
@@ -298,32 +388,38 @@ def decode_parts(
     part_lse: torch.Tensor,
     *,
     min_split_keys: int,
+    query_len: int = 1,
     turn: Turn | None = None,
     skips_host: bool = False,
 ) -> None:
     """The parts of `paged_decode`, not combined.
 
-    part_out: [num_splits, num_reqs, num_q_heads, head_dim], splits head_dim apart; part_lse: [num_splits, num_q_heads,
-        num_reqs] float32, splits adjacent; both one split that lies anywhere, or of a workspace.
+    part_out: [num_splits, num_tokens, num_q_heads, head_dim], splits head_dim apart; part_lse: [num_splits,
+        num_q_heads, num_tokens] float32, splits adjacent; both one split that lies anywhere, or of a workspace.
     skips_host: leave out the keys of pages in host memory.
     """
-    num_splits, num_reqs, num_q_heads, head_dim = part_out.shape
+    num_splits, num_tokens, num_q_heads, head_dim = part_out.shape
     block_table, group_size = batch.block_table, num_q_heads // kv.num_kv_heads
-    block_d = triton.next_power_of_2(head_dim)
-    _decode_kernel[(num_splits, kv.num_kv_heads, num_reqs)](
+    block_d, block_h = triton.next_power_of_2(head_dim), decode_rows(head_dim, group_size, query_len)
+    num_row_blocks = triton.cdiv(query_len * group_size, block_h)
+    num_programs = num_tokens if query_len == 1 else batch.num_reqs * num_row_blocks
+    _decode_kernel[(num_splits, kv.num_kv_heads, num_programs)](
         query,
         kv.pages,
         part_out,
         part_lse,
         block_table,
         batch.kv_lens,
+        batch.query_start_loc if query_len > 1 else None,
         batch.first_pos,
         turn.cos if turn else None,
         turn.sin if turn else None,
         scale * LOG2_E,
+        kv.value_scale if kv.is_fp8 else None,
         turn.offset if turn else 0,
         num_splits,
         min_split_keys // keys_per_step(kv),
+        *((query_len, num_tokens, num_row_blocks) if query_len > 1 else (None, None, None)),
         group_size,
         query.stride(0),
         query.stride(1),
@@ -340,7 +436,7 @@ def decode_parts(
         kv.host_pages.stride(1) if kv.host_pages is not None else 0,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
-        BLOCK_H=max(16, triton.next_power_of_2(group_size)),
+        BLOCK_H=block_h,
         BLOCK_N=keys_per_step(kv),
         PAGE_SIZE=kv.page_size,
         HAS_HOST=kv.host_pages is not None and not skips_host,
@@ -350,10 +446,19 @@ def decode_parts(
         HAS_TURN=turn is not None,
         SLOPE=turn.slope if turn else 1,
         HAS_FIRST_POS=batch.first_pos is not None,
+        HAS_QUERY_LENS=query_len > 1,
+        IS_FP8=kv.is_fp8,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         NUM_STAGES=DECODE_STAGES,
         num_warps=4,
     )
+
+
+def decode_rows(head_dim: int, group_size: int, query_len: int) -> int:
+    """Rows of a program's query tile: pairs of token and query head, a power of two."""
+    # The tensor cores take no fewer than 16.
+    rows = max(16, triton.next_power_of_2(group_size * query_len))
+    return rows if query_len == 1 else min(rows, DECODE_MAX_ROWS if head_dim <= 128 else DECODE_MAX_ROWS // 2)
 
 
 def keys_per_step(kv: KVView) -> int:

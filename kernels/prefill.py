@@ -9,7 +9,7 @@ import math
 
 import torch
 import triton
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.prefill_kernel import prefill_kernel
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
@@ -41,7 +41,8 @@ def paged_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on paged KV.
 
-    kv: pages of the query's dtype. The other arguments, the result and the sources are those of `prefill_attention`.
+    kv: pages of the query's dtype or float8_e4m3fn. The other arguments, the result and the sources are those of
+    `prefill_attention`.
     """
     key_pages, value_pages = kv.split()
     return prefill_attention(
@@ -56,6 +57,7 @@ def paged_prefill(
         turn=turn,
         out=out,
         lse=lse,
+        value_scale=kv.value_scale,
     )
 
 
@@ -72,23 +74,25 @@ def prefill_attention(
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    value_scale: float = 1.0,
     config: PrefillConfig | HopperPrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention of a varlen batch on keys and values in pages.
 
     query: [num_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; the last axis contiguous. The chunk's own
         keys are in their pages already.
-    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype, with equal strides,
-        the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with one column in
-        the block table, page_size may be any number.
+    key_pages, value_pages: [num_pages, num_kv_heads, page_size, head_dim], of the query's dtype or float8_e4m3fn, with
+        equal strides, the last axis contiguous. A contiguous tensor is a cache in which each sequence is one page: with
+        one column in the block table, page_size may be any number.
     batch: the requests; its `max_query_len` decides how many tokens a program computes.
     tiles: the query tiles to compute. For other tokens the query is not read, and `out` and `lse` are not written.
-    scale: factor on the logits, above 0.
+    scale: factor on the logits, that of stored keys included, above 0.
     block_lists: the KV blocks that each tile reads, none past the request's keys. None means all that it may see.
     causal: a query at position p sees keys [0, p]; otherwise [0, kv_len).
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], last axis contiguous; lse: [num_q_heads, num_tokens] float32, rows
         contiguous; either is allocated when None.
+    value_scale: what stored values are multiplied by; only for float8.
     config: which kernel, and its tile shapes; those of `tuning.hopper_prefill_config`, or else of
         `tuning.prefill_config`, when None.
     Returns out and lse (natural log; -inf with zero output where a query sees no key).
@@ -109,10 +113,10 @@ def prefill_attention(
     tensors = (query, key_pages, value_pages, out, lse)
     on_rows = (key_pages.data_ptr() | value_pages.data_ptr()) % 16 == 0
     kinds = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
-    key = ("prefill", kinds, on_rows, lists, turned, scale, causal, config)
+    key = ("prefill", kinds, on_rows, lists, turned, scale, value_scale, causal, config)
     made: _TiledLaunch | None = batch.launches.get(key)
     if made is None or made.tiles is not tiles:
-        made = _TiledLaunch(*tensors, batch, tiles, scale, block_lists, causal, turn, config)
+        made = _TiledLaunch(*tensors, batch, tiles, scale, value_scale, block_lists, causal, turn, config)
         batch.launches[key] = made
     rows = made.rows
     if rows is not None:
@@ -135,6 +139,7 @@ class _TiledLaunch:
         batch: PagedBatch,
         tiles: PrefillTiles,
         scale: float,
+        value_scale: float,
         block_lists: BlockLists | None,
         causal: bool,
         turn: Turn | None,
@@ -145,9 +150,12 @@ class _TiledLaunch:
         assert num_heads % num_kv_heads == 0
         assert key_pages.shape == value_pages.shape
         assert key_pages.stride() == value_pages.stride()
-        assert key_pages.dtype == value_pages.dtype == query.dtype
+        assert key_pages.dtype == value_pages.dtype
+        is_fp8 = key_pages.dtype == FP8
+        assert is_fp8 or key_pages.dtype == query.dtype
         assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
         assert scale > 0
+        assert is_fp8 or value_scale == 1.0
         assert out.shape == query.shape
         assert lse.shape == (num_heads, num_tokens)
         assert lse.dtype == torch.float32
@@ -165,7 +173,8 @@ class _TiledLaunch:
         max_pages = batch.block_table.shape[1]
         paged = max_pages > 1
         tokens_per_tile = min(tiles.block_size, batch.max_query_len)
-        has_rows = has_row_view(key_pages, value_pages)
+        # float8 is converted in registers, on the way from which the copy engine has nothing to gain.
+        has_rows = not is_fp8 and has_row_view(key_pages, value_pages)
         capability = device_capability(query.device)
         if config is None and has_rows:
             config = hopper_prefill_config(
@@ -196,6 +205,7 @@ class _TiledLaunch:
         self.rows: RowView | None = None
         """How the copy engine sees keys and values; None where it is not used."""
         if isinstance(config, HopperPrefillConfig):
+            assert not is_fp8
             # Loads Gluon, which other devices do without.
             from farspan.kernels.hopper.prefill import hopper_launch
 
@@ -238,6 +248,8 @@ class _TiledLaunch:
                 "tile_request_ptr": tiles.tile_request,
                 "tile_block_ptr": tiles.tile_block,
                 "scale_log2": scale * LOG2_E,
+                # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
+                "value_scale": value_scale if is_fp8 else None,
                 "turn_offset": turn.offset if turn is not None else 0,
                 "num_tiles": tiles.num_tiles,
                 "num_pieces": num_pieces,
@@ -250,7 +262,8 @@ class _TiledLaunch:
                 "stride_out_token": out.stride(0),
                 "stride_out_head": out.stride(1),
                 "stride_lse_head": lse.stride(0),
-                "stride_block_table": batch.block_table.stride(0),
+                # Of one column None, which is no argument, as with `value_scale`.
+                "stride_block_table": None if batch.block_table.stride(0) == 1 else batch.block_table.stride(0),
                 "stride_page": stride_page,
                 "stride_head": stride_head,
                 "stride_token": stride_token,
@@ -272,6 +285,7 @@ class _TiledLaunch:
                 "USE_TMA": config.use_tma,
                 "NARROW_IDS": config.narrow_ids and max_pages * page_size <= 2**16 * tiles.block_size,
                 "RECOMPUTES": config.recomputes,
+                "IS_FP8": is_fp8,
                 "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
             },
             num_warps=config.num_warps,

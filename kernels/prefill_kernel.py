@@ -170,6 +170,9 @@ def _attend_blocks(
             USE_TMA,
             MASKED,
         )
+        # Of float8 pages; others have the query's dtype.
+        key = key.to(query.dtype)
+        value = value.to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if MASKED or STRADDLES:
             offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -214,6 +217,7 @@ def prefill_kernel(
     cos_ptr,
     sin_ptr,
     scale_log2,
+    value_scale,
     turn_offset,
     num_tiles,
     num_pieces,
@@ -248,6 +252,7 @@ def prefill_kernel(
     USE_TMA: tl.constexpr,
     NARROW_IDS: tl.constexpr,
     RECOMPUTES: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_T tokens of a query tile times HEADS_PER_TILE query heads of one KV head.
@@ -292,7 +297,10 @@ def prefill_kernel(
     mask_q = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
     query_ptrs = query_ptr + (token * stride_query_token + head * stride_query_head)[:, None] + offs_d[None, :]
 
-    table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_block_table
+    if stride_block_table is None:  # 1
+        table_row_ptr = block_table_ptr + request.to(tl.int64)
+    else:
+        table_row_ptr = block_table_ptr + request.to(tl.int64) * stride_block_table
     if IS_CAUSAL:
         kv_end = end_position
         if HAS_FIRST_POS:
@@ -400,6 +408,8 @@ def prefill_kernel(
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = tl.where(row_sum > 0.0, row_sum, 1.0)
     acc = acc / divisor[:, None]
+    if IS_FP8:
+        acc = acc * value_scale
     lse = tl.where(row_sum > 0.0, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
     out_ptrs = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)

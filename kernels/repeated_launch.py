@@ -53,7 +53,7 @@ class RepeatedLaunch:
         self.places = tuple(names.index(name) for name in of_layer)
         self.compiled: Callable[..., None] | None = None
 
-    def __call__(self, *of_layer: torch.Tensor | TensorDescriptor | None) -> None:
+    def __call__(self, *of_layer: torch.Tensor | TensorDescriptor | float | None) -> None:
         """Launch on the current stream."""
         arguments, is_aligned = self.arguments.copy(), True
         for place, value in zip(self.places, of_layer, strict=True):

@@ -239,6 +239,10 @@ DECODE_MAX_SPLITS = 128
 DECODE_STAGE_BYTES = 32 * 1024
 DECODE_STAGES = 3
 
+# Pairs of token and query head that a program holds where requests have several tokens, half as many in heads of 256.
+# Compiled only.
+DECODE_MAX_ROWS = 64
+
 
 # Programs per pass of flex's estimate, to fill the device at batch 1: 4 for each of 132 multiprocessors. H100, 2026-11.
 ESTIMATE_PROGRAMS = 528

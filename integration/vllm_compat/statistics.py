@@ -47,13 +47,14 @@ def counting_prefill(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Count the tokens of every chunk by how it prefills."""
 
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from farspan.engine_ext.support import max_decode_len
         from farspan.scheduler.scheduler import scheduled_of
 
         output = stock(self, *args, **kwargs)
         counts = vars(self).setdefault("farspan_prefill", Counter() if is_sparse(self.vllm_config) else None)
         if counts is not None:
             for each in scheduled_of(output):
-                if each.count > 1:
+                if each.count > max_decode_len(self.vllm_config):
                     request = self.requests[each.req_id]
                     reason = decision_of(self.vllm_config, request, each)
                     counts[reason] += each.count

@@ -82,6 +82,8 @@ def _logits(
     query, turned, key, position, key_position, turn_offset, scale, HALF_ROTARY: tl.constexpr, SLOPE: tl.constexpr
 ):
     """Scaled logits in base 2; keys below the turn's bound meet the turned query."""
+    # Of float8 pages; others have the query's dtype.
+    key = key.to(query.dtype)
     logits = tl.dot(query, key, input_precision="ieee")
     if HALF_ROTARY > 0:
         is_plain = key_position >= SLOPE * position + turn_offset

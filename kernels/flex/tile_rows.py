@@ -50,7 +50,8 @@ def tile_row_lists(
 
     query: [num_tokens, num_q_heads, head_dim] with a contiguous last axis, on the GPU; the heads that `kv` serves.
     batch: every request has a chunk, whose keys are in their pages already. tiles, spans: of all of them.
-    scale: factor on the logits, above 0. turn: keys below its bound meet the turned query.
+    scale: factor on the logits, that of stored keys included, above 0.
+    turn: keys below its bound meet the turned query.
     A list has the first block, those of its span up to its own tile, and the chosen ones before the span; tiles in no
     span list all that they may see. `budget.tau` is not used.
     """
@@ -58,10 +59,10 @@ def tile_row_lists(
     kinds = (query.shape, query.stride(), query.dtype, key_pages.shape, key_pages.stride(), key_pages.dtype)
     turned = None if turn is None else (turn.cos.shape, turn.is_neox, turn.slope, turn.offset)
     on_rows = key_pages.data_ptr() % 16 == 0
-    key = ("tile_rows", kinds, on_rows, turned, scale, budget, config)
+    key = ("tile_rows", kinds, on_rows, turned, budget, config)
     made: _SpanLaunches | None = batch.launches.get(key)
     if made is None or made.spans is not spans or made.tiles is not tiles:
-        made = _SpanLaunches(query, kv, batch, tiles, spans, scale, budget, turn, config)
+        made = _SpanLaunches(query, kv, batch, tiles, spans, budget, turn, config)
         batch.launches[key] = made
     ids = query.new_empty(made.ids_shape, dtype=torch.int32)
     counts = query.new_empty(made.ids_shape[:2], dtype=torch.int32)
@@ -73,7 +74,7 @@ def tile_row_lists(
             (query, key_pages) if part.is_all else (query[:, part.heads], key_pages[:, part.kv_heads])
         )
         if part.log_sums is not None:
-            part.log_sums(part_query, part_keys, turn, log_sums)
+            part.log_sums(part_query, part_keys, scale, turn, log_sums)
         lists = (ids, counts, kept)
         if not part.is_all:
             lists = (ids[part.lists], counts[part.lists], kept[part.heads])
@@ -105,7 +106,6 @@ class _SpanLaunches:
         batch: PagedBatch,
         tiles: PrefillTiles,
         spans: Spans,
-        scale: float,
         budget: Budget,
         turn: Turn | None,
         config: TileRowsConfig | None,
@@ -114,7 +114,6 @@ class _SpanLaunches:
         group = num_heads // kv.num_kv_heads
         rule, num_spans, num_blocks = spans.rule, spans.num_spans, tiles.max_kv_blocks
         assert query.stride(2) == kv.pages.stride(3) == batch.block_table.stride(1) == 1
-        assert scale > 0
         assert num_heads % kv.num_kv_heads == 0
         assert group % budget.heads_per_list == 0
         if config is None:
@@ -123,7 +122,7 @@ class _SpanLaunches:
                 query.dtype,
                 device_capability(query.device),
                 block_size=tiles.block_size,
-                keys_in_a_row=kv.page_size if has_row_view(kv.keys) else 0,
+                keys_in_a_row=kv.page_size if not kv.is_fp8 and has_row_view(kv.keys) else 0,
             )
         self.tiles, self.spans = tiles, spans
         self.ids_shape = (num_heads // budget.heads_per_list, tiles.num_tiles, num_blocks)
@@ -145,7 +144,7 @@ class _SpanLaunches:
             if num_spans > 0:
                 part_query, part_keys = query[:, heads], kv.keys[:, kv_heads]
                 log_sums = LogSumsLaunch(
-                    part_query, part_keys, batch, spans, num_blocks, tiles.block_size, scale, turn, config
+                    part_query, part_keys, batch, spans, num_blocks, tiles.block_size, turn, config
                 )  # fmt: skip
             choice = RepeatedLaunch(
                 choice_kernel,
@@ -187,7 +186,6 @@ class LogSumsLaunch:
         spans: Spans,
         num_blocks: int,
         block_size: int,
-        scale: float,
         turn: Turn | None,
         config: TileRowsConfig,
         num_splits: int | None = None,
@@ -215,13 +213,12 @@ class LogSumsLaunch:
         self.launch = RepeatedLaunch(
             log_sums_kernel,
             (packs * num_kv_heads * num_splits,),
-            ("query_ptr", "key_source", "cos_ptr", "sin_ptr", "log_sums_ptr"),
+            ("query_ptr", "key_source", "cos_ptr", "sin_ptr", "log_sums_ptr", "scale_log2"),
             {
                 "block_table_ptr": batch.block_table,
                 "span_request_ptr": spans.span_request,
                 "span_index_ptr": spans.span_index,
                 "span_row_ptr": spans.span_row,
-                "scale_log2": scale * LOG2_E,
                 "turn_offset": 0 if turn is None else turn.offset,
                 "num_spans": spans.num_spans,
                 "num_blocks": num_blocks,
@@ -248,11 +245,14 @@ class LogSumsLaunch:
             num_stages=config.num_stages,
         )
 
-    def __call__(self, query: torch.Tensor, key_pages: torch.Tensor, turn: Turn | None, log_sums: torch.Tensor) -> None:
+    def __call__(
+        self, query: torch.Tensor, key_pages: torch.Tensor, scale: float, turn: Turn | None, log_sums: torch.Tensor
+    ) -> None:
         """Write [num_q_heads, num_spans, num_blocks, rows_per_span] float32, base 2, to the front of `log_sums`.
 
         Entries past a span's last block are undefined.
         """
         keys = key_pages if self.rows is None else self.rows.of(key_pages)
         cos, sin = (query, query) if turn is None else (turn.cos, turn.sin)
-        self.launch(query, keys, cos, sin, log_sums)
+        assert scale > 0
+        self.launch(query, keys, cos, sin, log_sums, scale * LOG2_E)

@@ -85,6 +85,8 @@ def _stream_blocks(
             key_source, table_row_ptr, kv_head, start, stride_page, stride_head, stride_token,
             HEAD_DIM, BLOCK_D, BLOCK, PAGE_SIZE, USE_TMA,
         )  # fmt: skip
+        # Of float8 pages; others have the query's dtype.
+        key = key.to(query.dtype)
         key_pos = (start + tl.arange(0, BLOCK))[None, :]
         if TURNS == 1:
             scores = tl.dot(turned, tl.trans(key), input_precision=PRECISION)

@@ -47,6 +47,8 @@ def test_what_it_announces() -> None:
     assert FarspanBackend.validate_configuration(**SELECTED) == []
     assert FarspanBackend.validate_configuration(**{**SELECTED, "device_capability": DeviceCapability(8, 0)}) == []
     assert FarspanBackend.validate_configuration(**{**SELECTED, "dtype": torch.float32, "block_size": 256}) == []
+    on_hopper = {"kv_cache_dtype": "fp8", "device_capability": DeviceCapability(9, 0)}
+    assert FarspanBackend.validate_configuration(**{**SELECTED, **on_hopper}) == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,10 @@ def test_what_it_announces() -> None:
     [
         ({"head_size": 80}, "head_size=80; farspan supports 64, 96, 128, 256."),
         ({"dtype": torch.float64}, "dtype=float64; farspan supports float16, bfloat16, float32."),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'; farspan stores keys and values in the model's dtype"),
+        (
+            {"kv_cache_dtype": "fp8", "device_capability": DeviceCapability(8, 6)},
+            "kv_cache_dtype='fp8' on a GPU of compute capability 8.6; float8 needs 8.9 (Ada) and later.",
+        ),
         ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16'; farspan stores"),
         ({"block_size": 24}, "block_size=24; farspan supports multiples of 16. Use --block-size 128."),
         (
@@ -174,9 +179,29 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         (engine(model={"use_mla": True}), UnsupportedModelError, "m has multi-head latent attention"),
         (engine(model={"is_hybrid": True}), UnsupportedModelError, "m has a hybrid of attention"),
         (engine(model={"is_encoder_decoder": True}), UnsupportedModelError, "m has an encoder and a decoder"),
-        (engine(cache_dtype="fp8"), UnsupportedModelError, "kv_cache_dtype='fp8'"),
+        (
+            engine(cache_dtype="fp8_per_token_head"),
+            UnsupportedModelError,
+            "kv_cache_dtype='fp8_per_token_head'; farspan stores keys and values in the model's dtype (bfloat16), or "
+            "as fp8 and fp8_e4m3 with one scale",
+        ),
+        (engine(cache_dtype="fp8_e5m2"), UnsupportedModelError, "kv_cache_dtype='fp8_e5m2'; farspan stores keys"),
+        (
+            engine({"offload": {"hot_heads": 1}}, cache_dtype="fp8"),
+            UnsupportedEngineError,
+            "kv_cache_dtype='fp8' together with offload",
+        ),
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
-        (engine(speculative=SimpleNamespace(method="ngram")), UnsupportedEngineError, "speculative decoding"),
+        (
+            engine(speculative=SimpleNamespace(method="eagle")),
+            UnsupportedEngineError,
+            "speculative decoding ('eagle'); farspan supports drafts that need no attention of their own: ngram,",
+        ),
+        (
+            engine({"offload": {"hot_heads": 1}}, speculative=SimpleNamespace(method="ngram")),
+            UnsupportedEngineError,
+            "speculative decoding ('ngram') together with offload",
+        ),
         (
             engine({"string": {"shift": 512}}, connector=object()),
             UnsupportedEngineError,
@@ -202,9 +227,12 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         "mla",
         "hybrid",
         "encoder",
-        "fp8",
+        "fp8-per-token",
+        "fp8-e5m2",
+        "fp8-offload",
         "dcp",
-        "speculative",
+        "draft-model",
+        "speculative-offload",
         "connector",
         "mrope",
         "shift-of-unknown-length",
@@ -228,12 +256,17 @@ def test_fa3_is_refused_by_the_dtype_before_any_gpu_is_touched(monkeypatch: pyte
     monkeypatch.setattr("vllm.platforms._current_platform", platform("cuda", (9, 0)))
     with pytest.raises(ConfigError, match="kernel='fa3'; FlashAttention 3 supports float16 and bfloat16, not float32"):
         check_engine(engine({"kernel": "fa3"}, model={"dtype": torch.float32}))
+    with pytest.raises(ConfigError, match="kernel='fa3'; with a KV cache in fp8, FlashAttention 3 would round queries"):
+        check_engine(engine({"kernel": "fa3"}, cache_dtype="fp8"))
     assert not torch.cuda.is_initialized()
 
 
 def test_engine_is_accepted() -> None:
     assert check_engine(engine({"kernel": "auto"})) == parse_config({"kernel": "auto"})
     assert check_engine(engine(connector=object())) == parse_config(None)
+    assert check_engine(engine(cache_dtype="fp8")) == parse_config(None)
+    for method in ("ngram", "ngram_gpu", "suffix"):
+        assert check_engine(engine(speculative=SimpleNamespace(method=method))) == parse_config(None)
 
 
 @pytest.mark.parametrize("key", ["farspam", "Farspan", "FARSPAN", "far_span", "farspan.method", "farspan_options"])

@@ -54,6 +54,7 @@ def build(
     *,
     options: Any = None,
     extra_args: list[dict[str, Any] | None] | None = None,
+    num_drafts: int | None = None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> StepMetadata:
     source = Source(options, [None] * len(query_lens) if extra_args is None else extra_args)
@@ -62,6 +63,7 @@ def build(
         additional_config={"farspan": options},
         parallel_config=SimpleNamespace(worker_extension_cls=""),
         model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: 4),
+        speculative_config=None if num_drafts is None else SimpleNamespace(num_speculative_tokens=num_drafts),
     )
     spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.float32, block_size=128)
     builder = FarspanMetadataBuilder(spec, list(NAMES), vllm_config, DEVICE)
@@ -98,6 +100,31 @@ def test_all_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert each.batch.kv_lens.tolist() == [5, 900, 1]
     assert each.batch.max_kv_len == 900
     assert not each.turns
+
+
+def test_drafts_decode_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests with up to all drafts lead; what is longer prefills, and a short chunk behind it is exact."""
+    options = {"prefill": {"method": "block_sparse"}}
+    step = build([5, 1, 3, 6, 4], [50, 129, 7, 1000, 4], options=options, num_drafts=4, monkeypatch=monkeypatch)
+    decode, sparse, dense = step.passes
+    assert isinstance(decode.work, Decode)
+    assert decode.work.query_len == 5
+    assert decode.rows == slice(0, 9)
+    assert decode.batch.query_start_loc.tolist() == [0, 5, 6, 9]
+    assert decode.batch.kv_lens.tolist() == [50, 129, 7]
+    assert isinstance(sparse.work, Sparse)
+    assert (sparse.rows, dense.rows) == (slice(9, 15), slice(15, 19))
+    assert dense.work == Dense("cpu", None)
+
+
+def test_drafts_of_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of a graph have as many tokens each; without drafts in a step they have the rows of their numbers."""
+    (decode,) = build([3, 3], [50, 129], num_drafts=2, monkeypatch=monkeypatch).passes
+    assert isinstance(decode.work, Decode)
+    assert (decode.rows, decode.work.query_len) == (slice(0, 6), 3)
+    (decode,) = build([1, 1, 0], [50, 129, 0], num_drafts=2, monkeypatch=monkeypatch).passes
+    assert isinstance(decode.work, Decode)
+    assert (decode.rows, decode.work.query_len) == (slice(0, 3), 1)
 
 
 def test_layers_know_their_place_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from farspan.engine_ext.star.steps import StarSteps
 from farspan.engine_ext.string import Rotation
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
 from farspan.kernels import prefill
-from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.decode import make_decode_workspace
 from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
 from farspan.kernels.rotary_turn import Turn, make_string_turn
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launch
 
 DEVICE = torch.device("cpu")
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
-MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 2, 40
+MAX_MODEL_LEN, MAX_CHUNK_LEN, MAX_DECODE_LEN, MAX_NUM_REQS, NUM_SMS = 20_000, 2048, 7, 2, 40
 SIZE = AttentionSize(NUM_Q_HEADS, HEAD_DIM)
 Kernel = tuple[Any, ...]
 
@@ -95,7 +95,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
 
 def make_maker(kernel: Any, *, has_turn: bool) -> PassMaker:
     parts = most_parts(MAX_NUM_REQS, NUM_KV_HEADS, MAX_MODEL_LEN, NUM_SMS)
-    workspace = make_decode_workspace(parts * NUM_Q_HEADS, HEAD_DIM, DEVICE)
+    workspace = make_decode_workspace(parts * NUM_Q_HEADS * MAX_DECODE_LEN, HEAD_DIM, DEVICE)
     return PassMaker(NUM_KV_HEADS, kernel, NUM_SMS, workspace, has_turn, DEVICE)
 
 
@@ -108,11 +108,10 @@ def table_width(pages: torch.Tensor) -> int:
     return -(-MAX_MODEL_LEN // 128) * 128 // pages.shape[2]
 
 
-def run_requests(
-    maker: PassMaker, prefill: Prefill, turn: Turn | None, pages: torch.Tensor, layer: LayerContext
-) -> None:
+def run_requests(maker: PassMaker, prefill: Prefill, turn: Turn | None, view: KVView, layer: LayerContext) -> None:
     """A random batch as the builder cuts it: a decode pass and a pass of requests that prefill alike."""
-    width = table_width(pages)
+    width = table_width(view.pages)
+    scales = {"key_scale": view.key_scale, "value_scale": view.value_scale}
 
     def batch_of(query_lens: list[int], kv_lens: list[int]) -> PagedBatch:
         starts = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -123,12 +122,15 @@ def run_requests(
         fused = torch.zeros(num_tokens, (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
         parts = fused.split([NUM_Q_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM], dim=1)
         query, key, value = (part.unflatten(1, (-1, HEAD_DIM)) for part in parts)
-        write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
-        attend(each, query, KVView(pages), layer, 0.125, torch.empty_like(query))
+        write_kv(key, value, view.pages, torch.zeros(num_tokens, dtype=torch.int64), **scales)
+        attend(each, query, view, layer, 0.125, torch.empty_like(query))
 
     num_decodes = random.randint(1, MAX_NUM_REQS)
-    lens = [random.randint(1, MAX_MODEL_LEN) for _ in range(num_decodes)]
+    lens = [random.randint(MAX_DECODE_LEN, MAX_MODEL_LEN) for _ in range(num_decodes)]
     run(maker.decode(batch_of([1] * num_decodes, lens)), num_decodes)
+    most = random.randint(1, MAX_DECODE_LEN)
+    query_lens = [random.randint(1, most) for _ in range(num_decodes)]
+    run(maker.decode(batch_of(query_lens, lens), num_rows=sum(query_lens)), sum(query_lens))
 
     most = random.choice([3, 20, 130, MAX_CHUNK_LEN])
     query_lens = [random.randint(1, most) for _ in range(random.randint(1, 3))]
@@ -159,11 +161,20 @@ PREFILLS: dict[str, Prefill] = {
 
 
 @pytest.mark.parametrize("has_turn", [False, True], ids=["", "string"])
-@pytest.mark.parametrize("kernel", ["triton", "fa3"])
-@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize(
+    ("kernel", "page_size", "is_fp8"),
+    [("triton", 16, False), ("triton", 128, False), ("fa3", 16, False), ("fa3", 128, False), ("triton", 128, True)],
+    ids=["triton-16", "triton-128", "fa3-16", "fa3-128", "fp8-128"],
+)
 @pytest.mark.parametrize("name", PREFILLS)
 def test_requests_reach_no_other_kernels(
-    compiled: set[Kernel], name: str, page_size: int, kernel: Any, has_turn: bool, monkeypatch: pytest.MonkeyPatch
+    compiled: set[Kernel],
+    name: str,
+    page_size: int,
+    kernel: Any,
+    is_fp8: bool,
+    has_turn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # FlashAttention 3 is there on Hopper alone, as is the kernel in Gluon.
     monkeypatch.setattr(prefill, "device_capability", lambda device: (9, 0) if kernel == "fa3" else (8, 0))
@@ -171,6 +182,8 @@ def test_requests_reach_no_other_kernels(
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
     view = KVView(pages)
+    if is_fp8:
+        view = KVView(pages.to(FP8), key_scale=0.5, value_scale=2.0)
     warm_up = WarmUp(
         PREFILLS[name],
         SIZE,
@@ -182,6 +195,7 @@ def test_requests_reach_no_other_kernels(
         torch.bfloat16,
         MAX_MODEL_LEN,
         MAX_CHUNK_LEN,
+        MAX_DECODE_LEN,
     )
     for case in warm_up.cases():
         warm_up.run(case)
@@ -190,7 +204,7 @@ def test_requests_reach_no_other_kernels(
     assert len(warmed) <= 80
     random.seed(f"{name} {page_size} {kernel} {has_turn}")
     for _ in range(20):
-        run_requests(maker, PREFILLS[name], turn, pages, layer)
+        run_requests(maker, PREFILLS[name], turn, view, layer)
     assert compiled <= warmed
     in_gluon = any(each[0] == "hopper_prefill_kernel" for each in compiled)
     # Dense prefill without a turn is FlashAttention 3's, and blocks of 64 are the portable kernel's. By the measured
@@ -326,7 +340,14 @@ def test_hosts_of_star_reach_no_other_kernels(
 @pytest.mark.parametrize("name", PREFILLS)
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
     maker = make_maker("triton", has_turn=True)
-    cases = warm_up_cases(PREFILLS[name], SIZE, maker, max_model_len=max_model_len, max_chunk_len=8192)
+    cases = warm_up_cases(
+        PREFILLS[name],
+        SIZE,
+        maker,
+        max_model_len=max_model_len,
+        max_chunk_len=8192,
+        max_decode_len=min(5, max_model_len),
+    )
     assert len(cases) == len(set(cases))
     for case in cases:
         assert 1 <= case.query_len <= case.kv_len <= max(max_model_len, 1)

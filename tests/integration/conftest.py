@@ -75,6 +75,16 @@ def make_engines_cheap() -> None:
     gc.freeze()
 
 
+class WithoutNumba:
+    """`sys` without numba's modules; vLLM's scan for kernels fails on one of their objects, so that no engine on a CPU
+    starts after one with n-gram drafts.
+    """
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {name: each for name, each in sys.modules.items() if not name.startswith(("numba", "llvmlite"))}
+
+
 def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     """What `make_llm` and `make_module_llm` are; engines end when it does."""
     from vllm import LLM
@@ -90,6 +100,11 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
             "num_gpu_blocks_override": 8 * MAX_MODEL_LEN // kwargs.get("block_size", 128),
             "worker_extension_cls": "tests.integration.probe.WorkerProbe",
         }
+        if "speculative_config" in kwargs:
+            from vllm.triton_utils import dispatcher
+
+            # Until the process ends: its later engines are scanned for too.
+            dispatcher.sys = WithoutNumba()
         with pytest.MonkeyPatch.context() as patch:
             if "kv_cache_memory_bytes" in kwargs:
                 # The variable goes before the argument.

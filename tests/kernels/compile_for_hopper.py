@@ -18,6 +18,7 @@ from farspan.kernels import (
     combine,
     decode,
     kv_gather,
+    kv_write,
     page_bounds,
     page_choice,
     selected_decode,
@@ -129,13 +130,15 @@ def prefill(
     )
 
 
-def select_by_tile_rows(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def select_by_tile_rows(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Launch selection for a chunk of 1,024 tokens behind as many, on pages of 128."""
     query = torch.empty(1024, num_q_heads, head_dim, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [2048], 128, query.device)
     tile_rows.tile_row_lists(
         query,
-        KVView(torch.empty(16, num_kv_heads, 128, 2 * head_dim, dtype=torch.bfloat16)),
+        KVView(torch.empty(16, num_kv_heads, 128, 2 * head_dim, dtype=dtype)),
         PagedBatch(
             torch.tensor([0, 1024], dtype=torch.int32),
             torch.tensor([2048], dtype=torch.int32),
@@ -167,6 +170,64 @@ def decode_from_both_pools() -> None:
         num_splits=1,
         min_split_keys=128,
     )
+
+
+def decode_drafts(dtype: torch.dtype, num_q_heads: int, query_len: int) -> None:
+    """Launch decode of some tokens per request, with heads of 128, over pages of 128 of a dtype, in splits."""
+    decode.paged_decode(
+        torch.empty(query_len, num_q_heads, 128, dtype=torch.bfloat16),
+        KVView(torch.empty(16, 8, 128, 256, dtype=dtype)),
+        PagedBatch(
+            torch.tensor([0, query_len], dtype=torch.int32),
+            torch.tensor([1024], dtype=torch.int32),
+            torch.zeros(1, 16, dtype=torch.int32),
+            max_query_len=query_len,
+            max_kv_len=1024,
+        ),
+        0.1,
+        num_splits=2,
+        min_split_keys=128,
+        query_len=query_len,
+    )
+
+
+def prefill_on_fp8() -> None:
+    """Launch dense prefill of 1,024 tokens with heads of 128 on pages of 128 tokens in float8."""
+    query = torch.empty(1024, 32, 128, dtype=torch.bfloat16)
+    batch = PagedBatch(
+        torch.tensor([0, 1024], dtype=torch.int32),
+        torch.tensor([1024], dtype=torch.int32),
+        torch.zeros(1, 16, dtype=torch.int32),
+        max_query_len=1024,
+        max_kv_len=1024,
+    )
+    tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
+    pages = torch.empty(16, 8, 128, 256, dtype=torch.float8_e4m3fn)
+    paged_prefill.paged_prefill(query, KVView(pages), batch, tiles=tiles, scale=0.1)
+
+
+def of_drafts_and_fp8() -> dict[str, tuple[Any, ...]]:
+    """Kernels of multi-token decode and on float8 pages, and calls of each."""
+    calls: dict[str, tuple[Any, ...]] = {
+        f"decode-{name}": (decode._decode_kernel, partial(decode_drafts, *shape), combine._combine_kernel)
+        for name, shape in {
+            "drafts": (torch.bfloat16, 32, 4),
+            "most-drafts": (torch.bfloat16, 64, 8),
+            "fp8": (torch.float8_e4m3fn, 32, 1),
+            "fp8-drafts": (torch.float8_e4m3fn, 32, 4),
+            "fp8-most-drafts": (torch.float8_e4m3fn, 64, 8),
+        }.items()
+    }
+    key = torch.empty(4, 8, 128, dtype=torch.bfloat16)
+    pages, slots = torch.empty(16, 8, 128, 256, dtype=torch.float8_e4m3fn), torch.zeros(4, dtype=torch.int64)
+    calls["write-fp8"] = (kv_write._write_kv_kernel, lambda: kv_write.write_kv(key, key, pages, slots, key_scale=2.0))
+    calls["prefill-fp8"] = (paged_prefill.prefill_kernel, prefill_on_fp8)
+    calls["tile-rows-fp8"] = (
+        tile_rows.log_sums_kernel,
+        lambda: select_by_tile_rows(32, 8, 128, torch.float8_e4m3fn),
+        tile_rows.choice_kernel,
+    )
+    return calls
 
 
 def page_copies() -> dict[str, tuple[Any, Callable[[], object]]]:
@@ -268,7 +329,7 @@ def main() -> None:
                 "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
                 "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
                 "decode-both-pools": compiled(decode._decode_kernel, decode_from_both_pools),
-                **{name: compiled(*copy) for name, copy in (page_copies() | selecting()).items()},
+                **{name: compiled(*copy) for name, copy in (page_copies() | selecting() | of_drafts_and_fp8()).items()},
             }
         )
     )

@@ -159,10 +159,10 @@ def test_log_sums_are_those_of_every_block(case: Case, num_splits: int, device: 
     key_pages, _ = batch.kv.split()
     turn = turn_of(case, device)
     launch = tile_rows.LogSumsLaunch(
-        batch.query, key_pages, batch.paged, spans, tiles.max_kv_blocks, case.block_size, batch.scale, turn,
+        batch.query, key_pages, batch.paged, spans, tiles.max_kv_blocks, case.block_size, turn,
         TileRowsConfig(64, 4, 2, use_tma=False), num_splits,
     )  # fmt: skip
-    launch(batch.query, key_pages, turn, out)
+    launch(batch.query, key_pages, batch.scale, turn, out)
     batch = on_cpu(batch)
     one_block = {block: log_sums_of(batch, case, spans, block) for block in range(tiles.max_kv_blocks)}
     for span, (request, index) in enumerate(zip(spans.span_request.tolist(), spans.span_index.tolist(), strict=True)):

@@ -178,6 +178,7 @@ class Host:
         vllm_config = SimpleNamespace(
             additional_config={"farspan": options},
             parallel_config=SimpleNamespace(worker_extension_cls=""),
+            speculative_config=None,
             scheduler_config=SimpleNamespace(max_num_seqs=4),
             model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: NUM_HEADS),
         )

@@ -12,12 +12,13 @@ from prometheus_client import CollectorRegistry, Counter
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 
-def engine(options: dict[str, Any]) -> Any:
+def engine(options: dict[str, Any], num_drafts: int = 0) -> Any:
     model_config = SimpleNamespace(get_num_attention_heads=lambda parallel: 32, get_head_size=lambda: 128)
     return SimpleNamespace(
         additional_config={"farspan": options},
         model_config=model_config,
         parallel_config=None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=num_drafts) if num_drafts else None,
         attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM, backend_per_kind=None),
     )
 
@@ -90,6 +91,12 @@ def test_counts_reach_the_counter_once() -> None:
     assert value("one", "sparse", "selected") == 2000
     assert value("one", "dense", "min_seq_len") == 300
     assert value("zero", "sparse", "selected") == 0
+
+
+def test_drafts_are_not_counted() -> None:
+    scheduler = SimpleNamespace(vllm_config=engine(BY_HAND, num_drafts=3), requests={"b": request(300)})
+    counting_prefill(lambda self: Output(a=4, b=300))(scheduler)
+    assert scheduler.farspan_prefill == {"min_seq_len": 300}
 
 
 def test_dense_engines_count_nothing() -> None:
