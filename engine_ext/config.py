@@ -277,8 +277,9 @@ class FarspanConfig(Options, frozen=True):
     0.9), max-context (dense prefill, cold KV heads in host memory). Options beside it refine it; those that contradict
     it are refused."""
     kernel: Kernel = "auto"
-    """Dense prefill: FlashAttention 3 where vLLM has it and ours was not measured faster, else ours (auto), or one by
-    name. Cost: triton takes 2 to 9 % longer on Hopper, more with heads other than 128."""
+    """Dense prefill: FlashAttention 3 where vLLM has it and it can serve the model, else ours (auto), or one by name;
+    triton also stands for our kernel in Gluon on Hopper. Cost: triton takes 2 to 9 % longer on Hopper from 8K tokens
+    on, more with heads other than 128."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     """How prompts are computed: a method with its options."""
     string: StringOptions | None = None
