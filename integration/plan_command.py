@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -77,6 +78,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
         concurrency=arguments.concurrency,
         tensor_parallel_size=arguments.tensor_parallel_size,
         page_size=arguments.block_size,
+        dtype=arguments.dtype,
+        hf_overrides=arguments.hf_overrides,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         hot_heads=arguments.hot_heads,
         group_size=arguments.group_size,
@@ -85,7 +88,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         hbm_gbs=arguments.hbm_gbs,
         pcie_gbs=arguments.pcie_gbs,
     )
-    plan = make_plan(settings, read_model(arguments.model, arguments.dtype, arguments.hf_overrides))
+    plan = make_plan(settings, read_model(settings.model, settings.dtype, settings.hf_overrides))
     print(json.dumps(asdict(plan) | {"fits": plan.fits}, indent=2) if arguments.json else format_plan(plan))
     return 0 if plan.fits else DOES_NOT_FIT
 
@@ -198,9 +201,14 @@ def advice(plan: CapacityPlan) -> list[str]:
         words.append(f"--tensor-parallel-size {settings.tensor_parallel_size}")
     if settings.gpu_memory_utilization != DEFAULT_UTILIZATION:
         words.append(f"--gpu-memory-utilization {settings.gpu_memory_utilization:g}")
+    if settings.dtype != "auto":
+        words.append(f"--dtype {settings.dtype}")
+    if settings.hf_overrides:
+        words.append(f"--hf-overrides {shlex.quote(json.dumps(settings.hf_overrides))}")
     if context > plan.without_offload.longest_context:
         words.append(f"--attention-backend CUSTOM --additional-config '{json.dumps(offload_config(plan, context))}'")
-    return [" ".join(words) + "."]
+    # No full stop, which would be copied.
+    return [" ".join(words)]
 
 
 def offload_config(plan: CapacityPlan, context: int) -> dict[str, Any]:

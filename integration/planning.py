@@ -1,7 +1,8 @@
 """A capacity plan: what contexts take of a GPU and a host, without offload and with it, and how long they run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from farspan.engine_ext.errors import ConfigError
 from farspan.model_shape import ELEMENT_BYTES, ModelInfo
@@ -44,6 +45,9 @@ class PlanSettings:
     concurrency: int = 1
     tensor_parallel_size: int = 1
     page_size: int = 128
+    dtype: str = "auto"
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    """As vLLM's options: what the shape was read with."""
     max_num_batched_tokens: int | None = None
     """None for the longest of STEP_TOKENS that fits."""
     hot_heads: int = 0

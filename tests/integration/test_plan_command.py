@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -153,12 +154,12 @@ def test_the_table_has_both_ways_and_what_to_start(llama: str, capsys: pytest.Ca
     assert "does not fit" not in text
     assert text.rstrip().endswith(
         "--max-model-len 1638272 --max-num-seqs 1 --max-num-batched-tokens 8192 --block-size 128 --attention-backend "
-        """CUSTOM --additional-config '{"farspan": {"offload": {"host_memory": 200}}}'."""
+        """CUSTOM --additional-config '{"farspan": {"offload": {"host_memory": 200}}}'"""
     )
     assert main(["plan", llama, "--gpu-memory", "24GB"]) == 0
     text = capsys.readouterr().out
     assert "With offload" not in text
-    assert text.rstrip().endswith("--max-num-batched-tokens 8192 --block-size 128.")
+    assert text.rstrip().endswith("--max-num-batched-tokens 8192 --block-size 128")
 
 
 def test_what_to_start_has_what_was_asked(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,10 +170,15 @@ def test_what_to_start_has_what_was_asked(llama: str, capsys: pytest.CaptureFixt
     for context in ("4K", "300K"):
         assert main(["plan", llama, *asked, context]) == 0
         started.append(capsys.readouterr().out.rstrip().splitlines()[-1])
-    assert started[0].endswith("--block-size 128 --tensor-parallel-size 2 --gpu-memory-utilization 0.9.")
-    options = json.loads(started[1].split("--additional-config '")[1].removesuffix("'."))
+    assert started[0].endswith("--block-size 128 --tensor-parallel-size 2 --gpu-memory-utilization 0.9")
+    options = json.loads(started[1].split("--additional-config '")[1].removesuffix("'"))
     # 131,072 bytes a token, of which six of eight heads are cold.
     assert options == {"farspan": {"offload": {"host_memory": 29, "hot_heads": 2, "group_size": 1}}}
+    overrides = '{"max_position_embeddings": 4194304}'
+    changed = ["--dtype", "float16", "--hf-overrides", overrides, "--context", "4K"]
+    assert main(["plan", llama, "--gpu-memory", "24GB", *changed]) == 0
+    words = shlex.split(capsys.readouterr().out.rstrip().splitlines()[-1])
+    assert words[-4:] == ["--dtype", "float16", "--hf-overrides", overrides]
 
 
 @pytest.mark.parametrize(
