@@ -68,14 +68,18 @@ def check_engines() -> None:
 
 
 def leave_window_layers(vllm_config: Any) -> None:
-    """Let vLLM's own backend serve layers with a sliding window, where the user names none for them."""
+    """Let vLLM's own backend serve layers with a sliding window that would be ours, as all layers are."""
     from farspan.engine_ext.support import has_window_layers
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if vllm_config.model_config is not None and has_window_layers(vllm_config.model_config):
+    attention, model_config = vllm_config.attention_config, vllm_config.model_config
+    # Where CUSTOM is chosen for layers of one kind alone, the others have what the user or vLLM chooses.
+    if attention.backend is not AttentionBackendEnum.CUSTOM or model_config is None:
+        return
+    if has_window_layers(model_config):
         own = AttentionBackendEnum.CPU_ATTN if current_platform.is_cpu() else AttentionBackendEnum.FLASH_ATTN
-        vllm_config.attention_config.backend_per_kind.setdefault("sliding_window", own)
+        attention.backend_per_kind.setdefault("sliding_window", own)
 
 
 def choose_scheduler(vllm_config: Any) -> None:

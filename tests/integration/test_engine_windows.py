@@ -1,9 +1,11 @@
 """Models of which some layers have a sliding window: those are vLLM's own backend's, the others ours."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from farspan.vllm_compat.platform import leave_window_layers
 
 from tests.integration.test_engine_tokens import generate, make_prompts
 
@@ -42,6 +44,31 @@ def test_flex_is_sparse_in_the_layers_that_see_all(make_llm: Callable[..., Any])
     sparse = generate(llm, PROMPTS)
     assert sparse != generate(exact, PROMPTS)
     assert generate(llm, PROMPTS[::-1])[::-1] == sparse
+
+
+@pytest.mark.parametrize(
+    ("backend", "by_kind", "expected"),
+    [
+        ("CUSTOM", {}, {"sliding_window": "CPU_ATTN"}),
+        ("CUSTOM", {"sliding_window": "TRITON_ATTN"}, {"sliding_window": "TRITON_ATTN"}),
+        (None, {"full_attention": "CUSTOM"}, {"full_attention": "CUSTOM"}),
+        ("TRITON_ATTN", {"full_attention": "CUSTOM"}, {"full_attention": "CUSTOM"}),
+    ],
+    ids=["ours", "named", "left-to-vllm", "another"],
+)
+def test_window_layers_have_the_backend_that_the_user_names(
+    backend: str | None, by_kind: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    chosen = {kind: AttentionBackendEnum[name] for kind, name in by_kind.items()}
+    attention = SimpleNamespace(backend=backend and AttentionBackendEnum[backend], backend_per_kind=chosen)
+    text_config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+    model = SimpleNamespace(hf_text_config=text_config, disable_sliding_window=False)
+    leave_window_layers(SimpleNamespace(attention_config=attention, model_config=model))
+    assert {kind: each.name for kind, each in chosen.items()} == expected
 
 
 @pytest.mark.parametrize("name", ["string", "offload"])
