@@ -20,16 +20,16 @@ def model_dir() -> Path:
 
     It is under `$XDG_CACHE_HOME/farspan`, or `~/.cache/farspan`. Raises ConfigError where that cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "farspan"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "farspan")
     content = hashlib.sha256()
     for path in sorted(BUNDLE.iterdir()):
         content.update(path.name.encode() + path.read_bytes())
     try:
-        return unpack(BUNDLE, cache / f"needle-{content.hexdigest()[:12]}")
-    except OSError as error:
+        return unpack(BUNDLE, cache.expanduser() / f"needle-{content.hexdigest()[:12]}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise ConfigError(
-            f"The bundled model cannot be unpacked in {cache} ({error.strerror}). Set XDG_CACHE_HOME to a folder with "
-            "8 MB to write."
+            f"The bundled model cannot be unpacked in {cache} ({getattr(error, 'strerror', None) or error}). Set "
+            "XDG_CACHE_HOME to a folder with 8 MB to write."
         ) from error
 
 

@@ -70,6 +70,14 @@ def test_a_cache_that_cannot_be_written_gets_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be unpacked in .*Set XDG_CACHE_HOME to a folder"):
         model_dir.__wrapped__()
 
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(ConfigError, match=r"unpacked in ~/.cache/farspan \(Could not determine home"):
+        model_dir.__wrapped__()
+
 
 @pytest.mark.parametrize("task", TASKS)
 def test_it_answers_at_1k(model, tokenizer, task):
