@@ -78,7 +78,7 @@ TABLES = (
         "time",
         "Offload on and off where requests fit: first token, time between tokens, an 8B shape",
         baseline="farspan",
-        cases=r"(ttft|tpot)-n(1024|131072)-b1-llama8b-bf16",
+        cases=r"(ttft|tpot)-n(1024|102400|131072)-b1-llama8b-bf16",
     ),
     Table(
         "offload_prefill",
