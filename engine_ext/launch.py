@@ -1,6 +1,7 @@
 """One attention call: which kernel computes a pass, on which device. The only place that chooses either.
 
-Every call writes its result in place and can give the log-sum-exp of its logits.
+Which form of our prefill kernel a call takes, portable or Hopper's, its launcher reads from `kernels.tuning`. Every
+call writes its result in place and can give the log-sum-exp of its logits.
 """
 
 from collections.abc import Sequence
