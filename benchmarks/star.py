@@ -1,5 +1,6 @@
-"""Star Attention over two GPUs: one long prompt in blocks of N/4 and N/8, dense and with flex inside, against one GPU,
-tensor parallelism 2 and ring attention on the same two GPUs.
+"""Star Attention over two GPUs, one long prompt, against one GPU, tensor parallelism 2 and ring attention.
+
+Blocks of N/4 and N/8, dense and with flex inside; the peers are on the same two GPUs.
 
 Whole engines of an 8B shape with fewer layers (`l8` in the case: 8 of 32), calibrated heads, one request alone, a fresh
 prompt each time. All engines are up at once and take turns, so that a start is waited for once. Times to the first

@@ -1,1 +1,1 @@
-"""Dynamic block selection (FlexPrefill): estimate, select, measure what was kept; each with its reference."""
+"""Dynamic block selection, by sampled rows or as in FlexPrefill, and what it kept; each with its reference."""
