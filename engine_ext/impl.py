@@ -8,7 +8,7 @@ from farspan.engine_ext.launch import Parts, as_pages, at_true_positions, attend
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import run_largest_chunk
 from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len
-from farspan.engine_ext.support import FP8_KV_CACHE_DTYPES, check_fp8, config_of, layer_refusals
+from farspan.engine_ext.support import check_fp8, config_of, layer_refusals, stored_dtype
 from farspan.kernels.batch import FP8, KVView
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -58,7 +58,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         self.scale = float(scale) * (self.config.string.logit_scale if self.config.string is not None else 1.0)
         self.max_model_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device_type)
-        choose_dense_kernel(self.config, device, head_size, FP8 if kv_cache_dtype in FP8_KV_CACHE_DTYPES else dtype)
+        choose_dense_kernel(self.config, device, head_size, stored_dtype(kv_cache_dtype, dtype))
 
     def do_kv_cache_update(
         self,

@@ -172,9 +172,7 @@ def decode(
     causal: bool = True,
     query_len: int = 1,
 ) -> None:
-    """A few query tokens per request, each over the keys up to its own; whether one alone is causal makes no difference
-    to its last key.
-    """
+    """A few query tokens per request, each over the keys up to its own; one alone sees all keys, causal or not."""
     if is_on_host(query):
         cpu_attention(query, kv, batch, scale, out=out, lse=lse, causal=causal, turn=turn)
         return

@@ -131,7 +131,7 @@ class PassMaker:
         first_row = pieces[0].first_row
         is_causal = pieces[0].segment.is_causal
         if all(piece.query_len == 1 for piece in pieces):
-            # Where a query is makes no difference to one that sees all keys, and would make another kernel.
+            # One that sees all its keys needs no position, with which another kernel would be compiled.
             made = self.decode(replace(batch, first_pos=None), first_row)
         else:
             starts = list(accumulate((piece.query_len for piece in pieces), initial=0))

@@ -20,7 +20,7 @@ def run_largest_chunk(
     It holds as much temporary memory as a real chunk does, so vLLM leaves room for it beside the KV cache. Nothing is
     done for other methods than flex, whose temporaries grow with neither the prompt nor the heads, and on the CPU,
     where vLLM profiles no memory.
-    query: [num_tokens, num_q_heads, head_dim]; no more of it than `max_model_len` tokens count.
+    query: [num_tokens, num_q_heads, head_dim], of which at most the first `max_model_len` tokens are the chunk.
     """
     if is_on_host(query) or not isinstance(prefill, FlexPrefill):
         return

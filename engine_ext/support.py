@@ -145,6 +145,11 @@ def kv_cache_dtype_refusal(
     )
 
 
+def stored_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the numbers in a KV cache that is not refused; dtype: of the model."""
+    return torch.float8_e4m3fn if kv_cache_dtype in FP8_KV_CACHE_DTYPES else dtype
+
+
 def check_fp8(kv_cache_dtype: str, vllm_config: Any) -> None:
     """Refuse what a float8 cache does not work with. Raises UnsupportedEngineError."""
     from vllm.platforms import current_platform
@@ -265,7 +270,7 @@ def check_options(config: FarspanConfig, model_config: Any, device_type: str, ca
     """Refuse options that the model, a file or the device rules out. Raises ConfigError or UnsupportedModelError."""
     from farspan.engine_ext.launch import choose_dense_kernel
 
-    dtype = torch.float8_e4m3fn if cache_dtype in FP8_KV_CACHE_DTYPES else model_config.dtype
+    dtype = stored_dtype(cache_dtype, model_config.dtype)
     choose_dense_kernel(config, torch.device(device_type), model_config.get_head_size(), dtype)
     if config.string is not None:
         check_string(model_config, config.string)

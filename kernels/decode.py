@@ -348,7 +348,6 @@ def paged_decode(
     """
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, block_table = kv.num_kv_heads, batch.block_table
-    assert query_len > 1 or num_tokens <= MAX_DECODE_REQUESTS, num_tokens
     assert kv.head_dim == head_dim, kv.pages.shape
     assert num_q_heads % num_kv_heads == 0, (num_q_heads, num_kv_heads)
     assert query.stride(2) == 1, query.stride()
@@ -403,6 +402,7 @@ def decode_parts(
     block_d, block_h = triton.next_power_of_2(head_dim), decode_rows(head_dim, group_size, query_len)
     num_row_blocks = triton.cdiv(query_len * group_size, block_h)
     num_programs = num_tokens if query_len == 1 else batch.num_reqs * num_row_blocks
+    assert num_programs <= MAX_DECODE_REQUESTS, num_programs
     _decode_kernel[(num_splits, kv.num_kv_heads, num_programs)](
         query,
         kv.pages,

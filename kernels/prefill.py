@@ -173,7 +173,7 @@ class _TiledLaunch:
         max_pages = batch.block_table.shape[1]
         paged = max_pages > 1
         tokens_per_tile = min(tiles.block_size, batch.max_query_len)
-        # float8 is converted in registers, on the way from which the copy engine has nothing to gain.
+        # float8 passes through registers to be converted, which is what the copy engine would spare it.
         has_rows = not is_fp8 and has_row_view(key_pages, value_pages)
         capability = device_capability(query.device)
         if config is None and has_rows:
@@ -186,7 +186,6 @@ class _TiledLaunch:
                 tokens_per_tile=tokens_per_tile,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
-                num_list_heads=0 if block_lists is None else num_list_heads,
             )
         if config is None:
             config = prefill_config(

@@ -141,13 +141,12 @@ def hopper_prefill_config(
     tokens_per_tile: int,
     num_heads: int,
     num_kv_heads: int,
-    num_list_heads: int,
 ) -> HopperPrefillConfig | None:
     """Choose how the Gluon kernel computes a prefill whose cache the copy engine can read; None where it does not.
 
     capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block and per query tile.
     page_size: tokens of a page, 0 where each request is one page. tokens_per_tile: the most tokens that a query tile
-    can have. num_heads, num_kv_heads: of queries, and of keys. num_list_heads: block lists per tile; 0 without lists.
+    can have. num_heads, num_kv_heads: of queries, and of keys.
     """
     if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
         return None

@@ -175,7 +175,6 @@ def test_which_calls_are_served(options: dict[str, Any], served: bool) -> None:
         "tokens_per_tile": 128,
         "num_heads": 32,
         "num_kv_heads": 8,
-        "num_list_heads": 0,
     }
     config = hopper_prefill_config(**(call | options))
     assert (config is not None) is served
