@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from farspan.command import run_command
 from farspan.engine_ext.errors import ConfigError
-from farspan.needle import model_dir
+from farspan.needle import local_name
 from ray.exceptions import RayActorError, RayTaskError
 
 TRIES = 2
@@ -33,7 +33,7 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(
-            model,
+            local_name(model),
             attention_backend="CUSTOM",
             additional_config={"farspan": options},
             max_model_len=max_model_len,
@@ -177,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", type=Path, help='JSON lines, each {"prompt": "…"}')
     add("answers", type=Path, help="JSON lines; answers that are there already are kept")
-    add("--model", default=str(model_dir()), help="a folder or name; the small bundled model if left out")
+    add("--model", default="needle", help="a folder or name; the small bundled model if left out")
     add("--engines", type=int, help="one for each GPU of the cluster, or each CPU where it has no GPU, if left out")
     add("--cpus-per-engine", type=float, default=1.0, help="of the cluster's CPUs; cores for an engine without a GPU")
     add("--host-memory", type=float, help="offload: GiB of host memory for the cold KV heads of each engine")

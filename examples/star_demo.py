@@ -37,7 +37,6 @@ def compare(length: int, hosts: int) -> None:
     """Ask the question with every number of blocks."""
     import torch
     from farspan.engine_ext.errors import ConfigError
-    from farspan.needle import model_dir
     from farspan.needle.tasks import MIN_LENGTH, make_sample
     from farspan.star import StarLLM
     from farspan.star.command import Bar, describe, split_question
@@ -53,7 +52,7 @@ def compare(length: int, hosts: int) -> None:
     engine: dict[str, Any] = {} if torch.cuda.is_available() else {"dtype": "float32"}
     started = time.monotonic()
     with StarLLM(
-        str(model_dir()), hosts, enforce_eager=True, max_model_len=length + 256, block_size=32,
+        "needle", hosts, enforce_eager=True, max_model_len=length + 256, block_size=32,
         max_num_batched_tokens=512, seed=0, **engine,
     ) as llm:  # fmt: skip
         print(f"{hosts} hosts started in {time.monotonic() - started:.0f} s", flush=True)

@@ -96,10 +96,10 @@ def needed_tokens(settings: ProfileSettings) -> int:
 def profile_model(settings: ProfileSettings) -> HeadProfile:
     """Run the model over the texts. Raises ConfigError or UnsupportedModelError."""
     import torch
-    from farspan.needle import model_dir
+    from farspan.needle import local_name
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = str(model_dir()) if settings.model == "needle" else settings.model
+    name = local_name(settings.model)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

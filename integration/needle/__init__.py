@@ -33,6 +33,11 @@ def model_dir() -> Path:
         ) from error
 
 
+def local_name(model: str) -> str:
+    """What vLLM and transformers call a model on this machine: the bundled one's folder for "needle", else `model`."""
+    return str(model_dir()) if model == "needle" else model
+
+
 def unpack(bundle: Path, folder: Path) -> Path:
     """Copy a folder, its .xz files unpacked. The copy appears whole or not at all, whoever else makes it too."""
     if folder.is_dir():

@@ -6,6 +6,7 @@ from typing import Any
 
 from farspan import tokenizer
 from farspan.engine_ext.errors import ConfigError
+from farspan.needle import local_name
 
 MARKER = "<|query|>"
 """Splits a prompt given in one piece into context and query; it is not part of either."""
@@ -98,7 +99,7 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
 def load_tokenizer(model: str, engine: dict[str, Any]) -> Any:
     """The model's tokenizer. Raises ConfigError where there is none."""
     return tokenizer.load_tokenizer(
-        str(engine.get("tokenizer") or model),
+        str(engine.get("tokenizer") or local_name(model)),
         bool(engine.get("trust_remote_code", False)),
         ", or skip_tokenizer_init=True and token ids",
     )

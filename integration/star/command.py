@@ -41,16 +41,13 @@ class StarCommand:
 def run_star(command: StarCommand) -> int:
     """Ask, show how far the hosts are, print the answer and where the time went. Raises FarspanError."""
     engine = dict(command.engine)
-    model = command.model
     if command.model == "needle":
         import torch
-        from farspan.needle import model_dir
 
         if not torch.cuda.is_available():
             engine.setdefault("dtype", "float32")
             # Compiling takes minutes there, and one short answer no time.
             engine.setdefault("enforce_eager", True)
-        model = str(model_dir())
         engine.setdefault("max_model_len", command.length + 2 * command.max_tokens)
     if command.listen is None:
         context, query, expected = read_question(command)
@@ -58,7 +55,7 @@ def run_star(command: StarCommand) -> int:
     bar = Bar(sys.stderr)
     print(f"starting {command.hosts} host{'s' if command.hosts > 1 else ''} …", file=sys.stderr, flush=True)
     with StarLLM(
-        model,
+        command.model,
         command.hosts,
         block_len=command.block_len,
         anchor_len=command.anchor_len,

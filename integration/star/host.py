@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from farspan.needle import local_name
 from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus, Phase
 from farspan.star.rendezvous import bind_port
 
@@ -65,7 +66,8 @@ class StarHost:
         arguments = {**ENGINE_DEFAULTS, **setup.engine, **ENGINE_FIXED}
         star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
         arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
-        self.llm = LLM(setup.model, **arguments)
+        # Each machine unpacks the bundled model.
+        self.llm = LLM(local_name(setup.model), **arguments)
         draw_by_place_in_answer(self.llm)
         return self.facts(time.monotonic() - started)
 

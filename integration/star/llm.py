@@ -74,6 +74,7 @@ class StarLLM:
     ) -> None:
         """Start all hosts; returns when a first request went through them.
 
+        model: a name on the model hub, a folder that every machine has, or "needle", the bundled model.
         block_len, anchor_len: tokens, multiples of the page size; by default a quarter of the context or a host's even
             share, whichever is smaller, and a whole block.
         anchor: "recompute": each host computes the anchor that it sees; "share": host 0 sends its keys and values layer

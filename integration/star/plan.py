@@ -2,6 +2,7 @@
 
 from farspan.engine_ext.errors import ConfigError
 from farspan.model_shape import read_model
+from farspan.needle import local_name
 from farspan.plan_command import aligned
 from farspan.scheduler.footprint import ModelShape
 from farspan.scheduler.rates import LINKS, Link, Rates, rates_of
@@ -15,11 +16,7 @@ def run_star_plan(model: str, num_tokens: int, block_len: int | None, gpu: str, 
     """Print the table of a model and a length. Raises FarspanError."""
     if num_tokens < 2 * PAGE_SIZE:
         raise ConfigError(f"--length {num_tokens}; allowed: at least {2 * PAGE_SIZE} tokens. Use 131072.")
-    if model == "needle":
-        from farspan.needle import model_dir
-
-        model = str(model_dir())
-    shape = read_model(model).shape
+    shape = read_model(local_name(model)).shape
     print(format_star_plan(model, shape, num_tokens, block_len, gpu, LINKS[link]))
     return 0
 

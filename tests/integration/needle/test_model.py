@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from farspan.engine_ext.errors import ConfigError  # noqa: E402
-from farspan.needle import BUNDLE, model_dir, unpack  # noqa: E402
+from farspan.needle import BUNDLE, local_name, model_dir, unpack  # noqa: E402
 from farspan.needle.heads import COLUMNS, head_report  # noqa: E402
 from farspan.needle.network import load_network  # noqa: E402
 from farspan.needle.tasks import TASKS, make_sample, score  # noqa: E402
@@ -62,6 +62,11 @@ def test_it_is_unpacked_once_and_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         unpack(BUNDLE, tmp_path / "full" / "needle")
     assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_only_the_name_of_the_bundled_model_is_another_on_each_machine():
+    assert local_name("needle") == str(model_dir())
+    assert local_name("./needle") == "./needle"
 
 
 def test_a_cache_that_cannot_be_written_gets_a_sentence(tmp_path, monkeypatch):
