@@ -156,6 +156,18 @@ def test_hosts_that_would_compute_different_steps_say_so() -> None:
 
 
 @pytest.mark.faults
+def test_a_host_that_lost_a_collective_is_no_host_with_other_requests() -> None:
+    """Its message comes where another host, whose part of the collective ended, is at the next step."""
+
+    def work(exchange: Exchange) -> Any:
+        return exchange.agree(b"next") if exchange.rank == 0 else exchange.sentence_of(RuntimeError("reset"))
+
+    results = on_hosts(2, work)
+    assert "host 1 gave up waiting for a collective that is over on host 0" in str(results[0])
+    assert "lost the connection to another host (reset)" in results[1]
+
+
+@pytest.mark.faults
 def test_all_hosts_abort_at_the_same_step() -> None:
     def work(exchange: Exchange) -> int:
         for step in range(100):
