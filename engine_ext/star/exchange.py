@@ -119,8 +119,8 @@ class Exchange:
         waited = [rank for rank, (_, _, what, _) in enumerate(everyone) if what == WAITED]
         if waited:
             raise StarError(
-                f"{self.phase}, step {self.step}: {hosts(waited)} gave up waiting for a collective that is over on host "
-                f"{self.rank}; see its log."
+                f"{self.phase}, step {self.step}: {hosts(waited)} gave up waiting for a collective that is over on "
+                f"host {self.rank}; see its log."
             )
         differing = [rank for rank, theirs in enumerate(everyone) if theirs[:3] != mine[:3]]
         if differing:
