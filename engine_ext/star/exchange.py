@@ -116,7 +116,7 @@ class Exchange:
         if any(is_aborted for is_aborted, *_ in everyone):
             self.is_aborted = False
             raise StarAborted(f"{self.phase}, step {self.step}: aborted.")
-        waited = [rank for rank, (_, _, what, _) in enumerate(everyone) if what == WAITED]
+        waited = [rank for rank, theirs in enumerate(everyone) if theirs[2] == WAITED]
         if waited:
             raise StarError(
                 f"{self.phase}, step {self.step}: {hosts(waited)} gave up waiting for a collective that is over on "
