@@ -248,22 +248,26 @@ def check_engine(vllm_config: Any) -> FarspanConfig:
         cache_dtype = vllm_config.cache_config.cache_dtype
         check_fp8(cache_dtype, vllm_config)
         check_options(config, vllm_config.model_config, current_platform.device_type, cache_dtype)
-        check_window_layers(config, vllm_config.model_config)
+        check_window_layers(config, vllm_config)
     check_features(config, vllm_config)
     check_offload(vllm_config)
     return config
 
 
-def check_window_layers(config: FarspanConfig, model_config: Any) -> None:
-    """Refuse options that must reach every layer, where some have another backend. Raises UnsupportedModelError."""
+def check_window_layers(config: FarspanConfig, vllm_config: Any) -> None:
+    """Refuse what must reach every layer, where some have another backend. Raises UnsupportedModelError."""
+    model_config = vllm_config.model_config
     if not has_window_layers(model_config):
         return
-    for name in ("string", "offload", "star"):
-        if getattr(config, name) is not None:
-            raise UnsupportedModelError(
-                f"{model_config.model} has layers with a sliding window, which vLLM's own backend serves; {name} has "
-                f"to reach all layers. Leave out {name}."
-            )
+    chosen = {name: name for name in ("string", "offload", "star") if getattr(config, name) is not None}
+    if vllm_config.speculative_config is not None:
+        # Which requests of a step decode goes by their order, in which another backend has a say.
+        chosen["speculative decoding"] = "--speculative-config"
+    for name, given in chosen.items():
+        raise UnsupportedModelError(
+            f"{model_config.model} has layers with a sliding window, which vLLM's own backend serves; {name} has "
+            f"to reach all layers. Leave out {given}."
+        )
 
 
 def check_options(config: FarspanConfig, model_config: Any, device_type: str, cache_dtype: str = "auto") -> None:

@@ -71,7 +71,18 @@ def test_window_layers_have_the_backend_that_the_user_names(
     assert {kind: each.name for kind, each in chosen.items()} == expected
 
 
-@pytest.mark.parametrize("name", ["string", "offload"])
-def test_what_must_reach_all_layers_is_refused(make_llm: Callable[..., Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"layers with a sliding window, .* Leave out {name}"):
-        make_llm("interleaved", additional_config={"farspan": {name: {}}})
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"additional_config": {"farspan": {"string": {}}}}, "string"),
+        ({"additional_config": {"farspan": {"offload": {}}}}, "offload"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "--speculative-config",
+        ),
+    ],
+    ids=["string", "offload", "drafts"],
+)
+def test_what_must_reach_all_layers_is_refused(make_llm: Callable[..., Any], asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"layers with a sliding window, .* Leave out {named}"):
+        make_llm("interleaved", **asked)
