@@ -68,11 +68,11 @@ def telling_of_the_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     """A request of an engine that prefills sparsely ends with what `RequestOutput.kv_transfer_params` then is."""
 
     def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        # For a KV connector, and for one of an encoder cache.
-        told, *others = stock(self, request, *args, **kwargs)
-        if told is None and getattr(self, "farspan_prefill", None) is not None:
-            told = {"farspan": {"prefill_tokens": dict(getattr(request, "farspan_prefill", {}))}}
-        return told, *others
+        result = stock(self, request, *args, **kwargs)
+        if getattr(self, "farspan_prefill", None) is None or not isinstance(result, tuple) or result[0] is not None:
+            return result
+        # What a KV connector would tell, and what one of an encoder cache does.
+        return {"farspan": {"prefill_tokens": dict(getattr(request, "farspan_prefill", {}))}}, *result[1:]
 
     return _free_request
 
