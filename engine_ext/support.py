@@ -263,6 +263,9 @@ def check_window_layers(config: FarspanConfig, vllm_config: Any) -> None:
     if vllm_config.speculative_config is not None:
         # Which requests of a step decode goes by their order, in which another backend has a say.
         chosen["speculative decoding"] = "--speculative-config"
+    if vllm_config.cache_config.cache_dtype in FP8_KV_CACHE_DTYPES:
+        # Not every backend of vLLM has it on every GPU.
+        chosen["an fp8 KV cache"] = "--kv-cache-dtype"
     for name, given in chosen.items():
         raise UnsupportedModelError(
             f"{model_config.model} has layers with a sliding window, which vLLM's own backend serves; {name} has "

@@ -80,8 +80,9 @@ def test_window_layers_have_the_backend_that_the_user_names(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "--speculative-config",
         ),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
     ],
-    ids=["string", "offload", "drafts"],
+    ids=["string", "offload", "drafts", "fp8"],
 )
 def test_what_must_reach_all_layers_is_refused(make_llm: Callable[..., Any], asked: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"layers with a sliding window, .* Leave out {named}"):
