@@ -4,6 +4,7 @@ The interpreter is chosen here, and not with the tests of the kernels: in a whol
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # The interpreter makes many tiny tensors: threads only get in each other's way.
     torch.set_num_threads(1)
+
+# A shell has what it runs in the background ignore Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from farspan.kernels import prefill as paged_prefill
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.flex import tile_rows
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -43,7 +44,7 @@ class NotingLauncher:
 
 def written(value: object) -> object:
     """An argument as JSON has it: tensors by their form and values, allocations of the call by their form."""
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | GluonDescriptor):
         return [written(value.base), *value.shape, *value.strides, *value.block_shape]
     if isinstance(value, torch.Tensor):
         content = value.tolist() if value.dtype == torch.int32 and value.numel() < 64 and value.ndim == 1 else None
