@@ -1,14 +1,24 @@
 """The option tree under `additional_config["farspan"]`: decoded once per process, validated, then frozen."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.head_profile import check_profile, counts_by_score
 from farspan.engine_ext.presets import Preset, expand_preset
-from farspan.engine_ext.ranges import OneOf, Range, Real, Whole, ranges_of
-from farspan.engine_ext.refusing import ROOT, one_of, refuse, suggestion
+from farspan.engine_ext.ranges import OneOf, Real, Whole, ranges_of
+from farspan.engine_ext.refusing import (
+    ROOT,
+    check_known,
+    check_list,
+    check_mapping,
+    check_numbers,
+    describe_type_error,
+    one_of,
+    refuse,
+    suggestion,
+)
 
 MAX_TOKENS = 2**24
 """Upper bound of every option in tokens: above any context that is served, and safe in int32 arithmetic."""
@@ -436,15 +446,6 @@ def check_method(path: str, raw: Any, methods: Mapping[str, type[Options]]) -> N
     check_numbers(path, methods[method], raw)
 
 
-def check_list(path: str, values: Sequence[Any], allowed: Range) -> None:
-    """Refuse a list without members, or with one that is out of range."""
-    if not values:
-        refuse(path, [], "one number for each layer", f"Use {allowed.hint}")
-    for place, value in enumerate(values):
-        if value not in allowed:
-            refuse(f"{path}[{place}]", value, allowed.allowed, f"Use {allowed.hint}")
-
-
 def check_pattern_options(path: str, prefill: Mapping[str, Any]) -> None:
     """Refuse options of block_sparse that the chosen pattern does not read."""
     pattern = prefill.get("pattern", "sink_local")
@@ -468,39 +469,3 @@ def check_selection_options(path: str, prefill: Mapping[str, Any]) -> None:
         refuse(f"{path}.selection", selection, one_of(get_args(Selection)), suggestion(selection, get_args(Selection)))
     if selection == "tile_rows" and "tau" in prefill:
         refuse(f"{path}.tau", prefill["tau"], "only with selection 'flexprefill'", "Remove tau or change the selection")
-
-
-def check_mapping(path: str, raw: Any) -> None:
-    if not isinstance(raw, Mapping):
-        refuse(path, raw, "a mapping of option names to values", "Write it as a JSON object")
-
-
-def check_known(path: str, raw: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = tuple(known)
-    for name, value in raw.items():
-        if name not in known:
-            allowed = f"no option of that name; known here: {', '.join(known) or 'none'}"
-            refuse(f"{path}.{name}", value, allowed, suggestion(name, known))
-
-
-def check_numbers(path: str, options: type[Options], values: Mapping[str, Any]) -> None:
-    """Refuse the numbers among the values of a struct's fields that are outside of their ranges, booleans included.
-
-    What is no number at all is left to the decoder, which names the type.
-    """
-    for name, ranges in ranges_of(options).items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not any(value in allowed for allowed in ranges):
-            allowed = ", or ".join(dict.fromkeys(each.allowed for each in ranges))
-            refuse(f"{path}.{name}", value, allowed, f"Use {ranges[0].hint}")
-
-
-def describe_type_error(raw: Any, message: str) -> str:
-    """Put msgspec's `Expected `float`, got `str` - at `$.prefill.gamma`` into the words of our own refusals."""
-    problem, _, location = message.partition(" - at `$")
-    names = [name for name in location.rstrip("`").split(".") if name]
-    value = raw
-    for name in names:
-        value = value[name] if isinstance(value, Mapping) and name in value else None
-    path = ".".join([ROOT, *names])
-    return f"{path}={value!r}; {problem[0].lower()}{problem[1:]}. Give a value of that type."

@@ -34,8 +34,8 @@ class Segment(NamedTuple):
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one host has of one request, whatever its tokens see in phase 1. All numbers but the ranks are in tokens.
 
-    `StarShard` and `WindowShard` give the methods that raise NotImplementedError here. Make them abstract methods when a
-    struct of msgspec can have some (not in 0.19, whose metaclass is not an ABCMeta).
+    `StarShard` and `WindowShard` give the methods that raise NotImplementedError here. Make them abstract methods when
+    msgspec 0.19, whose metaclass of structs cannot be an ABCMeta too, is no longer served.
     """
 
     name: str

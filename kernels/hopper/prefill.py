@@ -2,7 +2,8 @@
 
 import torch
 from farspan.kernels.batch import PagedBatch
-from farspan.kernels.hopper.prefill_kernel import BLOCK_N, hopper_prefill_kernel
+from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
+from farspan.kernels.hopper.tile_steps import BLOCK_N
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.row_view import RowView, num_rows

@@ -8,6 +8,7 @@ with the scale folded in. Sources: FlashAttention-3 (arXiv 2407.08608) for the r
 STRING (arXiv 2410.18745) for the turned query.
 """
 
+from farspan.kernels.hopper.tile_steps import BLOCK_N, as_operand, softmax_step, turned_query, zero_tail
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,8 +28,6 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e30)
 # Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
 ROWS = gl.constexpr(64)
-# Keys of a step, and of a block of a list.
-BLOCK_N = gl.constexpr(128)
 
 
 @gluon.jit
@@ -107,60 +106,6 @@ def _produce(
 
 
 @gluon.jit
-def _turned(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask, HALF_ROTARY: gl.constexpr, IS_NEOX: gl.constexpr):
-    """Rotate a query tile, loaded from `query_ptrs` under `mask`, as `rotary_turn.rotate_tile` does."""
-    is_rotated = offs_d < 2 * HALF_ROTARY
-    if IS_NEOX:
-        is_first = offs_d < HALF_ROTARY
-        pair = offs_d % HALF_ROTARY
-        to_partner = gl.where(is_first, HALF_ROTARY, -HALF_ROTARY)
-    else:
-        is_first = offs_d % 2 == 0
-        pair = offs_d // 2
-        to_partner = gl.where(is_first, 1, -1)
-    cos = gl.load(cos_ptr + pair, mask=is_rotated, other=1.0)
-    sin = gl.load(sin_ptr + pair, mask=is_rotated, other=0.0)
-    signed_sin = gl.where(is_first, -sin, sin)
-    partner = gl.load(query_ptrs + gl.where(is_rotated, to_partner, 0)[None, :], mask=mask, other=0.0)
-    return (query.to(gl.float32) * cos[None, :] + partner.to(gl.float32) * signed_sin[None, :]).to(query.dtype)
-
-
-@gluon.jit
-def _as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, PACK: gl.constexpr):
-    """Weights as the tensor cores take them. PACK: convert pairs here, and not where the product needs them."""
-    if not PACK:
-        weights = weights.to(dtype)
-    elif dtype == gl.bfloat16:
-        weights = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [weights], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        weights = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [weights], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return gl.convert_layout(weights, LAYOUT)
-
-
-@gluon.jit
-def _softmax_step(scores, row_max, row_sum, scale_log2):
-    """Weights of a tile's scores, and the running softmax with them in it."""
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-    rescale = gl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + gl.sum(weights, 1)
-    return weights, rescale, new_max, row_sum
-
-
-@gluon.jit
-def _zero_tail(tile, num_keys, LAYOUT: gl.constexpr):
-    """Zero the values of a tile at and past `num_keys`: memory there may be NaN, which no weight of zero removes."""
-    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    values = tile.load(LAYOUT)
-    tile.store(gl.where((offs_n < num_keys)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
 def _consume(
     CONSUMER: gl.constexpr,
     query_tiles,
@@ -214,7 +159,7 @@ def _consume(
     query = gl.load(query_ptrs, mask=mask_query, other=0.0)
     query_tiles.index(CONSUMER).store(query)
     if HAS_TURN:
-        turned = _turned(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask_query, HALF_ROTARY, IS_NEOX)
+        turned = turned_query(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask_query, HALF_ROTARY, IS_NEOX)
         query_tiles.index(2 + CONSUMER).store(turned)
     fence_async_shared()
 
@@ -249,11 +194,11 @@ def _consume(
         if IS_CAUSAL:
             mask = mask & ((start + offs_n)[None, :] <= position[:, None])
         scores = gl.where(mask, scores, float("-inf"))
-        weights, _, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
+        weights, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         if kv_end - start < BLOCK_N:
             mbarrier.wait(values_full.index(0), 0)
-            _zero_tail(value_tiles.index(0), kv_end - start, COPY)
+            zero_tail(value_tiles.index(0), kv_end - start, COPY)
 
         first_step = 1
         if HAS_TURN:
@@ -288,9 +233,9 @@ def _consume(
                 scores, far = warpgroup_mma_wait(0, deps=(scores, far))
                 mbarrier.arrive(keys_empty.index(stage), count=1)
                 scores = gl.where((block * BLOCK_N + offs_n)[None, :] < bound[:, None], far, scores)
-                new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
+                new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                weights = _as_operand(new_weights, dtype, WEIGHTS, False)
+                weights = as_operand(new_weights, dtype, WEIGHTS, False)
 
         rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
         if OVERLAPS:
@@ -317,10 +262,10 @@ def _consume(
             next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(keys_empty.index(stage), count=1)
-            new_weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, scale_log2)
+            new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
             if OVERLAPS:
                 # Without a wait here the assembler moves the exponentials behind the product that they run beside.
-                new_weights = _as_operand(new_weights, dtype, WEIGHTS, True)
+                new_weights = as_operand(new_weights, dtype, WEIGHTS, True)
                 following = step + 1
                 mbarrier.wait(keys_full.index(following % STAGES), following // STAGES & 1, pred=following < num_blocks)
             acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
@@ -330,7 +275,7 @@ def _consume(
             if OVERLAPS:
                 weights = new_weights
             else:
-                weights = _as_operand(new_weights, dtype, WEIGHTS, False)
+                weights = as_operand(new_weights, dtype, WEIGHTS, False)
 
         if RESCALES_LATE:
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
