@@ -39,6 +39,7 @@ BENCHMARKS = frozenset(
         "star",
         "no_harm",
         "real",
+        "fp8_drift",
         "rules",
     ]
 )

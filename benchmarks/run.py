@@ -1,7 +1,7 @@
 """Run benchmarks: `python -m benchmarks.run decode prefill_dense --out DIR`, `--dry-run` without a GPU.
 
 A benchmark is a module of this package with `cases(dry_run) -> list` and `run(recorder)`; the module's docstring says
-what it measures. Those with `NEEDS_GPU = False` also run on a CPU. `real` also wants a checkpoint and texts,
+what it measures. Those with `NEEDS_GPU = False` also run on a CPU. Some also want a checkpoint and texts,
 `--model DIR --text FILES`. `--collect DIR` appends rows that another machine wrote to benchmarks/data.
 """
 
@@ -45,7 +45,10 @@ MODULES = (
     "star_quality",
     "real",
     "rules",
+    "fp8_drift",
 )
+ON_TEXTS = ("real", "rules", "fp8_drift")
+"""Those that read texts with a checkpoint."""
 
 
 def collect(folder: Path) -> int:
@@ -68,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
     )  # fmt: skip
-    real = parser.add_argument_group("real, rules and flex_ttft")
+    real = parser.add_argument_group("real, rules, fp8_drift and flex_ttft")
     real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
     real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
     real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
@@ -78,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
     real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
     real.add_argument(
-        "--variants", type=words, default=(), help="of real.py, rules.py or flex_ttft.py; all if left out"
+        "--variants", type=words, default=(), help="of real.py, rules.py, fp8_drift.py or flex_ttft.py; all if left out"
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
@@ -98,13 +101,13 @@ def needs_gpu(name: str) -> bool:
 
 
 def real_inputs(arguments: argparse.Namespace) -> Any:
-    """What `real` and `rules` run on; None where no checkpoint is named."""
+    """What those ON_TEXTS run on; None where no checkpoint is named."""
     from benchmarks.real import Inputs
 
     if arguments.model is None:
         return None
     if not arguments.text or not arguments.label:
-        raise BenchmarkError("`real` or `rules` with --model needs --text FILES and --label, what the rows call them.")
+        raise BenchmarkError(f"{', '.join(ON_TEXTS)} with --model need --text FILES and --label, their name in rows.")
     return Inputs(
         arguments.model,
         tuple(arguments.text),
@@ -146,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
             module = importlib.import_module(f"benchmarks.{name}")
-            if name in ("real", "rules"):
+            if name in ON_TEXTS:
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
                 module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)

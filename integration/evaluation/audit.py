@@ -87,7 +87,7 @@ class Probe:
     greedy: torch.Tensor
     """[tokens] int64: the most likely token at each of these places."""
     heads: list[dict[str, Any]]
-    """Rows of `read_selection`; none where the prompt was read densely."""
+    """Rows of `read_selection`; none where the prompt was read densely, or nothing was measured."""
 
 
 def run_audit(settings: AuditSettings) -> tuple[list[AuditRow], list[dict[str, Any]]]:
@@ -302,6 +302,11 @@ def request_options(gamma: float | None) -> dict[str, Any]:
 
 def probe(llm: Any, tokens: list[int], extra_args: Mapping[str, Any]) -> Probe:
     """Read one prompt, and what was measured while it was read."""
+    return replace(read_prompt(llm, tokens, extra_args), heads=read_selection(llm, reset=True))
+
+
+def read_prompt(llm: Any, tokens: list[int], extra_args: Mapping[str, Any]) -> Probe:
+    """Read one prompt with any engine; no heads."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -313,7 +318,7 @@ def probe(llm: Any, tokens: list[int], extra_args: Mapping[str, Any]) -> Probe:
         candidates = output.prompt_logprobs[place]
         logprobs.append(candidates[tokens[place]].logprob)
         greedy.append(next(token for token, each in candidates.items() if each.rank == 1))
-    return Probe(torch.tensor(logprobs, dtype=torch.float64), torch.tensor(greedy), read_selection(llm, reset=True))
+    return Probe(torch.tensor(logprobs, dtype=torch.float64), torch.tensor(greedy), [])
 
 
 def speedups_of(llm: Any, tokens: list[int], settings: AuditSettings, device: str) -> dict[float | None, float]:
