@@ -35,6 +35,7 @@ MODULES = (
     "prefill_block_sparse",
     "string_e2e",
     "string_calls",
+    "string_requests",
     "offload_decode",
     "offload_select",
     "offload",
