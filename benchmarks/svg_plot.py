@@ -1,0 +1,122 @@
+"""Small log-log pictures as SVG, the same bytes on every machine, so that a test can hold them against the rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 330, 58, 30, 158, 44
+"""Of a panel and its margins, in pixels; the legend is in the right one."""
+COLOURS = ("#1f6fb4", "#7fb3d9", "#d1495b", "#e8927c", "#3a9d5d", "#8f6bb3", "#777777")
+STYLE = (
+    "text{font-size:11px;fill:#333}.t{font-size:13px;font-weight:bold}.g{stroke:#e2e2e2}"
+    ".l{fill:none;stroke-width:1.6}.d{stroke-dasharray:5 4}"
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel: (x, y), ascending in x, all above 0."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    dashed: bool = False
+    """For limits and ideals: no marks."""
+    joined: bool = True
+    """False for marks without a line."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One log-log diagram."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_name: Callable[[float], str] = lambda x: f"{x:g}"
+    """What stands at a mark of the x axis."""
+
+
+def ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
+    """Numbers of the form step * 10^n in [low, high]."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [step * 10.0**decade for decade in decades for step in steps]
+    return [float(f"{number:.6g}") for number in found if low * 0.999 <= number <= high * 1.001]
+
+
+def y_ticks(low: float, high: float) -> list[float]:
+    """Few of them, however many decades there are."""
+    for steps in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+        found = ticks(low, high, steps)
+        if len(found) <= 8:
+            break
+    return found
+
+
+def draw(panels: Sequence[Panel]) -> str:
+    """The panels side by side. Each has at least one point."""
+    width = WIDTH * len(panels)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif">',
+        f"<style>{STYLE}</style>",
+        f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    for index, panel in enumerate(panels):
+        lines += [f'<g transform="translate({WIDTH * index})">', *draw_panel(panel), "</g>"]
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def draw_panel(panel: Panel) -> list[str]:
+    """The elements of one panel, in its own coordinates."""
+    points = [point for series in panel.series for point in series.points]
+    (x_low, x_high), (y_low, y_high) = (
+        (min(point[axis] for point in points), max(point[axis] for point in points)) for axis in (0, 1)
+    )
+    # Room above and below, and some extent where all points are alike.
+    x_low, x_high, y_low, y_high = x_low / 1.08, x_high * 1.08, y_low / 1.25, y_high * 1.25
+    inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def across(x: float) -> float:
+        return round(LEFT + inner_width * math.log(x / x_low) / math.log(x_high / x_low), 1)
+
+    def down(y: float) -> float:
+        return round(TOP + inner_height * (1 - math.log(y / y_low) / math.log(y_high / y_low)), 1)
+
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    lines = [f'<text class="t" x="{LEFT}" y="18">{escape(panel.title)}</text>']
+    for y in y_ticks(y_low, y_high):
+        lines.append(f'<path class="g" d="M{LEFT} {down(y)}H{right}"/>')
+        lines.append(f'<text x="{LEFT - 5}" y="{down(y) + 4:g}" text-anchor="end">{y:g}</text>')
+    # Every power of two is too many marks for a log axis of bytes; marks are where the points are.
+    taken = -math.inf
+    for x in sorted({point[0] for point in points}):
+        if across(x) - taken >= 28:
+            lines.append(f'<path class="g" d="M{across(x)} {TOP}V{bottom}"/>')
+            lines.append(
+                f'<text x="{across(x)}" y="{bottom + 15}" text-anchor="middle">{escape(panel.x_name(x))}</text>'
+            )
+            taken = across(x)
+    lines.append(
+        f'<text x="{(LEFT + right) / 2:g}" y="{HEIGHT - 8}" text-anchor="middle">{escape(panel.x_label)}</text>'
+    )
+    middle = (TOP + bottom) / 2
+    lines.append(centred(14, middle, panel.y_label, f' transform="rotate(-90 14 {middle:g})"'))
+    for index, series in enumerate(panel.series):
+        colour = "#555" if series.dashed else COLOURS[index % len(COLOURS)]
+        places = [(across(x), down(y)) for x, y in series.points]
+        if series.joined:
+            path = "M" + "L".join(f"{x} {y}" for x, y in places)
+            lines.append(f'<path class="l{" d" * series.dashed}" stroke="{colour}" d="{path}"/>')
+        marks = "".join(f"M{x - 2.5:g} {y:g}a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0" for x, y in places)
+        if not series.dashed:
+            lines.append(f'<path fill="{colour}" d="{marks}"/>')
+        y = TOP + 10 + 17 * index
+        lines.append(f'<path class="l{" d" * series.dashed}" stroke="{colour}" d="M{right + 8} {y}h18"/>')
+        lines.append(f'<text x="{right + 30}" y="{y + 4}">{escape(series.label)}</text>')
+    return lines
+
+
+def centred(x: float, y: float, text: str, attributes: str = "") -> str:
+    """Text whose middle is at x."""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle"{attributes}>{escape(text)}</text>'
