@@ -8,7 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farspan.command import run_command
 from farspan.scheduler.rates import GPUS
@@ -227,7 +227,11 @@ def lines_of(
         for variant in LABELS:
             if (y := medians.get((variant, metric))) is not None:
                 found.setdefault(variant, []).append((x_of(case, medians, variant), y))
-    return tuple(Series(LABELS[name], tuple(sorted(found[name]))) for name in LABELS if name in found)
+    return tuple(Series(LABELS[name], tuple(sorted(found[name])), colour_of(name)) for name in LABELS if name in found)
+
+
+def colour_of(variant: str) -> int:
+    return list(LABELS).index(variant)
 
 
 def length_of(case: str, medians: Medians, variant: str) -> float:
@@ -262,10 +266,14 @@ def attention_time(rows: Sequence[Row]) -> str:
         for variant, places in spots.items():
             if (value := ratio(variant, "fa3")(case, medians_of(mine))) is not None and "-d128-" in case:
                 places.append((density_of(case), value))
-    marks = tuple(Series(LABELS[name], tuple(sorted(places)), joined=False) for name, places in spots.items() if places)
+    marks = tuple(
+        Series(LABELS[name], tuple(sorted(places)), colour_of(name), joined=False)
+        for name, places in spots.items()
+        if places
+    )
     densities = sorted({x for series in marks for x, _ in series.points})
     ideal = Series("density", tuple((x, x) for x in densities), dashed=True)
-    dense_line = flat("FlashAttention 3, dense", marks, 1.0)
+    dense_line = flat("FA3, all keys", marks, 1.0)
     by_density = Panel(
         f"Sparse prefill, 2K to 64K queries on 16K to 128K ({gpu})", "density", "time over FlashAttention 3's",
         (*marks, ideal, dense_line),
@@ -280,14 +288,14 @@ def roofline(rows: Sequence[Row]) -> str:
         cases = latest(rows, benchmark)
         gpu = gpu_of(next(iter(cases.values()))[0])
         marks = lines_of(cases, ".*", megabytes_of, "bandwidth")
-        marks = tuple(Series(each.label, each.points, joined=False) for each in marks)
-        limit = flat(f"memory of an {gpu}", marks, GPUS[gpu].hbm_gbs / 1e3)
+        marks = tuple(replace(each, joined=False) for each in marks)
+        limit = flat("memory", marks, GPUS[gpu].hbm_gbs / 1e3)
         title = f"Decode in CUDA graphs ({gpu})"
-        panels.append(Panel(title, "keys and values read, MB", "TB/s", (*marks, limit)))
+        panels.append(Panel(title, "keys and values read, MB", "TB/s", (*marks, limit), "{:.0f}".format))
     dense = latest(rows, "prefill_dense")
     gpu = gpu_of(next(iter(dense.values()))[0])
     rates = lines_of(dense, rf"n\d+-{D128}", length_of, "rate")
-    limit = flat(f"tensor cores of an {gpu}", rates, GPUS[gpu].peak_tflops)
+    limit = flat("tensor cores", rates, GPUS[gpu].peak_tflops)
     panels.append(Panel(f"Dense prefill ({gpu})", "prompt, tokens", "TFLOP/s", (*rates, limit), kilo))
     return draw(panels)
 

@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 330, 58, 30, 158, 44
 """Of a panel and its margins, in pixels; the legend is in the right one."""
-COLOURS = ("#1f6fb4", "#7fb3d9", "#d1495b", "#e8927c", "#3a9d5d", "#8f6bb3", "#777777")
+COLOURS = ("#1f6fb4", "#7fb3d9", "#3aa6a0", "#d1495b", "#8f5a2b", "#e0a030", "#3a9d5d", "#8f6bb3")
 STYLE = (
     "text{font-size:11px;fill:#333}.t{font-size:13px;font-weight:bold}.g{stroke:#e2e2e2}"
     ".l{fill:none;stroke-width:1.6}.d{stroke-dasharray:5 4}"
@@ -20,6 +20,8 @@ class Series:
 
     label: str
     points: tuple[tuple[float, float], ...]
+    colour: int = 0
+    """Index of COLOURS; a variant has the same in all panels."""
     dashed: bool = False
     """For limits and ideals: no marks."""
     joined: bool = True
@@ -47,7 +49,7 @@ def ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
 
 def y_ticks(low: float, high: float) -> list[float]:
     """Few of them, however many decades there are."""
-    for steps in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+    for steps in ((1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
         found = ticks(low, high, steps)
         if len(found) <= 8:
             break
@@ -55,15 +57,19 @@ def y_ticks(low: float, high: float) -> list[float]:
 
 
 def draw(panels: Sequence[Panel]) -> str:
-    """The panels side by side. Each has at least one point."""
-    width = WIDTH * len(panels)
+    """The panels, two side by side. Each has at least one point."""
+    width, height = WIDTH * min(len(panels), 2), HEIGHT * -(-len(panels) // 2)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
         f"<style>{STYLE}</style>",
-        f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
     for index, panel in enumerate(panels):
-        lines += [f'<g transform="translate({WIDTH * index})">', *draw_panel(panel), "</g>"]
+        lines += [
+            f'<g transform="translate({WIDTH * (index % 2)},{HEIGHT * (index // 2)})">',
+            *draw_panel(panel),
+            "</g>",
+        ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
@@ -103,7 +109,7 @@ def draw_panel(panel: Panel) -> list[str]:
     middle = (TOP + bottom) / 2
     lines.append(centred(14, middle, panel.y_label, f' transform="rotate(-90 14 {middle:g})"'))
     for index, series in enumerate(panel.series):
-        colour = "#555" if series.dashed else COLOURS[index % len(COLOURS)]
+        colour = "#555" if series.dashed else COLOURS[series.colour]
         places = [(across(x), down(y)) for x, y in series.points]
         if series.joined:
             path = "M" + "L".join(f"{x} {y}" for x, y in places)
