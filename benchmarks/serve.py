@@ -43,15 +43,16 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
     "farspan-g0.95": {"prefill": {"method": "flex", "gamma": 0.95}},
 }
 """additional_config["farspan"] of the servers; None is FLASH_ATTN, on the CPU vLLM's own backend."""
+MAX_MODEL_LEN, DRY_MAX_MODEL_LEN = 102400, 2048
 USUAL_VARIANTS = (BASELINE, "farspan")
 # Of servers that share a GPU. Profiling their memory would count what the others take meanwhile, so the KV cache has a
 # size: 655K tokens, of which ten prompts of 100K need half at once, since the first are done before the last begin.
 GPU_ARGUMENTS = (
     "--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(10 * 2**30),
-    "--max-model-len", "102400",
+    "--max-model-len", str(MAX_MODEL_LEN),
     "--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}',
 )  # fmt: skip
-CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
+CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", str(DRY_MAX_MODEL_LEN))
 PERCENTILE = 0.99
 
 
@@ -97,22 +98,26 @@ class Measured:
 def cases(dry_run: bool) -> list[Workload]:
     """List the workloads: long prompts, and a mix of short ones."""
     if dry_run:
-        return [Workload(2, 300, 300, 4), Workload(4, 20, 60, 4, rounds=2)]
+        return [Workload(2, 2040, 2040, 4), Workload(4, 20, 60, 4, rounds=2)]
     return [Workload(10, 100000, 100000, 32), Workload(200, 1024, 8192, 32, rounds=2)]
 
 
 def write_words_model(folder: Path, model: dict[str, Any]) -> None:
-    """Write config.json, and a tokenizer whose tokens are the words w0, w1, …: text of n words is n tokens."""
-    from tokenizers import Tokenizer
+    """Write config.json, and a tokenizer whose tokens are the words w0, w1, …: text of n words is n tokens.
+
+    A word's token has the space before it, as in other tokenizers: vLLM refuses a prompt that has more characters than
+    max_model_len tokens of the longest kind.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     (folder / "config.json").write_text(json.dumps(model))
-    words = {f"w{index}": index for index in range(model["vocab_size"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    words = {f"▁w{index}": index for index in range(model["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "▁w0"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -287,7 +292,10 @@ def ask(client: WorkerProcess, server: Server, workload: Workload, tokenizer: st
     server.check_running()
     if isinstance(result, str):
         raise BenchmarkError(f"{server.name} {workload.name}: {result}\n{server.log_end()}")
-    return measured(result, workload)
+    try:
+        return measured(result, workload)
+    except BenchmarkError as problem:
+        raise BenchmarkError(f"{server.name} {problem}\n{server.log_end()}") from None
 
 
 def warmup_of(workload: Workload) -> Workload:

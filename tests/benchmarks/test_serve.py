@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import serve
-from benchmarks.engine import TINY_LLAMA
+from benchmarks.engine import LLAMA_8B, TINY_LLAMA
 from benchmarks.record import BenchmarkError, Environment, Recorder
 
 WORKLOAD = serve.Workload(2, 1024, 8192, 3)
@@ -64,14 +64,21 @@ def test_unknown_variants_are_refused() -> None:
         serve.run(recorder(), ["farspan-g0.5"])
 
 
-def test_words_are_tokens(tmp_path: Path) -> None:
-    """A prompt that is decoded and encoded again has as many tokens, so that lengths are those of the case."""
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry", "gpu"])
+def test_words_are_tokens_that_vllm_takes(tmp_path: Path, dry_run: bool) -> None:
+    """A prompt decoded and encoded again has as many tokens, and no more characters than vLLM allows for its length."""
+    from vllm.tokenizers import get_tokenizer
 
-    serve.write_words_model(tmp_path, TINY_LLAMA)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokens = [3, 511, 0, 77]
-    assert tokenizer.encode(tokenizer.decode(tokens), add_special_tokens=False) == tokens
+    model, max_len = (TINY_LLAMA, serve.DRY_MAX_MODEL_LEN) if dry_run else (LLAMA_8B, serve.MAX_MODEL_LEN)
+    serve.write_words_model(tmp_path, model)
+    tokenizer = get_tokenizer(str(tmp_path))
+    for workload in serve.cases(dry_run):
+        tokens = [model["vocab_size"] - 1 - index % 100 for index in range(workload.longest)]
+        text = tokenizer.decode(tokens)
+        assert tokenizer.encode(text, add_special_tokens=False) == tokens
+        max_input_tokens = max_len - workload.output_len
+        assert workload.longest <= max_input_tokens
+        assert len(text) <= max_input_tokens * tokenizer.max_chars_per_token
 
 
 def test_cases_are_chosen_by_their_names() -> None:
