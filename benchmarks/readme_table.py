@@ -58,6 +58,12 @@ TABLES = (
     ),
     Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-bf16"),
     Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-l32-bf16", variants=r"(?!farspan-star)"),
+    Table(
+        "serve",
+        "time",
+        "Many requests at once over HTTP, sent by vllm bench serve: until the last is done, and per request",
+        case_by_case=True,
+    ),
     Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call", case_by_case=True),
     Table(
         "prefill_lists",
