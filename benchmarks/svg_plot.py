@@ -9,8 +9,8 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 330, 58, 30, 158, 44
 """Of a panel and its margins, in pixels; the legend is in the right one."""
 COLOURS = ("#1f6fb4", "#7fb3d9", "#3aa6a0", "#d1495b", "#8f5a2b", "#e0a030", "#3a9d5d", "#8f6bb3")
 STYLE = (
-    "text{font-size:11px;fill:#333}.t{font-size:13px;font-weight:bold}.g{stroke:#e2e2e2}"
-    ".l{fill:none;stroke-width:1.6}.d{stroke-dasharray:5 4}"
+    "text{font-size:11px;fill:#333}.t{font-size:13px;font-weight:bold}.g{stroke:#e2e2e2}.l{fill:none;stroke-width:1.6}"
+    ".d{stroke:#555;stroke-dasharray:5 4}.m{stroke-width:5;stroke-linecap:round}"
 )
 
 
@@ -90,39 +90,40 @@ def draw_panel(panel: Panel) -> list[str]:
         return round(TOP + inner_height * (1 - math.log(y / y_low) / math.log(y_high / y_low)), 1)
 
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    lines = [f'<text class="t" x="{LEFT}" y="18">{escape(panel.title)}</text>']
+    grid, names = "", []
     for y in y_ticks(y_low, y_high):
-        lines.append(f'<path class="g" d="M{LEFT} {down(y)}H{right}"/>')
-        lines.append(f'<text x="{LEFT - 5}" y="{down(y) + 4:g}" text-anchor="end">{y:g}</text>')
-    # Every power of two is too many marks for a log axis of bytes; marks are where the points are.
+        grid += f"M{LEFT} {down(y)}H{right}"
+        names.append(f'<text x="{LEFT - 20}" y="{down(y) + 4:g}">{y:g}</text>')
+    # Marks of the x axis are where the points are, as far as they have room.
     taken = -math.inf
     for x in sorted({point[0] for point in points}):
         if across(x) - taken >= 28:
-            lines.append(f'<path class="g" d="M{across(x)} {TOP}V{bottom}"/>')
-            lines.append(
-                f'<text x="{across(x)}" y="{bottom + 15}" text-anchor="middle">{escape(panel.x_name(x))}</text>'
-            )
+            grid += f"M{across(x)} {TOP}V{bottom}"
+            names.append(f'<text x="{across(x)}" y="{bottom + 15}">{escape(panel.x_name(x))}</text>')
             taken = across(x)
-    lines.append(
-        f'<text x="{(LEFT + right) / 2:g}" y="{HEIGHT - 8}" text-anchor="middle">{escape(panel.x_label)}</text>'
-    )
     middle = (TOP + bottom) / 2
-    lines.append(centred(14, middle, panel.y_label, f' transform="rotate(-90 14 {middle:g})"'))
+    lines = [
+        f'<text class="t" x="{LEFT}" y="18">{escape(panel.title)}</text>',
+        f'<path class="g" d="{grid}"/>',
+        '<g text-anchor="middle">',
+        *names,
+        f'<text x="{(LEFT + right) / 2:g}" y="{HEIGHT - 8}">{escape(panel.x_label)}</text>',
+        f'<text x="14" y="{middle:g}" transform="rotate(-90 14 {middle:g})">{escape(panel.y_label)}</text>',
+        "</g>",
+    ]
     for index, series in enumerate(panel.series):
-        colour = "#555" if series.dashed else COLOURS[series.colour]
-        places = [(across(x), down(y)) for x, y in series.points]
-        if series.joined:
-            path = "M" + "L".join(f"{x} {y}" for x, y in places)
-            lines.append(f'<path class="l{" d" * series.dashed}" stroke="{colour}" d="{path}"/>')
-        marks = "".join(f"M{x - 2.5:g} {y:g}a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0" for x, y in places)
-        if not series.dashed:
-            lines.append(f'<path fill="{colour}" d="{marks}"/>')
         y = TOP + 10 + 17 * index
-        lines.append(f'<path class="l{" d" * series.dashed}" stroke="{colour}" d="M{right + 8} {y}h18"/>')
+        places = [(across(x), down(y)) for x, y in series.points]
+        path = f"M{right + 8} {y}h18"
+        if series.joined:
+            path += "M" + "L".join(f"{x} {y}" for x, y in places)
+        if series.dashed:
+            lines.append(f'<path class="l d" d="{path}"/>')
+        else:
+            colour = COLOURS[series.colour]
+            lines.append(f'<path class="l" stroke="{colour}" d="{path}"/>')
+            # Lines of no length with round ends are discs.
+            discs = "".join(f"M{x} {y}h0" for x, y in places)
+            lines.append(f'<path class="m" stroke="{colour}" d="{discs}"/>')
         lines.append(f'<text x="{right + 30}" y="{y + 4}">{escape(series.label)}</text>')
     return lines
-
-
-def centred(x: float, y: float, text: str, attributes: str = "") -> str:
-    """Text whose middle is at x."""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="middle"{attributes}>{escape(text)}</text>'

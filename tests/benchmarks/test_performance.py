@@ -59,7 +59,7 @@ def test_a_picture_puts_points_where_they_are(columns: int) -> None:
     groups = [element for element in root if element.tag.endswith("}g")]
     assert len(groups) == columns
     line = next(element.attrib["d"] for element in groups[0] if element.attrib.get("class") == "l")
-    points = [tuple(map(float, point.split())) for point in re.split("[ML]", line)[1:]]
+    points = [tuple(map(float, point.split())) for point in re.split("[ML]", line)[2:]]
     steps = [(b[0] - a[0], a[1] - b[1]) for a, b in pairwise(points)]
     assert steps[0] == pytest.approx(steps[1], abs=0.2)
     assert min(steps[0]) > 50
