@@ -1,4 +1,7 @@
-"""Flash-decoding on paged KV in CUDA graphs, one query token per request: ours, FA3, vLLM's Triton kernel and SDPA."""
+"""Flash-decoding on paged KV in CUDA graphs, one query token per request: ours, FA3, vLLM's Triton kernel and SDPA.
+
+FlashAttention 4 (CuTe) and FlashInfer too, outside of graphs, where they are installed.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from benchmarks.inputs import LLAMA_8B, TINY, AttentionShape, PagedBatch, make_p
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import Work, time_graphs, time_interleaved
 
+CHOOSES_CASES = True
 # The copies of the inputs in a graph are together larger than this, so that none is found in the L2 cache.
 COLD_BYTES = 256 * 2**20
 
@@ -54,8 +58,26 @@ def builders_of(case: Case) -> dict[str, Callable[[PagedBatch], Callable[[], tor
     return found
 
 
+def eager_peers(recorder: Recorder, case: Case, batch: PagedBatch) -> dict[str, Work]:
+    """Peers outside of CUDA graphs: FA3, which there chooses its number of splits, and what may be installed."""
+    found: dict[str, Work] = {}
+    for name, build in (("fa3", peers.fa3), ("fa4", peers.fa4), ("flashinfer", peers.flashinfer)):
+        if not peers.has_module(peers.MODULES[name]):
+            continue
+        try:
+            peer = build(batch)
+            check_attention(batch, peer(), name=name)
+        except Exception as problem:  # of the peer's compiler, or a shape that it does not serve
+            recorder.note(f"{case.name}: {name} left out: {type(problem).__name__}: {problem}")
+            continue
+        found[f"{name}-eager"] = peer
+    return found
+
+
 def run(recorder: Recorder) -> None:
-    for case in cases(recorder.dry_run):
+    if missing := peers.missing():
+        recorder.note(missing)
+    for case in filter(lambda case: recorder.wants(case.name), cases(recorder.dry_run)):
         first = make_paged_batch([1] * len(case.seq_lens), case.seq_lens, case.shape)
         copies = max(1, -(-COLD_BYTES // first.kv_bytes)) if not recorder.dry_run else 1
         batches = [first] + [
@@ -75,8 +97,7 @@ def run(recorder: Recorder) -> None:
                 continue
             works[name] = list(peer_works)
         times = time_graphs(works)
-        if "fa3" in works:  # outside of CUDA graphs FA3 chooses its number of splits
-            times |= time_interleaved({"fa3-eager": peers.fa3(first)}, repeats=30)
+        times |= time_interleaved(eager_peers(recorder, case, first), repeats=30)
         for name, samples in times.items():
             recorder.add("decode", case.name, name, "time", "ms", samples)
             bandwidths = [first.kv_bytes / (ms * 1e-3) / 1e12 for ms in samples]

@@ -15,13 +15,34 @@ TRITON_SEGMENTS = 16  # as in vLLM's TRITON_ATTN backend
 TRITON_MIN_GRID = 128
 
 
+MODULES = {
+    "fa3": "vllm.vllm_flash_attn",
+    "fa4": "vllm.vllm_flash_attn.cute.interface",
+    "flashinfer": "flashinfer",
+    "triton_attn": "vllm.vllm_flash_attn",
+}
+"""Of each peer that may be missing, a module that only imports where it can run."""
+FLASHINFER_WORKSPACE_BYTES = 128 * 2**20
+
+
 def has_module(name: str) -> bool:
     """Whether a module can be imported here; vLLM's compiled ones cannot on the CPU."""
+    return why_missing(name) is None
+
+
+def why_missing(module: str) -> str | None:
+    """Why a module cannot be imported here; None where it can."""
     try:
-        importlib.import_module(name)
-    except Exception:  # a missing compiled operator can raise any exception
-        return False
-    return True
+        importlib.import_module(module)
+    except Exception as problem:  # a missing compiled operator can raise any exception
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return None
+
+
+def missing() -> str:
+    """One line about the peers that cannot be imported here; empty where there are none."""
+    reasons = {name: why_missing(module) for name, module in MODULES.items()}
+    return "; ".join(f"{name} is not here ({reason})" for name, reason in reasons.items() if reason)
 
 
 def paged_views(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +127,65 @@ def fa3_contiguous(batch: PagedBatch) -> Peer:
         return out
 
     return run
+
+
+def fa4(batch: PagedBatch) -> Peer:
+    """Build FlashAttention 4 (CuTe) on the pages, as vLLM's FLASH_ATTN backend calls it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    key, value = paged_views(batch)
+    out = torch.empty_like(batch.query)
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=batch.query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=max(batch.query_lens_cpu),
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=max(batch.seq_lens_cpu),
+            softmax_scale=batch.shape.scale,
+            causal=True,
+            block_table=batch.block_table,
+            num_splits=0,
+            fa_version=4,
+        )
+        return out
+
+    return run
+
+
+def flashinfer(batch: PagedBatch) -> Peer:
+    """Build FlashInfer's prefill on the pages, with the kernel that it chooses itself; it plans beforehand.
+
+    Its kernels are compiled at the first call, for which it needs CUDA's compiler.
+    """
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    shape, device = batch.shape, batch.query.device
+    pages = [-(-length // shape.page_size) for length in batch.seq_lens_cpu]
+    starts = torch.tensor([0, *pages], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    last = [length - (count - 1) * shape.page_size for length, count in zip(batch.seq_lens_cpu, pages, strict=True)]
+    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+    wrapper.plan(
+        batch.query_start_loc,
+        starts,
+        torch.cat([row[:count] for row, count in zip(batch.block_table, pages, strict=True)]),
+        torch.tensor(last, dtype=torch.int32, device=device),
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.page_size,
+        causal=True,
+        sm_scale=shape.scale,
+        q_data_type=shape.dtype,
+    )
+    cache = batch.kv_cache.split(shape.head_dim, dim=-1)
+    out = torch.empty_like(batch.query)
+    return lambda: wrapper.run(batch.query, cache, out=out)
 
 
 def triton_attn(batch: PagedBatch) -> Peer:

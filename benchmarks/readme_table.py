@@ -1,7 +1,8 @@
 """The README's numbers, from the rows: `python -m benchmarks.readme_table`; `--write` puts them into README.md.
 
-One table per benchmark, of its latest run: one line per case, one column per variant, and for each of our variants its
-speed in multiples of the baseline's. Stages of a call are only in the CSV, since peers are compared with whole calls.
+One table per benchmark, of its latest run, or of each case's latest run on one kind of GPU: one line per case, one
+column per variant, and for each of our variants its speed in multiples of the baseline's. Stages of a call are only in
+the CSV, since peers are compared with whole calls.
 """
 
 import re
@@ -32,6 +33,8 @@ class Table:
     """Regular expression of the variants shown; all when empty."""
     quality: tuple[str, ...] = ()
     """Metrics of our variants to show with the time: the column p50 of their rows."""
+    case_by_case: bool = False
+    """Whether each case has its own latest run, on the kind of GPU that the last run of all was on."""
 
 
 TABLES = (
@@ -47,8 +50,27 @@ TABLES = (
         "Time to the first token in vLLM, shape of a 0.5B model with synthetic heads",
         cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
     ),
-    Table("tpot", "time", "Time between tokens in vLLM"),
-    Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call"),
+    Table(
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, all layers of an 8B shape with synthetic heads",
+        cases=r"n131072-b1-llama8b-bf16$",
+    ),
+    Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-bf16"),
+    Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-l32-bf16", variants=r"(?!farspan-star)"),
+    Table(
+        "serve",
+        "time",
+        "Many requests at once over HTTP, sent by vllm bench serve: until the last is done, and per request",
+        case_by_case=True,
+    ),
+    Table("prefill_dense", "time", "Dense prefill on paged KV, one attention call", case_by_case=True),
+    Table(
+        "prefill_lists",
+        "time",
+        "Sparse prefill over random block lists of a density, one attention call without selection",
+        case_by_case=True,
+    ),
     Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
     Table(
         "prefill_block_sparse",
@@ -99,7 +121,7 @@ TABLES = (
 
 
 def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
-    """Rows that the table shows, from the run that was appended last."""
+    """Rows that the table shows: of the run that was appended last, or for each case of the last that has it."""
     matching = [
         row
         for row in rows
@@ -109,7 +131,11 @@ def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
         and re.match(table.variants, row.variant)
         and not row.variant.endswith(STAGES)
     ]
-    return [row for row in matching if row.run_id == matching[-1].run_id]
+    if not table.case_by_case:
+        return [row for row in matching if row.run_id == matching[-1].run_id]
+    matching = [row for row in matching if row.gpu == matching[-1].gpu]
+    latest = {row.case: row.run_id for row in matching}
+    return [row for row in matching if row.run_id == latest[row.case]]
 
 
 def format_table(rows: Sequence[Row], table: Table) -> str:
@@ -124,7 +150,7 @@ def format_table(rows: Sequence[Row], table: Table) -> str:
     header += [f"{name}, {metric}" for name in ours for metric in table.quality if has_metric(rows, name, metric)]
     lines = [
         f"**{table.title}**, {first.unit} ({first.gpu}, vLLM {first.vllm or 'none'}, torch {first.torch}, "
-        f"Triton {first.triton}; run {first.run_id})",
+        f"Triton {first.triton}; {runs_of(rows)})",
         "",
         f"| case | {' | '.join(header)} |",
         f"| --- |{' ---: |' * len(header)}",
@@ -145,6 +171,12 @@ def format_table(rows: Sequence[Row], table: Table) -> str:
             ]  # fmt: skip
         lines.append(f"| `{case}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def runs_of(rows: Sequence[Row]) -> str:
+    """`run 20261128-6ea0dc`; of several runs, each case's is in the CSV."""
+    runs = list(dict.fromkeys(row.run_id for row in rows))
+    return f"run{'s' * (len(runs) > 1)} {', '.join(runs)}"
 
 
 def has_metric(rows: Sequence[Row], variant: str, metric: str) -> bool:

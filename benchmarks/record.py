@@ -4,6 +4,7 @@ import argparse
 import datetime
 import math
 import os
+import re
 import secrets
 import statistics
 import subprocess
@@ -226,9 +227,12 @@ class Recorder:
     out: folder of the CSV files; None (a dry run) only prints.
     """
 
-    def __init__(self, out: Path | None, environment: Environment, checkpoints: Sequence[Path] = ()) -> None:
-        """checkpoints: folders of trained models, for benchmarks that can use them."""
+    def __init__(
+        self, out: Path | None, environment: Environment, checkpoints: Sequence[Path] = (), cases: str = ""
+    ) -> None:
+        """checkpoints: folders of trained models, for benchmarks that can use them. cases: a regular expression."""
         self.out = out
+        self.cases = re.compile(cases)
         self.environment = environment
         self.checkpoints = checkpoints
         self.rows: list[Row] = []
@@ -237,6 +241,10 @@ class Recorder:
     def dry_run(self) -> bool:
         """Whether the run only shows that the benchmark works: tiny shapes, no files."""
         return self.out is None
+
+    def wants(self, case: str) -> bool:
+        """Whether to run a case: whether the expression for cases is found in its name."""
+        return self.cases.search(case) is not None
 
     def add(self, benchmark: str, case: str, variant: str, metric: str, unit: str, samples: Sequence[float]) -> None:
         """Record samples of one quantity: repeated measurements, or for a density one sample per head over all chunks.

@@ -8,6 +8,7 @@ what it measures. Those with `NEEDS_GPU = False` also run on a CPU. Some also wa
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -30,8 +31,11 @@ MODULES = (
     "decode_fp8",
     "ttft",
     "flex_ttft",
+    "serve",
     "prefill_block_sparse",
     "string_e2e",
+    "string_calls",
+    "string_requests",
     "offload_decode",
     "offload_select",
     "offload",
@@ -50,6 +54,9 @@ MODULES = (
 ON_TEXTS = ("real", "rules", "fp8_drift")
 """Those that read texts with a checkpoint."""
 
+PARTS = ("string_calls", "string_requests")
+"""Parts of other benchmarks, for a machine that is lent for a minute: they run where they are named."""
+
 
 def collect(folder: Path) -> int:
     """Append the rows in a folder to benchmarks/data, except of runs that are there already; returns how many."""
@@ -61,12 +68,25 @@ def collect(folder: Path) -> int:
     return len(rows)
 
 
+def expression(text: str) -> str:
+    """A regular expression, for argparse."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Run benchmarks on a GPU.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all when none is given")
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
     parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
+    parser.add_argument(
+        "--cases", type=expression, default="", metavar="REGEX",
+        help="run only cases in whose name this is found, of benchmarks that have CHOOSES_CASES",
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
@@ -81,7 +101,10 @@ def parse_arguments() -> argparse.Namespace:
     real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
     real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
     real.add_argument(
-        "--variants", type=words, default=(), help="of real.py, rules.py, fp8_drift.py or flex_ttft.py; all if left out"
+        "--variants",
+        type=words,
+        default=(),
+        help="of real, rules, fp8_drift, flex_ttft or serve; the usual ones if left out",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
@@ -132,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.collect:
         print(f"{collect(arguments.collect)} rows added to {DATA}")
         return 0
-    names = arguments.names or MODULES
+    names = arguments.names or [name for name in MODULES if name not in PARTS]
     if not torch.cuda.is_available():
         # Read when triton is first imported: kernels run in its interpreter.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -141,7 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
     environment = Environment.detect(arguments.date, needs_commit=not arguments.dry_run)
     if not arguments.dry_run:
         make_folder(arguments.out)
-    recorder = Recorder(None if arguments.dry_run else arguments.out, environment, arguments.checkpoint)
+    out = None if arguments.dry_run else arguments.out
+    recorder = Recorder(out, environment, arguments.checkpoint, arguments.cases)
     print(recorder.environment)
     failed = []
     for name in names:
@@ -149,10 +173,14 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
             module = importlib.import_module(f"benchmarks.{name}")
+            if arguments.cases and not getattr(module, "CHOOSES_CASES", False):
+                raise BenchmarkError(f"--cases: {name} runs all of its cases")
             if name in ON_TEXTS:
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
                 module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
+            elif name == "serve":
+                module.run(recorder, arguments.variants)
             else:
                 module.run(recorder)
         except Exception:  # the next benchmarks can still report

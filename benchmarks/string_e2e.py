@@ -95,8 +95,10 @@ def run_kernels(recorder: Recorder, shape: AttentionShape, length: int) -> None:
         recorder.add(NAME, f"decode-{case}", name, "time", "ms", samples)
 
 
-def engine_specs(dry_run: bool, lengths: list[int], off: str, on: str, kernel: str) -> dict[str, EngineSpec]:
-    """An engine without the shift and one with it, decoding in full graphs."""
+def engine_specs(
+    dry_run: bool, lengths: list[int], off: str, on: str, kernel: str, model: dict[str, Any] = LLAMA_8B
+) -> dict[str, EngineSpec]:
+    """An engine without the shift and one with it, decoding in full graphs. model: config.json, but in a dry run."""
     # On the CPU there is no choice of kernels.
     options: dict[str, Any] = {} if dry_run else {"kernel": kernel}
     string = {"shift": shift_of(dry_run), "window": 10 if dry_run else WINDOW}
@@ -105,7 +107,7 @@ def engine_specs(dry_run: bool, lengths: list[int], off: str, on: str, kernel: s
     def spec(options: dict[str, Any]) -> EngineSpec:
         if dry_run:
             return EngineSpec(requests, TINY_LLAMA, "CUSTOM", options)
-        return EngineSpec(requests, LLAMA_8B, "CUSTOM", options, ENGINE_ROOM, warmup_lens=[WARMUP_LEN])
+        return EngineSpec(requests, model, "CUSTOM", options, ENGINE_ROOM, warmup_lens=[WARMUP_LEN])
 
     return {off: spec(options), on: spec(options | {"string": string})}
 

@@ -48,7 +48,7 @@ def time_interleaved(
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
     shuffled = random.Random(0)
-    for turn in range(max(counts.values())):
+    for turn in range(max(counts.values(), default=0)):
         names = [name for name in variants if turn < counts[name]]
         for name in shuffled.sample(names, len(names)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,0 +1,87 @@
+"""The benchmark of servers: what it sends, what it reads from `vllm bench serve`, and what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serve
+from benchmarks.engine import LLAMA_8B, TINY_LLAMA
+from benchmarks.record import BenchmarkError, Environment, Recorder
+
+WORKLOAD = serve.Workload(2, 1024, 8192, 3)
+RESULT: dict[str, Any] = {
+    "completed": 2,
+    "duration": 2.0,
+    "errors": ["", ""],
+    "output_lens": [3, 3],
+    "ttfts": [0.5, 1.0],
+    "latencies": [0.7, 1.0],
+}
+
+
+def recorder(cases: str = "") -> Recorder:
+    return Recorder(None, Environment("r", "2026-11-28", "c", "cpu", "", "2", "3", "0.32"), cases=cases)
+
+
+def test_lengths_are_spread_over_the_whole_span() -> None:
+    arguments = WORKLOAD.arguments(seed=5)
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    mean, spread = int(given["--random-input-len"]), json.loads(given["--random-range-ratio"])
+    assert (round(mean * (1 - spread["input"])), round(mean * (1 + spread["input"]))) == (1024, 8192)
+    assert spread["output"] == 0
+    assert (WORKLOAD.name, serve.Workload(10, 5, 5, 2).name) == ("2x1024to8192", "10x5")
+
+
+def test_times_are_read_per_request() -> None:
+    found = serve.measured(RESULT, WORKLOAD)
+    assert found.total_ms == 2000
+    assert found.ttft_ms == [500, 1000]
+    # All tokens of the second request were read at once.
+    assert found.tpot_ms == pytest.approx([100])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"completed": 1, "errors": ["", "no route"]}, "no route"), ({"output_lens": [3, 2]}, r"outputs of \[2, 3\]")],
+)
+def test_requests_that_failed_are_no_measurement(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BenchmarkError, match=sentence):
+        serve.measured(RESULT | change, WORKLOAD)
+
+
+def test_the_goal_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = serve.Measured(2100.0, [500, 1000], [100])
+    found = recorder()
+    serve.record(found, WORKLOAD, "x", {"fa3": [serve.measured(RESULT, WORKLOAD)], "farspan": [slow]})
+    assert "total 1.050, ttft 1.000, tpot 1.000; goal 1.02 MISSED" in capsys.readouterr().out
+    assert {row.case for row in found.rows} >= {"total-2x1024to8192-x", "tpot-p99-2x1024to8192-x"}
+
+
+def test_unknown_variants_are_refused() -> None:
+    with pytest.raises(BenchmarkError, match=r"known are fa3, farspan, farspan-g0\.95"):
+        serve.run(recorder(), ["farspan-g0.5"])
+
+
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry", "gpu"])
+def test_words_are_tokens_that_vllm_takes(tmp_path: Path, dry_run: bool) -> None:
+    """A prompt decoded and encoded again has as many tokens, and no more characters than vLLM allows for its length."""
+    from vllm.tokenizers import get_tokenizer
+
+    model, max_len = (TINY_LLAMA, serve.DRY_MAX_MODEL_LEN) if dry_run else (LLAMA_8B, serve.MAX_MODEL_LEN)
+    serve.write_words_model(tmp_path, model)
+    tokenizer = get_tokenizer(str(tmp_path))
+    for workload in serve.cases(dry_run):
+        tokens = [model["vocab_size"] - 1 - index % 100 for index in range(workload.longest)]
+        text = tokenizer.decode(tokens)
+        assert tokenizer.encode(text, add_special_tokens=False) == tokens
+        max_input_tokens = max_len - workload.output_len
+        assert workload.longest <= max_input_tokens
+        assert len(text) <= max_input_tokens * tokenizer.max_chars_per_token
+
+
+def test_cases_are_chosen_by_their_names() -> None:
+    chosen = recorder("d64|n131072")
+    assert [chosen.wants(case) for case in ("n8192-d64", "n131072-d128", "n8192-d128")] == [True, True, False]
+    assert recorder().wants("anything")
