@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         "--variants",
         type=words,
         default=(),
-        help="of real, rules, fp8_drift, flex_ttft or serve; the usual ones if left out",
+        help="of real, rules, fp8_drift, flex_ttft, serve; else the usual ones",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
