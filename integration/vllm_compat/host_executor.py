@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
 
-class HostExecutor(MultiprocExecutor):  # type: ignore[misc]
+class HostExecutor(MultiprocExecutor):
     """Worker processes that meet those of other hosts before vLLM uses them."""
 
     prepare: ClassVar[Callable[["HostExecutor"], None] | None] = None
@@ -24,8 +24,9 @@ class HostExecutor(MultiprocExecutor):  # type: ignore[misc]
         super()._init_executor()
         try:
             self.collective_rpc(end_with_parent, args=(os.getpid(),))
-            if self.prepare is not None:
-                type(self).prepare(self)
+            prepare = type(self).prepare
+            if prepare is not None:
+                prepare(self)
         except BaseException:
             self.shutdown()
             raise

@@ -65,6 +65,9 @@ class FaultyHost(StarHost):
         action = self.fault["action"]
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if action == "kill-rank":
+            # The second GPU's process alone.
+            os.kill(self.ranks.executor.workers[1].proc.pid, signal.SIGKILL)
         if action == "sleep":
             time.sleep(self.fault["seconds"])
         if action == "stop":
