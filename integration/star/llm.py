@@ -44,7 +44,7 @@ SMALLEST_PAGE = 16
 
 
 class StarLLM:
-    """A model whose long prompts are read by several hosts at once, each with a GPU (or a share of this CPU).
+    """A model whose long prompts are read by several hosts at once, each with a GPU, or several (or a share of this CPU).
 
     A context is cut into blocks; every block sees the anchor, which is the first block or its start, and itself. The
     query and all new tokens see the whole context. One host, or a context shorter than a block, is exact attention.
@@ -88,7 +88,8 @@ class StarLLM:
         address: of a Ray cluster; by default the one of RAY_ADDRESS, or a new one on this machine.
         strategy: how Ray places hosts over machines. env: environment variables of the hosts.
         options: farspan's, as under `additional_config["farspan"]`; `string` is refused.
-        engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share.
+        engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share, and
+            `tensor_parallel_size` is the number of a host's GPUs.
         Raises ConfigError, UnsupportedModelError, UnsupportedEngineError or StarError.
         """
         if isinstance(hosts, bool) or not isinstance(hosts, int) or hosts < 1:

@@ -55,6 +55,11 @@ class FaultyHost(StarHost):
             answer = dataclasses.replace(answer)
         return answer
 
+    def worker_pids(self) -> list[int]:
+        """Of the processes of the host's ranks; none where the host is its only rank."""
+        executor = self.ranks.executor
+        return [] if executor is None else [worker.proc.pid for worker in executor.workers]
+
     def forget(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.llm_engine.reset_prefix_cache()
