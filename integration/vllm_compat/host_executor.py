@@ -1,5 +1,4 @@
-"""vLLM's executor of several worker processes, for a host of Star Attention: something happens between the start of the
-workers and the capture of their graphs, and no worker outlives its host."""
+"""vLLM's executor of several processes, for a Star host: they meet other hosts' before capture, and end with theirs."""
 
 import contextlib
 import ctypes
