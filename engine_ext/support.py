@@ -315,8 +315,8 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
         size = parallel.pipeline_parallel_size
         if size > 1:
             raise UnsupportedEngineError(
-                f"star in an engine of {size} pipeline stages; the hosts' exchange is one of whole layers in order. Use "
-                "tensor_parallel_size, or give StarLLM more hosts."
+                f"star in an engine of {size} pipeline stages; a host's layers are all on each of its "
+                "GPUs. Use tensor_parallel_size, or give StarLLM more hosts."
             )
         if has_kv_connector(vllm_config):
             raise UnsupportedEngineError(

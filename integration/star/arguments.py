@@ -94,7 +94,7 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
     for name in ("pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:
             raise ConfigError(
-                f"{name}={engine[name]!r}; allowed: 1. Use more hosts, or tensor_parallel_size for several GPUs in each."
+                f"{name}={engine[name]!r}; allowed: 1. Use more hosts, or tensor_parallel_size for more GPUs in each."
             )
     num_ranks = engine.get("tensor_parallel_size", 1)
     if isinstance(num_ranks, bool) or not isinstance(num_ranks, int) or num_ranks < 1:

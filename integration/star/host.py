@@ -129,7 +129,7 @@ class StarHost:
                 raise
             raise StarError(
                 f"host {setup.rank} did not meet all {setup.num_hosts} hosts at {address}:{port} within "
-                f"{setup.start_timeout_s:g} s ({error}). See the logs of the hosts, and whether they reach that address."
+                f"{setup.start_timeout_s:g} s ({error}). See their logs, and whether they reach that address."
             ) from error
 
     def facts(self, start_s: float) -> HostFacts:

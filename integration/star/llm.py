@@ -44,7 +44,7 @@ SMALLEST_PAGE = 16
 
 
 class StarLLM:
-    """A model whose long prompts are read by several hosts at once, each with a GPU, or several (or a share of this CPU).
+    """A model whose long prompts are read by several hosts at once, each with a GPU or more (or a share of this CPU).
 
     A context is cut into blocks; every block sees the anchor, which is the first block or its start, and itself. The
     query and all new tokens see the whole context. One host, or a context shorter than a block, is exact attention.

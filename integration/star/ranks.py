@@ -222,7 +222,8 @@ class Ranks:
 
     def ask(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = REPLY_S) -> list[Any]:
         """A function above on all ranks, by rank. Raises StarError or StarAborted of the first that does, or
-        EngineGone where a rank does not answer."""
+        EngineGone where a rank does not answer.
+        """
         from farspan.engine_ext.star.team import StarAborted
 
         if self.executor is None:

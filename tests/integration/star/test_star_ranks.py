@@ -1,4 +1,4 @@
-"""Two hosts of two tensor-parallel ranks each: the tokens of one rank a host, and faults of a rank. One start for all."""
+"""Two hosts of two tensor-parallel ranks each: the tokens of one rank a host, and a rank's death. One start for all."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -86,9 +86,7 @@ def test_sampled_tokens_measured_rates_and_an_abort(pairs: FaultyStarLLM) -> Non
     assert pairs.restart_s == 0
 
 
-def test_a_host_whose_rank_dies_is_named_and_nothing_is_left(
-    pairs: FaultyStarLLM, fault: Callable[..., None]
-) -> None:
+def test_a_host_whose_rank_dies_is_named_and_nothing_is_left(pairs: FaultyStarLLM, fault: Callable[..., None]) -> None:
     pids = worker_pids(pairs)
     fault(1, "phase 2", "kill-rank")
     started = time.monotonic()
