@@ -315,19 +315,14 @@ class StarLLM:
             if self.num_hosts == 1:
                 return None
             return window_shards(name, context, self.num_hosts, self.page_size, self.chunk_len())
-        facts = self.hosts.facts
-        return plan_shards(
-            name,
-            len(context),
-            self.num_hosts,
-            self.page_size,
-            sizes,
-            self.linear_pairs,
-            sending_chunk_len=facts[0].chunk_len if self.wants_sharing(sizes.anchor) else None,
-        )
+        numbers = len(context), self.num_hosts, self.page_size, sizes, self.linear_pairs
+        shards = plan_shards(name, *numbers)
+        if shards is None or not self.shares(shards, sizes.anchor):
+            return shards
+        return plan_shards(name, *numbers, sending_chunk_len=self.hosts.facts[0].chunk_len)
 
     def wants_sharing(self, anchor: Anchor) -> bool:
-        """Whether host 0 sends the anchor; measured when it is first asked for."""
+        """Whether host 0 sends the anchor; measured before the first request that has the choice."""
         if anchor != "auto":
             return anchor == "share"
         if self.sharing_pays is None:
