@@ -312,10 +312,11 @@ def check_features(config: FarspanConfig, vllm_config: Any) -> None:
                 f"{name}={size}; farspan supports 1. Use --tensor-parallel-size to spread a model over GPUs."
             )
     if config.star is not None:
-        size = parallel.world_size
+        size = parallel.pipeline_parallel_size
         if size > 1:
             raise UnsupportedEngineError(
-                f"star in an engine of {size} GPUs; farspan supports one GPU for each host. Give StarLLM more hosts."
+                f"star in an engine of {size} pipeline stages; a host's layers are all on each of its "
+                "GPUs. Use tensor_parallel_size, or give StarLLM more hosts."
             )
         if has_kv_connector(vllm_config):
             raise UnsupportedEngineError(

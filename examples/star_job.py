@@ -20,7 +20,8 @@ from vllm import SamplingParams
 def main() -> int:
     parser = argparse.ArgumentParser(description="Answer a question about a long file on several GPUs.")
     parser.add_argument("model")
-    parser.add_argument("--hosts", type=int, required=True, help="GPUs")
+    parser.add_argument("--hosts", type=int, required=True, help="engines that share the context")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of a host, on one machine")
     parser.add_argument("--context", type=Path, required=True, help="a text file")
     parser.add_argument("--query", required=True)
     parser.add_argument("--max-model-len", type=int, help="tokens that one host can hold; the model's own if left out")
@@ -30,7 +31,9 @@ def main() -> int:
 
 def answer(arguments: argparse.Namespace) -> None:
     """Ask and print."""
-    engine = {"max_model_len": arguments.max_model_len} if arguments.max_model_len else {}
+    engine = {"tensor_parallel_size": arguments.tensor_parallel_size}
+    if arguments.max_model_len:
+        engine["max_model_len"] = arguments.max_model_len
     with StarLLM(arguments.model, arguments.hosts, address="auto", strategy="SPREAD", **engine) as llm:
         output = llm.generate(
             arguments.context.read_text(), arguments.query, SamplingParams(max_tokens=512, temperature=0.0)

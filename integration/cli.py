@@ -245,7 +245,7 @@ def _add_star(subcommands: Any) -> None:
         help="one question, an OpenAI-like server, or predicted times of more hosts without starting any",
     )
     add("--model", default="needle", help="`needle` (bundled), a folder with config.json, or a Hugging Face name")
-    add("--hosts", type=int, default=2, help="engines that share the context, one GPU each")
+    add("--hosts", type=int, default=2, help="engines that share the context, one GPU each or as --engine-args say")
     add("--context", type=Path, help="text file with the context, or context and query around <|query|>")
     add("--query", help="what is asked about it")
     add("--length", type=int, default=2048, help="tokens of the generated question")

@@ -1,7 +1,8 @@
 """What the hosts of Star Attention send each other: partial results of a layer, pages of keys, agreement on a step.
 
-One group per process, formed before the engine captures graphs. A host that is late or gone is named within the
-time-out, as long as the others wait on the CPU; a device that waits is the coordinator's to notice.
+One group per process, formed before the engine captures graphs; with tensor parallelism inside a host one for each of
+its ranks, with the same rank of the others. A host that is late or gone is named within the time-out, as long as the
+others wait on the CPU; a device that waits is the coordinator's to notice.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any, Self
 import torch
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.star.mesh import Mesh, form_mesh
+from farspan.engine_ext.star.team import Agreement, StarAborted, Team
 
 TELLING_S = 2.0
 """Between hosts that notice a failed collective by themselves: their time-outs begin within a step."""
@@ -27,10 +29,6 @@ WAITED = -1
 """In place of what a host is about to compute: it gave up waiting for a collective."""
 RESULT_ALIGNMENT = 128
 """Bytes. Triton compiles one kernel for strides that are multiples of 16 elements and another for the rest."""
-
-
-class StarAborted(StarError):
-    """All hosts end a request together, at the same step."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,23 @@ class Exchange:
     """The group of one host with all others. Steps are counted from 1, and are the same on all hosts."""
 
     def __init__(
-        self, rank: int, num_hosts: int, group: Any, mesh: Mesh, device: torch.device, timeout_s: float
+        self,
+        rank: int,
+        num_hosts: int,
+        group: Any,
+        mesh: Mesh,
+        device: torch.device,
+        timeout_s: float,
+        team: Team | None = None,
     ) -> None:
-        """group: of torch, for tensors on the device."""
+        """rank: of the host. group: of torch, for tensors on the device. team: where the host has several ranks."""
         self.rank, self.num_hosts, self.timeout_s = rank, num_hosts, timeout_s
-        self.group, self.mesh, self.device = group, mesh, device
+        self.group, self.mesh, self.device, self.team = group, mesh, device, team
         self.step = 0
+        self.failure: StarError | None = None
+        """The last error of this group, for a host whose ranks are other processes."""
+        self.is_torn = False
+        """Whether a collective failed inside a step, so that ranks of this host may stand at different places."""
         self.phase = "start"
         """Of the request that is worked on, for errors."""
         self.is_aborted = False
@@ -105,9 +114,35 @@ class Exchange:
         """Wait until all hosts are about to compute the same step; returns the number that each of them tells.
 
         digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
-        come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so.
+        come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so. With
+        several ranks in a host the first one agrees for all.
         """
         self.step += 1
+        try:
+            if self.team is None:
+                return self.agree_with_hosts(digest, number)
+            return self.shared_agreement(self.team, digest, number).numbers_or_raise()
+        except StarError as error:
+            self.failure = error
+            raise
+
+    def shared_agreement(self, team: Team, digest: bytes, number: int) -> Agreement:
+        """What the first rank of this host agreed on with the other hosts."""
+        if not team.is_leader:
+            told = team.share(None)
+            if (told.step, told.digest) != (self.step, digest) and not told.error:
+                raise StarError(
+                    f"{self.phase}, step {self.step}: ranks of host {self.rank} are about to compute different steps."
+                )
+            return told
+        try:
+            agreement = Agreement(self.step, digest, self.agree_with_hosts(digest, number))
+        except StarError as error:
+            agreement = Agreement(self.step, digest, [], str(error), isinstance(error, StarAborted))
+        return team.share(agreement)
+
+    def agree_with_hosts(self, digest: bytes, number: int) -> list[int]:
+        """See `agree`."""
         mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
         came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
         if sentence := self.sentence_of_missing(late, gone):
@@ -176,7 +211,9 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
-            raise StarError(self.sentence_of(error)) from error
+            self.is_torn = True
+            self.failure = StarError(self.sentence_of(error))
+            raise self.failure from error
 
     def gather(self, mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
@@ -253,12 +290,41 @@ def form_exchange(
     device_type: str,
     timeout_s: float,
     start_timeout_s: float,
+    team: Team | None = None,
 ) -> Exchange:
     """Meet the other hosts and warm up; returns when all of them have.
 
     address, port: where rank 0 listens. listening: rank 0's socket, already bound there. timeout_s: for each exchange;
-    start_timeout_s: until all hosts are there. Raises StarError where a host does not come.
+    start_timeout_s: until all hosts are there. team: where the host has several ranks, which meet at ports of their
+    own. Raises StarError where a host does not come.
     """
+    try:
+        exchange = meet(rank, num_hosts, address, port, listening, device_type, start_timeout_s, team)
+    except StarError as error:
+        if team is not None and team.is_leader:
+            # The other ranks wait for the first agreement.
+            team.share(Agreement(1, b"", [], str(error)))
+        raise
+    try:
+        exchange.warm_up()
+    except BaseException:
+        exchange.close()
+        raise
+    exchange.timeout_s = timeout_s
+    return exchange
+
+
+def meet(
+    rank: int,
+    num_hosts: int,
+    address: str,
+    port: int,
+    listening: socket.socket | None,
+    device_type: str,
+    start_timeout_s: float,
+    team: Team | None,
+) -> Exchange:
+    """`form_exchange` before its warm-up. Only the first rank of a host has connections for agreements."""
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
     try:
@@ -280,6 +346,8 @@ def form_exchange(
     finally:
         if listening is not None:
             listening.close()
+    if team is not None and not team.is_leader:
+        return Exchange(rank, num_hosts, group, Mesh({}), torch.device(device_type), start_timeout_s, team)
     try:
         mesh = form_mesh(rank, num_hosts, address, store, start_timeout_s)
     except (RuntimeError, OSError) as error:
@@ -287,14 +355,7 @@ def form_exchange(
             f"host {rank} did not reach all {num_hosts} hosts within {start_timeout_s:g} s ({error}). See the logs of "
             "the hosts, and whether their machines reach each other on any port."
         ) from error
-    exchange = Exchange(rank, num_hosts, group, mesh, torch.device(device_type), start_timeout_s)
-    try:
-        exchange.warm_up()
-    except BaseException:
-        exchange.close()
-        raise
-    exchange.timeout_s = timeout_s
-    return exchange
+    return Exchange(rank, num_hosts, group, mesh, torch.device(device_type), start_timeout_s, team)
 
 
 _exchange: Exchange | None = None

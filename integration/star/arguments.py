@@ -81,7 +81,7 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
     owned = {
         "additional_config": "give farspan's options as options={...}",
         "attention_backend": "leave it out: hosts need CUSTOM",
-        "distributed_executor_backend": "leave it out: a host is one process",
+        "distributed_executor_backend": "leave it out: a host starts its own processes",
     }
     for name, remedy in owned.items():
         if name in engine:
@@ -91,9 +91,19 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
             "enable_prefix_caching=False; allowed: True with StarLLM, whose second phase reads the pages of the first. "
             "Leave it out."
         )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:
-            raise ConfigError(f"{name}={engine[name]!r}; allowed: 1, a host has one GPU. Use more hosts instead.")
+            raise ConfigError(
+                f"{name}={engine[name]!r}; allowed: 1. Use more hosts, or tensor_parallel_size for more GPUs in each."
+            )
+    num_ranks = engine.get("tensor_parallel_size", 1)
+    if isinstance(num_ranks, bool) or not isinstance(num_ranks, int) or num_ranks < 1:
+        raise ConfigError(f"tensor_parallel_size={num_ranks!r}; allowed: a whole number from 1, the GPUs of a host.")
+    if num_ranks > 1 and engine.get("async_scheduling"):
+        raise ConfigError(
+            "async_scheduling=True with tensor_parallel_size; allowed: False, as hosts end a request at the same step. "
+            "Leave it out."
+        )
 
 
 def load_tokenizer(model: str, engine: dict[str, Any]) -> Any:

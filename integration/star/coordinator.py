@@ -5,6 +5,7 @@ does not hold up, so that it can name the one that does not move.
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,16 @@ from typing import Any, Literal
 
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star.host import StarHost
-from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus
+from farspan.star.protocol import (
+    Answer,
+    Ask,
+    EngineGone,
+    HostFacts,
+    HostRates,
+    HostSetup,
+    HostStatus,
+    RanksApart,
+)
 
 POLL_S = 0.05
 """Between two looks at working hosts."""
@@ -43,6 +53,11 @@ class HostsSetup:
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the hosts over machines."""
     env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs of a host, by tensor parallelism."""
+        return int(self.engine.get("tensor_parallel_size", 1))
 
 
 class HostLost(StarError):
@@ -93,7 +108,7 @@ class Hosts:
             size = {} if address else {"num_cpus": max(os.cpu_count() or 1, setup.num_hosts)}
             ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **size)
             self.owns_ray = True
-        self.device_type = choose_device(setup.num_hosts, ray.cluster_resources())
+        self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
 
     def start(self) -> None:
         """Place and start all hosts. Raises StarError, and leaves nothing behind, where one does not start."""
@@ -125,7 +140,7 @@ class Hosts:
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        bundle = {"CPU": 1.0, **({"GPU": 1.0} if self.device_type == "cuda" else {})}
+        bundle = {"CPU": 1.0, **({"GPU": float(self.setup.num_ranks)} if self.device_type == "cuda" else {})}
         group = placement_group([bundle] * self.setup.num_hosts, strategy=self.setup.strategy)
         try:
             ray.get(group.ready(), timeout=self.setup.start_timeout_s)
@@ -155,13 +170,15 @@ class Hosts:
             options=setup.options,
             engine=setup.engine,
         )
-        defaults = CPU_ENV if self.device_type == "cpu" else {}
+        defaults = dict(CPU_ENV if self.device_type == "cpu" else {})
+        # Where a step is one of several processes, the hosts' own time-outs come first.
+        defaults["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(max(300, math.ceil(setup.timeout_s + 2 * GRACE_S)))
         env = {**ACTOR_ENV, **{name: os.environ.get(name, value) for name, value in defaults.items()}, **setup.env}
         return (
             ray.remote(self.host_class)
             .options(
                 num_cpus=1,
-                num_gpus=1 if self.device_type == "cuda" else 0,
+                num_gpus=setup.num_ranks if self.device_type == "cuda" else 0,
                 max_concurrency=ACTOR_THREADS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
                 runtime_env={"env_vars": env},
@@ -193,6 +210,8 @@ class Hosts:
             return ray.get(ref)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, EngineGone):
+                raise HostLost(rank, f"{doing}: host {rank} is dead ({cause}); see its log.") from error
             if isinstance(cause, StarError | ValueError | VLLMValidationError):
                 raise cause from None
             raise HostFailed(f"{doing}: host {rank} failed: {type(cause).__name__}: {cause}") from error
@@ -221,11 +240,12 @@ class Hosts:
                         answers[rank] = self.result_of(rank, pending.pop(rank), doing)
                     except Exception as error:
                         errors[rank] = error
+                        if isinstance(error, RanksApart):
+                            self.end(rank)
                 for rank in list(pending):
                     if self.is_stuck(rank, watches[rank], waits=bool(errors)):
                         errors[rank] = stuck_error(rank, doing, self.setup.timeout_s, errors.values())
-                        ray.kill(self.actors[rank], no_restart=True)
-                        self.killed.add(rank)
+                        self.end(rank)
                         del pending[rank]
                 if pending:
                     yield {rank: watch.status for rank, watch in watches.items() if watch.status is not None}
@@ -234,6 +254,13 @@ class Hosts:
             raise
         if errors:
             raise worst(errors)
+
+    def end(self, rank: int) -> None:
+        """Kill a host that cannot go on; `replace` makes a new one."""
+        import ray
+
+        ray.kill(self.actors[rank], no_restart=True)
+        self.killed.add(rank)
 
     def is_stuck(self, rank: int, watch: Watch, waits: bool) -> bool:
         """Whether a working host has not moved for too long; asks it again how far it is.
@@ -317,15 +344,16 @@ class Hosts:
             self.owns_ray = False
 
 
-def choose_device(num_hosts: int, resources: dict[str, float]) -> Literal["cpu", "cuda"]:
-    """A GPU a host where the cluster has GPUs. Raises StarError where it has some, but too few."""
+def choose_device(num_hosts: int, resources: dict[str, float], num_ranks: int = 1) -> Literal["cpu", "cuda"]:
+    """`num_ranks` GPUs a host where the cluster has GPUs. Raises StarError where it has some, but too few."""
     num_gpus = int(resources.get("GPU", 0))
     if num_gpus == 0:
         return "cpu"
-    if num_gpus < num_hosts:
+    if num_gpus < num_hosts * num_ranks:
+        needed = "one of its own" if num_ranks == 1 else f"{num_ranks} of its own (tensor_parallel_size)"
         raise StarError(
             f"hosts={num_hosts}; the Ray cluster has {num_gpus} GPU{'s' if num_gpus > 1 else ''}, and every host needs "
-            "one of its own. Use fewer hosts, or add machines to the cluster."
+            f"{needed}. Use fewer hosts, or add machines to the cluster."
         )
     return "cuda"
 

@@ -6,19 +6,21 @@ A Ray actor with several threads: one works, the others answer how far it is.
 import contextlib
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+from farspan.engine_ext.errors import StarError
 from farspan.needle import local_name
+from farspan.star import ranks
 from farspan.star.protocol import Answer, Ask, HostFacts, HostRates, HostSetup, HostStatus, Phase
 from farspan.star.rendezvous import bind_port
 
 # Of requests answered together; graphs of larger batches would only lengthen the start.
 ENGINE_DEFAULTS: dict[str, Any] = {"max_num_seqs": 4, "enable_prefix_caching": True}
 ENGINE_FIXED: dict[str, Any] = {"attention_backend": "CUSTOM", "distributed_executor_backend": "uni"}
-MEASURED_RUNS = 4
-"""The first of them opens connections."""
+# A step that all hosts end must be the last one that any of a host's processes has begun.
+SEVERAL_RANKS: dict[str, Any] = {"async_scheduling": False}
 
 
 @dataclass
@@ -39,13 +41,16 @@ class StarHost:
 
     def __init__(self, setup: HostSetup) -> None:
         self.setup = setup
+        self.ranks = ranks.Ranks(setup)
         self.listening: socket.socket | None = None
+        self.store: Any = None
+        """Where the first host tells the others its ranks' ports."""
         self.llm: Any = None
         self.phase: Phase | None = None
         self.num_steps = 0
         self.request_id: str | None = None
         self.token_ids: list[int] = []
-        self.is_aborted = self.is_lockstep = False
+        self.is_aborted = self.is_lockstep = self.expects_anchor = False
 
     def listen(self) -> tuple[str, int]:
         """Bind the port where all hosts meet; asked of host 0. Returns its address and the port."""
@@ -57,41 +62,75 @@ class StarHost:
 
     def start(self, address: str, port: int) -> HostFacts:
         """Meet the other hosts, then make the engine, so that the group exists before graphs are captured."""
-        started = time.monotonic()
-        self.rejoin(address, port)
         from farspan.vllm_compat.engine import draw_by_place_in_answer
-        from vllm import LLM
 
+        started = time.monotonic()
         setup = self.setup
         arguments = {**ENGINE_DEFAULTS, **setup.engine, **ENGINE_FIXED}
         star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
         arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
-        # Each machine unpacks the bundled model.
-        self.llm = LLM(local_name(setup.model), **arguments)
+        self.llm = self.make_engine(arguments, address, port)
         draw_by_place_in_answer(self.llm)
         return self.facts(time.monotonic() - started)
 
+    def make_engine(self, arguments: dict[str, Any], address: str, port: int) -> Any:
+        """The engine, whose processes meet the other hosts' before they capture graphs."""
+        from vllm import LLM
+
+        # Each machine unpacks the bundled model.
+        model = local_name(self.setup.model)
+        if self.setup.num_ranks == 1:
+            self.rejoin(address, port)
+            return LLM(model, **arguments)
+        from farspan.vllm_compat.host_executor import preparing
+
+        def meet(executor: Any) -> None:
+            self.ranks.executor = executor
+            self.rejoin(address, port)
+
+        with preparing(meet) as executor_class:
+            return LLM(model, **{**arguments, **SEVERAL_RANKS, "distributed_executor_backend": executor_class})
+
     def rejoin(self, address: str, port: int) -> None:
         """Leave the group and meet the other hosts anew. Raises StarError where one does not come."""
-        from farspan.engine_ext.star.exchange import form_exchange, set_exchange
+        self.ranks.leave()
+        if self.setup.num_hosts == 1:
+            return
+        if self.setup.num_ranks == 1:
+            ranks.keep(self.listening)
+            ports = [port]
+        else:
+            ports = self.ports_of_ranks(address, port)
+        self.listening = None
+        self.ranks.meet(address, ports)
+
+    def ports_of_ranks(self, address: str, port: int) -> list[int]:
+        """Where each rank meets those of the other hosts: bound by the first host's ranks, told at the port of all."""
+        from vllm.distributed.utils import create_tcp_store
 
         setup = self.setup
-        set_exchange(None)
-        if setup.num_hosts == 1:
-            return
-        exchange = form_exchange(
-            setup.rank,
-            setup.num_hosts,
-            address,
-            port,
-            listening=self.listening,
-            device_type=setup.device_type,
-            timeout_s=setup.timeout_s,
-            start_timeout_s=setup.start_timeout_s,
-        )
-        self.listening = None
-        exchange.gathers_keys = setup.gathers_keys
-        set_exchange(exchange)
+        timeout = timedelta(seconds=setup.start_timeout_s)
+        try:
+            self.store = create_tcp_store(
+                address,
+                port,
+                listen_socket=self.listening,
+                world_size=setup.num_hosts,
+                is_master=setup.rank == 0,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+            if setup.rank == 0:
+                ports = self.ranks.ask(ranks.bind, address)
+                self.store.set("ports", " ".join(map(str, ports)))
+            return [int(each) for each in self.store.get("ports").decode().split()]
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, StarError):
+                raise
+            raise StarError(
+                f"host {setup.rank} did not meet all {setup.num_hosts} hosts at {address}:{port} within "
+                f"{setup.start_timeout_s:g} s ({error}). See their logs, and whether they reach that address."
+            ) from error
 
     def facts(self, start_s: float) -> HostFacts:
         from farspan.vllm_compat.engine import num_linear_weights
@@ -113,37 +152,22 @@ class StarHost:
 
     def measure(self) -> HostRates:
         """Time what sending and computing an anchor take; asked of all hosts at the same time."""
-        import torch
-        from farspan.engine_ext.star.exchange import current
         from farspan.vllm_compat.engine import num_linear_weights
 
-        model = self.llm.llm_engine.vllm_config.model_config
-        parallel = self.llm.llm_engine.vllm_config.parallel_config
-        device = torch.device(self.setup.device_type)
-        exchange = current()
-        assert exchange is not None
+        config = self.llm.llm_engine.vllm_config
+        model, parallel = config.model_config, config.parallel_config
         heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
         token_bytes = 2 * heads * model.get_head_size() * model.dtype.itemsize
-        num_bytes, side = (64 << 20, 4096) if device.type == "cuda" else (4 << 20, 512)
-        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        matrix = torch.zeros(side, side, dtype=model.dtype, device=device)
-        exchange.agree(b"rates")
-        send_s = best_time(lambda: exchange.send_pages(buffer), device)
-        compute_s = best_time(lambda: matrix @ matrix, device)
-        exchange.take_waited_s()
-        return HostRates(send_s / num_bytes * token_bytes, compute_s / side**3 * num_linear_weights(self.llm))
+        rates = self.ranks.ask(ranks.measure, model.dtype, timeout_s=self.setup.start_timeout_s)
+        send_s, compute_s = (max(each) for each in zip(*rates, strict=True))
+        return HostRates(send_s * token_bytes, compute_s * num_linear_weights(self.llm))
 
     def run(self, ask: Ask) -> Answer:
         """Do one phase of a request to its end. After an error the engine holds nothing of it any more."""
-        from farspan.engine_ext.star.exchange import StarAborted, current
+        from farspan.engine_ext.star.team import StarAborted
 
-        self.is_aborted, self.token_ids = False, []
-        exchange = current()
-        if exchange is not None:
-            exchange.is_aborted = False
-            exchange.anchor_of, exchange.phase = None, ask.phase
-            exchange.take_waited_s()
-        received = self.num_bytes()
+        self.is_aborted, self.token_ids, self.expects_anchor = False, [], False
+        received = sum(self.ranks.ask(ranks.begin, ask.phase))
         engine = self.llm.llm_engine
         started = time.perf_counter()
         self.phase, self.is_lockstep = ask.phase, ask.is_lockstep
@@ -170,36 +194,38 @@ class StarHost:
             raise
         finally:
             self.phase = self.request_id = None
-            self.is_lockstep = False
+            self.is_lockstep = self.expects_anchor = False
         seconds = time.perf_counter() - started
-        waited_s = exchange.take_waited_s() if exchange is not None else 0.0
+        ends_of_ranks = self.ranks.ask(ranks.end)
+        num_bytes, waited_s = sum(each for each, _ in ends_of_ranks), max(each for _, each in ends_of_ranks)
         first, *others = (ends.get(name, RequestEnd()) for name in names)
         return first.answer(
-            seconds, self.num_bytes() - received, waited_s, tuple(each.answer(seconds, 0, 0.0) for each in others)
+            seconds, num_bytes - received, waited_s, tuple(each.answer(seconds, 0, 0.0) for each in others)
         )
 
     def prepare(self, ask: Ask) -> None:
         """Agree with all hosts on what phase 1 finds in the prefix caches, where it is not each host's own affair."""
-        from farspan.engine_ext.star.exchange import current
         from farspan.engine_ext.star.shard import digest_of_text
         from farspan.vllm_compat.engine import adopt_pages, ignore_cached_pages, num_cached_tokens
 
-        shard, exchange, request_id = ask.shard, current(), self.request_id
+        shard, request_id = ask.shard, self.request_id
         if ask.phase != "phase 1" or shard is None or not (ask.is_lockstep or ask.shares_anchor):
             return
-        assert exchange is not None
         assert request_id is not None
         page_size = self.llm.llm_engine.vllm_config.cache_config.block_size
         needed = shard.local_len - page_size if ask.is_lockstep else shard.copied_len
         has_all = num_cached_tokens(self.llm, request_id) >= needed
-        if all(exchange.agree(digest_of_text(f"{shard.name} cached"), int(has_all))):
+        digest = digest_of_text(f"{shard.name} cached")
+        timeout_s = self.setup.timeout_s + ranks.REPLY_S
+        if all(self.ranks.ask(ranks.agree, digest, int(has_all), timeout_s=timeout_s)[0]):
             return
         if ask.is_lockstep:
             # Hosts keep pages for different times; steps are the same only where all of them begin anew.
             ignore_cached_pages(self.llm, request_id)
             return
         adopt_pages(self.llm, request_id, shard.copied_len)
-        exchange.anchor_of = shard.name
+        self.ranks.ask(ranks.expect_anchor, shard.name)
+        self.expects_anchor = True
 
     def sampling_of(self, ask: Ask) -> Any:
         """The request's parameters with our option in them."""
@@ -213,9 +239,7 @@ class StarHost:
         if self.setup.device_type == "cpu" and sampling.seed is not None:
             # A request's own generator does not survive a prompt in chunks there (vLLM rewinds it as CUDA's). The
             # process's does as well: one request runs at a time.
-            import torch
-
-            torch.manual_seed(sampling.seed)
+            self.ranks.ask(ranks.seed, sampling.seed)
             sampling.seed = None
         if ask.shard is not None:
             sampling.extra_args = {**(sampling.extra_args or {}), NAME: msgspec.to_builtins(ask.shard)}
@@ -229,7 +253,9 @@ class StarHost:
             if self.is_aborted and not self.waits_for_all():
                 engine.abort_request([ask.name])
                 return {}
-            for output in engine.step():
+            if self.is_aborted and self.is_lockstep:
+                self.ranks.ask(ranks.abort)
+            for output in self.step():
                 end = ends.setdefault(output.request_id, RequestEnd())
                 tokens = output.outputs[0].token_ids
                 end.output = output
@@ -238,6 +264,19 @@ class StarHost:
                     self.token_ids = list(tokens)
             self.num_steps += 1
         return ends
+
+    def step(self) -> list[Any]:
+        """A step of the engine. Raises what a rank in this process would."""
+        try:
+            outputs: list[Any] = self.llm.llm_engine.step()
+            if self.expects_anchor:
+                self.expects_anchor = self.ranks.ask(ranks.expects_anchor)[0]
+        except Exception as error:
+            meaning = self.ranks.error_of_step(error)
+            if meaning is error:
+                raise
+            raise meaning from error
+        return outputs
 
     def status(self) -> HostStatus:
         from farspan.vllm_compat.engine import num_computed_tokens
@@ -248,48 +287,18 @@ class StarHost:
 
     def waits_for_all(self) -> bool:
         """Whether the next step, or one that must come, is one of all hosts."""
-        from farspan.engine_ext.star.exchange import current
-
-        exchange = current()
-        return self.is_lockstep or (exchange is not None and exchange.anchor_of is not None)
+        return self.is_lockstep or self.expects_anchor
 
     def abort(self) -> None:
         """End the running request: at its next step, in phase 2 together with the other hosts."""
-        from farspan.engine_ext.star.exchange import current
-
         self.is_aborted = True
-        exchange = current()
-        if self.is_lockstep and exchange is not None:
-            exchange.is_aborted = True
-
-    def num_bytes(self) -> int:
-        from farspan.engine_ext.star.exchange import current
-
-        exchange = current()
-        return 0 if exchange is None else exchange.num_bytes
 
     def stop(self) -> None:
         """Leave the group and let go of the engine and its memory."""
         import gc
 
-        from farspan.engine_ext.star.exchange import set_exchange
-
-        set_exchange(None)
+        self.ranks.leave()
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
+            self.llm = self.ranks.executor = None
         gc.collect()
-
-
-def best_time(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of the fastest of a few runs on the device."""
-    import torch
-
-    times = []
-    for _ in range(MEASURED_RUNS):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)

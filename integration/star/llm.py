@@ -44,7 +44,7 @@ SMALLEST_PAGE = 16
 
 
 class StarLLM:
-    """A model whose long prompts are read by several hosts at once, each with a GPU (or a share of this CPU).
+    """A model whose long prompts are read by several hosts at once, each with a GPU or more (or a share of this CPU).
 
     A context is cut into blocks; every block sees the anchor, which is the first block or its start, and itself. The
     query and all new tokens see the whole context. One host, or a context shorter than a block, is exact attention.
@@ -88,7 +88,8 @@ class StarLLM:
         address: of a Ray cluster; by default the one of RAY_ADDRESS, or a new one on this machine.
         strategy: how Ray places hosts over machines. env: environment variables of the hosts.
         options: farspan's, as under `additional_config["farspan"]`; `string` is refused.
-        engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share.
+        engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share, and
+            `tensor_parallel_size` is the number of a host's GPUs.
         Raises ConfigError, UnsupportedModelError, UnsupportedEngineError or StarError.
         """
         if isinstance(hosts, bool) or not isinstance(hosts, int) or hosts < 1:
@@ -314,19 +315,14 @@ class StarLLM:
             if self.num_hosts == 1:
                 return None
             return window_shards(name, context, self.num_hosts, self.page_size, self.chunk_len())
-        facts = self.hosts.facts
-        return plan_shards(
-            name,
-            len(context),
-            self.num_hosts,
-            self.page_size,
-            sizes,
-            self.linear_pairs,
-            sending_chunk_len=facts[0].chunk_len if self.wants_sharing(sizes.anchor) else None,
-        )
+        numbers = len(context), self.num_hosts, self.page_size, sizes, self.linear_pairs
+        shards = plan_shards(name, *numbers)
+        if shards is None or not self.shares(shards, sizes.anchor):
+            return shards
+        return plan_shards(name, *numbers, sending_chunk_len=self.hosts.facts[0].chunk_len)
 
     def wants_sharing(self, anchor: Anchor) -> bool:
-        """Whether host 0 sends the anchor; measured when it is first asked for."""
+        """Whether host 0 sends the anchor; measured before the first request that has the choice."""
         if anchor != "auto":
             return anchor == "share"
         if self.sharing_pays is None:

@@ -3,10 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.star.shard import Shard
 from farspan.engine_ext.star.windows import WindowShard
 
 Phase = Literal["phase 1", "phase 2", "exact attention"]
+
+
+class EngineGone(StarError):
+    """A process of a host's engine is dead, or does not answer: the host is lost."""
+
+
+class RanksApart(StarError):
+    """A collective failed inside a step of a host with several GPUs: they cannot go on together."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,11 @@ class HostSetup:
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of `LLM`."""
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs of the host, by tensor parallelism."""
+        return int(self.engine.get("tensor_parallel_size", 1))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def wrap_sampler(worker: Any) -> None:
 
 
 def num_linear_weights(llm: Any) -> int:
-    """Weights that every token is multiplied with, embeddings left out."""
+    """Weights that every token is multiplied with on a rank, embeddings left out."""
 
     def count(worker: Any) -> int:
         embeds = ("embed", "head")
@@ -84,7 +84,8 @@ def num_linear_weights(llm: Any) -> int:
         )
 
     # The CPU platform packs weights away.
-    return int(llm.collective_rpc(count)[0]) or weights_by_config(llm.llm_engine.model_config)
+    num_ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    return int(llm.collective_rpc(count)[0]) or weights_by_config(llm.llm_engine.model_config) // num_ranks
 
 
 def weights_by_config(model_config: Any) -> int:

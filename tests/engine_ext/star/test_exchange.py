@@ -12,11 +12,11 @@ from farspan.engine_ext.star.exchange import (
     TELLING_S,
     Exchange,
     PartialResult,
-    StarAborted,
     exchange_of,
     form_exchange,
     set_exchange,
 )
+from farspan.engine_ext.star.team import StarAborted
 from farspan.star.rendezvous import bind_port
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -44,9 +44,8 @@ def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any)
     return FaultyStarLLM(
         str(model),
         num_hosts,
-        start_timeout_s=180,
         env={**ENV, "PYTHONPATH": path, FAULT_FILE: str(fault_file)},
-        **({"timeout_s": TIMEOUT_S} | engine | arguments),
+        **({"timeout_s": TIMEOUT_S, "start_timeout_s": 180} | engine | arguments),
     )
 
 

@@ -55,6 +55,11 @@ class FaultyHost(StarHost):
             answer = dataclasses.replace(answer)
         return answer
 
+    def worker_pids(self) -> list[int]:
+        """Of the processes of the host's ranks; none where the host is its only rank."""
+        executor = self.ranks.executor
+        return [] if executor is None else [worker.proc.pid for worker in executor.workers]
+
     def forget(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.llm_engine.reset_prefix_cache()
@@ -65,6 +70,9 @@ class FaultyHost(StarHost):
         action = self.fault["action"]
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if action == "kill-rank":
+            # The second GPU's process alone.
+            os.kill(self.ranks.executor.workers[1].proc.pid, signal.SIGKILL)
         if action == "sleep":
             time.sleep(self.fault["seconds"])
         if action == "stop":

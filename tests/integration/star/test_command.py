@@ -72,7 +72,7 @@ def test_a_generated_prompt_is_split_before_its_question() -> None:
         (["--context", "nowhere.txt"], "--context nowhere.txt: "),
         (["--model", "somewhere"], "--context is missing"),
         (["--options", '{"string": {}}'], "without string: both move positions"),
-        (["--engine-args", '{"tensor_parallel_size": 2}'], "allowed: 1, a host has one GPU"),
+        (["--engine-args", '{"pipeline_parallel_size": 2}'], "pipeline_parallel_size=2; allowed: 1"),
         (["--block-len", "100"], "block_len=100; allowed: a multiple of"),
         (["--length", "100"], "--length 100; prompts have at least 256 tokens"),
         (["--max-tokens", "0"], "vLLM refuses --max-tokens or --temperature"),

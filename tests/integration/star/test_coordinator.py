@@ -13,6 +13,9 @@ def test_a_gpu_for_every_host() -> None:
     assert choose_device(2, {"CPU": 4.0, "GPU": 2.0}) == "cuda"
     with pytest.raises(StarError, match="hosts=3; the Ray cluster has 1 GPU, and every host needs one of its own"):
         choose_device(3, {"GPU": 1.0})
+    assert choose_device(2, {"GPU": 4.0}, 2) == "cuda"
+    with pytest.raises(StarError, match=r"3 GPUs, and every host needs 2 of its own \(tensor_parallel_size\)"):
+        choose_device(2, {"GPU": 3.0}, 2)
 
 
 def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:

@@ -74,6 +74,10 @@ def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
         raise HostLost(1, "start: host 1 is dead")
 
     llm.hosts.measure = lost
+    # Nothing to choose: no block sees an anchor that it does not begin with, or one host has no block.
+    assert llm.generate(list(range(30)), [1, 2], params, block_len=64).shards is None
+    llm.generate(list(range(200)), [1, 2], params, anchor_len=0)
+    assert llm.sharing_pays is None
     with pytest.raises(StarError, match="host 1 is dead"):
         llm.generate(list(range(200)), [1, 2], params)
     assert stopped == [True]

@@ -361,10 +361,12 @@ def test_two_nodes_of_a_cluster(star_model: Path, fault_file: Path) -> None:
         ({"hosts": 0}, "hosts=0; allowed: a whole number from 1"),
         ({"options": {"string": {}}}, "without string: both move positions"),
         ({"enable_prefix_caching": False}, "whose second phase reads the pages of the first"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2; allowed: 1, a host has one GPU"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0; allowed: a whole number from 1"),
+        ({"tensor_parallel_size": 2, "async_scheduling": True}, "async_scheduling=True with tensor_parallel_size"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2; allowed: 1. Use more hosts"),
         ({"additional_config": {}}, "give farspan's options as options="),
     ],
-    ids=["hosts", "string", "caching", "tp", "config"],
+    ids=["hosts", "string", "caching", "tp", "async", "pp", "config"],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(arguments: dict[str, Any], sentence: str) -> None:
     import ray

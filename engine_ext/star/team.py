@@ -1,0 +1,55 @@
+"""The ranks of one host: with tensor parallelism each has a group of its own with the same rank of the other hosts.
+
+What a host agrees on with others is one decision: its first rank makes it and tells the rest, or ranks of one host
+could begin different steps and wait for each other for ever.
+"""
+
+from typing import Any, Protocol
+
+import msgspec
+from farspan.engine_ext.errors import StarError
+
+
+class StarAborted(StarError):
+    """All hosts end a request together, at the same step."""
+
+
+class Agreement(msgspec.Struct, frozen=True, tag=True):
+    """What came of a step's agreement of all hosts."""
+
+    step: int
+    digest: bytes
+    numbers: list[int] = []
+    """By host; empty after an error."""
+    error: str = ""
+    is_aborted: bool = False
+
+    def numbers_or_raise(self) -> list[int]:
+        """Raises StarError, or StarAborted, where hosts did not agree."""
+        if self.error:
+            raise (StarAborted if self.is_aborted else StarError)(self.error)
+        return self.numbers
+
+
+class Team(Protocol):
+    """How the first rank of a host tells the others."""
+
+    is_leader: bool
+
+    def share(self, agreement: Agreement | None) -> Agreement:
+        """What the leader gives, on all ranks; the others give None and wait."""
+        ...
+
+
+class RankTeam:
+    """The tensor-parallel ranks of an engine, over vLLM's own queue between them."""
+
+    def __init__(self, group: Any) -> None:
+        """group: of vLLM, `get_tp_group()`."""
+        self.group = group
+        self.is_leader = group.rank_in_group == 0
+
+    def share(self, agreement: Agreement | None) -> Agreement:
+        """See `Team`. Ranks that wait for a dead one end with their engine, which is nobody's without it."""
+        shared: Agreement = self.group.broadcast_object(agreement, src=0)
+        return shared
