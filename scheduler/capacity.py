@@ -10,6 +10,7 @@ are those of one tensor-parallel rank; bytes are exact, times are predicted in `
   that, over a span of it: while attention reads one, the other is filled from the host.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from farspan.scheduler.residency import most_pages_written
@@ -208,40 +209,59 @@ def plan_kv(
     Otherwise the load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
     hbm_bytes, host_bytes: for KV, staging included. group_size: None for the largest beside which HBM still holds the
     whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1. num_first: blocks that come
-    before slots; None for those of the load. has_spans: whether attention may go over spans of the context, one after
-    the other, where buffers for the whole context leave no room for the load.
+    before slots, as far as they fit; None for those of the load. has_spans: whether attention may go over spans of the
+    context, one after the other, where buffers for the whole context leave no room for the load.
     """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
-    hot_bytes, cold_bytes = layout.fixed_block_bytes, layout.cold_block_bytes
-    if not cold_bytes:
+    if not layout.cold_block_bytes:
         num_blocks = max_blocks(layout, hbm_bytes, host_bytes)
         return sized(layout, num_blocks, 0, 0, 0) if num_blocks >= wanted_blocks else None
 
-    whole_pages = -(-load.context_len // layout.page_size)
-    host_blocks = max(host_bytes, 0) // cold_bytes
-    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
+    best = None
+    for plan in cold_plans(layout, load, hbm_bytes, host_bytes, group_size, num_first, has_spans=has_spans):
+        if plan.num_blocks >= (num_first or wanted_blocks):
+            return plan
+        best = best or plan
+    return best
+
+
+def cold_plans(
+    layout: KVLayout,
+    load: Load,
+    hbm_bytes: int,
+    host_bytes: int,
+    group_size: int | None,
+    num_first: int | None,
+    *,
+    has_spans: bool,
+) -> Iterator[KVPlan]:
+    """Plans with which a load with cold heads fits, the best first; see `plan_kv`."""
+    wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
+    block_bytes, whole_pages = (
+        layout.fixed_block_bytes + layout.cold_block_bytes,
+        -(-load.context_len // layout.page_size),
+    )
+    host_blocks = max(host_bytes, 0) // layout.cold_block_bytes
+    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // block_bytes)
+    first_blocks = []
     if resident_blocks < host_blocks:
-        first_blocks = [wanted_blocks]
-        if num_first is not None:
-            first_blocks = [max(num_first, wanted_blocks)]
-        elif not any(layout.hot_heads) and hbm_bytes < (hot_bytes + cold_bytes) * wanted_blocks:
+        first_blocks = [max(num_first or 0, wanted_blocks)]
+        if num_first is None and not any(layout.hot_heads) and hbm_bytes < block_bytes * wanted_blocks:
             # The load takes all slots that there are: stubs are so small that no host memory should be idle for them.
             first_blocks.insert(0, max(host_blocks, wanted_blocks))
-        for blocks in first_blocks:
-            group = group_size or group_size_beside(layout, load, hbm_bytes, blocks)
-            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group, whole_pages)
-            if plan is not None:
-                return plan
+    for blocks in first_blocks:
+        group = group_size or group_size_beside(layout, load, hbm_bytes, blocks)
+        plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group, whole_pages)
+        if plan is not None:
+            yield plan
     # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.
     if resident_blocks >= wanted_blocks:
-        return sized(layout, resident_blocks, resident_blocks, 0, 0)
-    if resident_blocks < host_blocks and has_spans:
-        for blocks in first_blocks:
-            span_pages = choose_span_pages(layout, load, hbm_bytes, blocks, group_size or 1)
-            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group_size or 1, span_pages)
-            if plan is not None:
-                return plan
-    return None
+        yield sized(layout, resident_blocks, resident_blocks, 0, 0)
+    for blocks in first_blocks if has_spans else ():
+        span_pages = choose_span_pages(layout, load, hbm_bytes, blocks, group_size or 1)
+        plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group_size or 1, span_pages)
+        if plan is not None:
+            yield plan
 
 
 def group_size_beside(layout: KVLayout, load: Load, hbm_bytes: int, num_first: int) -> int:
