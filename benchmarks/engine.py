@@ -118,6 +118,8 @@ class Timing:
     """Largest resident memory of the engine's process so far, pinned pages included."""
     max_model_len: int = 0
     """Tokens of the longest request that the engine takes."""
+    memory_parts: dict[str, float] = field(default_factory=dict)
+    """What the memory of the GPU went to, in GiB, and the pools of offload; empty without offload."""
 
 
 @dataclass(frozen=True)

@@ -146,12 +146,47 @@ def send(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     )
 
 
+def memory_parts(worker: Any) -> dict[str, float]:
+    """See `Timing.memory_parts`; runs in the worker. What vLLM has by other names is left out."""
+    from farspan.vllm_compat.runner import state_of
+
+    found: dict[str, float | None] = {
+        "vLLM may take": getattr(worker, "requested_memory", None),
+        "weights": getattr(worker.model_runner, "model_memory_usage", None),
+        "weights and what else stays after the profile": getattr(worker, "total_consumed", None),
+        "activations": getattr(worker, "peak_activation_memory", None),
+        "vLLM leaves for KV": getattr(worker, "available_kv_cache_memory_bytes", None),
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        at_start = getattr(worker, "init_snapshot", None)
+        found |= {
+            "taken before vLLM counts": None if at_start is None else total - at_start.free_memory,
+            "torch has": torch.cuda.memory_reserved(),
+            "torch uses": torch.cuda.memory_allocated(),
+            "outside torch": total - free - torch.cuda.memory_reserved(),
+            "taken of the GPU": total - free,
+        }
+    cold = state_of(worker.model_runner).cold
+    if cold is not None:
+        found |= {
+            "slots": cold.pools.slots.nbytes,
+            "buffers for prefill": 0 if cold.staging is None else cold.staging.buffers.nbytes,
+            "tables of pages": cold.entries.nbytes + cold.table.slot_of.nbytes,
+            "host pool": cold.host.num_bytes,
+        }
+    return {name: num_bytes / 2**30 for name, num_bytes in found.items() if num_bytes is not None}
+
+
 def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     timing = send(llm, prompt, request, name)
     peak = taken = 0.0
+    parts: dict[str, float] = {}
+    if "offload" in (llm.llm_engine.vllm_config.additional_config or {}).get("farspan", {}):
+        parts = llm.collective_rpc(memory_parts)[0]
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak, taken = torch.cuda.max_memory_allocated() / 2**30, (total - free) / 2**30
@@ -161,6 +196,7 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
         device_memory_gib=taken,
         host_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         max_model_len=llm.llm_engine.model_config.max_model_len,
+        memory_parts=parts,
     )
 
 

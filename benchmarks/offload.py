@@ -106,7 +106,7 @@ def measure_and_record(
     label: str,
     reported: Mapping[str, Any] = REPORTED,
     timeout_s: float = 300,
-) -> None:
+) -> dict[str, EngineResult]:
     """Run engines in turns and write the rows of each request as soon as it is done."""
 
     def tell(request: Request, results: dict[str, EngineResult]) -> None:
@@ -115,6 +115,7 @@ def measure_and_record(
     results = measure_in_turns(specs, timeout_s=timeout_s, tell=tell)
     for name, result in results.items():
         recorder.note(f"{name}: engine ready after {result.start_s:.0f} s")
+    return results
 
 
 def run(recorder: Recorder) -> None:

@@ -3,6 +3,7 @@
 In turns. First tokens and times between tokens; by layers, as a whole model would take minutes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.engine import LLAMA_8B, TINY_LLAMA, EngineSpec, Request
@@ -24,27 +25,31 @@ def cases(dry_run: bool) -> list[Request]:
 
 def engine_specs(dry_run: bool) -> dict[str, EngineSpec]:
     """The engines by variant."""
-    requests = cases(dry_run)
+    memory = {OFF: 2**27, COLD: 3 * 2**19} if dry_run else POOL_BYTES
+    return specs_with(memory, cases(dry_run), dry_run)
+
+
+def specs_with(memory: Mapping[str, int], requests: list[Request], dry_run: bool) -> dict[str, EngineSpec]:
+    """Engines by variant; memory: for KV on the GPU, in bytes; all but OFF are with offload."""
     if dry_run:
         engine: dict[str, Any] = {"block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 1}
-        memory, model, warmup = {OFF: 2**27, COLD: 3 * 2**19}, TINY_LLAMA, [300]
+        model, warmup = TINY_LLAMA, [300]
         offload: dict[str, Any] = {"group_size": 1}
     else:
         engine = {"max_num_batched_tokens": 8192, "max_num_seqs": 1, "gpu_memory_utilization": 0.3}
-        memory, warmup = POOL_BYTES, [40960]
+        warmup = [40960]
         model = LLAMA_8B | {"num_hidden_layers": LAYERS, "max_position_embeddings": max(LENGTHS) + 4096}
         offload = {"host_memory": 9}
-    options: dict[str, dict[str, Any]] = {OFF: {}, COLD: {"offload": offload}}
     return {
         name: EngineSpec(
             requests,
             model,
             "CUSTOM",
-            options[name],
+            {} if name == OFF else {"offload": offload},
             engine | {"kv_cache_memory_bytes": memory[name]},
             warmup_lens=warmup,
         )
-        for name in (OFF, COLD)
+        for name in memory
     }
 
 

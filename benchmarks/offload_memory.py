@@ -92,6 +92,8 @@ def record_capped(recorder: Recorder, result: EngineResult, case: str, cap_bytes
     record_times(recorder, COLD, result, case)
     most = max(each.device_memory_gib for each in result.timings)
     limit = cap_bytes / 2**30
+    for name, gib in result.timings[-1].memory_parts.items():
+        recorder.note(f"{case}: {gib:8.3f} GiB {name}")
     recorder.note(f"{case}: {most:.2f} GiB of {limit:.2f} taken at most, {told(most <= limit)}")
 
 

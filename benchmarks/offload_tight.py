@@ -1,6 +1,7 @@
 """`benchmarks.offload_memory` under 17 GiB, with host memory for a million tokens: a request of 16K.
 
-Steps of 512 tokens, whose pages take few slots, and no graphs. Weights take 15 GiB, the two buffers for prefill one.
+Steps of 512 tokens, whose pages take few slots, and no graphs. Weights take 15 GiB, so that the buffers for prefill
+hold a span of the longest context, not all of it.
 """
 
 import psutil
@@ -13,9 +14,9 @@ from benchmarks.record import BenchmarkError, Recorder
 CAP_BYTES = 17 * 2**30
 CONTEXT = 1 << 20
 HOST_GIB = 129
-OUTSIDE_BYTES = int(0.97 * 2**30)
-"""What an engine takes beside what vLLM counts: the context of CUDA, and the tables by which the GPU finds host memory.
-H200, 2026-11: 0.95 GiB with 98 GiB of host memory."""
+OUTSIDE_BYTES = int(1.1 * 2**30)
+"""What an engine takes beside what vLLM counts: the context of CUDA, and, after vLLM has counted, the tables by which
+the GPU finds host memory. H200, 2026-11: 0.95 GiB with 98 GiB of host memory."""
 
 
 def cases(dry_run: bool) -> list[Request]:

@@ -41,6 +41,7 @@ MODULES = (
     "offload",
     "offload_whole",
     "offload_far",
+    "offload_spans",
     "offload_memory",
     "offload_tight",
     "offload_exact",

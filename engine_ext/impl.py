@@ -6,7 +6,7 @@ import torch
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.launch import Parts, as_pages, at_true_positions, attend, choose_dense_kernel, write_kv
 from farspan.engine_ext.passes import StepMetadata
-from farspan.engine_ext.profile import run_largest_chunk
+from farspan.engine_ext.profile import largest_sums, run_largest_chunk
 from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len
 from farspan.engine_ext.support import check_fp8, config_of, layer_refusals, stored_dtype
 from farspan.kernels.batch import FP8, KVView
@@ -119,6 +119,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             longest = longest_kv_len(self.max_model_len)
             run_largest_chunk(self.config.prefill, query, self.num_kv_heads, self.scale, longest)
             del gathered
+            largest_sums(self.config, query, self.num_kv_heads)
             return output.fill_(0)
         name, parts = layer.layer_name, Parts()
         context = step.layers[name]

@@ -330,38 +330,71 @@ class Parts:
     """Results of the partial passes over some rows until the last of their set combines them into the output."""
 
     def __init__(self) -> None:
-        self.outs: list[torch.Tensor] = []
-        self.lses: list[torch.Tensor] = []
+        self.sums: RunningSum | None = None
         self.mine: PartialResult | None = None
 
     def room(self, each: Pass, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where a pass of `out`'s rows puts its result and its LSE; None for any place."""
         if each.part is None:
             return out, None
-        if each.part.exchange is not None and each.part.count == 1:
-            self.mine = PartialResult.empty(out)
-            self.outs.append(self.mine.out)
-            return self.mine.out, self.mine.lse
-        self.outs.append(torch.empty_like(out))
-        return self.outs[-1], None
+        if each.part.count > 1:
+            if each.part.index == 0:
+                self.sums = RunningSum(out)
+            return out, None
+        self.mine = PartialResult.empty(out)
+        return self.mine.out, self.mine.lse
 
     def add(self, each: Pass, lse: torch.Tensor, out: torch.Tensor) -> None:
         """Take in the LSE of the part last made; after the last part of the set, write `out`."""
-        assert each.part is not None
-        self.lses.append(lse)
-        assert each.part.index == len(self.lses) - 1, "the passes of a set follow each other"
-        if len(self.lses) < each.part.count:
-            return
-        part_out, part_lse = self.outs[0][None], self.lses[0][None]
-        if each.part.count > 1:
-            part_out, part_lse = torch.stack(self.outs), torch.stack(self.lses)
-        if each.part.exchange is not None:
-            if self.mine is None:
+        part = each.part
+        assert part is not None
+        if part.count > 1:
+            assert self.sums is not None
+            assert part.index == self.sums.num_parts, "the passes of a set follow each other"
+            self.sums.put(out, lse)
+            if part.index + 1 < part.count:
+                return
+            if part.exchange is None:
+                combine(*self.sums.pair, out, torch.empty_like(lse))
+            else:
                 self.mine = PartialResult.empty(out)
-                combine(part_out, part_lse, self.mine.out, self.mine.lse)
-            part_out, part_lse = each.part.exchange.gather(self.mine)
-        combine(part_out, part_lse, out, torch.empty_like(lse))
-        self.outs, self.lses, self.mine = [], [], None
+                combine(*self.sums.pair, self.mine.out, self.mine.lse)
+        if part.exchange is not None:
+            assert self.mine is not None
+            combine(*part.exchange.gather(self.mine), out, torch.empty_like(lse))
+        self.sums, self.mine = None, None
+
+
+class RunningSum:
+    """Partial attention of some rows, combined part by part in float32, so that the memory is that of three parts."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        """For results like `out`, [num_tokens, num_heads, head_dim]."""
+        num_tokens, num_heads, head_dim = out.shape
+        self.outs = torch.empty(3, num_tokens, num_heads, head_dim, dtype=torch.float32, device=out.device)
+        # Rows begin at 16 bytes, whatever the step, as another kernel would be compiled for others.
+        padded = -(-num_tokens // 4) * 4
+        self.lses = torch.empty(3, num_heads, padded, dtype=torch.float32, device=out.device)[..., :num_tokens]
+        self.num_parts = 0
+        self.total = 0
+        """Where the sum of all parts but the last is; the last is in place 1."""
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum and the last part, in any order; see `combine`."""
+        places = slice(self.total // 2, self.total // 2 + 2)
+        return self.outs[places], self.lses[places]
+
+    def put(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Take in another part."""
+        if self.num_parts > 1:
+            free = 2 - self.total
+            combine(*self.pair, self.outs[free], self.lses[free])
+            self.total = free
+        place = min(self.num_parts, 1)
+        self.outs[place].copy_(out)
+        self.lses[place].copy_(lse)
+        self.num_parts += 1
 
 
 def combine(part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:

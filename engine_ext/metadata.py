@@ -17,7 +17,7 @@ from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
-from farspan.engine_ext.passes import Decode, Part, Pass, StepMetadata
+from farspan.engine_ext.passes import Decode, Part, Pass, StagedPages, StepMetadata
 from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.splits import most_parts, num_multiprocessors
@@ -31,6 +31,7 @@ from farspan.engine_ext.star.windows import WindowShard
 from farspan.engine_ext.support import config_of, max_decode_len
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.tiles import to_device
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -417,15 +418,78 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             assert cache.staging is not None
             for part in run.split(cache.sizes.page_size, cache.staging.num_pages):
                 num_pages = [-(-kv_len // cache.sizes.page_size) for kv_len in part.kv_lens]
+                makers = [
+                    replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
+                    for heads in cache.groups_of(cache.layers[self.names[0]])
+                ]
+                if sum(num_pages) > cache.staging.num_pages:
+                    spans, batches, ends = self.spans_of(cache, part)
+                    staged.append(spans)
+                    for group in makers:
+                        passes += span_passes(group, part, spans, batches, ends)
+                    continue
                 pages, block_table = cache.stage(part.first, num_pages)
-                staged.append(pages)
-                for heads in cache.groups_of(cache.layers[self.names[0]]):
-                    group = replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
+                staged.append((pages,))
+                for group in makers:
                     passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
         turn = None
         if staged:
             turn = cache.staged_turn(self.names, staged, is_alone=len(self.names) == len(cache.layers))
         return passes, CacheStep(cache, len(common.slot_mapping), turn)
+
+    def spans_of(self, cache: ColdCache, run: "Run") -> tuple[tuple[StagedPages, ...], list[PagedBatch], list[int]]:
+        """One request whose pages a buffer does not hold, over spans of its context, the last with its chunk.
+
+        Returns the pages of each span, the request's batch there, and where its chunk ends. Positions, by which a
+        turn is told, count from the beginning of the span, and are the same distances apart.
+        """
+        assert cache.staging is not None
+        assert isinstance(run.kind.prefill, DensePrefill), "other methods are given room for the whole context"
+        (kv_len,), (_, query_len) = run.kv_lens, run.query_start_loc
+        page_size, first_pos = cache.sizes.page_size, kv_len - query_len
+        bounds = span_bounds(-(-kv_len // page_size), first_pos // page_size, cache.staging.num_pages)
+        spans, block_table = cache.stage_spans(run.first, bounds)
+        begins = [bound * page_size for bound in bounds[:-1]]
+        lens = [end - begin for begin, end in pairwise([*begins, kv_len])]
+        numbers = to_device([lens, [first_pos - begin for begin in begins]], self.device)
+        starts = to_device([[0, query_len]], self.device)[0]
+        batches = [
+            PagedBatch(
+                query_start_loc=starts,
+                kv_lens=numbers[0, place : place + 1],
+                block_table=block_table,
+                max_query_len=query_len,
+                max_kv_len=length,
+                first_pos=numbers[1, place : place + 1] if place + 1 < len(lens) else None,
+            )
+            for place, length in enumerate(lens)
+        ]
+        return spans, batches, [kv_len - begin for begin in begins]
+
+
+def span_bounds(num_pages: int, first_written: int, most_pages: int) -> list[int]:
+    """Where spans of a request's pages begin, and where the last one ends: few spans, about as long as each other.
+
+    first_written: the first page that the request's chunk writes to: the last span has all from it on. most_pages: of
+    a span, at least as many as the chunk writes to.
+    """
+    assert num_pages - first_written <= most_pages
+    num_spans = -(-num_pages // most_pages)
+    span = max(-(-num_pages // num_spans), num_pages - first_written)
+    bounds = range(num_pages, 0, -span)
+    return [0, *reversed(bounds)]
+
+
+def span_passes(
+    maker: PassMaker, run: Run, spans: tuple[StagedPages, ...], batches: list[PagedBatch], chunk_ends: list[int]
+) -> list[Pass]:
+    """The passes of one request over spans of its context, which are combined."""
+    last = len(spans) - 1
+    passes = []
+    for place, (pages, batch, end) in enumerate(zip(spans, batches, chunk_ends, strict=True)):
+        made = maker.prefill(run.kind.prefill, batch, run.query_start_loc, [end], run.first_row, turns=run.kind.turns)
+        passes.append(replace(made, keys=pages, is_causal=place == last, part=Part(place, len(spans))))
+    return passes
 
 
 def decodes_in_graphs(config: FarspanConfig) -> bool:

@@ -114,7 +114,10 @@ class Part:
 
 @dataclass(frozen=True)
 class StagedPages:
-    """The pages of cold heads that a pass reads, some of them in host memory, in the order in which they are staged."""
+    """The pages of cold heads that a pass reads, some of them in host memory, in the order in which they are staged.
+
+    All pages of some requests, or a span of those of one.
+    """
 
     entries: torch.Tensor
     """[num_pages] int32 on the device: a slot, or -1 - block for a page in host memory."""

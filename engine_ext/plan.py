@@ -59,7 +59,8 @@ class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int
     """KV heads whose missing pages are staged together for prefill."""
     staging_pages: int
-    """Pages of a group of heads that one of the two staging buffers holds; 0 where every block has a slot."""
+    """Pages of each head of a group that one of the two staging buffers holds: of the longest request, or of a span of
+    its context; 0 where every block has a slot."""
     is_selective: bool = False
     """Whether decode reads a choice of the pages in host memory, and the workers count what it reads."""
 

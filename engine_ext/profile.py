@@ -1,8 +1,8 @@
-"""Let vLLM's memory profile see what sparse prefill allocates for a while."""
+"""Let vLLM's memory profile see what sparse prefill, and prefill over spans, allocate for a while."""
 
 import torch
-from farspan.engine_ext.config import FlexPrefill, Prefill
-from farspan.engine_ext.launch import attend, is_on_host
+from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill
+from farspan.engine_ext.launch import RunningSum, attend, is_on_host
 from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import FlexSelector
@@ -40,3 +40,14 @@ def run_largest_chunk(
     maker = PassMaker(num_kv_heads, "triton", num_multiprocessors(device), None, False, device)
     each = maker.prefill(prefill, batch, [0, num_tokens], [max_model_len], 0, turns=False)
     attend(each, query, KVView(pages), LayerContext(0, None, None, FlexSelector()), scale, torch.empty_like(query))
+
+
+def largest_sums(config: FarspanConfig, query: torch.Tensor, num_kv_heads: int) -> RunningSum | None:
+    """What a chunk of all the query's tokens holds while its attention goes over spans of a context; None for none.
+
+    query: [num_tokens, num_q_heads, head_dim]. To be held while the profile runs a layer.
+    """
+    if is_on_host(query) or config.offload is None or not isinstance(config.prefill, DensePrefill):
+        return None
+    group_size = 1 if config.offload.group_size == "auto" else min(config.offload.group_size, num_kv_heads)
+    return RunningSum(query[:, : group_size * (query.shape[1] // num_kv_heads)])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import as_pages, at_true_positions, attend, combine, write_kv
+from farspan.engine_ext.launch import RunningSum, as_pages, at_true_positions, attend, combine, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder
 from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
@@ -32,7 +32,7 @@ BLOCK_TABLE_TOKENS = 128
 class WarmUpCase:
     """One pass that compiles kernels no other case compiles."""
 
-    kind: Literal["write", "decode", "prefill", "turn", "combine"]
+    kind: Literal["write", "decode", "prefill", "turn", "combine", "spans"]
     turns: bool = False
     num_splits: int = 1
     """Of a decode."""
@@ -133,11 +133,13 @@ class WarmUp:
     """Of the block tables, in pages; None for vLLM's. Kernels that choose blocks or pages differ by it."""
     num_hosts: int = 1
     """Of Star Attention, whose results are combined."""
+    span_heads: tuple[int, ...] = ()
+    """KV heads of the groups whose attention goes over a long context span by span, and is combined; often none."""
     max_kv_len: int | None = None
     """Most keys of a pass; None for `max_model_len`. More are those of all hosts, in tables as much wider."""
 
     def cases(self) -> list[WarmUpCase]:
-        """See `warm_up_cases`; a host of Star Attention has more."""
+        """See `warm_up_cases`; spans of a context and hosts of Star Attention have more."""
         max_kv_len = self.max_kv_len or self.max_model_len
         cases = warm_up_cases(
             self.prefill,
@@ -147,6 +149,16 @@ class WarmUp:
             max_chunk_len=self.max_chunk_len,
             max_decode_len=self.max_decode_len,
         )
+        if self.span_heads:
+            # A chunk sees all keys of the spans before its own.
+            shapes = list(chunk_shapes(DensePrefill(), self.size, self.max_model_len, self.max_chunk_len))
+            turning = (False, True) if self.maker.has_turn else (False,)
+            cases += [WarmUpCase("spans")]
+            cases += [
+                WarmUpCase("prefill", turns, DensePrefill(), query_len=query_len, kv_len=kv_len, is_causal=False)
+                for (query_len, kv_len), turns in product(shapes, turning)
+                if turns or self.maker.dense_kernel == "triton"
+            ]
         if self.layer.to_true_positions is None:
             return cases
         cases += [WarmUpCase("turn"), WarmUpCase("combine")]
@@ -178,6 +190,15 @@ class WarmUp:
             mine = PartialResult.empty(out)
             mine.buffer.zero_()
             combine(*unpacked(mine.buffer.repeat(self.num_hosts, 1), out), out, torch.empty_like(mine.lse))
+            return
+        if case.kind == "spans":
+            for num_kv_heads in self.span_heads:
+                num_heads = num_kv_heads * self.group_size
+                out = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
+                sums, lse = RunningSum(out), torch.zeros(num_heads, 2, device=device)
+                for _ in range(3):
+                    sums.put(out, lse)
+                combine(*sums.pair, out, lse)
             return
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
         keys = self.decode_view if case.kind == "decode" else view
@@ -233,6 +254,10 @@ def warm_ups_of(
         views.append((builder.cold_maker, slots, both, builder.cold.entries.shape[1]))
         if builder.cold.selection is not None:
             selections = builder.cold.selection.layers
+    span_heads: tuple[int, ...] = ()
+    if builder.cold is not None and builder.cold.has_spans:
+        groups = builder.cold.groups_of(builder.cold.layers[layer_name])
+        span_heads = tuple({heads.stop - heads.start for heads in groups})
     num_kv_heads = sum(view.num_kv_heads for _, view, _, _ in views)
     max_model_len, exchange = vllm_config.model_config.max_model_len, current()
     return [
@@ -250,6 +275,7 @@ def warm_ups_of(
             max_decode_len=builder.max_decode_len,
             selections=None if decode_view.host_pages is None else selections,
             table_width=width,
+            span_heads=() if decode_view.host_pages is None else span_heads,
             num_hosts=1 if exchange is None else exchange.num_hosts,
             max_kv_len=longest_kv_len(max_model_len),
         )

@@ -153,7 +153,9 @@ def prediction_rows(side: Side, concurrency: int) -> list[list[str]]:
     """A header and one row a context; slots, groups and staging only where there is offload."""
     has_offload = side.host_bytes_per_token > 0
     step = "ms a token" if concurrency == 1 else f"ms a step of {concurrency}"
-    offload_columns = ["hot heads", "slots", "KV in HBM", "group", "staging", "host memory"] if has_offload else []
+    offload_columns = (
+        ["hot heads", "slots", "KV in HBM", "group", "span", "staging", "host memory"] if has_offload else []
+    )
     rows = [["context", "requests", *offload_columns, "first token", *(["waiting"] * has_offload), step]]
     for each in side.predictions:
         if not each.fits:
@@ -172,9 +174,17 @@ def offload_cells(prediction: Prediction) -> list[str]:
         f"{prediction.num_slots:,}",
         f"{100 * (prediction.share_in_hbm or 0):.0f} %",
         f"{prediction.group_size or '-'}",
+        span_cell(prediction),
         gib(prediction.staging_bytes or 0),
         gib(prediction.host_bytes or 0),
     ]
+
+
+def span_cell(prediction: Prediction) -> str:
+    """What a buffer holds of the context."""
+    if not prediction.span_len:
+        return "-"
+    return "all" if prediction.span_len == prediction.context else f"{prediction.span_len:,}"
 
 
 def advice(plan: CapacityPlan) -> list[str]:

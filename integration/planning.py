@@ -73,6 +73,8 @@ class Prediction:
     num_slots: int | None = None
     group_size: int | None = None
     staging_bytes: int | None = None
+    span_len: int | None = None
+    """Tokens of the context that a staging buffer holds of each head; 0 where nothing is staged."""
     host_bytes: int | None = None
     """Host memory of a rank that those `concurrency` requests need."""
     share_in_hbm: float | None = None
@@ -263,10 +265,11 @@ class Planner:
         resident_len = context
         if has_offload:
             resident_len = min(sizes.num_slots * settings.page_size // settings.concurrency, context)
+        span_len = min(sizes.staging_pages * settings.page_size, context)
         cold_share = layout.cold_token_bytes / (layout.cold_token_bytes + layout.hot_token_bytes)
         first_token_s = waiting_s = None
         if self.has_prefill_rates:
-            first_token_s = self.prefill_seconds(layout, context, resident_len)
+            first_token_s = self.prefill_seconds(layout, context, resident_len, span_len)
             if has_offload:
                 waiting_s = first_token_s - self.prefill_seconds(self.all_hot, context, context)
         return Prediction(
@@ -277,6 +280,7 @@ class Planner:
             num_slots=sizes.num_slots if has_offload else None,
             group_size=sizes.group_size if has_offload else None,
             staging_bytes=sizes.staging_bytes if has_offload else None,
+            span_len=span_len if has_offload else None,
             host_bytes=sizes.host_bytes if has_offload else None,
             share_in_hbm=1 - cold_share * (1 - resident_len / context),
             first_token_s=first_token_s,
@@ -284,7 +288,7 @@ class Planner:
             token_ms=1e3 * self.decode_seconds(layout, context, resident_len),
         )
 
-    def prefill_seconds(self, layout: KVLayout, context: int, resident_len: int) -> float:
+    def prefill_seconds(self, layout: KVLayout, context: int, resident_len: int, span_len: int = 0) -> float:
         return prefill_seconds(
             self.shape,
             layout,
@@ -294,6 +298,7 @@ class Planner:
             resident_len=resident_len,
             bytes_of_weights=self.weight_bytes,
             tensor_parallel_size=self.settings.tensor_parallel_size,
+            span_len=span_len,
         )
 
     def decode_seconds(self, layout: KVLayout, context: int, resident_len: int) -> float:

@@ -6,10 +6,11 @@ are those of one tensor-parallel rank; bytes are exact, times are predicted in `
 - vLLM's cache holds the pages of hot heads: `hot_block_bytes` for each block id, in HBM.
 - The host pool holds the pages of cold heads: `cold_block_bytes` for each block id, in host memory.
 - A slot is room in HBM for the cold pages of one block, in every layer: `cold_block_bytes` as well.
-- Staging is two buffers that hold one head group of one layer over the longest context: while attention reads one, the
-  other is filled from the host.
+- Staging is two buffers that hold one head group of one layer over the longest context, or, where HBM has no room for
+  that, over a span of it: while attention reads one, the other is filled from the host.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from farspan.scheduler.residency import most_pages_written
@@ -20,6 +21,8 @@ NUM_STAGING_BUFFERS = 2
 STAGING_SHARE = 0.125
 """Of the HBM that the fewest slots leave: what groups of more than one head may take from the pages of a load that does
 not lie in HBM as a whole."""
+SPAN_SHARE = 0.5
+"""Of the same: what buffers for spans of the context take; slots get the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,8 @@ class KVPlan:
     """Blocks whose cold pages can lie in HBM at the same time."""
     group_size: int
     """KV heads whose prefix is gathered at once in prefill; 0 where nothing is ever gathered."""
+    staging_pages: int
+    """Pages of each head that one of the two buffers holds; 0 where nothing is ever gathered."""
     staging_bytes: int
     hbm_bytes: int
     """vLLM's cache, slots and staging."""
@@ -167,8 +172,13 @@ def max_slots(layout: KVLayout, hbm_bytes: int, num_blocks: int, staging_bytes: 
 
 
 def staging_bytes_of(layout: KVLayout, group_size: int, context_len: int) -> int:
-    """HBM of the two buffers for one head group over a context."""
+    """HBM of the two buffers for one head group over a context, or over a span of it."""
     return NUM_STAGING_BUFFERS * group_size * -(-context_len // layout.page_size) * layout.page_bytes
+
+
+def least_span_pages(context_len: int, max_num_batched_tokens: int, page_size: int) -> int:
+    """Fewest pages of a buffer for spans: a request's chunk lies in its last span as a whole."""
+    return min(most_pages_written(max_num_batched_tokens, 1, page_size), -(-context_len // page_size))
 
 
 def group_sizes(layout: KVLayout) -> list[int]:
@@ -190,6 +200,8 @@ def plan_kv(
     host_bytes: int,
     group_size: int | None = None,
     num_first: int | None = None,
+    *,
+    has_spans: bool = True,
 ) -> KVPlan | None:
     """Size all pools for a load, or None where it does not fit.
 
@@ -197,59 +209,115 @@ def plan_kv(
     Otherwise the load comes first: blocks for it, then slots for it, then further blocks, and slots in what is left.
     hbm_bytes, host_bytes: for KV, staging included. group_size: None for the largest beside which HBM still holds the
     whole load; where none does, the largest that takes at most STAGING_SHARE; or else 1. num_first: blocks that come
-    before slots; None for those of the load.
+    before slots, as far as they fit; None for those of the load. has_spans: whether attention may go over spans of the
+    context, one after the other, where buffers for the whole context leave no room for the load.
     """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
-    hot_bytes, cold_bytes = layout.fixed_block_bytes, layout.cold_block_bytes
-    if not cold_bytes:
+    if not layout.cold_block_bytes:
         num_blocks = max_blocks(layout, hbm_bytes, host_bytes)
         return sized(layout, num_blocks, 0, 0, 0) if num_blocks >= wanted_blocks else None
 
-    host_blocks = max(host_bytes, 0) // cold_bytes
-    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // (hot_bytes + cold_bytes))
+    best = None
+    for plan in cold_plans(layout, load, hbm_bytes, host_bytes, group_size, num_first, has_spans=has_spans):
+        if plan.num_blocks >= (num_first or wanted_blocks):
+            return plan
+        best = best or plan
+    return best
+
+
+def cold_plans(
+    layout: KVLayout,
+    load: Load,
+    hbm_bytes: int,
+    host_bytes: int,
+    group_size: int | None,
+    num_first: int | None,
+    *,
+    has_spans: bool,
+) -> Iterator[KVPlan]:
+    """Plans with which a load with cold heads fits, the best first; see `plan_kv`."""
+    wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
+    block_bytes, whole_pages = (
+        layout.fixed_block_bytes + layout.cold_block_bytes,
+        -(-load.context_len // layout.page_size),
+    )
+    host_blocks = max(host_bytes, 0) // layout.cold_block_bytes
+    resident_blocks = min(host_blocks, max(hbm_bytes, 0) // block_bytes)
+    first_blocks = []
     if resident_blocks < host_blocks:
-        first_blocks = [wanted_blocks]
-        if num_first is not None:
-            first_blocks = [max(num_first, wanted_blocks)]
-        elif not any(layout.hot_heads) and hbm_bytes < (hot_bytes + cold_bytes) * wanted_blocks:
+        first_blocks = [max(num_first or 0, wanted_blocks)]
+        if num_first is None and not any(layout.hot_heads) and hbm_bytes < block_bytes * wanted_blocks:
             # The load takes all slots that there are: stubs are so small that no host memory should be idle for them.
             first_blocks.insert(0, max(host_blocks, wanted_blocks))
-        for blocks in first_blocks:
-            plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group_size)
-            if plan is not None:
-                return plan
+    for blocks in first_blocks:
+        group = group_size or group_size_beside(layout, load, hbm_bytes, blocks)
+        plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group, whole_pages)
+        if plan is not None:
+            yield plan
     # A slot for every block: either for all that the host holds, or as HBM has no room to gather into.
-    return sized(layout, resident_blocks, resident_blocks, 0, 0) if resident_blocks >= wanted_blocks else None
+    if resident_blocks >= wanted_blocks:
+        yield sized(layout, resident_blocks, resident_blocks, 0, 0)
+    for blocks in first_blocks if has_spans else ():
+        span_pages = choose_span_pages(layout, load, hbm_bytes, blocks, group_size or 1)
+        plan = plan_gathering(layout, load, hbm_bytes, host_bytes, blocks, group_size or 1, span_pages)
+        if plan is not None:
+            yield plan
+
+
+def group_size_beside(layout: KVLayout, load: Load, hbm_bytes: int, num_first: int) -> int:
+    """KV heads to gather at once over the whole context; see `plan_kv`."""
+    wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
+    fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
+    hbm_left = hbm_bytes - num_first * layout.fixed_block_bytes
+    beside_load = hbm_left - max(wanted_blocks, fewest) * layout.cold_block_bytes
+    share = int(STAGING_SHARE * (hbm_left - fewest * layout.cold_block_bytes))
+    fitting = (choose_group_size(layout, load.context_len, budget) for budget in (beside_load, share))
+    return next(filter(None, fitting), 1)
+
+
+def choose_span_pages(layout: KVLayout, load: Load, hbm_bytes: int, num_first: int, group_size: int) -> int:
+    """Pages of a buffer for spans of the context: those of SPAN_SHARE, but at least those of a chunk."""
+    fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
+    hbm_left = hbm_bytes - num_first * layout.fixed_block_bytes - fewest * layout.cold_block_bytes
+    fitting = int(SPAN_SHARE * hbm_left) // staging_bytes_of(layout, group_size, layout.page_size)
+    least = least_span_pages(load.context_len, load.max_num_batched_tokens, layout.page_size)
+    return min(max(fitting, least), -(-load.context_len // layout.page_size))
 
 
 def plan_gathering(
-    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, num_first: int, group_size: int | None
+    layout: KVLayout,
+    load: Load,
+    hbm_bytes: int,
+    host_bytes: int,
+    num_first: int,
+    group_size: int,
+    staging_pages: int,
 ) -> KVPlan | None:
-    """Size pools that do not hold everything in HBM; see `plan_kv`. num_first: blocks that come before slots."""
+    """Size pools that do not hold everything in HBM; see `plan_kv`.
+
+    num_first: blocks that come before slots. staging_pages: of each head, in one buffer.
+    """
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
     cold_bytes = layout.cold_block_bytes
     fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
     hbm_left = hbm_bytes - num_first * layout.fixed_block_bytes
-    beside_load = hbm_left - max(wanted_blocks, fewest) * cold_bytes
-    share = int(STAGING_SHARE * (hbm_left - fewest * cold_bytes))
-    for budget in (beside_load, share):
-        group_size = group_size or choose_group_size(layout, load.context_len, budget)
-    group_size = group_size or 1
-    staging_bytes = staging_bytes_of(layout, group_size, load.context_len)
+    staging_bytes = staging_bytes_of(layout, group_size, staging_pages * layout.page_size)
     least_slots = max(min((hbm_left - staging_bytes) // cold_bytes, wanted_blocks), fewest)
     num_blocks = max_blocks(layout, hbm_bytes, host_bytes, least_slots, staging_bytes)
     if num_blocks < wanted_blocks:
         return None
     num_slots = max_slots(layout, hbm_bytes, num_blocks, staging_bytes)
-    return sized(layout, num_blocks, num_slots, group_size, staging_bytes)
+    return sized(layout, num_blocks, num_slots, group_size, staging_pages)
 
 
-def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, staging_bytes: int) -> KVPlan:
+def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, staging_pages: int) -> KVPlan:
     """The plan with what it takes of both memories."""
+    staging_bytes = staging_bytes_of(layout, group_size, staging_pages * layout.page_size)
     return KVPlan(
         num_blocks=num_blocks,
         num_slots=num_slots,
         group_size=group_size,
+        staging_pages=staging_pages,
         staging_bytes=staging_bytes,
         hbm_bytes=num_blocks * layout.fixed_block_bytes + num_slots * layout.cold_block_bytes + staging_bytes,
         host_bytes=num_blocks * layout.cold_block_bytes,
@@ -257,16 +325,23 @@ def sized(layout: KVLayout, num_blocks: int, num_slots: int, group_size: int, st
 
 
 def longest_context(
-    layout: KVLayout, load: Load, hbm_bytes: int, host_bytes: int, most_len: int, group_size: int | None = None
+    layout: KVLayout,
+    load: Load,
+    hbm_bytes: int,
+    host_bytes: int,
+    most_len: int,
+    group_size: int | None = None,
+    *,
+    has_spans: bool = True,
 ) -> int:
     """Tokens of the longest context, in whole pages or `most_len`, with which a load fits; 0 where none does.
 
-    load: its own `context_len` does not count.
+    load: its own `context_len` does not count. The others: as in `plan_kv`.
     """
 
     def fits(context_len: int) -> bool:
         asked = replace(load, context_len=context_len)
-        return plan_kv(layout, asked, hbm_bytes, host_bytes, group_size) is not None
+        return plan_kv(layout, asked, hbm_bytes, host_bytes, group_size, has_spans=has_spans) is not None
 
     if fits(most_len):
         return most_len

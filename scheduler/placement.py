@@ -8,6 +8,7 @@ from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import (
     KVLayout,
     Load,
+    least_span_pages,
     longest_context,
     min_slots,
     needed_blocks,
@@ -30,6 +31,8 @@ class EngineLimits:
     num_blocks_override: int | None = None
     is_len_fitted: bool = False
     """Whether vLLM chooses max_model_len by what fits."""
+    has_spans: bool = True
+    """Whether prefill may attend to the context span by span: not where it chooses among all keys of a head."""
 
     def load(self, context_len: int) -> Load:
         """One request of a length: what an engine must hold. More run at once as far as slots allow."""
@@ -65,10 +68,13 @@ def decide_sizes(
         host_bytes = override * cold_bytes
     context_len = limits.max_model_len
     if limits.is_len_fitted:
-        context_len = longest_context(layout, limits.load(1), gpu_bytes, host_bytes, context_len, group_size)
+        context_len = longest_context(
+            layout, limits.load(1), gpu_bytes, host_bytes, context_len, group_size, has_spans=limits.has_spans
+        )
     plan = None
     if context_len > 0:
-        plan = plan_kv(layout, limits.load(context_len), gpu_bytes, host_bytes, group_size, override)
+        load = limits.load(context_len)
+        plan = plan_kv(layout, load, gpu_bytes, host_bytes, group_size, override, has_spans=limits.has_spans)
     if plan is None:
         raise UnsupportedEngineError(refusal(layout, limits, gpu_bytes, host_bytes, group_size or 1))
     if override is not None and plan.num_blocks < override:
@@ -82,7 +88,7 @@ def decide_sizes(
         page_size=page_size,
         page_bytes=cold_bytes,
         group_size=max(plan.group_size, 1),
-        staging_pages=-(-context_len // page_size) if plan.staging_bytes else 0,
+        staging_pages=plan.staging_pages,
         is_selective=isinstance(options.cold_decode, SelectColdDecode),
     )
 
@@ -96,14 +102,22 @@ def refusal(layout: KVLayout, limits: EngineLimits, gpu_bytes: int, host_bytes: 
             f"{host_bytes / GIB:.2f} GiB of host memory a rank hold {host_bytes // cold_bytes}. Raise "
             "offload.host_memory or lower --max-model-len."
         )
-    fewest = min_slots(limits.max_num_batched_tokens, layout.page_size, 1)
-    needed = num_blocks * layout.fixed_block_bytes + fewest * cold_bytes
-    needed += staging_bytes_of(layout, group_size, limits.max_model_len)
+    page_size, tokens = layout.page_size, limits.max_num_batched_tokens
+    fewest = min_slots(tokens, page_size, 1)
+    if limits.has_spans:
+        staged = least_span_pages(limits.max_model_len, tokens, page_size) * page_size
+        why = f"{staged} tokens, as a chunk needs"
+    else:
+        staged = limits.max_model_len
+        why = f"max_model_len={staged}, as only prefill.method 'dense' goes over a context in spans"
+    of_blocks, of_slots = num_blocks * layout.fixed_block_bytes, fewest * cold_bytes
+    of_buffers = staging_bytes_of(layout, group_size, staged)
     return (
-        f"offload: {gpu_bytes / GIB:.2f} GiB of GPU memory for KV, {needed / GIB:.2f} needed: {num_blocks} blocks of "
-        f"hot heads, the {fewest} pages that a step of {limits.max_num_batched_tokens} tokens writes, and two buffers "
-        f"that hold {group_size} KV heads of max_model_len={limits.max_model_len}. Lower --max-num-batched-tokens, "
-        "--max-model-len, offload.hot_heads or offload.group_size, or give more GPU memory."
+        f"offload: {gpu_bytes / GIB:.2f} GiB of GPU memory for KV, {(of_blocks + of_slots + of_buffers) / GIB:.2f} "
+        f"needed: {of_blocks / GIB:.2f} for {num_blocks} blocks of hot heads, {of_slots / GIB:.2f} for the {fewest} "
+        f"pages that a step of {tokens} tokens writes, and {of_buffers / GIB:.2f} for two buffers that hold "
+        f"{group_size} KV heads of {why}. Lower --max-num-batched-tokens, --max-model-len, offload.hot_heads or "
+        "offload.group_size, or give more GPU memory."
     )
 
 

@@ -27,6 +27,10 @@ class Rates:
     """Reading KV from host memory, by the kernels themselves; writing is as fast, and both go at once."""
 
 
+COMBINED_BYTES = 18
+"""For each number of a chunk's attention and each span but the first: a copy to float32, two sums in, one out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
     """A GPU by the vendor's figures."""
@@ -148,12 +152,14 @@ def prefill_seconds(
     resident_len: int,
     bytes_of_weights: float,
     tensor_parallel_size: int = 1,
+    span_len: int = 0,
 ) -> float:
     """A prompt alone, until its first token.
 
     resident_len: tokens whose cold pages have slots, the chunk's own included. What does not lie there is gathered
     beside attention and costs what it takes longer; so does writing the chunk's cold pages to the host.
-    bytes_of_weights: of a rank, which every chunk reads.
+    bytes_of_weights: of a rank, which every chunk reads. span_len: tokens of the context that are gathered at once; 0
+    for all. Results of spans are combined after each of them.
     """
     least_linear = bytes_of_weights / (rates.weight_gbs * 1e9)
     flops = 2 * shape.active_params / tensor_parallel_size
@@ -164,6 +170,10 @@ def prefill_seconds(
         missing_len = min(max(start + length - resident_len, 0), start)
         gather = host_seconds(missing_len * layout.cold_token_bytes, rates)
         write = host_seconds(length * layout.cold_token_bytes, rates)
+        if missing_len > 0 and span_len > 0:
+            num_combined = -(-(start + length) // span_len) - 1
+            numbers = length * shape.num_heads * shape.head_dim * shape.num_layers / tensor_parallel_size
+            attention += num_combined * numbers * COMBINED_BYTES / (rates.kv_gbs * 1e9)
         seconds += max(linear + max(attention, gather), write)
     return seconds
 

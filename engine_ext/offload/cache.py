@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 import torch
 from farspan.engine_ext.launch import is_on_host, write_kv
@@ -101,6 +102,8 @@ class ColdCache:
             self.staging = Staging(self.pools, sizes.group_size, sizes.staging_pages)
         # Where captured graphs read a step's tables.
         max_pages = -(-max_model_len // sizes.page_size) + 1
+        self.has_spans = 0 < sizes.staging_pages < max_pages - 1
+        """Whether a buffer holds less than the longest context."""
         self.entries = torch.zeros(max_num_reqs, max_pages, dtype=torch.int32, device=device)
         """[max_num_reqs, max_pages] int32: where the pages of each request of the step lie; see `KVView.host_pages`."""
         self.slot_mapping = torch.full((max_num_tokens,), -1, dtype=torch.int64, device=device)
@@ -141,8 +144,8 @@ class ColdCache:
         if self.staging is not None:
             name = next(iter(self.layers))
             for entries in (zero, -1 - zero):
-                pages = StagedPages(entries)
-                self.staged_turn([name], [pages], is_alone=True).take(name, pages, self.groups_of(self.layers[name])[0])
+                pages, heads = StagedPages(entries), self.groups_of(self.layers[name])[0]
+                self.staged_turn([name], [(pages,)], is_alone=True).take(name, pages, heads)
         torch.cuda.synchronize(self.entries.device)
         self.num_staged = 0
 
@@ -209,6 +212,15 @@ class ColdCache:
         numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=device)
         return StagedPages(torch.cat(pages)), to_device([firsts], device)[0][:, None] + numbers
 
+    def stage_spans(self, request: int, bounds: list[int]) -> tuple[tuple[StagedPages, ...], torch.Tensor]:
+        """The pages of one request of the step in spans, and the block table of each of them.
+
+        bounds: pages at which spans begin, and where the last one ends. Returns [1, max_pages] int32 as table.
+        """
+        spans = tuple(StagedPages(self.entries[request, first:end]) for first, end in pairwise(bounds))
+        numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=self.entries.device)
+        return spans, numbers[None]
+
     def groups_of(self, layer: ColdLayer) -> list[slice]:
         """The layer's cold heads in groups that are staged together."""
         size = self.sizes.group_size
@@ -217,18 +229,21 @@ class ColdCache:
             for first in range(layer.hot_heads, layer.num_kv_heads, size)
         ]
 
-    def staged_turn(self, names: list[str], staged: list[StagedPages], *, is_alone: bool) -> StagedTurn:
-        """The staging of a step for some layers, in the order in which they run, each with all of the passes."""
+    def staged_turn(self, names: list[str], staged: list[tuple[StagedPages, ...]], *, is_alone: bool) -> StagedTurn:
+        """The staging of a step for some layers, in the order in which they run.
+
+        staged: of each of them, in the order of its passes: what is staged for one group of heads after another, in
+        one piece or in spans.
+        """
         assert self.staging is not None
         jobs = []
         for name in names:
             layer = self.layers[name]
-            for pages in staged:
-                for heads in self.groups_of(layer):
-                    self.num_staged += len(pages.entries)
-                    first = layer.first_row + heads.start - layer.hot_heads
-                    rows = slice(first, first + heads.stop - heads.start)
-                    jobs.append(Job(name, pages, rows, heads))
+            for spans, heads in product(staged, self.groups_of(layer)):
+                first = layer.first_row + heads.start - layer.hot_heads
+                rows = slice(first, first + heads.stop - heads.start)
+                jobs += [Job(name, pages, rows, heads) for pages in spans]
+                self.num_staged += sum(len(pages.entries) for pages in spans)
         return StagedTurn(self.staging, jobs, is_alone=is_alone)
 
     def host_words(self, blocks: list[int]) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Copier:
 
 @dataclass(frozen=True)
 class Job:
-    """One group of heads of one layer, for one pass."""
+    """One group of heads of one layer, and the pages of one pass."""
 
     layer: str
     staged: StagedPages
@@ -70,7 +70,7 @@ class Staging:
         self.group_size = group_size
         self.num_pages = num_pages
         shape = (2, group_size, num_pages, *pools.slots.shape[2:])
-        self.buffers = torch.empty(shape, dtype=pools.slots.dtype, device=pools.slots.device)
+        self.buffers = torch.zeros(shape, dtype=pools.slots.dtype, device=pools.slots.device)
         self.on_host = is_on_host(pools.slots)
         self.stream = None if self.on_host else torch.cuda.Stream(pools.slots.device)
         self.filled = [] if self.on_host else [torch.cuda.Event() for _ in range(2)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from farspan.engine_ext.config import OffloadOptions, SelectColdDecode
+from farspan.engine_ext.config import DensePrefill, OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
 from farspan.host_memory import available_bytes
@@ -144,7 +144,15 @@ def engine_limits(vllm_config: Any) -> EngineLimits:
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         num_blocks_override=vllm_config.cache_config.num_gpu_blocks_override,
         is_len_fitted=getattr(vllm_config.model_config, "original_max_model_len", None) == -1,
+        has_spans=has_spans(vllm_config),
     )
+
+
+def has_spans(vllm_config: Any) -> bool:
+    """Whether no request chooses among all keys of a head, which spans of the context would not let it."""
+    from farspan.engine_ext.support import config_of
+
+    return isinstance(config_of(vllm_config).prefill, DensePrefill)
 
 
 def tell_sizes(sizes: OffloadSizes, layout: KVLayout, limits: EngineLimits) -> None:
@@ -154,13 +162,14 @@ def tell_sizes(sizes: OffloadSizes, layout: KVLayout, limits: EngineLimits) -> N
     page = layout.cold_block_bytes
     logger.info(
         "farspan offload, per rank: %d blocks of %d tokens, of which host memory holds the cold heads (%.2f GiB) and "
-        "GPU memory %d at a time (%.2f GiB); prefill stages %d KV heads at a time (%.2f GiB)",
+        "GPU memory %d at a time (%.2f GiB); prefill stages %d KV heads at a time, %d tokens of each (%.2f GiB)",
         sizes.num_blocks,
         sizes.page_size,
         sizes.num_blocks * page / GIB,
         sizes.num_slots,
         sizes.num_slots * page / GIB,
         sizes.group_size if sizes.staging_pages else 0,
+        min(sizes.staging_pages * sizes.page_size, limits.max_model_len),
         staging_bytes_of(layout, sizes.group_size, sizes.staging_pages * sizes.page_size) / GIB,
     )
     running = running_limit(sizes, limits.max_num_batched_tokens, limits.max_num_seqs)
@@ -244,7 +253,8 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
         register=runner.device.type == "cuda",
         progress=tell_progress(sum(cold) * host_blocks * shape[0] * shape[1] * spec.dtype.itemsize),
     )
-    slots = torch.empty(sum(cold), sizes.num_slots, *shape, dtype=spec.dtype, device=runner.device)
+    # Kernels may multiply what stands behind the end of a request by zero: it must be finite.
+    slots = torch.zeros(sum(cold), sizes.num_slots, *shape, dtype=spec.dtype, device=runner.device)
     scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config.max_cudagraph_capture_size or 0
     cache = ColdCache(
         hot,

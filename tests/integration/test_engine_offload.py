@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.scheduler.capacity import min_slots
 
 from tests.integration.test_engine_tokens import generate, make_prompts, run, stock_tokens
 
@@ -31,14 +33,20 @@ def offloading(
     group_size: int = 1,
     farspan: dict[str, Any] | None = None,
     dtype: str = "float32",
+    span: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Arguments of an engine with so many slots and blocks of `PAGE` tokens, and so many hot heads."""
+    """Arguments of an engine with so many slots and blocks of `PAGE` tokens, and so many hot heads.
+
+    span: pages of a buffer for prefill, instead of those of `MAX_LEN`; as much memory goes to further slots.
+    """
     head_page = HEAD_PAGE[dtype]
     counts = hot if isinstance(hot, list) else [hot] * LAYERS
     cold_page = sum(heads - count for count in counts) * head_page
     block = sum(count * head_page or STUB[dtype] for count in counts)
     staging = 2 * group_size * -(-MAX_LEN // PAGE) * head_page if num_slots < blocks else 0
+    if span is not None:
+        staging = 2 * 2 * group_size * span * head_page
     # A little more than the blocks take, as a fraction of a GiB is rounded.
     offload = {"host_memory": (blocks + 0.5) * max(cold_page, 1) / GIB, "hot_heads": hot, "group_size": group_size}
     return {
@@ -284,11 +292,12 @@ def test_metrics(make_llm: Callable[..., Any]) -> None:
 
 
 def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
-    """Each has one of the two heads, and both follow the same plan."""
-    arguments = offloading(20, heads=1)
+    """Each has one of the two heads, and both follow the same plan, here of spans."""
+    arguments = spanning(64, 9, heads=1)
     arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
     llm = make_llm(**arguments, tensor_parallel_size=2)
     assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    assert [each["offload"]["staging_pages"] for each in llm.collective_rpc("decisions")] == [9, 9]
     one, other = llm.collective_rpc("offload_state")
     assert one == other
     assert min(one["spilled"], one["staged"]) > 0
@@ -316,3 +325,56 @@ def test_methods_give_what_they_give_without_offload(make_llm: Callable[..., Any
     assert one_by_one(llm, PROMPTS) == expected
     assert run_checked(llm, PROMPTS)
     assert min(offload_state(llm)["spilled"], offload_state(llm)["staged"]) > 0
+
+
+def spanning(tokens: int, span: int, **changes: Any) -> dict[str, Any]:
+    """`offloading` with memory for the fewest slots, and for buffers of a few pages."""
+    return offloading(min_slots(tokens, PAGE, 1), tokens=tokens, span=span, **changes)
+
+
+def staging_pages(llm: Any) -> int:
+    return llm.collective_rpc("decisions")[0]["offload"]["staging_pages"]
+
+
+def test_spans(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Buffers of the fewest pages: prompts alone and together, longer than the buffers and not, and prefixes."""
+    llm = make_llm(**spanning(64, 6, enable_prefix_caching=True))
+    assert staging_pages(llm) == 6
+    assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    (long, other) = make_prompts((500, 600), seed=5)
+    prompts = [long, other, long, [*long[:160], *other[:50]], [*other[:100], 7, 8, 9], [*long[:450], *other[:200]]]
+    assert run_checked(llm, prompts, [3, 9, 4, 12, 5, 6]) == stock_tokens("llama", prompts, [3, 9, 4, 12, 5, 6])
+    state = offload_state(llm)
+    assert min(state["spilled"], state["staged"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "span", "heads", "hot", "group_size"),
+    [(33, 5, 4, 1, 2), (200, 15, 4, [4, 1], 1), (16, 3, 2, 0, 2)],
+    ids=["groups", "by-layer", "together"],
+)
+def test_spans_of_groups(
+    make_llm: Callable[..., Any], stock_tokens: Any, tokens: int, span: int, heads: int, hot: Any, group_size: int
+) -> None:
+    architecture = "qwen3" if heads == 4 else "llama"
+    llm = make_llm(architecture, **spanning(tokens, span, heads=heads, hot=hot, group_size=group_size))
+    assert staging_pages(llm) == span
+    assert run_checked(llm, PROMPTS) == stock_tokens(architecture, PROMPTS)
+    assert offload_state(llm)["staged"] > 0
+
+
+@pytest.mark.parametrize("tokens", [48, 200])
+def test_spans_with_shifted_positions(make_llm: Callable[..., Any], tokens: int) -> None:
+    """Which keys a turn reaches goes by distances, which are the same within a span."""
+    arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": tokens, "max_num_seqs": 16}
+    plain = make_llm("qwen3", additional_config={"farspan": STRING}, **arguments)
+    expected = generate(plain, PROMPTS)
+    plain.llm_engine.engine_core.shutdown()
+    llm = make_llm("qwen3", **spanning(tokens, 16, heads=4, hot=1, group_size=1, farspan=STRING))
+    assert staging_pages(llm) == 16
+    assert run_checked(llm, PROMPTS) == expected
+
+
+def test_flex_is_given_room_for_the_whole_context(make_llm: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedEngineError, match=r"only prefill\.method 'dense' goes over a context in spans"):
+        make_llm(**spanning(64, 6, farspan=FLEX))

@@ -12,6 +12,7 @@ from farspan.scheduler.capacity import (
     Load,
     choose_group_size,
     group_sizes,
+    least_span_pages,
     longest_context,
     max_blocks,
     max_slots,
@@ -66,8 +67,9 @@ def test_pools_hold_the_load_and_stay_inside_both_memories(seed: int) -> None:
     fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
     cold = layout.cold_block_bytes
     least_hbm = wanted * layout.hot_block_bytes
+    span = least_span_pages(load.context_len, load.max_num_batched_tokens, layout.page_size)
     if cold:
-        least_hbm += fewest * cold + staging_bytes_of(layout, 1, load.context_len)
+        least_hbm += fewest * cold + staging_bytes_of(layout, 1, span * layout.page_size)
     is_gathered = least_hbm <= hbm_bytes
     is_resident = bool(cold) and hbm_bytes >= wanted * (layout.hot_block_bytes + cold)
     assert (plan is not None) == ((is_gathered or is_resident) and wanted * cold <= host_bytes)
@@ -87,7 +89,13 @@ def test_pools_hold_the_load_and_stay_inside_both_memories(seed: int) -> None:
         return
     assert plan.num_slots >= min(fewest, plan.num_blocks)
     assert plan.group_size in group_sizes(layout)
-    assert plan.staging_bytes == staging_bytes_of(layout, plan.group_size, load.context_len)
+    assert plan.staging_bytes == staging_bytes_of(layout, plan.group_size, plan.staging_pages * layout.page_size)
+    whole = plan_kv(layout, load, hbm_bytes, host_bytes, has_spans=False)
+    assert whole is None or whole == plan
+    assert (whole is None) == (span <= plan.staging_pages < -(-load.context_len // layout.page_size))
+    if whole is None:
+        # Slots and buffers share what the fewest of both leave.
+        assert plan.staging_pages == span or plan.staging_bytes <= hbm_bytes / 2
     # Neither another slot nor another block fits; room for the fewest slots stays even where blocks are fewer.
     room = hbm_bytes - plan.hbm_bytes - max(fewest - plan.num_blocks, 0) * cold
     assert plan.num_slots == plan.num_blocks or room < cold
@@ -207,7 +215,10 @@ def test_blocks_are_bounded_by_both_memories() -> None:
 
 def test_a_given_group_is_taken_or_nothing() -> None:
     load = Load(context_len=2**20, num_requests=1, max_num_batched_tokens=1024, max_num_seqs=1)
-    assert plan_kv(KV_8B, load, 2 * GIB, 200 * GIB, 8) is None
+    assert plan_kv(KV_8B, load, 2 * GIB, 200 * GIB, 8, has_spans=False) is None
+    spans = plan_kv(KV_8B, load, 2 * GIB, 200 * GIB, 8)
+    assert spans is not None
+    assert (spans.group_size, spans.staging_pages) == (8, (2 * GIB - 11 * 16 * 2**20) // 2 // 2**20)
     plan = plan_kv(KV_8B, load, 2 * GIB, 200 * GIB, 1)
     assert plan is not None
     assert plan.staging_bytes == GIB
@@ -219,3 +230,35 @@ def test_sizing_needs_neither_torch_nor_vllm() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_spans_where_the_whole_context_has_no_room(seed: int) -> None:
+    rng = random.Random(seed)
+    layout = random_layout(rng)
+    load = replace(random_load(rng), context_len=rng.randint(20_000, 90_000), num_requests=1)
+    wanted, cold = needed_blocks(load.context_len, layout.page_size), layout.cold_block_bytes
+    if not cold:
+        return
+    fewest = min_slots(load.max_num_batched_tokens, layout.page_size, load.max_num_seqs)
+    span = least_span_pages(load.context_len, load.max_num_batched_tokens, layout.page_size)
+    group = rng.choice(group_sizes(layout))
+    least = wanted * layout.fixed_block_bytes + fewest * cold
+    spare, whole = (staging_bytes_of(layout, group, pages) for pages in (span * layout.page_size, load.context_len))
+    if span * layout.page_size >= load.context_len or wanted <= fewest:
+        return
+    assert plan_kv(layout, load, least + spare - 1, wanted * cold, group) is None
+    before = 0
+    for hbm_bytes in range(least + spare, least + whole, (whole - spare) // 7 + 1):
+        plan = plan_kv(layout, load, hbm_bytes, wanted * cold, group)
+        assert plan is not None
+        if plan.staging_pages == 0:
+            return
+        assert span <= plan.staging_pages < -(-load.context_len // layout.page_size)
+        assert plan.staging_pages >= before
+        assert plan.num_slots >= fewest
+        assert plan.hbm_bytes <= hbm_bytes
+        before = plan.staging_pages
+    plan = plan_kv(layout, load, least + whole, wanted * cold, group)
+    assert plan is not None
+    assert plan.staging_pages in (0, -(-load.context_len // layout.page_size))

@@ -41,6 +41,19 @@ def test_a_million_tokens_in_two_gib() -> None:
     assert running_limit(sizes, 4096, 16) == (sizes.num_slots - 33) // 2 == 16
 
 
+def test_a_million_tokens_in_half_a_gib() -> None:
+    """What weights and activations of an 8B model leave of 17 GiB; the whole context of a head would take two."""
+    sizes = decide_sizes(
+        OffloadOptions(host_memory=129), layout(), limits(max_model_len=1 << 20, max_num_batched_tokens=512),
+        gpu_bytes=GIB // 2, host_bytes=129 * GIB,
+    )  # fmt: skip
+    assert sizes.num_blocks == 129 * 64
+    assert sizes.staging_pages * 128 >= 150_000
+    assert sizes.num_slots >= 7
+    used = sizes.num_slots * (16 << 20) + 2 * sizes.staging_pages * HEAD_PAGE + sizes.num_blocks * 32 * 256
+    assert GIB // 2 - (16 << 20) < used <= GIB // 2
+
+
 @pytest.mark.parametrize("hot", [0, 1, 4, 7])
 @pytest.mark.parametrize("gpu_gib", [6, 20, 60])
 def test_memory_is_not_spent_twice(hot: int, gpu_gib: int) -> None:
@@ -102,11 +115,14 @@ def test_a_fitted_length_is_what_the_host_holds() -> None:
 @pytest.mark.parametrize(
     ("changes", "gpu_gib", "host_gib", "sentence"),
     [
-        ({}, 1, 40, "1.18 needed: 1025 blocks of hot heads, the 67 pages that a step of 8192 tokens writes"),
+        ({}, 1, 40, "1.06 needed: 0.01 for 1025 blocks of hot heads, 1.05 for the 67 pages that a step of 8192 tokens"),
+        ({}, 1, 40, "0.01 for two buffers that hold 1 KV heads of 8448 tokens, as a chunk needs. Lower --max-num-b"),
+        ({"has_spans": False}, 1, 40, "1.18 needed"),
+        ({"has_spans": False}, 1, 40, "max_model_len=131072, as only prefill.method 'dense' goes over a context in s"),
         ({}, 8, 10, "needs 1025 blocks of 128 tokens, 10.00 GiB of host memory a rank hold 640. Raise offload."),
         ({"num_blocks_override": 5000}, 8, 40, "num_gpu_blocks_override=5000; allowed: up to 2560 blocks"),
     ],
-    ids=["gpu", "host", "override"],
+    ids=["gpu", "spans", "whole", "why-whole", "host", "override"],
 )
 def test_refusals(changes: dict[str, Any], gpu_gib: int, host_gib: int, sentence: str) -> None:
     with pytest.raises((ConfigError, UnsupportedEngineError)) as caught:

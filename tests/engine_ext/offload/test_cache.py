@@ -63,7 +63,7 @@ class Driver:
         kv_lens = torch.tensor([end], dtype=torch.int32, device=self.device)
         self.cache.map_step(table, kv_lens, mapping.to(self.device), end)
         pages, block_table = self.cache.stage(0, [len(self.blocks)])
-        turn = self.cache.staged_turn(["layer.0", "layer.2"], [pages], is_alone=True)
+        turn = self.cache.staged_turn(["layer.0", "layer.2"], [(pages,)], is_alone=True)
         starts = torch.tensor([0, count], dtype=torch.int32, device=self.device)
         batch = PagedBatch(starts, kv_lens, block_table, count, end)
         each = Pass(slice(0, count), slice(1, 3), batch, Dense("cpu", None), keys=pages)
@@ -153,7 +153,7 @@ def test_a_turn_that_is_not_alone_can_be_interrupted() -> None:
             driver.write(step, layer, count)
     pages = each.keys
     turns: dict[int, Any] = {
-        layer: cache.staged_turn([f"layer.{layer}"], [pages], is_alone=False)  # type: ignore[list-item]
+        layer: cache.staged_turn([f"layer.{layer}"], [(pages,)], is_alone=False)  # type: ignore[list-item]
         for layer in (0, 2)
     }
     for layer in (0, 2, 0):
