@@ -19,7 +19,9 @@ NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 
 def run(*arguments: str, env: Mapping[str, str] = NOT_COMPILED) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **ENV, **env}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **ENV, **env}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.e2e
