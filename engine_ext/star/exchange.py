@@ -145,7 +145,7 @@ class Exchange:
         """See `agree`."""
         mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
         came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
-        if sentence := self.sentence_of_missing(late, gone):
+        if sentence := self.sentence_of_missing(late, gone, self.timeout_s):
             raise StarError(sentence)
         everyone = [mine if rank == self.rank else MESSAGE.unpack(came[rank]) for rank in range(self.num_hosts)]
         if any(is_aborted for is_aborted, *_ in everyone):
@@ -208,11 +208,12 @@ class Exchange:
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
         """Say who is missing where the CPU notices that a collective failed."""
+        started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             self.is_torn = True
-            self.failure = StarError(self.sentence_of(error))
+            self.failure = StarError(self.sentence_of(error, started))
             raise self.failure from error
 
     def gather(self, mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,20 +234,23 @@ class Exchange:
         with self.named_errors():
             done(self.group._allgather_base(everyone, mine[None], on_this_stream(options)))
 
-    def sentence_of(self, error: Exception) -> str:
-        """Who is missing from a collective: hosts that waited in vain tell each other so, at about the same time."""
+    def sentence_of(self, error: Exception, started: float) -> str:
+        """Who is missing from a collective: hosts that waited in vain tell each other so, at about the same time.
+
+        started: when this host began to wait, by `time.perf_counter`.
+        """
         told = MESSAGE.pack(False, self.step, WAITED, 0)
         _, late, gone = self.mesh.swap(told, TELLING_S)
         # A connection that has ended is certain; who is silent may only wait longer than this host.
-        return self.sentence_of_missing([] if gone else late, gone) or (
+        return self.sentence_of_missing([] if gone else late, gone, time.perf_counter() - started) or (
             f"{self.phase}, step {self.step}: host {self.rank} lost the connection to another host ({error})."
         )
 
-    def sentence_of_missing(self, late: Sequence[int], gone: Sequence[int]) -> str:
+    def sentence_of_missing(self, late: Sequence[int], gone: Sequence[int], waited_s: float) -> str:
         """The error that names hosts whose message did not come, or whose connection has ended; empty for none."""
         if late:
             return (
-                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {self.timeout_s:g} s (host "
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {waited_s:.3g} s (host "
                 f"{self.rank} waited). The host is gone, or too slow; see its log."
             )
         if gone:

@@ -174,10 +174,12 @@ def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
     best = by_gamma[gamma]
     passed_over = [f"{each:g}" for each in sorted(fitting) if fitting[each] < fitting[gamma]]
     sentences = [
-        f"Recommended: gamma {gamma:g}, the smallest density ({fitting[gamma]:.3f}) that meets the rule: {rule}."
+        f"Recommended: gamma {gamma:g}, which reads {fitting[gamma]:.1%} of the blocks and meets the rule: {rule}."
     ]
     if passed_over:
-        sentences.append(f"Gamma {', '.join(passed_over)} meets it only within the uncertainty of the drift.")
+        sentences.append(
+            f"Sparser, but meeting it only within the uncertainty of the drift: gamma {', '.join(passed_over)}."
+        )
     unsure = [row for row in best if not row.is_sure]
     if unsure:
         needed = max(row.scored_tokens * (row.drift_error / SURE_ERROR) ** 2 for row in unsure)

@@ -91,6 +91,10 @@ def check_engine_arguments(engine: dict[str, Any]) -> None:
             "enable_prefix_caching=False; allowed: True with StarLLM, whose second phase reads the pages of the first. "
             "Leave it out."
         )
+    unserved = {"enable_lora": "requests name no adapter", "enable_sleep_mode": "hosts are not told to sleep"}
+    for name, reason in unserved.items():
+        if engine.get(name):
+            raise ConfigError(f"{name}={engine[name]!r}; allowed: not with StarLLM, whose {reason}. Leave it out.")
     for name in ("pipeline_parallel_size", "data_parallel_size"):
         if engine.get(name, 1) != 1:
             raise ConfigError(

@@ -74,12 +74,13 @@ def host_budget(worker: Any) -> int:
 
 
 def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
+    # From 0.33 on the groups of the layers come last.
     def get_kv_cache_configs(
-        vllm_config: Any, kv_cache_specs: Sequence[Mapping[str, Any]], available_memory: Sequence[int]
+        vllm_config: Any, kv_cache_specs: Sequence[Mapping[str, Any]], available_memory: Sequence[int], *rest: Any
     ) -> Any:
         budgets = _host_budgets.get()
         if budgets is None:
-            return stock(vllm_config, kv_cache_specs, available_memory)
+            return stock(vllm_config, kv_cache_specs, available_memory, *rest)
         options = cold_options(vllm_config)
         assert options is not None
         layout = kv_layout(vllm_config, kv_cache_specs[0])
@@ -87,7 +88,7 @@ def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
         gpu_bytes = min(available_memory) - selection_bytes(vllm_config, layout)
         sizes = decide_sizes(options, layout, limits, gpu_bytes, min(budgets))
         needed = sizes.num_blocks * layout.hot_block_bytes
-        configs = stock(vllm_config, kv_cache_specs, [needed] * len(available_memory))
+        configs = stock(vllm_config, kv_cache_specs, [needed] * len(available_memory), *rest)
         for each in configs:
             assert each.num_blocks == sizes.num_blocks, (each.num_blocks, sizes)
             # The scheduler's copy and the workers' have it too.

@@ -138,7 +138,7 @@ def test_the_sparsest_gamma_that_meets_the_rule_is_recommended() -> None:
     # Little text makes the rule easy to meet.
     gamma, sentences = recommend([unsure, denser])
     assert gamma == 0.98
-    assert "Gamma 0.95 meets it only within the uncertainty" in sentences
+    assert "only within the uncertainty of the drift: gamma 0.95." in sentences
     assert recommend([longer])[0] is None
     assert "--gammas 0.975" in recommend([longer])[1]
     assert "saves no time" in recommend([replace(ROW, speedup=0.9)])[1]

@@ -38,7 +38,7 @@ def rounded(heads: torch.Tensor, scale: float) -> torch.Tensor:
     return (heads / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-@pytest.mark.parametrize("method", ["dense", "flex", "string"])
+@pytest.mark.parametrize("method", ["dense", "flex", "block_sparse", "string"])
 def test_fp8(start: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks, with cached prefixes, and with drafts that are verified."""
     from farspan.engine_ext import impl

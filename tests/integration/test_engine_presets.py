@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from farspan.engine_ext.presets import PRESETS
 
 from tests.integration.test_engine_offload import offloading
 from tests.integration.test_engine_tokens import generate, launches, make_prompts
@@ -30,6 +31,7 @@ GAMMAS = {"balanced": 0.95, "fast": 0.9}
 
 
 def test_presets(make_llm: Any) -> None:
+    assert OF_ENGINES.keys() == PRESETS.keys()
     stock = make_llm("llama", None, **SMALL)
     expected = generate(stock, PROMPTS)
     stock.llm_engine.engine_core.shutdown()

@@ -32,7 +32,9 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 """Methods that read every key."""
 SPARSE = {"prefill": {"method": "block_sparse", "local_blocks": 2, "block_size": 64}}
-"""Its lists depend on positions alone: a prompt gives the same tokens in every company, and others than exact ones."""
+"""Its lists depend on positions alone: a prompt gives the same tokens in every company, and others than exact ones.
+Unless a chunk of it is one token, which is computed as a decode is: exactly.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ def serve(llm: Any, cases: dict[str, Case], *, alone: bool = False) -> dict[str,
     return tokens
 
 
+def note_single_tokens(llm: Any) -> set[str]:
+    """Names of requests, filled as the engine runs, of whose prompts a step computes one token alone."""
+    from farspan.scheduler.scheduler import scheduled_of
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    stock, names = scheduler.schedule, set[str]()
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = stock(*args, **kwargs)
+        for each in scheduled_of(output):
+            if each.count == 1 and each.start < scheduler.requests[each.req_id].num_prompt_tokens:
+                names.add(each.req_id.rpartition("-")[0])
+        return output
+
+    scheduler.schedule = schedule
+    return names
+
+
 def has_left(case: Case, num_steps: int) -> bool:
     return case.aborted_after is not None and num_steps > case.aborted_after
 
@@ -163,6 +183,7 @@ def test_exact_methods(start: Callable[..., Any], stock: dict[str, list[int]], m
 
 def test_sparse_requests_give_what_they_give_alone(start: Callable[..., Any], stock: dict[str, list[int]]) -> None:
     llm = start("sparse", SPARSE, 100)
+    exempt = note_single_tokens(llm)
     together: dict[str, list[int]] = {}
     alone: dict[str, list[int]] = {}
     for number, wave in enumerate(waves()):
@@ -171,7 +192,9 @@ def test_sparse_requests_give_what_they_give_alone(start: Callable[..., Any], st
             alone |= serve(llm, wave, alone=True)
     llm.llm_engine.engine_core.shutdown()
     assert together.keys() == stock.keys()
-    check({name: together[name] for name in alone}, alone)
+    compared = alone.keys() - exempt
+    assert len(compared) > 0.8 * len(alone)
+    check({name: together[name] for name in compared}, alone)
 
     dense = {name for name in together if CASES[int(name.partition("-")[2])].is_dense}
     check({name: together[name] for name in dense}, stock)

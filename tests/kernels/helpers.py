@@ -6,11 +6,14 @@ block table holds invalid page ids past each request's pages. A kernel that read
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from farspan.kernels import reference
 from farspan.kernels.batch import KVView, PagedBatch
+from farspan.kernels.decode import DecodeWorkspace, paged_decode
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
+from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
 
 # A page id that no test cache has: reading it walks off the cache.
 GARBAGE_PAGE = 2**30
@@ -197,4 +200,32 @@ def reference_attention(
     """`reference.paged_attention` of a batch, in float32 on the batch's device."""
     return reference.paged_attention(
         inputs.query, inputs.kv, inputs.paged, inputs.scale, causal=causal, tiles=tiles, block_lists=block_lists
+    )
+
+
+def poisoned_decode(
+    batch: Inputs, num_splits: int, query_len: int = 1, *, turn: Any = None, num_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_decode` on outputs and a workspace of exactly the needed size, all full of NaN.
+
+    query_len: the most tokens of a request. num_rows: of the query, with padding after the batch's own.
+    """
+    num_tokens, num_heads, head_dim = batch.query.shape
+    num_rows = num_tokens if num_rows is None else num_rows
+    nan = {"fill_value": float("nan"), "device": batch.query.device}
+    query = torch.full((num_rows, num_heads, head_dim), dtype=batch.query.dtype, **nan)
+    query[:num_tokens] = batch.query
+    parts = num_rows * num_heads * num_splits
+    return paged_decode(
+        query,
+        batch.kv,
+        batch.paged,
+        batch.scale,
+        num_splits=num_splits,
+        min_split_keys=DECODE_MIN_SPLIT_KEYS,
+        query_len=query_len,
+        turn=turn,
+        out=poisoned_like(query),
+        lse=torch.full((num_heads, num_rows), **nan),
+        workspace=DecodeWorkspace(torch.full((parts * head_dim,), **nan), torch.full((parts,), **nan)),
     )

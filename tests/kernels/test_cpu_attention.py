@@ -182,14 +182,19 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "string"])
-def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool) -> None:
+@pytest.mark.parametrize(
+    "ids",
+    [[*range(2, 18)], [*range(17, 1, -1)], [*range(9, 5, -1), *range(10, 18), *range(2, 6)], [*range(2, 34, 2)]],
+    ids=["up", "down", "runs", "apart"],
+)
+def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool, ids: list[int]) -> None:
     """A long request alone, whose last page is not full; the pages around its own hold NaN."""
     shuffled = make_batch([1], [1000], page_size=64)
     own = shuffled.block_table[0, :16].long()
-    pages = torch.full((20, *shuffled.kv_cache.shape[1:]), float("nan"))
-    pages[2:18] = shuffled.kv_cache[own]
+    pages = torch.full((36, *shuffled.kv_cache.shape[1:]), float("nan"))
+    pages[ids] = shuffled.kv_cache[own]
     table = shuffled.block_table.clone()
-    table[0, :16] = torch.arange(2, 18, dtype=torch.int32)
+    table[0, :16] = torch.tensor(ids, dtype=torch.int32)
     batch = replace(shuffled, kv_cache=pages, block_table=table)
     inv_freq = inverse_frequencies(64)
     turn = make_shift(inv_freq, 100, 16, True, torch.device("cpu")) if is_shifted else None
@@ -199,4 +204,5 @@ def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool) -> Non
         found = attend(batch, turn=turn)
     assert_attention_close(*found, *expected, torch.float32)
     # The last page aside: weights of each head at most, never keys or values.
-    assert copies.largest < 1000 * batch.kv_cache.shape[1] * 64 / 4
+    if ids[0] + 2 != ids[1]:
+        assert copies.largest < 1000 * batch.kv_cache.shape[1] * 64 / 4

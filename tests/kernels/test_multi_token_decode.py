@@ -2,36 +2,10 @@
 
 import pytest
 import torch
-from farspan.kernels.decode import DecodeWorkspace, decode_rows, paged_decode
-from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
+from farspan.kernels.decode import decode_rows
 
-from tests.kernels.helpers import Inputs, assert_attention_close, make_batch, reference_attention
-from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift, string_reference
-
-
-def decode(
-    batch: Inputs, num_splits: int, query_len: int, turn: Shift | None = None, num_rows: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run on outputs and a workspace full of NaN; num_rows: of the query, with padding after the batch's own."""
-    num_tokens, num_heads, head_dim = batch.query.shape
-    num_rows = num_tokens if num_rows is None else num_rows
-    nan = {"fill_value": float("nan"), "device": batch.query.device}
-    query = torch.full((num_rows, num_heads, head_dim), dtype=batch.query.dtype, **nan)
-    query[:num_tokens] = batch.query
-    parts = num_rows * num_heads * num_splits
-    return paged_decode(
-        query,
-        batch.kv,
-        batch.paged,
-        batch.scale,
-        num_splits=num_splits,
-        min_split_keys=DECODE_MIN_SPLIT_KEYS,
-        query_len=query_len,
-        turn=turn,
-        out=torch.full_like(query, float("nan")),
-        lse=torch.full((num_heads, num_rows), **nan),
-        workspace=DecodeWorkspace(torch.full((parts * head_dim,), **nan), torch.full((parts,), **nan)),
-    )
+from tests.kernels.helpers import Inputs, assert_attention_close, make_batch, poisoned_decode, reference_attention
+from tests.kernels.string_helpers import inverse_frequencies, make_shift, string_reference
 
 
 @pytest.mark.parametrize("query_len", [2, 3, 5, 8])
@@ -42,7 +16,7 @@ def test_query_lens_and_groups(query_len: int, group: int, device: torch.device)
     batch = make_batch([query_len] * len(lens), lens, num_heads=group, num_kv_heads=1, device=device)
     expected = reference_attention(batch)
     for num_splits in (1, 3):
-        assert_attention_close(*decode(batch, num_splits, query_len), *expected, torch.float32)
+        assert_attention_close(*poisoned_decode(batch, num_splits, query_len), *expected, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +42,14 @@ def test_ragged(
     )
     expected = reference_attention(batch)
     for num_splits in (1, 4):
-        assert_attention_close(*decode(batch, num_splits, 8), *expected, dtype)
+        assert_attention_close(*poisoned_decode(batch, num_splits, 8), *expected, dtype)
 
 
 @pytest.mark.parametrize(("group", "head_dim"), [(16, 64), (8, 256)])
 def test_more_rows_than_a_program_holds(group: int, head_dim: int, device: torch.device) -> None:
     assert decode_rows(head_dim, group, 8) < 8 * group
     batch = make_batch([8, 5], [90, 150], num_heads=group, num_kv_heads=1, head_dim=head_dim, device=device)
-    assert_attention_close(*decode(batch, 2, 8), *reference_attention(batch), torch.float32)
+    assert_attention_close(*poisoned_decode(batch, 2, 8), *reference_attention(batch), torch.float32)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -87,7 +61,7 @@ def test_string_turns_by_token(num_splits: int, device: torch.device) -> None:
     inv_freq = inverse_frequencies(64)
     turn = make_shift(inv_freq, shift, 9, True, device)
     expected = (tensor.to(device) for tensor in string_reference(batch, turn, inv_freq))
-    assert_attention_close(*decode(batch, num_splits, 4, turn), *expected, torch.float32)
+    assert_attention_close(*poisoned_decode(batch, num_splits, 4, turn=turn), *expected, torch.float32)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -96,7 +70,7 @@ def test_padding_of_a_captured_graph(num_splits: int, device: torch.device) -> N
     batch = make_batch([3, 3, 0, 0], [150, 90, 1, 1], device=device)
     batch.seq_lens[2:] = 0
     batch.block_table[2:] = 2**30
-    out, lse = decode(batch, num_splits, 3, num_rows=12)
+    out, lse = poisoned_decode(batch, num_splits, 3, num_rows=12)
     kept = make_batch([3, 3], [150, 90], device=device)
     expected = reference_attention(
         Inputs(
@@ -132,4 +106,4 @@ def test_shapes_on_the_gpu(dtype: torch.dtype, head_dim: int, device: torch.devi
             )
             expected = reference_attention(batch)
             for num_splits in (1, 7):
-                assert_attention_close(*decode(batch, num_splits, max(query_len, 2)), *expected, dtype)
+                assert_attention_close(*poisoned_decode(batch, num_splits, max(query_len, 2)), *expected, dtype)

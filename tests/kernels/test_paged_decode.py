@@ -2,17 +2,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from farspan.kernels.decode import DecodeWorkspace, make_decode_workspace, paged_decode
+from farspan.kernels.decode import make_decode_workspace, paged_decode
 from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
 
 from tests.kernels.helpers import (
     Inputs,
     assert_attention_close,
     make_batch,
+    poisoned_decode,
     poisoned_like,
     reference_attention,
 )
-from tests.kernels.string_helpers import Shift, inverse_frequencies, make_shift, string_reference
+from tests.kernels.string_helpers import inverse_frequencies, make_shift, string_reference
 
 RAGGED = [1, 63, 64, 65, 300, 129, 17]
 
@@ -21,31 +22,11 @@ def decode_batch(lens: list[int], **options) -> Inputs:
     return make_batch([1] * len(lens), lens, **options)
 
 
-def decode(batch: Inputs, num_splits: int, turn: Shift | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run on outputs and a workspace of exactly the needed size, all full of NaN."""
-    num_reqs, num_heads, head_dim = batch.query.shape
-    rows = num_reqs * num_heads * num_splits
-    nan = {"fill_value": float("nan"), "device": batch.query.device}
-    workspace = DecodeWorkspace(torch.full((rows * head_dim,), **nan), torch.full((rows,), **nan))
-    return paged_decode(
-        batch.query,
-        batch.kv,
-        batch.paged,
-        batch.scale,
-        num_splits=num_splits,
-        min_split_keys=DECODE_MIN_SPLIT_KEYS,
-        turn=turn,
-        out=poisoned_like(batch.query),
-        lse=torch.full((num_heads, num_reqs), **nan),
-        workspace=workspace,
-    )
-
-
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_ragged(num_splits: int, dtype: torch.dtype, device: torch.device) -> None:
     batch = decode_batch(RAGGED, dtype=dtype, device=device)
-    assert_attention_close(*decode(batch, num_splits), *reference_attention(batch), dtype)
+    assert_attention_close(*poisoned_decode(batch, num_splits), *reference_attention(batch), dtype)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +56,7 @@ def test_shapes(
     )
     expected = reference_attention(batch)
     for num_splits in (1, 3):
-        assert_attention_close(*decode(batch, num_splits), *expected, dtype)
+        assert_attention_close(*poisoned_decode(batch, num_splits), *expected, dtype)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -85,7 +66,7 @@ def test_padding_rows_touch_nothing(num_splits: int, device: torch.device) -> No
     batch.seq_lens[1] = 0
     # vLLM does not clear the block table's rows of padding: they may hold any page id.
     batch.block_table[1] = 2**30
-    out, lse = decode(batch, num_splits)
+    out, lse = poisoned_decode(batch, num_splits)
     expected_out[1], expected_lse[:, 1] = 0, float("-inf")
     assert_attention_close(out, lse, expected_out, expected_lse, torch.float32)
     assert bool((out[1] == 0).all())
@@ -100,7 +81,7 @@ def test_string(num_splits: int, rotary_dim: int, is_neox: bool, device: torch.d
     inv_freq = inverse_frequencies(rotary_dim)
     turn = make_shift(inv_freq, shift, 9, is_neox, device)
     expected = (tensor.to(device) for tensor in string_reference(batch, turn, inv_freq))
-    assert_attention_close(*decode(batch, num_splits, turn), *expected, torch.float32)
+    assert_attention_close(*poisoned_decode(batch, num_splits, turn=turn), *expected, torch.float32)
 
 
 @pytest.mark.parametrize("shift", [1, 64, 128, 10_000])
@@ -111,7 +92,7 @@ def test_string_shifts(shift: int, page_size: int, device: torch.device) -> None
     turn = make_shift(inv_freq, shift, 20, True, device)
     expected = tuple(tensor.to(device) for tensor in string_reference(batch, turn, inv_freq))
     for num_splits in (1, 2):
-        assert_attention_close(*decode(batch, num_splits, turn), *expected, torch.float32)
+        assert_attention_close(*poisoned_decode(batch, num_splits, turn=turn), *expected, torch.float32)
 
 
 def test_strided_tensors(device: torch.device) -> None:
@@ -225,4 +206,4 @@ def test_shapes_on_the_gpu(dtype: torch.dtype, head_dim: int, page_size: int, de
         )
         expected = reference_attention(batch)
         for num_splits in (1, 7, 33):
-            assert_attention_close(*decode(batch, num_splits), *expected, dtype)
+            assert_attention_close(*poisoned_decode(batch, num_splits), *expected, dtype)

@@ -160,7 +160,9 @@ def test_a_host_that_lost_a_collective_is_no_host_with_other_requests() -> None:
     """Its message comes where another host, whose part of the collective ended, is at the next step."""
 
     def work(exchange: Exchange) -> Any:
-        return exchange.agree(b"next") if exchange.rank == 0 else exchange.sentence_of(RuntimeError("reset"))
+        if exchange.rank == 0:
+            return exchange.agree(b"next")
+        return exchange.sentence_of(RuntimeError("reset"), time.perf_counter())
 
     results = on_hosts(2, work)
     assert "host 1 gave up waiting for a collective that is over on host 0" in str(results[0])

@@ -13,7 +13,7 @@ from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
 from tests.integration.tiny_models import write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-TIMEOUT_S = 12.0
+TIMEOUT_S = 6.0
 ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from farspan.star import StarLLM
 from farspan.star.host import StarHost
-from farspan.star.protocol import Answer, Ask
+from farspan.star.protocol import Answer, Ask, HostFacts
+
+from tests.integration.conftest import make_engines_cheap
 
 FAULT_FILE = "FARSPAN_TEST_FAULT"
 
@@ -23,6 +25,11 @@ class FaultyHost(StarHost):
 
     connections: frozenset[int] = frozenset()
     """File descriptors of the connections to other hosts."""
+
+    def start(self, address: str, port: int) -> HostFacts:
+        """As StarHost's, without what only long-lived engines need."""
+        make_engines_cheap()
+        return super().start(address, port)
 
     def rejoin(self, address: str, port: int) -> None:
         """As StarHost's; remembers which connections it made."""

@@ -33,7 +33,10 @@ def positions_of(prompt_lens: list[int], rows: list[int], positions: list[int], 
     llm = SimpleNamespace(collective_rpc=lambda work: [work(worker)])
     for _ in range(2):
         draw_by_place_in_answer(llm)
-    found = sampler._sample_random(None, torch.tensor(rows), None, torch.tensor(positions), None, None, False)
+    named = {"expanded_idx_mapping": torch.tensor(rows), "pos": torch.tensor(positions)}
+    # Their number differs between versions.
+    arguments = [named.get(name) for name in Draws.signature.parameters]
+    found = sampler._sample_random(*arguments)
     assert found.dtype == torch.int64
     return found.tolist()
 
