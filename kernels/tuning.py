@@ -238,6 +238,33 @@ DECODE_MAX_SPLITS = 128
 DECODE_STAGE_BYTES = 32 * 1024
 DECODE_STAGES = 3
 
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a program of decode reads its keys."""
+
+    keys_per_step: int
+    """A power of two, at least 16."""
+    num_stages: int
+    num_warps: int
+    key_groups: int = 0
+    """See `fp8_keys`; 0 for pages that it does not read."""
+
+
+@lru_cache
+def decode_config(head_dim: int, dtype: torch.dtype, is_fp8: bool, num_rows: int) -> DecodeConfig:
+    """How decode reads keys for so many rows of queries of a dtype.
+
+    is_fp8: pages are float8, else of the query's dtype.
+    """
+    block_d = next_power_of_2(head_dim)
+    keys = min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * (1 if is_fp8 else dtype.itemsize))))
+    if not is_fp8 or dtype == torch.float32 or block_d < 32:
+        return DecodeConfig(keys, DECODE_STAGES, 4)
+    # Each warp's sums over its own keys are in its registers.
+    return DecodeConfig(keys, DECODE_STAGES, 4, key_groups=4 if num_rows * block_d <= 16 * 128 else 1)
+
+
 # Pairs of token and query head that a program holds where requests have several tokens, half as many in heads of 256.
 # Compiled only.
 DECODE_MAX_ROWS = 64
