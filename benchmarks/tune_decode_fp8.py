@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune_decode_fp8
 
-Prints medians of CUDA graphs in microseconds, the most important cases first. A form whose result is off is reported and
-not timed. It writes no CSV: a tuning run, not a claim.
+Prints medians of CUDA graphs in microseconds, the most important cases first. A form whose result is off is reported
+and not timed. It writes no CSV: a tuning run, not a claim.
 """
 
 import argparse
@@ -75,9 +75,7 @@ def time_case(case: Case, query_len: int, forms: Sequence[str], other_splits: Se
     batches = [make_batch(case, query_len, seed) for seed in range(copies)]
     in_fp8 = [replace(batch, kv_cache=batch.kv_cache.to(FP8)) for batch in batches]
     device = batches[0].query.device
-    planned = plan_splits(
-        case.num_reqs, case.shape.num_kv_heads, case.seq_len, num_multiprocessors(device)
-    ).num_splits
+    planned = plan_splits(case.num_reqs, case.shape.num_kv_heads, case.seq_len, num_multiprocessors(device)).num_splits
     print(f"{case.num_reqs} x {case.seq_len}, {query_len} tokens, {planned} splits planned", flush=True)
     wanted: dict[str, tuple[list[PagedBatch], DecodeConfig | None, int]] = {"bf16": (batches, None, planned)}
     for name in forms:

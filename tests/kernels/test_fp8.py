@@ -87,14 +87,31 @@ def test_decode_of_queries_that_float16_does_not_hold(device: torch.device) -> N
 
 
 @pytest.mark.parametrize("query_len", [1, 3])
-def test_decode_with_a_turn(query_len: int, device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_decode_with_a_turn(query_len: int, dtype: torch.dtype, device: torch.device) -> None:
     shift = 100
-    batch = make_batch([query_len] * 3, [shift + 1, 260, 40], device=device)
+    batch = make_batch([query_len] * 3, [shift + 1, 260, 40], dtype=dtype, device=device)
     view, stored = quantized(batch)
     inv_freq = inverse_frequencies(64)
     turn = make_shift(inv_freq, shift, 9, True, device)
     expected = (tensor.to(device) for tensor in string_reference(stored, turn, inv_freq))
-    assert_attention_close(*decode(batch, view, query_len, 2, turn=turn), *expected, torch.float32)
+    assert_attention_close(*decode(batch, view, query_len, 2, turn=turn), *expected, dtype)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_decode_from_both_pools(query_len: int, page_size: int, device: torch.device) -> None:
+    """Every third page is in host memory, and NaN on the device."""
+    batch = make_batch([query_len] * 3, [140, 260, 40], page_size=page_size, dtype=torch.float16, device=device)
+    view, stored = quantized(batch)
+    expected = reference_attention(stored)
+    on_host = batch.block_table % 3 == 0
+    host_pages = view.pages.cpu().pin_memory() if device.type == "cuda" else view.pages.clone()
+    pages = view.pages.view(torch.uint8).clone()
+    pages[::3] = 0x7F
+    split = replace(view, pages=pages.view(FP8), host_pages=host_pages)
+    batch = replace(batch, block_table=torch.where(on_host, -1 - batch.block_table, batch.block_table))
+    assert_attention_close(*decode(batch, split, query_len, 2), *expected, torch.float16)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "page_size"), SHAPES[1:], ids=IDS[1:])
