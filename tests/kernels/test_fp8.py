@@ -144,7 +144,7 @@ def test_prefill(
 
 
 def test_layers_of_a_step_have_scales_of_their_own(device: torch.device) -> None:
-    """What launches keep from layer to layer is not the scales."""
+    """Layers share one launch, which keeps no scales."""
     batch = make_batch([70], [150], device=device)
     tiles, paged, pages = batch.tiles(64), batch.paged, batch.kv_cache.to(FP8)
     first, _ = paged_prefill(batch.query, KVView(pages), paged, tiles, batch.scale)
@@ -155,6 +155,7 @@ def test_layers_of_a_step_have_scales_of_their_own(device: torch.device) -> None
     expected = reference_attention(replace(batch, kv_cache=pages.float(), scale=2 * batch.scale))
     assert_attention_close(sharp, sharp_lse, *expected, torch.float32)
     assert not torch.equal(sharp_lse, lse)
+    assert len(paged.launches) == 1
 
 
 def test_selection(device: torch.device) -> None:
