@@ -259,9 +259,10 @@ def decode_config(head_dim: int, dtype: torch.dtype, is_fp8: bool, num_rows: int
     """
     block_d = next_power_of_2(head_dim)
     keys = min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * (1 if is_fp8 else dtype.itemsize))))
-    if not is_fp8 or dtype == torch.float32 or block_d < 32:
+    # With 64 rows the products decide, and the instructions are as many with pairs of components as without.
+    if not is_fp8 or dtype == torch.float32 or block_d < 32 or num_rows >= 64:
         return DecodeConfig(keys, DECODE_STAGES, 4)
-    # Each warp's sums over its own keys are in its registers.
+    # A warp with keys of its own has sums of its own too, in its registers.
     return DecodeConfig(keys, DECODE_STAGES, 4, key_groups=4 if num_rows * block_d <= 16 * 128 else 1)
 
 
