@@ -80,8 +80,9 @@ def time_case(case: Case, query_len: int, forms: Sequence[str], other_splits: Se
     wanted: dict[str, tuple[list[PagedBatch], DecodeConfig | None, int]] = {"bf16": (batches, None, planned)}
     for name in forms:
         wanted[name] = (in_fp8, FORMS[name], planned)
-    for name in SPLIT_FORMS:
-        for splits in other_splits:
+    for splits in other_splits:
+        wanted[f"bf16, {splits} splits"] = (batches, None, splits)
+        for name in SPLIT_FORMS:
             wanted[f"{name}, {splits} splits"] = (in_fp8, FORMS[name], splits)
     works: dict[str, list[Callable[[], object]]] = {}
     for name, (inputs, config, splits) in wanted.items():
@@ -95,7 +96,7 @@ def time_case(case: Case, query_len: int, forms: Sequence[str], other_splits: Se
         print(f"  {name}: relative error {error:.1e}", flush=True)
     medians = {name: 1e3 * statistics.median(each) for name, each in time_graphs(works, repeats=15).items()}
     for name, us in medians.items():
-        kv_bytes = batches[0].kv_bytes // (1 if name == "bf16" else 2)
+        kv_bytes = batches[0].kv_bytes // (1 if name.startswith("bf16") else 2)
         print(
             f"  {name:36s} {us:7.1f} us  {kv_bytes / us / 1e6:5.2f} TB/s  {medians.get('bf16', 0.0) / us:5.2f} x bf16",
             flush=True,
