@@ -18,7 +18,7 @@ from farspan.command import run_command
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits
 from farspan.kernels import decode
 from farspan.kernels.batch import FP8
-from farspan.kernels.tuning import DECODE_STAGES, DecodeConfig, decode_config
+from farspan.kernels.tuning import DecodeConfig, decode_config
 
 from benchmarks import calls
 from benchmarks.decode_fp8 import DRAFTED, Case, make_batch
@@ -28,16 +28,13 @@ from benchmarks.record import BenchmarkError
 from benchmarks.timing import time_graphs
 
 FORMS = {
-    "by bytes": DecodeConfig(64, DECODE_STAGES, 4, key_groups=0),
+    "by bytes": DecodeConfig(64),
     **{
-        f"{groups} x {keys // groups} keys, {stages} stages": DecodeConfig(keys, stages, max(4, groups), groups)
-        for groups, keys, stages in (
-            (4, 64, 3), (4, 128, 3), (1, 64, 3), (4, 64, 4), (4, 64, 2), (4, 128, 2), (8, 128, 3), (4, 128, 4),
-            (1, 128, 3),
-        )
+        f"{groups} x {keys // groups} keys, {stages} stages": DecodeConfig(keys, groups, stages)
+        for groups, keys, stages in ((1, 64, 3), (4, 128, 3), (1, 128, 3), (1, 64, 4), (4, 64, 3))
     },
-}  # fmt: skip
-DRAFT_FORMS = ("by bytes", "4 x 16 keys, 3 stages", "4 x 32 keys, 3 stages", "1 x 64 keys, 3 stages")
+}
+DRAFT_FORMS = ("by bytes", "1 x 64 keys, 3 stages", "4 x 32 keys, 3 stages", "1 x 128 keys, 3 stages")
 # Splits besides those that the engine plans, for the first forms.
 SPLITS: tuple[tuple[Case, tuple[int, ...]], ...] = (
     (Case(8, 32768), (2, 4, 8)),
@@ -45,7 +42,7 @@ SPLITS: tuple[tuple[Case, tuple[int, ...]], ...] = (
     (Case(32, 8192), (1, 4, 16)),
     (Case(1, 8192), (32, 64)),
 )
-SPLIT_FORMS = ("4 x 16 keys, 3 stages", "4 x 32 keys, 3 stages")
+SPLIT_FORMS = ("1 x 64 keys, 3 stages", "4 x 32 keys, 3 stages")
 
 
 def call(batch: PagedBatch, query_len: int, config: DecodeConfig | None, num_splits: int) -> calls.Call:
@@ -57,7 +54,7 @@ def call(batch: PagedBatch, query_len: int, config: DecodeConfig | None, num_spl
     out, lse = calls.empty_results(batch)
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        decode.decode_config = (lambda *args: config) if config is not None else decode_config
+        decode.decode_config = (lambda *args, **options: config) if config is not None else decode_config
         try:
             return decode.paged_decode(
                 batch.query, kv, paged, shape.scale, num_splits=num_splits, min_split_keys=128, query_len=query_len,

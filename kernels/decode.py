@@ -345,6 +345,7 @@ def paged_decode(
     num_splits: int,
     min_split_keys: int,
     query_len: int = 1,
+    is_alone: bool = False,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -366,6 +367,8 @@ def paged_decode(
     query_len: the most tokens that a request may have, at least 1.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
     min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
+    is_alone: whether every program has a multiprocessor to itself, so that it needs more keys on their way; changes how
+        float8 is read.
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_tokens] float32, natural
         log, or None to allocate it.
@@ -397,7 +400,16 @@ def paged_decode(
             workspace = make_decode_workspace(num_tokens * num_q_heads * num_splits, head_dim, query.device)
         part_out, part_lse = workspace.parts(num_tokens, num_q_heads, num_splits, head_dim)
     decode_parts(
-        query, kv, batch, scale, part_out, part_lse, min_split_keys=min_split_keys, query_len=query_len, turn=turn
+        query,
+        kv,
+        batch,
+        scale,
+        part_out,
+        part_lse,
+        min_split_keys=min_split_keys,
+        query_len=query_len,
+        is_alone=is_alone,
+        turn=turn,
     )
     if num_splits > 1:
         combine_partials(part_out, part_lse, out=out, lse=lse)
@@ -414,6 +426,7 @@ def decode_parts(
     *,
     min_split_keys: int,
     query_len: int = 1,
+    is_alone: bool = False,
     turn: Turn | None = None,
     skips_host: bool = False,
 ) -> None:
@@ -428,7 +441,7 @@ def decode_parts(
     block_d, block_h = triton.next_power_of_2(head_dim), decode_rows(head_dim, group_size, query_len)
     num_row_blocks = triton.cdiv(query_len * group_size, block_h)
     num_programs = num_tokens if query_len == 1 else batch.num_reqs * num_row_blocks
-    config = decode_config(head_dim, query.dtype, kv.is_fp8, block_h)
+    config = decode_config(head_dim, query.dtype, is_fp8=kv.is_fp8, num_rows=block_h, is_alone=is_alone)
     # Pages of float8 are read in pairs of components.
     assert config.key_groups == 0 or head_dim % 2 == 0, head_dim
     assert num_programs <= MAX_DECODE_REQUESTS, num_programs

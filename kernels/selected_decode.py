@@ -142,7 +142,7 @@ def decode_chosen(
     assert part_lse.stride(0) == 1
     group_size = num_q_heads // kv.num_kv_heads
     block_h = max(16, triton.next_power_of_2(group_size))
-    config = decode_config(head_dim, query.dtype, kv.is_fp8, block_h)
+    config = decode_config(head_dim, query.dtype, is_fp8=kv.is_fp8, num_rows=block_h)
     _decode_chosen_kernel[(num_splits, kv.num_kv_heads, num_reqs)](
         query,
         kv.pages,
