@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from farspan.command import run_command
@@ -52,16 +53,18 @@ def call(batch: PagedBatch, query_len: int, config: DecodeConfig | None, num_spl
         len(batch.query) * shape.num_q_heads * num_splits, shape.head_dim, batch.query.device
     )
     out, lse = calls.empty_results(batch)
+    module: Any = decode
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        decode.decode_config = (lambda *args, **options: config) if config is not None else decode_config
+        if config is not None:
+            module.decode_config = lambda *args, **options: config
         try:
             return decode.paged_decode(
                 batch.query, kv, paged, shape.scale, num_splits=num_splits, min_split_keys=128, query_len=query_len,
                 out=out, lse=lse, workspace=workspace,
             )  # fmt: skip
         finally:
-            decode.decode_config = decode_config
+            module.decode_config = decode_config
 
     return work
 
