@@ -89,7 +89,8 @@ def decode(batch: PagedBatch, turn: Turn | None = None, host_pages: HostPages | 
         kv, paged = KVView(batch.kv_cache, 0, host_pages.pages), replace(paged, block_table=table)
     return lambda: paged_decode(
         batch.query, kv, paged, shape.scale, num_splits=splits.num_splits, min_split_keys=splits.min_split_keys,
-        query_len=max(batch.query_lens_cpu), turn=turn, out=out, lse=lse, workspace=workspace,
+        query_len=max(batch.query_lens_cpu), is_alone=splits.is_alone, turn=turn, out=out, lse=lse,
+        workspace=workspace,
     )  # fmt: skip
 
 

@@ -184,6 +184,7 @@ def decode(
         num_splits=splits.num_splits,
         min_split_keys=splits.min_split_keys,
         query_len=query_len,
+        is_alone=splits.is_alone,
         turn=turn,
         out=out,
         lse=lse,

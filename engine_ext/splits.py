@@ -20,6 +20,8 @@ class SplitPlan:
     """Parts of each sequence, at least 1."""
     min_split_keys: int
     """Fewest keys of a part."""
+    is_alone: bool = False
+    """Whether every part of every KV head has a multiprocessor to itself."""
 
 
 def plan_splits(num_reqs: int, num_kv_heads: int, max_kv_len: int, num_sms: int) -> SplitPlan:
@@ -41,7 +43,11 @@ def plan_splits(num_reqs: int, num_kv_heads: int, max_kv_len: int, num_sms: int)
         wanted, min_keys = per_sm * num_sms // tiles, DECODE_MIN_SPLIT_KEYS
     num_splits = max(min(wanted, -(-max_kv_len // min_keys), DECODE_MAX_SPLITS), 1)
     is_queued = num_splits * tiles > DECODE_PROGRAMS_PER_SM * num_sms
-    return SplitPlan(num_splits, DECODE_MIN_QUEUED_SPLIT_KEYS if is_queued else DECODE_MIN_SPLIT_KEYS)
+    return SplitPlan(
+        num_splits,
+        DECODE_MIN_QUEUED_SPLIT_KEYS if is_queued else DECODE_MIN_SPLIT_KEYS,
+        is_alone=num_splits * tiles <= num_sms,
+    )
 
 
 def most_parts(max_num_reqs: int, num_kv_heads: int, max_kv_len: int, num_sms: int) -> int:

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
+from farspan.kernels.fp8_keys import attend_fp8_keys
 from farspan.kernels.rotary_turn import Turn, rotate_tile
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
-from farspan.kernels.tuning import DECODE_MAX_ROWS, DECODE_STAGE_BYTES, DECODE_STAGES
+from farspan.kernels.tuning import DECODE_MAX_ROWS, decode_config
 
 LOG2_E = math.log2(math.e)
 MAX_DECODE_REQUESTS = 65_535
@@ -108,6 +109,30 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, query, key_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr, stride_page,
+    stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_HOST: tl.constexpr,
+    SKIPS_HOST: tl.constexpr, HAS_ROW_BOUNDS: tl.constexpr, IS_FP8: tl.constexpr, KEY_GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_attend_keys`, or `attend_fp8_keys` where there are KEY_GROUPS."""
+    if KEY_GROUPS > 0:
+        acc, row_max, row_sum = attend_fp8_keys(
+            acc, row_max, row_sum, query, key_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr,
+            stride_page, stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+            PAGE_SIZE, HAS_HOST, SKIPS_HOST, HAS_ROW_BOUNDS, KEY_GROUPS, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        acc, row_max, row_sum = _attend_keys(
+            acc, row_max, row_sum, query, key_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr,
+            stride_page, stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N,
+            PAGE_SIZE, HAS_HOST, SKIPS_HOST, HAS_ROW_BOUNDS, IS_FP8, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    return acc, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
 def _decode_kernel(
     query_ptr,
@@ -156,6 +181,7 @@ def _decode_kernel(
     HAS_FIRST_POS: tl.constexpr,
     HAS_QUERY_LENS: tl.constexpr,
     IS_FP8: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -252,18 +278,18 @@ def _decode_kernel(
         query_far = rotate_tile(query, query_ptrs, cos_ptr, sin_ptr, mask_q, HALF_ROTARY, IS_NEOX, BLOCK_D)
         if NARROWS:
             query_far = (query_far.to(tl.float32) * shrink).to(tl.float16)
-        acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, query_far, key_begin, far_end, tl.zeros_like(row_begin),
             tl.minimum(row_begin, row_end), kv_head_ptr, table_row_ptr, stride_page, stride_token, host_offset,
-            stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST, SKIPS_HOST, HAS_QUERY_LENS,
-            IS_FP8, PRECISION, NUM_STAGES,
+            stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, PAGE_SIZE, HAS_HOST, SKIPS_HOST,
+            HAS_QUERY_LENS, IS_FP8, KEY_GROUPS, PRECISION, NUM_STAGES,
         )  # fmt: skip
     if NARROWS:
         query = (query.to(tl.float32) * shrink).to(tl.float16)
-    acc, row_max, row_sum = _attend_keys(
+    acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, query, near_begin, key_end, row_begin, row_end, kv_head_ptr, table_row_ptr, stride_page,
-        stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_HOST,
-        SKIPS_HOST, HAS_QUERY_LENS, IS_FP8, PRECISION, NUM_STAGES,
+        stride_token, host_offset, stride_host_page, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, PAGE_SIZE,
+        HAS_HOST, SKIPS_HOST, HAS_QUERY_LENS, IS_FP8, KEY_GROUPS, PRECISION, NUM_STAGES,
     )  # fmt: skip
 
     has_keys = row_sum > 0
@@ -319,6 +345,7 @@ def paged_decode(
     num_splits: int,
     min_split_keys: int,
     query_len: int = 1,
+    is_alone: bool = False,
     turn: Turn | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -340,6 +367,8 @@ def paged_decode(
     query_len: the most tokens that a request may have, at least 1.
     num_splits: parts that each sequence is cut into, at least 1; part of the grid, hence fixed in a captured graph.
     min_split_keys: fewest keys per part, rounded down to whole steps of the kernel; parts without keys end at once.
+    is_alone: whether every program has a multiprocessor to itself, so that it needs more keys on their way; changes how
+        float8 is read.
     turn: keys below its bound meet the turned query.
     out: [num_tokens, num_q_heads, head_dim], or None to allocate it; lse: [num_q_heads, num_tokens] float32, natural
         log, or None to allocate it.
@@ -371,7 +400,16 @@ def paged_decode(
             workspace = make_decode_workspace(num_tokens * num_q_heads * num_splits, head_dim, query.device)
         part_out, part_lse = workspace.parts(num_tokens, num_q_heads, num_splits, head_dim)
     decode_parts(
-        query, kv, batch, scale, part_out, part_lse, min_split_keys=min_split_keys, query_len=query_len, turn=turn
+        query,
+        kv,
+        batch,
+        scale,
+        part_out,
+        part_lse,
+        min_split_keys=min_split_keys,
+        query_len=query_len,
+        is_alone=is_alone,
+        turn=turn,
     )
     if num_splits > 1:
         combine_partials(part_out, part_lse, out=out, lse=lse)
@@ -388,6 +426,7 @@ def decode_parts(
     *,
     min_split_keys: int,
     query_len: int = 1,
+    is_alone: bool = False,
     turn: Turn | None = None,
     skips_host: bool = False,
 ) -> None:
@@ -402,6 +441,9 @@ def decode_parts(
     block_d, block_h = triton.next_power_of_2(head_dim), decode_rows(head_dim, group_size, query_len)
     num_row_blocks = triton.cdiv(query_len * group_size, block_h)
     num_programs = num_tokens if query_len == 1 else batch.num_reqs * num_row_blocks
+    config = decode_config(head_dim, query.dtype, is_fp8=kv.is_fp8, num_rows=block_h, is_alone=is_alone)
+    # Pages of float8 are read in pairs of components.
+    assert config.key_groups == 0 or head_dim % 2 == 0, head_dim
     assert num_programs <= MAX_DECODE_REQUESTS, num_programs
     _decode_kernel[(num_splits, kv.num_kv_heads, num_programs)](
         query,
@@ -418,7 +460,7 @@ def decode_parts(
         kv.value_scale if kv.is_fp8 else None,
         turn.offset if turn else 0,
         num_splits,
-        min_split_keys // keys_per_step(kv),
+        min_split_keys // config.keys_per_step,
         *((query_len, num_tokens, num_row_blocks) if query_len > 1 else (None, None, None)),
         group_size,
         query.stride(0),
@@ -437,7 +479,7 @@ def decode_parts(
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_H=block_h,
-        BLOCK_N=keys_per_step(kv),
+        BLOCK_N=config.keys_per_step,
         PAGE_SIZE=kv.page_size,
         HAS_HOST=kv.host_pages is not None and not skips_host,
         SKIPS_HOST=skips_host,
@@ -448,9 +490,10 @@ def decode_parts(
         HAS_FIRST_POS=batch.first_pos is not None,
         HAS_QUERY_LENS=query_len > 1,
         IS_FP8=kv.is_fp8,
+        KEY_GROUPS=config.key_groups,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        NUM_STAGES=DECODE_STAGES,
-        num_warps=4,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )
 
 
@@ -459,12 +502,6 @@ def decode_rows(head_dim: int, group_size: int, query_len: int) -> int:
     # The tensor cores take no fewer than 16.
     rows = max(16, triton.next_power_of_2(group_size * query_len))
     return rows if query_len == 1 else min(rows, DECODE_MAX_ROWS if head_dim <= 128 else DECODE_MAX_ROWS // 2)
-
-
-def keys_per_step(kv: KVView) -> int:
-    """Keys that a program of decode reads at a time."""
-    block_d = triton.next_power_of_2(kv.head_dim)
-    return min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * kv.pages.element_size())))
 
 
 def host_distance(kv: KVView) -> int:

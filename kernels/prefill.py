@@ -113,16 +113,22 @@ def prefill_attention(
     tensors = (query, key_pages, value_pages, out, lse)
     on_rows = (key_pages.data_ptr() | value_pages.data_ptr()) % 16 == 0
     kinds = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
-    key = ("prefill", kinds, on_rows, lists, turned, scale, value_scale, causal, config)
+    assert scale > 0
+    assert key_pages.dtype == FP8 or value_scale == 1.0
+    # Not the scales: with those of a checkpoint's float8 pages every layer would have a launch of its own.
+    key = ("prefill", kinds, on_rows, lists, turned, causal, config)
     made: _TiledLaunch | None = batch.launches.get(key)
     if made is None or made.tiles is not tiles:
-        made = _TiledLaunch(*tensors, batch, tiles, scale, value_scale, block_lists, causal, turn, config)
+        made = _TiledLaunch(*tensors, batch, tiles, block_lists, causal, turn, config)
         batch.launches[key] = made
     rows = made.rows
-    if rows is not None:
-        made.launch(query, rows.of(key_pages), rows.of(value_pages), out, lse, ids, counts, cos, sin)
+    keys, values = (key_pages, value_pages) if rows is None else (rows.of(key_pages), rows.of(value_pages))
+    of_layer = (query, keys, values, out, lse, ids, counts, cos, sin, scale * LOG2_E)
+    if isinstance(made.config, HopperPrefillConfig):
+        made.launch(*of_layer)
     else:
-        made.launch(query, key_pages, value_pages, out, lse, ids, counts, cos, sin)
+        # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
+        made.launch(*of_layer, value_scale if key_pages.dtype == FP8 else None)
     return out, lse
 
 
@@ -138,8 +144,6 @@ class _TiledLaunch:
         lse: torch.Tensor,
         batch: PagedBatch,
         tiles: PrefillTiles,
-        scale: float,
-        value_scale: float,
         block_lists: BlockLists | None,
         causal: bool,
         turn: Turn | None,
@@ -154,8 +158,6 @@ class _TiledLaunch:
         is_fp8 = key_pages.dtype == FP8
         assert is_fp8 or key_pages.dtype == query.dtype
         assert query.stride(-1) == key_pages.stride(-1) == batch.block_table.stride(-1) == 1
-        assert scale > 0
-        assert is_fp8 or value_scale == 1.0
         assert out.shape == query.shape
         assert lse.shape == (num_heads, num_tokens)
         assert lse.dtype == torch.float32
@@ -200,7 +202,7 @@ class _TiledLaunch:
                 has_turn=turn is not None,
                 has_lists=block_lists is not None,
             )
-        self.tiles = tiles
+        self.tiles, self.config = tiles, config
         self.rows: RowView | None = None
         """How the copy engine sees keys and values; None where it is not used."""
         if isinstance(config, HopperPrefillConfig):
@@ -209,7 +211,7 @@ class _TiledLaunch:
             from farspan.kernels.hopper.prefill import hopper_launch
 
             self.rows, self.launch = hopper_launch(
-                query, key_pages, value_pages, out, lse, batch, tiles, scale * LOG2_E, block_lists, causal, turn, config
+                query, key_pages, value_pages, out, lse, batch, tiles, block_lists, causal, turn, config
             )
             return
         block_n = config.block_n
@@ -238,6 +240,8 @@ class _TiledLaunch:
                 "block_counts_ptr",
                 "cos_ptr",
                 "sin_ptr",
+                "scale_log2",
+                "value_scale",
             ),
             {
                 "block_table_ptr": batch.block_table,
@@ -246,9 +250,6 @@ class _TiledLaunch:
                 "first_pos_ptr": batch.first_pos,
                 "tile_request_ptr": tiles.tile_request,
                 "tile_block_ptr": tiles.tile_block,
-                "scale_log2": scale * LOG2_E,
-                # None is no argument: with one more, the compiler gives the 16-bit kernels other registers.
-                "value_scale": value_scale if is_fp8 else None,
                 "turn_offset": turn.offset if turn is not None else 0,
                 "num_tiles": tiles.num_tiles,
                 "num_pieces": num_pieces,
@@ -261,7 +262,7 @@ class _TiledLaunch:
                 "stride_out_token": out.stride(0),
                 "stride_out_head": out.stride(1),
                 "stride_lse_head": lse.stride(0),
-                # Of one column None, which is no argument, as with `value_scale`.
+                # Of one column None, which is no argument: with one more, the compiler gives other registers.
                 "stride_block_table": None if batch.block_table.stride(0) == 1 else batch.block_table.stride(0),
                 "stride_page": stride_page,
                 "stride_head": stride_head,

@@ -18,13 +18,12 @@ from farspan.kernels.decode import (
     DecodeWorkspace,
     decode_parts,
     host_distance,
-    keys_per_step,
     make_decode_workspace,
 )
 from farspan.kernels.page_bounds import PageBounds, weigh_pages
 from farspan.kernels.page_choice import Choice, Rule, choose_pages
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
-from farspan.kernels.tuning import DECODE_STAGES, SCORE_PROGRAMS_PER_SM
+from farspan.kernels.tuning import SCORE_PROGRAMS_PER_SM, decode_config
 
 
 @triton.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
@@ -142,6 +141,8 @@ def decode_chosen(
     assert part_out.stride(0) == head_dim
     assert part_lse.stride(0) == 1
     group_size = num_q_heads // kv.num_kv_heads
+    block_h = max(16, triton.next_power_of_2(group_size))
+    config = decode_config(head_dim, query.dtype, is_fp8=kv.is_fp8, num_rows=block_h)
     _decode_chosen_kernel[(num_splits, kv.num_kv_heads, num_reqs)](
         query,
         kv.pages,
@@ -170,12 +171,12 @@ def decode_chosen(
         kv.host_pages.stride(1),
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_H=max(16, triton.next_power_of_2(group_size)),
-        BLOCK_N=min(keys_per_step(kv), kv.page_size),
+        BLOCK_H=block_h,
+        BLOCK_N=min(config.keys_per_step, kv.page_size),
         PAGE_SIZE=kv.page_size,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        NUM_STAGES=DECODE_STAGES,
-        num_warps=4,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )
 
 

@@ -238,6 +238,43 @@ DECODE_MAX_SPLITS = 128
 DECODE_STAGE_BYTES = 32 * 1024
 DECODE_STAGES = 3
 
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a program of decode reads its keys."""
+
+    keys_per_step: int
+    """A power of two, at least 16."""
+    key_groups: int = 0
+    """See `fp8_keys`; 0 for pages that it does not read."""
+    num_stages: int = DECODE_STAGES
+    num_warps: int = 4
+
+
+@lru_cache
+def decode_config(
+    head_dim: int, dtype: torch.dtype, *, is_fp8: bool, num_rows: int, is_alone: bool = False
+) -> DecodeConfig:
+    """How decode reads keys for so many rows of queries of a dtype.
+
+    is_fp8: pages are float8, else of the query's dtype. is_alone: see `paged_decode`.
+
+    float8, H200, 2026-11-28, printed by `benchmarks.tune_decode_fp8`, us, beside bfloat16: 8 x 32K in 6 splits 140 and
+    257, 32 x 8K in 8 splits 149 and 260; with 4 groups of 32 keys 169 and 176. Alone, 1 x 128K in 16 splits 84 and 157
+    with 4 groups of 32 keys, 120 with one of 64; 1 x 8K 15.4 and 14.3, bfloat16 16.9. Heads other than of 128 were
+    compiled only.
+    """
+    block_d = next_power_of_2(head_dim)
+    keys = min(64, max(16, DECODE_STAGE_BYTES // (2 * block_d * (1 if is_fp8 else dtype.itemsize))))
+    # With 64 rows the products decide, and the instructions are as many with pairs of components as without.
+    if not is_fp8 or dtype == torch.float32 or block_d < 32 or num_rows >= 64:
+        return DecodeConfig(keys)
+    # A warp with keys of its own has sums of its own too, in registers, and adding them up takes time at the end.
+    if is_alone and num_rows * block_d <= 16 * 128:
+        return DecodeConfig(128, key_groups=4)
+    return DecodeConfig(keys, key_groups=1)
+
+
 # Pairs of token and query head that a program holds where requests have several tokens, half as many in heads of 256.
 # Compiled only.
 DECODE_MAX_ROWS = 64

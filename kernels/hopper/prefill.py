@@ -21,7 +21,6 @@ def hopper_launch(
     lse: torch.Tensor,
     batch: PagedBatch,
     tiles: PrefillTiles,
-    scale_log2: float,
     block_lists: BlockLists | None,
     causal: bool,
     turn: Turn | None,
@@ -29,9 +28,9 @@ def hopper_launch(
 ) -> tuple[RowView, RepeatedLaunch]:
     """How the layers of a step see their caches, and their launch.
 
-    scale_log2: factor on the logits, times log2(e). The other arguments are those of `prefill_attention`, which has
-    checked them, and such as `tuning.hopper_prefill_config` takes. A call of the launch brings query, keys, values,
-    out, lse, block ids and counts, and a turn's cosines and sines.
+    The arguments are those of `prefill_attention`, which has checked them, and such as `tuning.hopper_prefill_config`
+    takes. A call of the launch brings query, keys, values, out, lse, block ids and counts, a turn's cosines and sines,
+    and the factor on the logits, times log2(e).
     """
     assert tiles.block_size == BLOCK_N.value
     num_heads = query.shape[1]
@@ -56,6 +55,7 @@ def hopper_launch(
             "block_counts_ptr",
             "cos_ptr",
             "sin_ptr",
+            "scale_log2",
         ),
         {
             "block_table_ptr": batch.block_table,
@@ -64,7 +64,6 @@ def hopper_launch(
             "first_pos_ptr": batch.first_pos,
             "tile_request_ptr": tiles.tile_request,
             "tile_block_ptr": tiles.tile_block,
-            "scale_log2": scale_log2,
             "turn_offset": turn.offset if turn is not None else 0,
             "num_tiles": tiles.num_tiles,
             "max_blocks": max_blocks,

@@ -17,6 +17,7 @@ def test_every_batch_fits_the_workspace(num_sms: int, num_kv_heads: int, max_kv_
         plan = plan_splits(num_reqs, num_kv_heads, max_kv_len, num_sms)
         assert 1 <= plan.num_splits <= min(DECODE_MAX_SPLITS, max_kv_len)
         assert plan.num_splits == 1 or num_reqs * num_kv_heads * plan.num_splits <= 16 * num_sms
+        assert plan.is_alone == (num_reqs * num_kv_heads * plan.num_splits <= num_sms)
         largest = max(largest, num_reqs * plan.num_splits)
         # An engine for at most this many requests.
         assert most_parts(num_reqs, num_kv_heads, max_kv_len, num_sms) >= largest

@@ -172,7 +172,7 @@ def decode_from_both_pools() -> None:
     )
 
 
-def decode_drafts(dtype: torch.dtype, num_q_heads: int, query_len: int) -> None:
+def decode_drafts(dtype: torch.dtype, num_q_heads: int, query_len: int, is_alone: bool = False) -> None:
     """Launch decode of some tokens per request, with heads of 128, over pages of 128 of a dtype, in splits."""
     decode.paged_decode(
         torch.empty(query_len, num_q_heads, 128, dtype=torch.bfloat16),
@@ -188,6 +188,7 @@ def decode_drafts(dtype: torch.dtype, num_q_heads: int, query_len: int) -> None:
         num_splits=2,
         min_split_keys=128,
         query_len=query_len,
+        is_alone=is_alone,
     )
 
 
@@ -214,7 +215,9 @@ def of_drafts_and_fp8() -> dict[str, tuple[Any, ...]]:
             "drafts": (torch.bfloat16, 32, 4),
             "most-drafts": (torch.bfloat16, 64, 8),
             "fp8": (torch.float8_e4m3fn, 32, 1),
+            "fp8-alone": (torch.float8_e4m3fn, 32, 1, True),
             "fp8-drafts": (torch.float8_e4m3fn, 32, 4),
+            "fp8-drafts-alone": (torch.float8_e4m3fn, 32, 4, True),
             "fp8-most-drafts": (torch.float8_e4m3fn, 64, 8),
         }.items()
     }

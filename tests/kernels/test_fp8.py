@@ -70,8 +70,9 @@ def test_decode(
         device=device,
     )
     view, stored = quantized(batch)
-    for num_splits in (1, 3):
-        assert_attention_close(*decode(batch, view, query_len, num_splits), *reference_attention(stored), dtype)
+    expected = reference_attention(stored)
+    for num_splits, is_alone in ((1, False), (3, True)):
+        assert_attention_close(*decode(batch, view, query_len, num_splits, is_alone=is_alone), *expected, dtype)
 
 
 def test_decode_of_queries_that_float16_does_not_hold(device: torch.device) -> None:
@@ -87,14 +88,35 @@ def test_decode_of_queries_that_float16_does_not_hold(device: torch.device) -> N
 
 
 @pytest.mark.parametrize("query_len", [1, 3])
-def test_decode_with_a_turn(query_len: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "is_alone"),
+    [(torch.float32, False), (torch.float16, False), (torch.float16, True)],
+    ids=["float32", "float16", "float16-alone"],
+)
+def test_decode_with_a_turn(query_len: int, dtype: torch.dtype, is_alone: bool, device: torch.device) -> None:
     shift = 100
-    batch = make_batch([query_len] * 3, [shift + 1, 260, 40], device=device)
+    batch = make_batch([query_len] * 3, [shift + 1, 260, 40], dtype=dtype, device=device)
     view, stored = quantized(batch)
     inv_freq = inverse_frequencies(64)
     turn = make_shift(inv_freq, shift, 9, True, device)
     expected = (tensor.to(device) for tensor in string_reference(stored, turn, inv_freq))
-    assert_attention_close(*decode(batch, view, query_len, 2, turn=turn), *expected, torch.float32)
+    assert_attention_close(*decode(batch, view, query_len, 2, turn=turn, is_alone=is_alone), *expected, dtype)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize(("page_size", "is_alone"), [(16, True), (128, False), (128, True)])
+def test_decode_from_both_pools(query_len: int, page_size: int, is_alone: bool, device: torch.device) -> None:
+    """Every third page is in host memory, and NaN on the device."""
+    batch = make_batch([query_len] * 3, [140, 260, 40], page_size=page_size, dtype=torch.float16, device=device)
+    view, stored = quantized(batch)
+    expected = reference_attention(stored)
+    on_host = batch.block_table % 3 == 0
+    host_pages = view.pages.cpu().pin_memory() if device.type == "cuda" else view.pages.clone()
+    pages = view.pages.view(torch.uint8).clone()
+    pages[::3] = 0x7F
+    split = replace(view, pages=pages.view(FP8), host_pages=host_pages)
+    batch = replace(batch, block_table=torch.where(on_host, -1 - batch.block_table, batch.block_table))
+    assert_attention_close(*decode(batch, split, query_len, 2, is_alone=is_alone), *expected, torch.float16)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "page_size"), SHAPES[1:], ids=IDS[1:])
@@ -127,7 +149,7 @@ def test_prefill(
 
 
 def test_layers_of_a_step_have_scales_of_their_own(device: torch.device) -> None:
-    """What launches keep from layer to layer is not the scales."""
+    """Layers share one launch, which keeps no scales."""
     batch = make_batch([70], [150], device=device)
     tiles, paged, pages = batch.tiles(64), batch.paged, batch.kv_cache.to(FP8)
     first, _ = paged_prefill(batch.query, KVView(pages), paged, tiles, batch.scale)
@@ -138,6 +160,7 @@ def test_layers_of_a_step_have_scales_of_their_own(device: torch.device) -> None
     expected = reference_attention(replace(batch, kv_cache=pages.float(), scale=2 * batch.scale))
     assert_attention_close(sharp, sharp_lse, *expected, torch.float32)
     assert not torch.equal(sharp_lse, lse)
+    assert len(paged.launches) == 1
 
 
 def test_selection(device: torch.device) -> None:

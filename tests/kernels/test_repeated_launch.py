@@ -79,7 +79,7 @@ def test_every_parameter_has_a_value(kernel: Kernel) -> None:
 
 
 def test_a_batch_keeps_a_launch_for_each_way_to_compute_it(device: torch.device) -> None:
-    """Layers use a batch's launches again; other tiles, a mask or another scale have launches of their own."""
+    """Layers use a batch's launches again, with any scale; other tiles or a mask have launches of their own."""
     inputs = make_batch([30, 40], [50, 90], head_dim=16, device=device)
     shared = inputs.paged
     tiles, first = inputs.tiles(64), inputs.tiles(64, requests=[0])
@@ -90,7 +90,7 @@ def test_a_batch_keeps_a_launch_for_each_way_to_compute_it(device: torch.device)
             paged_prefill(inputs.query, inputs.kv, paged, each, scale, causal=causal, out=out)
             outs.append(out)
         assert torch.equal(*outs)
-    assert len(shared.launches) == 3
+    assert len(shared.launches) == 2
 
 
 @pytest.mark.gpu
