@@ -283,6 +283,63 @@ def tile_rows_config(
     return TileRowsConfig(block_m=64, num_warps=4, num_stages=1, use_tma=use_tma)
 
 
+@dataclass(frozen=True)
+class HopperLogSumsConfig:
+    """How the Gluon kernel of Hopper makes the pass over the keys in selection by sampled rows."""
+
+    consumers: int
+    """Warp groups that compute 64 rows each, beside the one that copies."""
+    num_stages: int
+    """Key tiles in shared memory."""
+    ahead: bool
+    """Multiply the next tile beside the exponentials of this one, which takes the registers of two products."""
+    by_polynomial: bool
+    """Compute every fourth exponential without the special-function unit."""
+
+    @property
+    def consumer_registers(self) -> int:
+        """Per thread of a consumer; the warp group that copies keeps 24 to 32."""
+        return {4: 112, 2: 240}[self.consumers]
+
+    def num_splits(self, num_programs: int, num_blocks: int) -> int:
+        """Splits of the keys in which the last round of programs leaves few multiprocessors idle."""
+
+        def duration(splits: int) -> int:
+            # In blocks; starting a program takes about as long as two.
+            rounds = -(-num_programs * splits // HOPPER_MULTIPROCESSORS)
+            return rounds * (-(-num_blocks // splits) + 2)
+
+        return min(range(1, max(min(num_blocks // 4, 64), 1) + 1), key=duration)
+
+
+HOPPER_MULTIPROCESSORS = 132
+
+
+@lru_cache
+def hopper_log_sums_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    block_size: int,
+    page_size: int,
+    rows_per_padded_spans: int,
+) -> HopperLogSumsConfig | None:
+    """Choose how the Gluon kernel makes the pass over keys that the copy engine can read; None where it does not.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block. page_size: tokens of a page.
+    rows_per_padded_spans: sampled rows, over the query heads of a KV head, in the number of spans to which those of a
+    request are padded.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
+        return None
+    if block_size != 128 or (page_size % 128 and page_size not in (16, 32, 64)):
+        return None
+    if rows_per_padded_spans % 256 == 0:
+        return HopperLogSumsConfig(consumers=4, num_stages=4, ahead=False, by_polynomial=False)
+    return None
+
+
 # Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
 # share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
 TILE_ROWS_SPAN_LEN = 256

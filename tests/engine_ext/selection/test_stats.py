@@ -54,11 +54,12 @@ def test_spans_of_tiles_tell_mean_and_least() -> None:
     spans = make_spans([0, 1536], [1536], tiles, SpanRule(512, 32))
     counts = (tiles.tile_block + 1).expand(2, -1)
     lists = BlockLists(torch.zeros(2, 12, 12, dtype=torch.int32), counts)
-    # The fourth span is padding, whose value means nothing.
-    kept = torch.tensor([[1.0, 0.75, 0.5, float("nan")], [1.0, 1.0, 1.0, 0.0]])
+    # The fourth span and those after it are padding, whose values mean nothing.
+    kept = torch.full((2, spans.num_spans), float("nan"))
+    kept[:, :3] = torch.tensor([[1.0, 0.75, 0.5], [1.0, 1.0, 1.0]])
     stats.add_tile_selection(TileSelection(lists, kept), tiles, spans, HEADS, 1)
     half = BlockLists(lists.block_ids, counts.div(2, rounding_mode="floor"))
-    stats.add_tile_selection(TileSelection(half, torch.ones(2, 4)), tiles, spans, HEADS, 1)
+    stats.add_tile_selection(TileSelection(half, torch.ones(2, spans.num_spans)), tiles, spans, HEADS, 1)
     rows = stats.rows()
     assert [row["coverage"] for row in rows] == pytest.approx([5.25 / 6, 1.0])
     assert [row["coverage_min"] for row in rows] == [0.5, 1.0]
