@@ -342,7 +342,7 @@ def hopper_log_sums_config(
 
 # Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
 # share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
-TILE_ROWS_SPAN_LEN = 256
+TILE_ROWS_SPAN_LEN = 128
 TILE_ROWS = 16
 TILE_ROWS_LOST_SHARE = 0.5
 
@@ -372,8 +372,8 @@ SAMPLE_FIRST_PLACE = 0.37
 # needed 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer. Since then it
 # is 0.15 to 0.26 (benchmarks/data/host_side.csv), but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
-FLEX_SPEED = {64: 0.5, 128: 0.66}
-FLEX_SELECTION_SHARE = 0.08
+FLEX_SPEED = {"portable": {64: 0.5, 128: 0.66}, "hopper": {64: 0.8, 128: 0.9}}
+FLEX_SELECTION_SHARE = {"portable": 0.08, "hopper": 0.08}
 FLEX_SELECTION_MS = 0.04
 FLEX_HOST_MS = 0.5
 # Densities that heads hardly exceed at gamma 0.95, by the fewest keys; 0.38 to 0.44 on average was measured at 8K.

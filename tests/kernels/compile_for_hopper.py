@@ -154,7 +154,7 @@ def select_by_tile_rows(
             max_kv_len=2048,
         ),
         tiles,
-        make_spans([0, 1024], [2048], tiles, SpanRule(256, 16)),
+        make_spans([0, 1024], [2048], tiles, SpanRule(128, 16)),
         0.1,
         Budget(0.95, 0.0, 8, NO_LIMIT),
         turn=make_string_turn(torch.ones(head_dim // 2), 5, 1, True, query.device) if has_turn else None,

@@ -29,9 +29,9 @@ def test_the_rule_agrees_with_the_measurements(case: tuple[str, int, int]) -> No
 
 
 def test_short_turns_are_dense() -> None:
-    """However long the prefix: chunks that hold no span whole have nothing to choose."""
+    """However long the prefix: the tiles that a cut leaves dense take as long as all of them, side by side."""
     assert not sparse_pays(SIZES["8b"], 200, 131072)
-    # Positions 130,000 to 130,500 hold one span whole, 130,048 to 130,304: not enough to pay for the rest.
+    # Positions 130,000 to 130,500 hold three spans whole, from 130,048 to 130,432.
     assert not sparse_pays(SIZES["8b"], 500, 130_500)
     assert sparse_pays(SIZES["8b"], 4096, 131072)
 
