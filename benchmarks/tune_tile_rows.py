@@ -107,18 +107,12 @@ def spans(bench: Workbench, shapes: dict[str, Shape]) -> None:
         portable = tile_rows_config(shape.head_dim, dtype, capability, block_size=size, keys_in_a_row=page)
         forms: dict[str, Any] = {"portable": portable}
         if not bench.dry_run:
-            forms["hopper 4"] = HopperLogSumsConfig(4, 4, ahead=False, by_polynomial=False)
-            forms["hopper 4 poly"] = HopperLogSumsConfig(4, 4, ahead=False, by_polynomial=True)
-            forms["hopper 2 ahead"] = HopperLogSumsConfig(2, 4, ahead=True, by_polynomial=False)
-            forms["hopper 2 ahead poly"] = HopperLogSumsConfig(2, 4, ahead=True, by_polynomial=True)
+            forms["hopper"] = HopperLogSumsConfig(num_stages=4)
         rules = {"16/128": SpanRule(size, 16), "16/256": SpanRule(2 * size, 16)}
         right = []
         checked = bench.chunk(shape, *((300, 700) if bench.dry_run else (4500, 10000)))
         checked.query.mul_(3)
         for (rule_name, rule), (form, config) in itertools.product(rules.items(), forms.items()):
-            # Every form is compiled for the first rule, two of them for the other.
-            if rule_name == "16/256" and form not in ("portable", "hopper 4"):
-                continue
             try:
                 print(f"spans {name} {rule_name} {form}: {check_form(bench, checked, rule, config)}", flush=True)
             except Exception as problem:

@@ -88,7 +88,7 @@ def layer_ms(size: AttentionSize, query_len: int, kv_len: int, density: float) -
     if whole_first >= whole_end:
         return dense_ms, dense_ms
     attended = pairs - whole_pairs + whole_pairs * density
-    selection_ms = FLEX_SELECTION_MS + whole_pairs * ms_per_pair * FLEX_SELECTION_SHARE[size.kernel]
+    selection_ms = FLEX_SELECTION_MS + whole_pairs * ms_per_pair * FLEX_SELECTION_SHARE[size.kernel][width]
     sparse_ms = attended * ms_per_pair / FLEX_SPEED[size.kernel][width]
     if whole_pairs < pairs:
         # Tiles that a cut leaves dense: one program of a head and a tile reads all keys, on one multiprocessor.

@@ -3,7 +3,7 @@
 import torch
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.flex.spans import SPAN_MULTIPLE, Spans
-from farspan.kernels.hopper.log_sums_kernel import ROWS_AT_ONCE, hopper_log_sums_kernel
+from farspan.kernels.hopper.log_sums_kernel import CONSUMERS, ROWS_AT_ONCE, hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill import tile_view
 from farspan.kernels.hopper.tile_steps import BLOCK_N
 from farspan.kernels.repeated_launch import RepeatedLaunch
@@ -28,8 +28,8 @@ def hopper_log_sums_launch(
     """
     num_kv_heads, page_size = key_pages.shape[1:3]
     group, rows = query.shape[1] // num_kv_heads, spans.rule.rows_per_span
-    segments = config.consumers * ROWS_AT_ONCE.value // rows
-    assert SPAN_MULTIPLE * group % segments == 0, (config, spans.rule, group)
+    segments = CONSUMERS.value * ROWS_AT_ONCE.value // rows
+    assert SPAN_MULTIPLE * group % segments == 0, (spans.rule, group)
     programs = spans.num_spans * group // segments * num_kv_heads
     if num_splits is None:
         num_splits = config.num_splits(programs, num_blocks)
@@ -55,11 +55,7 @@ def hopper_log_sums_launch(
             "ROWS": rows,
             "SPAN_LEN": spans.rule.span_len,
             "PAGE_SIZE": page_size,
-            "CONSUMERS": config.consumers,
-            "CONSUMER_REGISTERS": config.consumer_registers,
             "STAGES": config.num_stages,
-            "AHEAD": config.ahead,
-            "BY_POLYNOMIAL": config.by_polynomial,
         },
         num_warps=4,
     )

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
 ROWS_AT_ONCE = gl.constexpr(64)
+CONSUMERS = gl.constexpr(4)
 _PART_STEP, _SPAN_STEP = gl.constexpr(PART_STEP), gl.constexpr(SPAN_STEP)
 # Past any key: no box of a whole span is beyond the last one.
 _NO_END = gl.constexpr(2**30)
@@ -82,42 +83,9 @@ def _produce(
 
 
 @gluon.jit
-def _exp2(x, BY_POLYNOMIAL: gl.constexpr):
-    """2 to the power of x, which is 0 or less. BY_POLYNOMIAL: every fourth one without the special-function unit."""
-    if not BY_POLYNOMIAL:
-        return gl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-        )
-    # x = n + f with n whole and f within a half; 2^f to 2e-6 by a polynomial of degree 4; n goes into the exponent.
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .f32 x, t, f, p;
-        .reg .b32 n, b;
-        ex2.approx.ftz.f32 $0, $4;
-        ex2.approx.ftz.f32 $1, $5;
-        ex2.approx.ftz.f32 $2, $6;
-        max.ftz.f32 x, $7, 0fC2FC0000;
-        add.rn.ftz.f32 t, x, 0f4B400000;
-        sub.rn.ftz.f32 f, t, 0f4B400000;
-        sub.rn.ftz.f32 f, x, f;
-        fma.rn.ftz.f32 p, f, 0f3C1CCBEA, 0f3D650A21;
-        fma.rn.ftz.f32 p, p, f, 0f3E76036D;
-        fma.rn.ftz.f32 p, p, f, 0f3F31706E;
-        fma.rn.ftz.f32 p, p, f, 0f3F7FFFF4;
-        mov.b32 n, t;
-        mov.b32 b, p;
-        shl.b32 n, n, 23;
-        add.s32 b, b, n;
-        mov.b32 $3, b;
-        }
-        """,
-        "=f,=f,=f,=f,f,f,f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=4,
-    )
+def _exp2(x):
+    """As `gl.exp2`, with numbers below the normal ones as 0, which spares the scaling that they need."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -126,7 +94,7 @@ def _log2(x):
 
 
 @gluon.jit
-def _log_sums(scores, scale_log2, position, key_pos, MASKED: gl.constexpr, BY_POLYNOMIAL: gl.constexpr):
+def _log_sums(scores, scale_log2, position, key_pos, MASKED: gl.constexpr):
     """Base-2 log-sums of the rows of a tile. MASKED: leave out keys past a row's own; -inf for rows that see none."""
     if MASKED:
         scores = gl.where(key_pos[None, :] <= position[:, None], scores, float("-inf"))
@@ -134,10 +102,24 @@ def _log_sums(scores, scale_log2, position, key_pos, MASKED: gl.constexpr, BY_PO
     base = top
     if MASKED:
         base = gl.where(top == float("-inf"), 0.0, top)
-    total = gl.sum(_exp2(scores * scale_log2 - base[:, None], BY_POLYNOMIAL and not MASKED), 1)
+    total = gl.sum(_exp2(scores * scale_log2 - base[:, None]), 1)
     if MASKED:
         return gl.where(top == float("-inf"), top, base + _log2(gl.maximum(total, 1e-30)))
     return base + _log2(total)
+
+
+@gluon.jit
+def _scores(query, key_tiles, full, empty, step, STAGES: gl.constexpr):
+    """The products of 64 rows and the keys of a step, whose buffer is given back."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
+    keys = key_tiles.index(stage).permute([1, 0])
+    scores = warpgroup_mma(query, keys, no_scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return scores
 
 
 @gluon.jit
@@ -166,8 +148,6 @@ def _consume(
     ROWS: gl.constexpr,
     SPAN_LEN: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-    BY_POLYNOMIAL: gl.constexpr,
 ):
     """Log-sums of 64 rows over blocks [low, high), of which those from `own` on are masked."""
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
@@ -191,49 +171,14 @@ def _consume(
     out_ptrs = log_sums_ptr + ((first_head + head).to(gl.int64) * num_spans + span) * num_blocks * ROWS + part
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
     query = query_tiles.index(CONSUMER)
-    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
 
-    if AHEAD:
-        # The product of the next block runs beside the exponentials of this one.
-        if low < own:
-            mbarrier.wait(full.index(0), 0)
-            scores = warpgroup_mma(query, key_tiles.index(0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(empty.index(0), count=1)
-            for block in range(low, own - 1):
-                step = block + 1 - low
-                stage = step % STAGES
-                mbarrier.wait(full.index(stage), step // STAGES & 1)
-                following = warpgroup_mma(
-                    query, key_tiles.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True
-                )
-                log_sums = _log_sums(scores, scale_log2, position, offs_n, False, BY_POLYNOMIAL)
-                gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row)
-                scores = warpgroup_mma_wait(0, deps=(following,))
-                mbarrier.arrive(empty.index(stage), count=1)
-            log_sums = _log_sums(scores, scale_log2, position, offs_n, False, BY_POLYNOMIAL)
-            gl.store(out_ptrs + (own - 1) * ROWS, log_sums, mask=is_row)
-    else:
-        for block in range(low, own):
-            step = block - low
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            scores = warpgroup_mma(
-                query, key_tiles.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True
-            )
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(empty.index(stage), count=1)
-            log_sums = _log_sums(scores, scale_log2, position, offs_n, False, BY_POLYNOMIAL)
-            gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row)
+    for block in range(low, own):
+        scores = _scores(query, key_tiles, full, empty, block - low, STAGES)
+        gl.store(out_ptrs + block * ROWS, _log_sums(scores, scale_log2, position, offs_n, False), mask=is_row)
     for block in range(own, high):
-        step = block - low
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        scores = warpgroup_mma(query, key_tiles.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(empty.index(stage), count=1)
-        log_sums = _log_sums(scores, scale_log2, position, block * BLOCK_N + offs_n, True, BY_POLYNOMIAL)
-        gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row)
+        scores = _scores(query, key_tiles, full, empty, block - low, STAGES)
+        key_pos = block * BLOCK_N + offs_n
+        gl.store(out_ptrs + block * ROWS, _log_sums(scores, scale_log2, position, key_pos, True), mask=is_row)
 
 
 @gluon.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
@@ -258,13 +203,9 @@ def hopper_log_sums_kernel(
     ROWS: gl.constexpr,
     SPAN_LEN: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-    BY_POLYNOMIAL: gl.constexpr,
 ):
-    """One program: 64 rows per consumer, of one KV head and request, over one split of the keys.
+    """One program: 256 rows, 64 for each consumer, of one KV head and request, over one split of the keys.
 
     keys: descriptor of rows [num_rows, head_dim]; page_rows, head_rows: rows from one page, and from one KV head, to
     the next. Rows lie as in `tile_rows_kernel.log_sums_kernel`, which computes the same.
@@ -311,25 +252,16 @@ def hopper_log_sums_kernel(
     computing = (
         query_tiles, key_tiles, full, empty, query_ptr, span_request_ptr, span_index_ptr, span_row_ptr, log_sums_ptr,
         first_segment, first_head, num_spans, num_blocks, low, own, high, scale_log2, stride_query_token,
-        stride_query_head, GROUP, ROWS, SPAN_LEN, STAGES, AHEAD, BY_POLYNOMIAL,
+        stride_query_head, GROUP, ROWS, SPAN_LEN, STAGES,
     )  # fmt: skip
-    REGISTERS: gl.constexpr = CONSUMER_REGISTERS
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [(_produce, copying), (_consume, (0,) + computing), (_consume, (1,) + computing)],  # noqa: RUF005
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )
-    else:
-        gl.static_assert(CONSUMERS == 4)
-        gl.warp_specialize(
-            [
-                (_produce, copying),
-                (_consume, (0,) + computing),  # noqa: RUF005
-                (_consume, (1,) + computing),  # noqa: RUF005
-                (_consume, (2,) + computing),  # noqa: RUF005
-                (_consume, (3,) + computing),  # noqa: RUF005
-            ],
-            [4, 4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (_produce, copying),
+            (_consume, (0,) + computing),  # noqa: RUF005
+            (_consume, (1,) + computing),  # noqa: RUF005
+            (_consume, (2,) + computing),  # noqa: RUF005
+            (_consume, (3,) + computing),  # noqa: RUF005
+        ],
+        [4, 4, 4, 4],
+        [112, 112, 112, 112],
+    )

@@ -11,15 +11,7 @@ from tests.kernels.helpers import Inputs, make_batch
 
 BF16 = torch.bfloat16
 Config = HopperLogSumsConfig | TileRowsConfig
-FORMS = [
-    pytest.param(HopperLogSumsConfig(consumers, 4, ahead=ahead, by_polynomial=by_polynomial), id=name)
-    for name, consumers, ahead, by_polynomial in (
-        ("four", 4, False, False),
-        ("four-polynomial", 4, False, True),
-        ("two-ahead", 2, True, False),
-    )
-]
-FORM = HopperLogSumsConfig(4, 4, ahead=False, by_polynomial=False)
+FORM = HopperLogSumsConfig(num_stages=4)
 PORTABLE = TileRowsConfig(64, 4, 2, use_tma=False)
 
 
@@ -63,18 +55,15 @@ def assert_equal_log_sums(batch: Inputs, config: Config, rule: SpanRule, num_spl
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", FORMS)
 @pytest.mark.parametrize(
     ("num_heads", "head_dim", "dtype"),
     [(8, 128, BF16), (14, 64, BF16), (2, 128, torch.float16)],
     ids=["gqa4-d128", "gqa7-d64", "gqa1-d128-float16"],
 )
-def test_equal_to_the_portable_kernel(
-    hopper: torch.device, num_heads: int, head_dim: int, dtype: torch.dtype, config: HopperLogSumsConfig
-) -> None:
+def test_equal_to_the_portable_kernel(hopper: torch.device, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Of three requests one has spans that no program shares with another, one has none, one begins within a span."""
     batch = draw(hopper, [1700, 63, 900], [3700, 1063, 900], num_heads=num_heads, head_dim=head_dim, dtype=dtype)
-    assert_equal_log_sums(batch, config, SpanRule(128, 16))
+    assert_equal_log_sums(batch, FORM, SpanRule(128, 16))
 
 
 @pytest.mark.gpu
@@ -91,13 +80,12 @@ def test_every_page_size(hopper: torch.device, page_size: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", FORMS)
-def test_every_run_gives_the_same(hopper: torch.device, config: HopperLogSumsConfig) -> None:
+def test_every_run_gives_the_same(hopper: torch.device) -> None:
     """Buffers are refilled while others are read; a missing barrier would show as a difference now and then."""
     batch = draw(hopper, [8000], [20000], num_heads=32, num_kv_heads=8)
-    first, _ = log_sums(batch, config, SpanRule(128, 16))
+    first, _ = log_sums(batch, FORM, SpanRule(128, 16))
     for _ in range(30):
-        assert torch.equal(log_sums(batch, config, SpanRule(128, 16))[0].nan_to_num(7.0), first.nan_to_num(7.0))
+        assert torch.equal(log_sums(batch, FORM, SpanRule(128, 16))[0].nan_to_num(7.0), first.nan_to_num(7.0))
 
 
 def chosen(**options: object) -> HopperLogSumsConfig | None:
