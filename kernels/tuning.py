@@ -342,7 +342,7 @@ TILE_ROWS_PROGRAMS = 264
 TILE_ROWS_MIN_SPLIT_BLOCKS = 8
 
 # Most bytes of a chunk's log-sums; KV heads beyond are done one after the other. A chunk of 16K tokens at 128K, 32
-# query heads, takes 134 MB at 32 rows per 512 tokens.
+# query heads, takes 268 MB at 16 rows per 128 tokens.
 TILE_ROWS_MAX_BYTES = 256 * 2**20
 
 # Most shared memory per program, by compute capability (CUDA C++ Programming Guide, technical specifications).
