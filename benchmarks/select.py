@@ -1,7 +1,8 @@
 """Block selection of dynamic sparse prefill on random inputs, beside dense attention, 8K to 1M tokens.
 
-`farspan` selects by tile rows, `farspan-masses` is its pass over the keys, `farspan-flexprefill` selects by the paper's
-rule. Selection is to take at most a tenth of dense attention on the same chunk. Neither depends on the inputs.
+`farspan` selects by tile rows, `farspan-masses` is its pass over the keys, `farspan-portable` selects by the kernel of
+all devices, `farspan-16of256` by half as many rows; `farspan-flexprefill` selects by the paper's rule. Selection is to
+take at most a tenth of dense attention on the same chunk. None depends on the inputs.
 """
 
 from collections.abc import Callable
@@ -42,11 +43,13 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
     tiles = make_prefill_tiles(starts, batch.seq_lens_cpu, block_size, device)
     rule = SpanRule(TILE_ROWS_RULE.span_len * block_size // BLOCK_SIZE, TILE_ROWS_RULE.rows_per_span)
     spans = make_spans(starts, batch.seq_lens_cpu, tiles, rule)
+    wide_spans = make_spans(starts, batch.seq_lens_cpu, tiles, SpanRule(2 * block_size, 16))
     kv, paged = kv_of(batch), paged_of(batch)
     inputs = (batch.query, kv, paged, tiles)
     budget = flex_budget(FlexPrefill(), block_size, 1)
     paper = flex_budget(FlexPrefill(selection="flexprefill"), block_size, 1)
-    config = tile_rows_config(
+    config = tile_rows.log_sums_config(batch.query, kv, rule, block_size, None)
+    portable = tile_rows_config(
         shape.head_dim,
         shape.dtype,
         device_capability(device),
@@ -62,6 +65,8 @@ def stages(batch: PagedBatch, block_size: int = BLOCK_SIZE) -> dict[str, Callabl
     works: dict[str, Callable[[], object]] = {
         "farspan": lambda: tile_rows.tile_row_lists(*inputs, spans, shape.scale, budget),
         "farspan-masses": lambda: launch(batch.query, kv.keys, shape.scale, None, log_sums),
+        "farspan-portable": lambda: tile_rows.tile_row_lists(*inputs, spans, shape.scale, budget, config=portable),
+        "farspan-16of256": lambda: tile_rows.tile_row_lists(*inputs, wide_spans, shape.scale, budget),
         "farspan-flexprefill": lambda: flex_select.flex_block_lists(*inputs, shape.scale, paper),
         "farspan-dense": calls.prefill(batch),
     }

@@ -1,9 +1,9 @@
 """Measure what the constants of selection by tile rows rest on; prints tables, writes no rows.
 
 `python -m benchmarks.tune_tile_rows PART...`, on a GPU: `check` holds the compiled kernels against PyTorch, `sweep`
-times shapes of programs, `host` the host's side of a layer and chunk, which `profile` takes apart, `crossover` sparse
-and dense attention over chunk lengths, prefixes and densities, which `selection/crossover.py` models. `--dry-run` runs
-everything on tiny shapes through Triton's interpreter.
+times shapes of programs, `spans` does both for the forms of two rules, `host` times the host's side of a layer and
+chunk, which `profile` takes apart, `crossover` sparse and dense attention over chunk lengths, prefixes and densities,
+which `selection/crossover.py` models. `--dry-run` runs everything on tiny shapes through Triton's interpreter.
 """
 
 import argparse
@@ -74,11 +74,13 @@ class Workbench:
         log_sums = torch.full(size, float("nan"), dtype=torch.float32, device=self.device)
         budget = Budget(0.98, 0.0, 8, NO_LIMIT)
 
-        def masses() -> torch.Tensor:
-            assert config is not None
+        launch: Any = None
+        if config is not None:
             launch = tile_rows.LogSumsLaunch(
                 batch.query, key_pages, paged, spans, tiles.max_kv_blocks, self.block_size, None, config
             )  # fmt: skip
+
+        def masses() -> torch.Tensor:
             launch(batch.query, key_pages, batch.shape.scale, None, log_sums)
             return log_sums
 
@@ -88,6 +90,116 @@ class Workbench:
             )
 
         return masses, select, spans, tiles, budget
+
+
+def spans(bench: Workbench, shapes: dict[str, Shape]) -> None:
+    """Rules of 16 rows per 256 and per 128 queries, with every form of the pass over the keys, checked and timed."""
+    from farspan.kernels.flex.spans import SpanRule
+    from farspan.kernels.tuning import HopperLogSumsConfig, device_capability, tile_rows_config
+
+    from benchmarks import peers
+    from benchmarks.timing import time_interleaved
+
+    size, page = bench.block_size, 16 if bench.dry_run else 128
+    capability = device_capability(bench.device)
+    for name, shape in ((name, shape) for name, shape in shapes.items() if name in SWEPT):
+        dtype = torch.float32 if bench.dry_run else torch.bfloat16
+        portable = tile_rows_config(shape.head_dim, dtype, capability, block_size=size, keys_in_a_row=page)
+        forms: dict[str, Any] = {"portable": portable}
+        if not bench.dry_run:
+            forms["hopper"] = HopperLogSumsConfig(num_stages=4)
+        rules = {"16/128": SpanRule(size, 16), "16/256": SpanRule(2 * size, 16)}
+        right = []
+        checked = bench.chunk(shape, *((300, 700) if bench.dry_run else (4500, 10000)))
+        checked.query.mul_(3)
+        for (rule_name, rule), (form, config) in itertools.product(rules.items(), forms.items()):
+            try:
+                print(f"spans {name} {rule_name} {form}: {check_form(bench, checked, rule, config)}", flush=True)
+            except Exception as problem:
+                print(f"spans {name} {rule_name} {form}: {type(problem).__name__} {str(problem)[:400]}", flush=True)
+                continue
+            right.append((f"{rule_name} {form}", rule, config))
+        chunks = [(300, 700)] if bench.dry_run else [(8192, 131072), (8192, 32768), (16384, 131072), (8192, 8192)]
+        for query_len, seq_len in chunks:
+            batch = bench.chunk(shape, query_len, seq_len)
+            works: dict[str, Callable[[], object]] = {}
+            if peers.has_module("vllm.vllm_flash_attn"):
+                works["fa3"] = peers.fa3(batch)
+            flops = {}
+            for label, rule, config in right:
+                masses, select, *_ = bench.selection(batch, rule, config)
+                works[f"masses {label}"], works[f"select {label}"] = masses, select
+                flops[label] = batch.causal_flops / 2 * rule.rows_per_span / rule.span_len
+            for work, samples in time_interleaved(works, repeats=7, warmup=2).items():
+                ms = sorted(samples)[len(samples) // 2]
+                rate = flops.get(work.partition(" ")[2], batch.causal_flops) / ms / 1e9
+                print(
+                    f"spans {name} q{query_len} n{seq_len} {work}: {ms:.3f} ms (least {min(samples):.3f}), "
+                    f"{rate:.0f} TFLOP/s",
+                    flush=True,
+                )
+            del batch, works
+
+
+def check_form(bench: Workbench, batch: Any, rule: Any, config: Any) -> str:
+    """Hold a form's log-sums against float32 products, and its lists against the choice from those; raises if wrong."""
+    from farspan.kernels.flex import tile_rows_reference
+    from farspan.kernels.flex.spans import make_spans
+    from farspan.kernels.tiles import make_prefill_tiles
+
+    masses, select, spans, tiles, budget = bench.selection(batch, rule, config)
+    log_sums = masses().clone()
+    for _ in range(5):
+        # Buffers are refilled while others are read; a missing barrier would show as a difference now and then.
+        if not torch.equal(masses().nan_to_num(7.0), log_sums.nan_to_num(7.0)):
+            raise ValueError("WRONG: another run gives other log-sums")
+    mass, worst = masses_of(bench, batch, rule, spans, tiles.max_kv_blocks, log_sums)
+    starts = batch.query_start_loc.tolist()
+    cpu_tiles = make_prefill_tiles(starts, batch.seq_lens_cpu, bench.block_size, torch.device("cpu"))
+    cpu_spans = make_spans(starts, batch.seq_lens_cpu, cpu_tiles, rule)
+    expected = tile_rows_reference.choose(mass.cpu(), cpu_spans, cpu_tiles, budget).block_lists
+    found = select().block_lists
+    counts = found.block_counts.cpu()
+    listed = torch.arange(tiles.max_kv_blocks) < counts[..., None]
+    differs = (counts != expected.block_counts) | ((found.block_ids.cpu() != expected.block_ids) & listed).any(-1)
+    # Of blocks with equal masses but for rounding either may be chosen.
+    share = float(differs.float().mean())
+    verdict = f"log-sums off by {worst:.1e}, {share:.4f} of {differs.numel()} lists differ"
+    if not worst < 2e-3 or share > 0.01:
+        raise ValueError(f"WRONG: {verdict}")
+    return verdict
+
+
+def masses_of(
+    bench: Workbench, batch: Any, rule: Any, spans: Any, num_blocks: int, log_sums: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """The masses of all spans by float32 products, as `tile_rows_reference.span_masses`, and log-sums' worst error."""
+    from farspan.kernels.flex.spans import MASS_UNIT
+
+    from benchmarks.inputs import contiguous_kv
+
+    key, _ = contiguous_kv(batch, 0)
+    group = batch.shape.num_q_heads // batch.shape.num_kv_heads
+    keys = key.float().repeat_interleave(group, 1).permute(1, 2, 0).contiguous()
+    mass = torch.zeros(batch.shape.num_q_heads, spans.num_spans, num_blocks, dtype=torch.int32, device=bench.device)
+    columns = (spans.span_request.tolist(), spans.span_index.tolist(), spans.span_row.tolist())
+    worst = 0.0
+    for span, (request, index, row) in enumerate(zip(*columns, strict=True)):
+        if request < 0:
+            continue
+        place = rule.places(torch.tensor(index, device=bench.device))
+        end = (index + 1) * rule.span_len
+        logits = batch.query[row + place].float().transpose(0, 1) @ keys[..., :end] * batch.shape.scale
+        hidden = torch.arange(end, device=bench.device) > (index * rule.span_len + place)[:, None]
+        logits = logits.masked_fill_(hidden, float("-inf"))
+        blocks = logits.unflatten(2, (-1, bench.block_size)).logsumexp(-1)
+        expected, found = blocks.transpose(1, 2) / 0.6931471805599453, log_sums[:, span, : blocks.shape[2]]
+        finite = expected.isfinite()
+        if not torch.equal(finite, found.isfinite()):
+            raise ValueError(f"WRONG: infinite or missing log-sums in span {span}")
+        worst = max(worst, float((found - expected)[finite].abs().max()))
+        mass[:, span, : blocks.shape[2]] = (blocks.softmax(2).mean(1) * MASS_UNIT + 0.5).int()
+    return mass, worst
 
 
 def configs(head_dim: int, dry_run: bool) -> Iterator[Any]:
@@ -346,15 +458,14 @@ PARTS: dict[str, Callable[[Workbench, dict[str, Shape]], None]] = {
     "sweep": sweep,
     "host": host,
     "crossover": crossover,
+    "spans": spans,
     "profile": profile,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_tile_rows", description=__doc__)
-    parser.add_argument(
-        "parts", nargs="*", choices=[*PARTS, []], help="of check, sweep, host, crossover, profile; all if none"
-    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; all if none")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes through Triton's interpreter")
     arguments = parser.parse_args()
     if arguments.dry_run:

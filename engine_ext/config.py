@@ -25,8 +25,8 @@ MAX_TOKENS = 2**24
 MAX_BLOCKS = MAX_TOKENS // 128
 MAX_COVERAGE_ROWS = 256
 """Each row costs a decode step over its whole prefix."""
-MIN_TILE_ROWS_BUDGET = 512
-"""Tokens of the blocks that `tile_rows` always lists, the first and up to two of the tile's span, and of one more."""
+MIN_TILE_ROWS_BUDGET = 384
+"""Tokens of the blocks that `tile_rows` always lists, the first and the tile's own, and of one more."""
 
 CrossoverLen = Annotated[int, Whole(0, MAX_TOKENS, unit="tokens", hint="null for the measured crossover")]
 FractionOfTrainedLen = Annotated[
@@ -102,7 +102,7 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
             refuse(
                 f"{path}.max_budget",
                 self.max_budget,
-                f"at least {MIN_TILE_ROWS_BUDGET} with selection 'tile_rows', which always reads a tile's neighbours",
+                f"at least {MIN_TILE_ROWS_BUDGET} with selection 'tile_rows', which always reads two blocks",
                 f"Raise it to {MIN_TILE_ROWS_BUDGET}, or take selection 'flexprefill'",
             )
 

@@ -19,7 +19,7 @@ from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, Part, Pass, StagedPages, StepMetadata
 from farspan.engine_ext.requests import source_of
-from farspan.engine_ext.selection.crossover import AttentionSize
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_kernel_of
 from farspan.engine_ext.splits import most_parts, num_multiprocessors
 from farspan.engine_ext.star.exchange import current as current_exchange
 from farspan.engine_ext.star.exchange import exchange_of
@@ -141,7 +141,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if self.cold is not None:
             (num_hot_heads,) = {self.cold.layers[name].hot_heads for name in layer_names}
         num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-        self.size = AttentionSize(num_q_heads, kv_cache_spec.head_size)
+        head_size = kv_cache_spec.head_size
+        self.size = AttentionSize(num_q_heads, head_size, sparse_kernel_of(vllm_config, head_size))
         self.page_size: int = kv_cache_spec.block_size
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.lockstep: LockstepBuffers | None = None

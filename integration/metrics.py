@@ -1,4 +1,4 @@
-"""What sparse prefill did inside a running engine: density, pattern and coverage per layer and head.
+"""What sparse prefill did inside a running engine: density, coverage, pattern and selection time by layer and head.
 
 Start the engine with `LLM(..., worker_extension_cls="farspan.metrics.SelectionMetrics")`; then `read_selection(llm)`
 after `llm.generate(...)`. The same rows of a running server are read over HTTP: see docs/deploying.md.
@@ -49,10 +49,11 @@ def read_selection(llm: Any, reset: bool = False) -> list[dict[str, Any]]:
     the device. Raises UnsupportedEngineError for an engine without it. Warns where there are no rows, unless `reset`.
     Keys: rank, layer, head; density (blocks read over causal blocks), density_min (of the sparsest chunk); coverage,
     coverage_min (mean and least share of the attention mass kept: on the `coverage_rows` rows measured, where there are
-    any; else on the rows that chose the blocks, span by span of 256 query tokens; None with selection "flexprefill" and
+    any; else on the rows that chose the blocks, span by span of 128 query tokens; None with selection "flexprefill" and
     `coverage_rows` 0); query_aware (share of the chunks whose blocks were selected query by query, the others by
     columns and diagonals) and divergence (mean sqrt of the Jensen-Shannon divergence, natural log), both 0 but for
-    selection "flexprefill"; chunks, measured_rows.
+    selection "flexprefill"; selection_ms (time of the device for choosing the blocks of a chunk in the layer, all heads
+    together); chunks, measured_rows.
     """
     check_extension(llm.llm_engine.vllm_config.parallel_config.worker_extension_cls)
     rows = [row for rows in llm.collective_rpc("farspan_selection", kwargs={"reset": reset}) for row in rows]

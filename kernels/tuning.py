@@ -320,9 +320,57 @@ def tile_rows_config(
     return TileRowsConfig(block_m=64, num_warps=4, num_stages=1, use_tma=use_tma)
 
 
+@dataclass(frozen=True)
+class HopperLogSumsConfig:
+    """How the Gluon kernel of Hopper makes the pass over the keys in selection by sampled rows."""
+
+    num_stages: int
+    """Key tiles in shared memory."""
+
+    def num_splits(self, num_programs: int, num_blocks: int) -> int:
+        """Splits of the keys in which the last round of programs leaves few multiprocessors idle."""
+
+        def duration(splits: int) -> int:
+            # In blocks; starting a program takes about as long as two.
+            rounds = -(-num_programs * splits // HOPPER_MULTIPROCESSORS)
+            return rounds * (-(-num_blocks // splits) + 2)
+
+        return min(range(1, max(min(num_blocks // 4, 64), 1) + 1), key=duration)
+
+
+HOPPER_MULTIPROCESSORS = 132
+
+
+@lru_cache
+def hopper_log_sums_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    block_size: int,
+    page_size: int,
+    rows_per_padded_spans: int,
+) -> HopperLogSumsConfig | None:
+    """Choose how the Gluon kernel makes the pass over keys that the copy engine can read; None where it does not.
+
+    capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block. page_size: tokens of a page.
+    rows_per_padded_spans: sampled rows, over the query heads of a KV head, in the number of spans to which those of a
+    request are padded.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
+        return None
+    if block_size != 128 or (page_size % 128 and page_size not in (16, 32, 64)):
+        return None
+    # A program has 256 rows of one request. H200, 2026-11-28, 16 rows of every 128 queries, a chunk of 8K at 128K, ms a
+    # layer: 32 query heads on 8 of 128 2.01, the portable kernel 2.89, FlashAttention 3 on the chunk 24.1; 14 on 2 of
+    # 64 0.63, 1.06 and 7.28. Slower by 10 to 20 %: two warp groups of 64 rows that multiply the next tile beside the
+    # exponentials of this one, and every fourth exponential by a polynomial (docs/decisions/tile-rows.md).
+    return HopperLogSumsConfig(num_stages=4) if rows_per_padded_spans % 256 == 0 else None
+
+
 # Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
 # share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
-TILE_ROWS_SPAN_LEN = 256
+TILE_ROWS_SPAN_LEN = 128
 TILE_ROWS = 16
 TILE_ROWS_LOST_SHARE = 0.5
 
@@ -331,7 +379,7 @@ TILE_ROWS_PROGRAMS = 264
 TILE_ROWS_MIN_SPLIT_BLOCKS = 8
 
 # Most bytes of a chunk's log-sums; KV heads beyond are done one after the other. A chunk of 16K tokens at 128K, 32
-# query heads, takes 134 MB at 32 rows per 512 tokens.
+# query heads, takes 268 MB at 16 rows per 128 tokens.
 TILE_ROWS_MAX_BYTES = 256 * 2**20
 
 # Most shared memory per program, by compute capability (CUDA C++ Programming Guide, technical specifications).
@@ -345,16 +393,18 @@ SAMPLE_SPREAD = 512
 SAMPLE_EARLINESS = 0.25
 SAMPLE_FIRST_PLACE = 0.37
 
-# Where flex pays, see `crossover.sparse_pays`. H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K in shapes of
-# 0.1B to 8B models. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64 430 to 535. Sparse
-# attention of density 0.2, 0.4 and 0.7 takes 0.31, 0.62 and 1.02 of its time in heads of 128, 0.35 to 0.45, 0.70 to
-# 0.81 and 1.18 to 1.38 in heads of 64; selection takes 0.06 to 0.07 and, of a few keys, no less than 0.03 ms. The host
-# needed 0.3 to 0.5 ms for the launches of a flex layer: below, dense attention would not be the longer. Since then it
-# is 0.15 to 0.26 (benchmarks/data/host_side.csv), but the bound stays until the time to the first token was measured.
+# Where flex pays, see `crossover.sparse_pays`. FlashAttention 3 computes 690 to 735 TFLOP/s in long calls, heads of 64
+# 430 to 535. Sparse attention, as a share of its speed: the portable kernel 0.63 to 0.69 in heads of 128, 0.5 to 0.6 in
+# heads of 64 (H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K, densities 0.2 to 0.7); the kernel of Hopper
+# 0.87 to 0.95 and 0.78 to 0.86 (H200, 2026-11-28, chunks of 2K to 16K at 16K to 128K, densities 0.1 to 0.7). Selection
+# takes 0.12 to 0.13 of FlashAttention 3's time, 0.15 in heads of 64, by the portable kernel, and 0.08 to 0.1, 0.09 to
+# 0.12, by that of Hopper (H200); at 8K keys 0.06 ms more. The host needed 0.3 to 0.5 ms for the launches of a flex
+# layer: below, dense attention would not be the longer. Since then it is 0.15 to 0.26 (benchmarks/data/host_side.csv),
+# but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
-FLEX_SPEED = {64: 0.5, 128: 0.66}
-FLEX_SELECTION_SHARE = 0.08
-FLEX_SELECTION_MS = 0.04
+FLEX_SPEED = {"portable": {64: 0.5, 128: 0.66}, "hopper": {64: 0.8, 128: 0.9}}
+FLEX_SELECTION_SHARE = {"portable": {64: 0.15, 128: 0.13}, "hopper": {64: 0.1, 128: 0.09}}
+FLEX_SELECTION_MS = 0.06
 FLEX_HOST_MS = 0.5
 # Densities that heads hardly exceed at gamma 0.95, by the fewest keys; 0.38 to 0.44 on average was measured at 8K.
 FLEX_EXPECTED_DENSITY = ((65536, 0.3), (32768, 0.35), (16384, 0.4), (8192, 0.45), (4096, 0.6), (0, 1.0))

@@ -5,6 +5,7 @@ another.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -90,14 +91,17 @@ class FlexSelector:
         group = chunks.query.shape[1] // chunks.kv.num_kv_heads if prefill.share_kv_group else 1
         budget = flex_budget(prefill, chunks.tiles.block_size, group)
         inputs = (chunks.query, chunks.kv, chunks.batch, chunks.tiles)
+        measured = nullcontext() if self.stats is None else self.stats.time.measure()
         if chunks.spans is not None:
-            by_rows = select.tile_row_lists(*inputs, chunks.spans, chunks.scale, budget, turn=chunks.turn)
+            with measured:
+                by_rows = select.tile_row_lists(*inputs, chunks.spans, chunks.scale, budget, turn=chunks.turn)
             if self.stats is not None:
                 self.stats.add_tile_selection(
                     by_rows, chunks.tiles, chunks.spans, chunks.q_heads, chunks.batch.num_reqs
                 )
             return by_rows.block_lists
-        selection = select.flex_block_lists(*inputs, chunks.scale, budget, turn=chunks.turn)
+        with measured:
+            selection = select.flex_block_lists(*inputs, chunks.scale, budget, turn=chunks.turn)
         if self.stats is not None:
             self.stats.add_selection(selection, chunks.tiles, chunks.q_heads)
         return selection.block_lists

@@ -1,5 +1,10 @@
 """What the dynamic selection of one layer chose and kept, added up on the device; read only when somebody asks."""
 
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from farspan.kernels.flex.spans import Spans
 from farspan.kernels.flex.types import FlexSelection, TileSelection
@@ -31,6 +36,50 @@ class Mean:
         self.least.fill_(float("inf"))
 
 
+class DeviceTime:
+    """How long the device takes for some work, added up without waiting for it.
+
+    On a GPU a pair of events lies around each piece of work on the current stream; pairs are read once both have
+    passed, steps later. On the CPU the time is the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_gpu = device.type == "cuda"
+        self.finished_ms = 0.0
+        self.pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Add the time of what is launched inside."""
+        if not self.is_gpu:
+            started = time.perf_counter()
+            yield
+            self.finished_ms += (time.perf_counter() - started) * 1e3
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self.pending.append((start, end))
+        while self.pending and self.pending[0][1].query():
+            self._take_first()
+
+    def total_ms(self) -> float:
+        """The sum so far; waits for the device."""
+        while self.pending:
+            self.pending[0][1].synchronize()
+            self._take_first()
+        return self.finished_ms
+
+    def reset(self) -> None:
+        self.pending.clear()
+        self.finished_ms = 0.0
+
+    def _take_first(self) -> None:
+        start, end = self.pending.popleft()
+        self.finished_ms += start.elapsed_time(end)
+
+
 class SelectionStats:
     """Sums over all chunks since the last `reset`. Adding never waits for the device."""
 
@@ -56,6 +105,8 @@ class SelectionStats:
         self.measured = Mean(num_q_heads, device)
         """What other rows kept, per row."""
         self.measured_rows = 0
+        self.time = DeviceTime(device)
+        """Of choosing blocks."""
 
     def add_selection(self, selection: FlexSelection, tiles: PrefillTiles, q_heads: slice) -> None:
         """Take in FlexPrefill's lists of one pass, which has the query heads `q_heads` of the layer."""
@@ -97,6 +148,7 @@ class SelectionStats:
             each.zero_()
         for mean in (self.density, self.kept, self.measured):
             mean.reset()
+        self.time.reset()
         self.chunks = self.measured_rows = 0
 
     def rows(self) -> list[dict[str, float | int | None]]:
@@ -105,7 +157,8 @@ class SelectionStats:
         `density`: blocks read over causal blocks, `density_min`: of the sparsest pass; `coverage`, `coverage_min`: mean
         and least kept attention mass: of the measured rows where there are any, else of the spans of query tiles, by
         the rows that chose their blocks; None where neither is known. `query_aware`: share of the chunks; `divergence`:
-        mean over chunks; both 0 where FlexPrefill's rule did not select. `chunks`, `measured_rows`: counts.
+        mean over chunks; both 0 where FlexPrefill's rule did not select. `selection_ms`: of the device per chunk, for
+        all heads of the layer. `chunks`, `measured_rows`: counts.
         """
         if self.chunks == 0:
             return []
@@ -120,10 +173,15 @@ class SelectionStats:
         }
         values = torch.stack(list(columns.values()), dim=1).tolist()
         is_known = bool(coverage.count > 0)
+        counts = {
+            "selection_ms": self.time.total_ms() / self.chunks,
+            "chunks": self.chunks,
+            "measured_rows": self.measured_rows,
+        }
         rows: list[dict[str, float | int | None]] = []
         for head, row in enumerate(values):
             named: dict[str, float | int | None] = dict(zip(columns, row, strict=True))
             if not is_known:
                 named["coverage"] = named["coverage_min"] = None
-            rows.append({"head": head, **named, "chunks": self.chunks, "measured_rows": self.measured_rows})
+            rows.append({"head": head, **named, **counts})
         return rows

@@ -17,7 +17,8 @@ import torch
 from farspan.command import make_folder
 from farspan.engine_ext.config import FlexPrefill, parse_config
 from farspan.engine_ext.errors import ConfigError
-from farspan.engine_ext.selection.crossover import AttentionSize, layer_ms, sparse_pays
+from farspan.engine_ext.selection.crossover import AttentionSize, layer_ms, sparse_kernel, sparse_pays
+from farspan.engine_ext.support import PREFERRED_PAGE_SIZE
 from farspan.evaluation.audit_results import (
     CSV_COLUMNS,
     HEAD_COLUMNS,
@@ -350,7 +351,8 @@ def first_token_seconds(llm: Any, tokens: list[int], extra_args: Mapping[str, An
 def predicted_speedup(info: ModelInfo, length: int, chunk: int, density: float) -> float:
     """Dense over sparse time of a prompt on one H100, with the default crossover, by measured rates and a density."""
     shape = info.shape
-    size = AttentionSize(shape.num_heads, shape.head_dim)
+    kernel = sparse_kernel((9, 0), shape.head_dim, torch.bfloat16, PREFERRED_PAGE_SIZE, has_turn=False)
+    size = AttentionSize(shape.num_heads, shape.head_dim, kernel)
     bits = info.layer_bits or 16.0
     least_ms = shape.layer_params * bits / 8 / (MEASURED.weight_gbs * 1e6)
     linear_ms = dense_ms = sparse_ms = 0.0

@@ -14,7 +14,7 @@ from farspan.needle.paged import PagedNeedle
 
 HEAD_COLUMNS = (
     "method", "length", "seed", "layer", "head", "density", "density_min", "query_aware", "divergence", "coverage",
-    "coverage_min", "chunks", "measured_rows",
+    "coverage_min", "selection_ms", "chunks", "measured_rows",
 )  # fmt: skip
 SWEEP_COLUMNS = (
     "method", "gamma", "tau", "min_budget", "chunk", "length", "seed", "count", "accuracy", "dense_accuracy",

@@ -4,7 +4,7 @@ from typing import Any
 
 from farspan.engine_ext.config import DensePrefill
 from farspan.engine_ext.plan import PREFILL_STATS
-from farspan.engine_ext.selection.crossover import AttentionSize
+from farspan.engine_ext.selection.crossover import AttentionSize, sparse_kernel_of
 from farspan.scheduler.residency import Scheduled
 
 NAME = "vllm:farspan_prefill_tokens"
@@ -34,9 +34,9 @@ def decision_of(vllm_config: Any, request: Any, scheduled: Scheduled) -> str:
     if isinstance(prefill, DensePrefill):
         return "request"
     model_config = vllm_config.model_config
-    size = AttentionSize(
-        model_config.get_num_attention_heads(vllm_config.parallel_config), model_config.get_head_size()
-    )
+    num_q_heads = model_config.get_num_attention_heads(vllm_config.parallel_config)
+    head_size = model_config.get_head_size()
+    size = AttentionSize(num_q_heads, head_size, sparse_kernel_of(vllm_config, head_size))
     end = scheduled.start + scheduled.count
     reason = fallback_reason(prefill, scheduled.count, end, None if prompt is None else len(prompt), size)
     return reason or "selected"

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from farspan.kernels.tiles import PrefillTiles, to_device
 
-SPAN_MULTIPLE = 4
+SPAN_MULTIPLE = 16
 """The spans of a request are padded to a multiple of this, so that no program has rows of two requests."""
 MASS_UNIT = 2**30
 """What the mean mass of a span's rows adds up to: whole numbers, whose sums do not depend on their order."""

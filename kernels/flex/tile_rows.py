@@ -12,7 +12,7 @@ import torch
 import triton
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex.estimate import turn_shapes
-from farspan.kernels.flex.spans import MASS_UNIT, SPAN_MULTIPLE, Spans
+from farspan.kernels.flex.spans import MASS_UNIT, SPAN_MULTIPLE, SpanRule, Spans
 from farspan.kernels.flex.tile_rows_kernel import choice_kernel, log_sums_kernel
 from farspan.kernels.flex.types import Budget, TileSelection
 from farspan.kernels.prefill import LOG2_E
@@ -24,8 +24,10 @@ from farspan.kernels.tuning import (
     TILE_ROWS_MAX_BYTES,
     TILE_ROWS_MIN_SPLIT_BLOCKS,
     TILE_ROWS_PROGRAMS,
+    HopperLogSumsConfig,
     TileRowsConfig,
     device_capability,
+    hopper_log_sums_config,
     tile_rows_config,
 )
 
@@ -44,7 +46,7 @@ def tile_row_lists(
     budget: Budget,
     *,
     turn: Turn | None = None,
-    config: TileRowsConfig | None = None,
+    config: TileRowsConfig | HopperLogSumsConfig | None = None,
 ) -> TileSelection:
     """Choose per span and head the fewest KV blocks that keep `budget.gamma` of the sampled rows' attention mass.
 
@@ -108,22 +110,16 @@ class _SpanLaunches:
         spans: Spans,
         budget: Budget,
         turn: Turn | None,
-        config: TileRowsConfig | None,
+        config: TileRowsConfig | HopperLogSumsConfig | None,
     ) -> None:
-        num_heads, head_dim = query.shape[1:]
+        num_heads = query.shape[1]
         group = num_heads // kv.num_kv_heads
         rule, num_spans, num_blocks = spans.rule, spans.num_spans, tiles.max_kv_blocks
         assert query.stride(2) == kv.pages.stride(3) == batch.block_table.stride(1) == 1
         assert num_heads % kv.num_kv_heads == 0
         assert group % budget.heads_per_list == 0
         if config is None:
-            config = tile_rows_config(
-                head_dim,
-                query.dtype,
-                device_capability(query.device),
-                block_size=tiles.block_size,
-                keys_in_a_row=kv.page_size if not kv.is_fp8 and has_row_view(kv.keys) else 0,
-            )
+            config = log_sums_config(query, kv, spans.rule, tiles.block_size, turn)
         self.tiles, self.spans = tiles, spans
         self.ids_shape = (num_heads // budget.heads_per_list, tiles.num_tiles, num_blocks)
         self.kept_shape = (num_heads, num_spans)
@@ -175,6 +171,27 @@ class _SpanLaunches:
         self.parts = tuple(parts)
 
 
+def log_sums_config(
+    query: torch.Tensor, kv: KVView, rule: SpanRule, block_size: int, turn: Turn | None
+) -> TileRowsConfig | HopperLogSumsConfig:
+    """Choose the kernel of the pass over the keys, and its programs; arguments as in `tile_row_lists`."""
+    head_dim, capability = query.shape[2], device_capability(query.device)
+    has_rows = not kv.is_fp8 and has_row_view(kv.keys)
+    config = None
+    if has_rows and turn is None:
+        config = hopper_log_sums_config(
+            head_dim,
+            query.dtype,
+            capability,
+            block_size=block_size,
+            page_size=kv.page_size,
+            rows_per_padded_spans=SPAN_MULTIPLE * rule.rows_per_span * (query.shape[1] // kv.num_kv_heads),
+        )
+    return config or tile_rows_config(
+        head_dim, query.dtype, capability, block_size=block_size, keys_in_a_row=kv.page_size if has_rows else 0
+    )
+
+
 class LogSumsLaunch:
     """The pass over the keys, for the layers of a step."""
 
@@ -187,13 +204,25 @@ class LogSumsLaunch:
         num_blocks: int,
         block_size: int,
         turn: Turn | None,
-        config: TileRowsConfig,
+        config: TileRowsConfig | HopperLogSumsConfig,
         num_splits: int | None = None,
     ) -> None:
         """Take what all layers share.
 
         query: [num_tokens, num_q_heads, head_dim]; key_pages: [num_pages, num_kv_heads, page_size, head_dim].
         """
+        self.rows: RowView | None = None
+        """How the copy engine sees the keys; None where it is not used."""
+        self.is_hopper = isinstance(config, HopperLogSumsConfig)
+        if isinstance(config, HopperLogSumsConfig):
+            assert turn is None
+            # Loads Gluon, which other devices do without.
+            from farspan.kernels.hopper.log_sums import hopper_log_sums_launch
+
+            self.rows, self.launch = hopper_log_sums_launch(
+                query, key_pages, batch, spans, num_blocks, config, num_splits
+            )
+            return
         num_kv_heads, page_size, head_dim = key_pages.shape[1:]
         group, rows = query.shape[1] // num_kv_heads, spans.rule.rows_per_span
         segments = max(config.block_m // rows, 1)
@@ -204,8 +233,6 @@ class LogSumsLaunch:
             num_splits = min(-(-TILE_ROWS_PROGRAMS // (packs * num_kv_heads)), most)
         block_d = max(triton.next_power_of_2(head_dim), 16)
         stride_page, stride_head, stride_token, _ = key_pages.stride()
-        self.rows: RowView | None = None
-        """How the copy engine sees the keys; None where it is not used."""
         if config.use_tma:
             assert page_size % block_size == 0
             self.rows = row_view(key_pages, block_size, block_d)
@@ -253,6 +280,9 @@ class LogSumsLaunch:
         Entries past a span's last block are undefined.
         """
         keys = key_pages if self.rows is None else self.rows.of(key_pages)
-        cos, sin = (query, query) if turn is None else (turn.cos, turn.sin)
         assert scale > 0
+        if self.is_hopper:
+            self.launch(query, keys, log_sums, scale * LOG2_E)
+            return
+        cos, sin = (query, query) if turn is None else (turn.cos, turn.sin)
         self.launch(query, keys, cos, sin, log_sums, scale * LOG2_E)

@@ -15,7 +15,7 @@ from benchmarks.rules import Rule, coverage_of, kept_blocks, lists_of, row_masse
 
 CPU = torch.device("cpu")
 NUM_TOKENS, BLOCK, SCALE = 1800, 128, 0.25
-BUILT = Rule("", min_blocks=3)
+BUILT = Rule("", 128, min_blocks=3)
 
 
 def peaked_inputs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ MISTAKES = {
         ".prefill.selection='tile_row'; allowed: one of 'tile_rows', 'flexprefill'",
     ),
     "tau-of-the-other": (flex(tau=0.2), ".prefill.tau=0.2; allowed: only with selection 'flexprefill'. Remove tau"),
-    "low-max-budget": (flex(min_budget=0, max_budget=384), ".prefill.max_budget=384; allowed: at least 512 with"),
+    "low-max-budget": (flex(min_budget=0, max_budget=256), ".prefill.max_budget=256; allowed: at least 384 with"),
     "rows": (flex(coverage_rows=20_000), ".prefill.coverage_rows=20000; allowed: a whole number of rows: 0 to 256."),
     "chunk-length": (flex(min_chunk_len=-1), ".prefill.min_chunk_len=-1; allowed: a whole number of tokens: 0 to 16,"),
     "beyond-a-float": (flex(gamma=10**400), ".prefill.gamma=1000"),

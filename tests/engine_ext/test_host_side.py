@@ -22,7 +22,12 @@ def second_layer() -> dict[str, Any]:
 
 
 def test_a_layer_makes_few_launches_and_operations(second_layer: dict[str, Any]) -> None:
-    assert second_layer["kernels"] == ["_write_kv_kernel", "log_sums_kernel", "choice_kernel", "hopper_prefill_kernel"]
+    assert second_layer["kernels"] == [
+        "_write_kv_kernel",
+        "hopper_log_sums_kernel",
+        "choice_kernel",
+        "hopper_prefill_kernel",
+    ]
     # The LSE, lists and workspaces of selection, and the views of keys and values.
     operations = second_layer["operations"]
     assert len(operations) <= 8, operations

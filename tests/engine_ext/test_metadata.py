@@ -12,6 +12,7 @@ from farspan.engine_ext.metadata import FarspanMetadataBuilder, count_decodes
 from farspan.engine_ext.pass_maker import effective_prefill
 from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
 from farspan.engine_ext.selection.crossover import AttentionSize
+from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import make_string_turn
 
 DEVICE = torch.device("cpu")
@@ -178,14 +179,20 @@ def test_overrides_and_the_crossover_split_the_passes(monkeypatch: pytest.Monkey
     # The chunk covers positions [1000, 1300): tiles are aligned to the prompt, not to the chunk.
     assert sparse.work.tiles.tile_block.tolist() == [7, 8, 9, 10]
     assert sparse.work.tiles.tile_request.tolist() == [0, 0, 0, 0]
-    # Positions 1024 to 1279 are a whole span; the tiles around it read everything.
+    # Positions 1024 to 1279 are two whole spans; the tiles around them read everything.
     assert sparse.work.spans is not None
-    assert sparse.work.spans.span_tile.tolist() == [1, 0, 0, 0]
+    assert real_spans(sparse.work.spans, "span_tile") == [1, 2]
     assert sparse.work.spans.cut_tile.tolist() == [0, 3]
     samples = sparse.work.samples
     assert samples is not None
     assert samples.batch.kv_lens.tolist() == [1000 + row + 1 for row in samples.rows.tolist()]
     assert (samples.batch.block_table == sparse.batch.block_table).all()
+
+
+def real_spans(spans: Spans, column: str) -> list[int]:
+    """A column of the spans without padding."""
+    values: list[int] = getattr(spans, column)[spans.span_request >= 0].tolist()
+    return values
 
 
 def test_block_sparse_tiles_have_its_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,11 +246,11 @@ def test_the_selection_decides_whether_there_are_spans(monkeypatch: pytest.Monke
     assert isinstance(each.work, Sparse)
     assert each.work.samples is None
     assert each.work.spans is not None
-    # Positions 256 to 1279 lie in the chunk in whole spans.
-    assert each.work.spans.span_request.tolist() == [0, 0, 0, 0]
-    assert each.work.spans.span_index.tolist() == [1, 2, 3, 4]
-    assert each.work.spans.span_row.tolist() == [156, 412, 668, 924]
-    assert each.work.spans.cut_tile.tolist() == [0, 1, 10, 11]
+    # Positions 128 to 1407 lie in the chunk in whole spans.
+    assert real_spans(each.work.spans, "span_request") == [0] * 10
+    assert real_spans(each.work.spans, "span_index") == list(range(1, 11))
+    assert real_spans(each.work.spans, "span_row") == list(range(28, 1308, 128))
+    assert each.work.spans.cut_tile.tolist() == [0, 11]
     always |= {"selection": "flexprefill"}
     (each,) = build([1400], [1500], options={"prefill": always}, monkeypatch=monkeypatch).passes
     assert isinstance(each.work, Sparse)

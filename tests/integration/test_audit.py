@@ -77,7 +77,7 @@ def test_what_cannot_be_audited_is_refused(changes: dict[str, Any], sentence: st
 
 
 def test_chunks_that_cut_every_span_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="chunk=1000; allowed: multiples of 256"):
+    with pytest.raises(ConfigError, match="chunk=1000; allowed: multiples of 128"):
         check_settings(settings(tmp_path), 1000)
 
 

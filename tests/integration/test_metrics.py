@@ -42,4 +42,5 @@ def test_engine_tells_density_pattern_and_coverage(make_llm: Any) -> None:
         # By the rows that chose, which keep more than gamma.
         assert 0.9 < row["coverage_min"] <= row["coverage"] <= 1 + 1e-6
         assert row["query_aware"] == row["divergence"] == 0
+        assert 0 < row["selection_ms"] < 60_000
     assert read_selection(llm, reset=True) == []

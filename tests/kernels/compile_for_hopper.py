@@ -32,6 +32,7 @@ from farspan.kernels.contiguous import short_lists
 from farspan.kernels.flex import tile_rows
 from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget
+from farspan.kernels.hopper.log_sums_kernel import hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
 from farspan.kernels.rotary_turn import make_string_turn
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
@@ -131,9 +132,15 @@ def prefill(
 
 
 def select_by_tile_rows(
-    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    has_turn: bool = False,
+    config: tuning.TileRowsConfig | None = None,
 ) -> None:
-    """Launch selection for a chunk of 1,024 tokens behind as many, on pages of 128."""
+    """Launch selection for a chunk of 1,024 tokens behind as many, on pages of 128, by the chosen kernel or form."""
     query = torch.empty(1024, num_q_heads, head_dim, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [2048], 128, query.device)
     tile_rows.tile_row_lists(
@@ -147,9 +154,11 @@ def select_by_tile_rows(
             max_kv_len=2048,
         ),
         tiles,
-        make_spans([0, 1024], [2048], tiles, SpanRule(256, 16)),
+        make_spans([0, 1024], [2048], tiles, SpanRule(128, 16)),
         0.1,
         Budget(0.95, 0.0, 8, NO_LIMIT),
+        turn=make_string_turn(torch.ones(head_dim // 2), 5, 1, True, query.device) if has_turn else None,
+        config=config,
     )
 
 
@@ -313,6 +322,7 @@ def main() -> None:
     contiguous._check = lambda *arguments: None
     kernel, gluon_kernel = paged_prefill.prefill_kernel, hopper_prefill_kernel
     log_sums, choice = tile_rows.log_sums_kernel, tile_rows.choice_kernel
+    portable = tuning.TileRowsConfig(64, 4, 3, use_tma=True)
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
     lists = static_block_lists(
         contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3
@@ -328,9 +338,15 @@ def main() -> None:
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),
-                "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128), choice),
-                "tile-rows-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64), choice),
-                "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), log_sums),
+                "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128, config=portable), choice),
+                "tile-rows-turn-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64, has_turn=True), choice),
+                "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), hopper_log_sums_kernel),
+                "hopper-tile-rows-d128": compiled(
+                    hopper_log_sums_kernel, lambda: select_by_tile_rows(32, 8, 128), choice
+                ),
+                "hopper-tile-rows-d64": compiled(
+                    hopper_log_sums_kernel, lambda: select_by_tile_rows(14, 2, 64), choice
+                ),
                 "decode-both-pools": compiled(decode._decode_kernel, decode_from_both_pools),
                 **{name: compiled(*copy) for name, copy in (page_copies() | selecting() | of_drafts_and_fp8()).items()},
             }

@@ -29,7 +29,7 @@ def test_kernels_keep_their_registers() -> None:
         assert kernels[name]["registers"] <= 168, name
         assert kernels[name]["stack"] == 0, name
     # 4 warps of 64 rows: two programs share a multiprocessor.
-    for name in ("tile-rows-d128", "tile-rows-d64", "tile-rows-choice"):
+    for name in ("tile-rows-d128", "tile-rows-turn-d64", "tile-rows-choice"):
         assert kernels[name]["registers"] <= 255
         assert kernels[name]["stack"] == 0
     assert all(

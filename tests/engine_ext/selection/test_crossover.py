@@ -1,50 +1,84 @@
 """Where flex is dense: decided by the chunk alone, and never against what was measured."""
 
+from dataclasses import replace
+
 import pytest
-from farspan.engine_ext.selection.crossover import AttentionSize, expected_density, sparse_pays
+import torch
+from farspan.engine_ext.selection.crossover import (
+    AttentionSize,
+    SparseKernel,
+    expected_density,
+    layer_ms,
+    sparse_kernel,
+    sparse_pays,
+)
 
 SIZES = {"8b": AttentionSize(32, 128), "0.5b": AttentionSize(14, 64), "135m": AttentionSize(9, 64)}
 
-# H100 80GB, 2026-11-28, ms a layer: FlashAttention 3, and our selection with sparse attention, between the densities
-# measured (0.2, 0.4, 0.7) at the one that is expected there.
+# 2026-11-28, ms a layer: FlashAttention 3, and our selection (H200) with sparse attention, between the densities
+# measured (0.1 to 0.7) at the one that is expected there; the portable attention on an H100, that of Hopper on an H200.
 MEASURED = {
-    ("8b", 2048, 4096): (0.172, 0.215),
-    ("8b", 8192, 8192): (0.796, 0.73),
-    ("8b", 8192, 16384): (2.243, 1.59),
-    ("8b", 2048, 65536): (3.164, 1.9),
-    ("8b", 8192, 131072): (24.1, 13.2),
-    ("0.5b", 8192, 8192): (0.279, 0.31),
-    ("0.5b", 8192, 32768): (1.697, 1.25),
-    ("0.5b", 8192, 131072): (7.43, 4.5),
-    ("135m", 8192, 8192): (0.231, 0.35),
-    ("135m", 8192, 131072): (4.48, 3.1),
+    ("8b", "portable", 8192, 8192): (0.796, 0.763),
+    ("8b", "portable", 8192, 32768): (5.395, 3.69),
+    ("8b", "portable", 8192, 131072): (24.1, 14.2),
+    ("8b", "hopper", 8192, 32768): (5.6, 2.65),
+    ("8b", "hopper", 16384, 131072): (51.6, 20.4),
+    ("0.5b", "portable", 8192, 8192): (0.279, 0.312),
+    ("0.5b", "portable", 8192, 32768): (1.697, 1.35),
+    ("0.5b", "portable", 8192, 131072): (7.43, 4.98),
 }
 
 
+def on(size: AttentionSize, kernel: SparseKernel) -> AttentionSize:
+    return replace(size, kernel=kernel)
+
+
 @pytest.mark.parametrize("case", MEASURED, ids=str)
-def test_the_rule_agrees_with_the_measurements(case: tuple[str, int, int]) -> None:
-    name, query_len, kv_len = case
+def test_the_rule_agrees_with_the_measurements(case: tuple[str, SparseKernel, int, int]) -> None:
+    name, kernel, query_len, kv_len = case
     dense_ms, flex_ms = MEASURED[case]
-    assert sparse_pays(SIZES[name], query_len, kv_len) == (flex_ms < dense_ms and dense_ms > 0.5)
+    size = on(SIZES[name], kernel)
+    assert sparse_pays(size, query_len, kv_len) == (flex_ms < dense_ms and dense_ms > 0.5)
+    if dense_ms > 0.5:
+        modelled_dense, modelled = layer_ms(size, query_len, kv_len, expected_density(kv_len))
+        assert modelled / modelled_dense == pytest.approx(flex_ms / dense_ms, abs=0.1)
 
 
 def test_short_turns_are_dense() -> None:
-    """However long the prefix: chunks that hold no span whole have nothing to choose."""
+    """However long the prefix: the tiles that a cut leaves dense take as long as all of them, side by side."""
     assert not sparse_pays(SIZES["8b"], 200, 131072)
-    # Positions 130,000 to 130,500 hold one span whole, 130,048 to 130,304: not enough to pay for the rest.
+    # Positions 130,000 to 130,500 hold three spans whole, from 130,048 to 130,432.
     assert not sparse_pays(SIZES["8b"], 500, 130_500)
     assert sparse_pays(SIZES["8b"], 4096, 131072)
 
 
+@pytest.mark.parametrize("kernel", ["portable", "hopper"])
 @pytest.mark.parametrize("name", SIZES)
-def test_longer_is_never_less_worth(name: str) -> None:
+def test_longer_is_never_less_worth(name: str, kernel: SparseKernel) -> None:
     """Of whole spans: once a chunk pays, it pays with more keys before it, and with more queries."""
     chunks = [2**power for power in range(8, 15)]
     for query_len in chunks:
         answers = [
-            sparse_pays(SIZES[name], query_len, kv_len)
+            sparse_pays(on(SIZES[name], kernel), query_len, kv_len)
             for kv_len in (2**p for p in range(8, 21))
             if kv_len >= query_len
         ]
         assert answers == sorted(answers)
     assert [expected_density(length) for length in (0, 5000, 8192, 10**6)] == [1.0, 0.6, 0.45, 0.3]
+
+
+def test_the_kernel_in_use_decides() -> None:
+    """A chunk behind 8K of a 0.5B model pays with the kernels of Hopper alone."""
+    assert not sparse_pays(SIZES["0.5b"], 8192, 16384)
+    assert sparse_pays(on(SIZES["0.5b"], "hopper"), 8192, 16384)
+    hopper = ((9, 0), 128, torch.bfloat16, 128)
+    assert sparse_kernel(*hopper, has_turn=False) == "hopper"
+    assert sparse_kernel(*hopper, has_turn=True) == "portable"
+    for others in (
+        ((8, 0), 128, torch.bfloat16, 128),
+        ((10, 0), 128, torch.bfloat16, 128),
+        ((9, 0), 96, torch.bfloat16, 128),
+        ((9, 0), 128, torch.float8_e4m3fn, 128),
+        ((9, 0), 128, torch.bfloat16, 48),
+    ):
+        assert sparse_kernel(*others, has_turn=False) == "portable", others

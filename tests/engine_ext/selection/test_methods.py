@@ -90,6 +90,9 @@ def test_statistics_of_passes_over_parts_of_the_heads_add_up() -> None:
     assert whole.stats is not None
     assert parts.stats is not None
     for row, expected in zip(parts.stats.rows(), whole.stats.rows(), strict=True):
+        # Times are those of the machine.
+        times = row.pop("selection_ms"), expected.pop("selection_ms")
+        assert min(times) > 0
         assert row == pytest.approx(expected)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from farspan.engine_ext.selection.stats import SelectionStats
+from farspan.engine_ext.selection.stats import DeviceTime, SelectionStats
 from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.types import FlexSelection, TileSelection
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
@@ -54,11 +54,12 @@ def test_spans_of_tiles_tell_mean_and_least() -> None:
     spans = make_spans([0, 1536], [1536], tiles, SpanRule(512, 32))
     counts = (tiles.tile_block + 1).expand(2, -1)
     lists = BlockLists(torch.zeros(2, 12, 12, dtype=torch.int32), counts)
-    # The fourth span is padding, whose value means nothing.
-    kept = torch.tensor([[1.0, 0.75, 0.5, float("nan")], [1.0, 1.0, 1.0, 0.0]])
+    # The fourth span and those after it are padding, whose values mean nothing.
+    kept = torch.full((2, spans.num_spans), float("nan"))
+    kept[:, :3] = torch.tensor([[1.0, 0.75, 0.5], [1.0, 1.0, 1.0]])
     stats.add_tile_selection(TileSelection(lists, kept), tiles, spans, HEADS, 1)
     half = BlockLists(lists.block_ids, counts.div(2, rounding_mode="floor"))
-    stats.add_tile_selection(TileSelection(half, torch.ones(2, 4)), tiles, spans, HEADS, 1)
+    stats.add_tile_selection(TileSelection(half, torch.ones(2, spans.num_spans)), tiles, spans, HEADS, 1)
     rows = stats.rows()
     assert [row["coverage"] for row in rows] == pytest.approx([5.25 / 6, 1.0])
     assert [row["coverage_min"] for row in rows] == [0.5, 1.0]
@@ -87,3 +88,43 @@ def test_a_shared_list_counts_for_every_head_of_its_group() -> None:
     tiles = make_prefill_tiles([0, 256], [256], 128, torch.device("cpu"))
     stats.add_selection(selection([[1, 1], [1, 2]], aware), tiles, slice(0, 4))
     assert [row["density"] for row in stats.rows()] == pytest.approx([2 / 3, 2 / 3, 1.0, 1.0])
+
+
+class Event:
+    """A stand-in for CUDA's, which the test lets pass."""
+
+    passed = 0
+    """Events recorded so far that the device has reached."""
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.number = Event.recorded
+
+    def query(self) -> bool:
+        return self.number <= Event.passed
+
+    def synchronize(self) -> None:
+        Event.passed = max(Event.passed, self.number)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.query()
+        return 2.5 * (end.number - self.number)
+
+
+def test_the_time_of_the_device_is_read_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    spent = DeviceTime(torch.device("cuda"))
+    for passed in (0, 2, 2):
+        Event.passed = passed
+        with spent.measure():
+            pass
+    # The device has reached the first pair alone: the others are left for later.
+    assert (spent.finished_ms, len(spent.pending), Event.passed) == (2.5, 2, 2)
+    assert spent.total_ms() == 7.5
+    assert Event.passed == Event.recorded == 6
+    spent.reset()
+    assert spent.total_ms() == 0
