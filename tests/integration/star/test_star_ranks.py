@@ -28,8 +28,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.filterwarnings("defa
 
 @pytest.fixture(scope="module")
 def pairs(star_model: Path, fault_file: Path) -> Iterator[FaultyStarLLM]:
-    """Two hosts of two ranks."""
-    with start_hosts(star_model, 2, fault_file, visibility="all", tensor_parallel_size=2) as llm:
+    """Two hosts of two ranks: six processes, which share the machine's cores."""
+    times = {"start_timeout_s": 600, "timeout_s": 2 * TIMEOUT_S}
+    with start_hosts(star_model, 2, fault_file, visibility="all", tensor_parallel_size=2, **times) as llm:
         llm.sizes = BlockSizes(anchor="recompute")
         yield llm
 

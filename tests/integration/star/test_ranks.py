@@ -1,0 +1,102 @@
+"""What an error of a host's worker processes means to it, and to the coordinator; without any of them."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from farspan.engine_ext.errors import StarError
+from farspan.engine_ext.star.exchange import Exchange, set_exchange
+from farspan.engine_ext.star.mesh import Mesh
+from farspan.engine_ext.star.team import StarAborted
+from farspan.star import ranks
+from farspan.star.coordinator import HostLost, Hosts
+from farspan.star.protocol import EngineGone, HostSetup, RanksApart
+
+SETUP = HostSetup(0, 2, "nowhere", "cpu", 1.0, 1.0, False, False, {}, {"tensor_parallel_size": 2})
+
+
+def ranks_with(reply: Callable[..., Any], is_failed: bool = False) -> ranks.Ranks:
+    """Ranks whose executor answers so."""
+    asked = ranks.Ranks(SETUP)
+    asked.executor = SimpleNamespace(collective_rpc=reply, is_failed=is_failed)
+    return asked
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def reply(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return reply
+
+
+def test_an_error_of_a_step_is_what_the_first_rank_says() -> None:
+    error = RuntimeError("Worker failed with error '…'")
+    for failure, kind in (
+        (ranks.Failure("late", False, False), StarError),
+        (ranks.Failure("over", True, False), StarAborted),
+        (ranks.Failure("torn", False, True), RanksApart),
+    ):
+        meaning = ranks_with(lambda *a, failure=failure, **o: failure).error_of_step(error)
+        assert type(meaning) is kind
+        assert str(meaning) == failure.sentence
+    # Not an error of the exchange: memory, for example.
+    assert ranks_with(lambda *a, **o: None).error_of_step(error) is error
+    for reply in (raising(RuntimeError("Executor failed.")), lambda *a, **o: ranks.Failure("torn", False, True)):
+        assert type(ranks_with(reply, is_failed=True).error_of_step(error)) is EngineGone
+
+
+def test_an_error_of_a_rank_that_is_asked() -> None:
+    assert ranks_with(lambda *a, **o: [1, 2]).ask(ranks.begin, "phase 1") == [1, 2]
+    with pytest.raises(StarAborted, match="over"):
+        ranks_with(lambda *a, **o: [1, ranks.Refused("over", True)]).ask(ranks.agree, b"", 0)
+    with pytest.raises(EngineGone, match=r"did not answer within 0\.5 s"):
+        ranks_with(raising(TimeoutError())).ask(ranks.end, timeout_s=0.5)
+    with pytest.raises(EngineGone, match="the process of one of its GPUs ended"):
+        ranks_with(raising(RuntimeError("Executor failed.")), is_failed=True).ask(ranks.end)
+
+
+def test_a_collective_that_fails_leaves_ranks_apart_and_an_agreement_does_not() -> None:
+    import torch
+
+    exchange = Exchange(0, 2, None, Mesh({}), torch.device("cpu"), 1.0)
+    set_exchange(exchange)
+    try:
+        assert ranks.last_failure() is None
+        exchange.mesh.swap = lambda *arguments: ({}, [1], [])  # type: ignore[method-assign]
+        assert isinstance(ranks.attempt(None, ranks.agree, (b"one", 0)), ranks.Refused)
+        failure = ranks.last_failure()
+        assert failure is not None
+        assert "host 1 did not take part" in failure.sentence
+        assert not failure.is_torn
+        ranks.begin("phase 1")
+        assert ranks.last_failure() is None
+        with pytest.raises(StarError), exchange.named_errors():
+            raise RuntimeError("connection reset")
+        failure = ranks.last_failure()
+        assert failure is not None
+        assert failure.is_torn
+    finally:
+        set_exchange(None)
+
+
+def test_a_host_whose_ranks_are_apart_is_ended_with_the_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor.name))
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: (refs, []))
+    hosts = object.__new__(Hosts)
+    errors = {0: RanksApart("torn"), 1: HostLost(1, "host 1 is dead")}
+    run = SimpleNamespace(remote=lambda ask: ask)
+    hosts.actors = [SimpleNamespace(name=rank, run=run) for rank in errors]
+    hosts.killed = set()
+
+    def result_of(rank: int, ref: Any, doing: str) -> Any:
+        raise errors[rank]
+
+    hosts.result_of = result_of  # type: ignore[method-assign]
+    ask: Any = SimpleNamespace(phase="phase 1")
+    with pytest.raises(HostLost, match="host 1 is dead"):
+        list(hosts.run({0: ask, 1: ask}, {}))
+    assert ended == [0]
+    assert hosts.killed == {0}
