@@ -59,7 +59,7 @@ def settings(tmp_path: Path, **changes: Any) -> AuditSettings:
     [
         ({"texts": ()}, r"no texts\. Give texts .*--text FILE"),
         ({"lengths": ()}, "lengths is empty"),
-        ({"lengths": (1024,)}, "length=1024; allowed: at least 1537 tokens.*min_budget 1024"),
+        ({"lengths": (1024,)}, "length=1024; allowed: at least 1281 tokens.*min_budget 1024"),
         ({"lengths": (10**6,)}, "length=1000000; allowed: at most 131072 tokens"),
         ({"engine_args": {"max_model_len": 1600}}, "length=2048; allowed: at most max_model_len=1600"),
         ({"gammas": (0.0,)}, r"gamma=0\.0; allowed"),
