@@ -81,9 +81,15 @@ def check_make(words: list[str]) -> None:
 
 
 def check_vllm(words: list[str]) -> None:
+    from vllm.benchmarks.serve import add_cli_args
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if words[:2] == ["bench", "serve"]:
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        parser.parse_args(words[2:])
+        return
     assert words[0] == "serve"
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words[1:])
     assert parsed.attention_config is not None or parsed.attention_backend == "CUSTOM"
