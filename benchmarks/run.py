@@ -80,7 +80,10 @@ def expression(text: str) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Run benchmarks on a GPU.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all when none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME",
+        help=f"of {', '.join(MODULES)}; all but {' and '.join(PARTS)} when none is given",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the CSV files (default: benchmarks/data)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; writes nothing")
     parser.add_argument("--date", type=iso_date, help="date of the rows, YYYY-MM-DD (default: today)")
@@ -171,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed = []
     for name in names:
         print(f"{name}:", flush=True)
-        started = time.monotonic()
+        started, num_rows = time.monotonic(), len(recorder.rows)
         try:
             module = importlib.import_module(f"benchmarks.{name}")
             if arguments.cases and not getattr(module, "CHOOSES_CASES", False):
@@ -184,6 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
                 module.run(recorder, arguments.variants)
             else:
                 module.run(recorder)
+            if arguments.cases and len(recorder.rows) == num_rows:
+                raise BenchmarkError(f"--cases: {arguments.cases!r} is in no name of a case of {name}")
         except Exception:  # the next benchmarks can still report
             traceback.print_exc()
             failed.append(name)

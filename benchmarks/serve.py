@@ -244,6 +244,8 @@ def run(recorder: Recorder, variants: Sequence[str] = ()) -> None:
     if dry_run:
         model, label = TINY_LLAMA, "tiny-fp32"
     workloads = [workload for workload in cases(dry_run) if recorder.wants(f"{workload.name}-{label}")]
+    if not workloads:
+        return
     deadline, started = time.monotonic() + TIMEOUT_S, time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

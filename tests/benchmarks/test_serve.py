@@ -1,12 +1,13 @@
 """The benchmark of servers: what it sends, what it reads from `vllm bench serve`, and what it says."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import serve
+from benchmarks import run, serve
 from benchmarks.engine import LLAMA_8B, TINY_LLAMA
 from benchmarks.record import BenchmarkError, Environment, Recorder
 
@@ -85,3 +86,24 @@ def test_cases_are_chosen_by_their_names() -> None:
     chosen = recorder("d64|n131072")
     assert [chosen.wants(case) for case in ("n8192-d64", "n131072-d128", "n8192-d128")] == [True, True, False]
     assert recorder().wants("anything")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        ("serve --dry-run --cases nowhere", 1, "'nowhere' is in no name of a case of serve"),
+        ("host_side --dry-run --cases n1", 1, "host_side runs all of its cases"),
+        ("serve --dry-run --cases (", 2, "is no regular expression"),
+    ],
+)
+def test_cases_that_cannot_be_chosen_are_said(
+    arguments: str, status: int, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *arguments.split()])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    try:
+        found = run.main()
+    except SystemExit as ended:
+        found = int(ended.code or 0)
+    assert found == status
+    assert sentence in capsys.readouterr().err
