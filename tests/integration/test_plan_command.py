@@ -66,6 +66,7 @@ def test_the_engine_has_the_sizes_of_the_plan(llama: str, context: int, gpu_gb: 
     limits = EngineLimits(max_model_len=context, max_num_seqs=16, max_num_batched_tokens=planner.step)
     sizes = decide_sizes(options, planner.offloaded, limits, planner.kv_bytes, planner.host_bytes)
     assert (sizes.num_blocks, sizes.num_slots) == (planned.num_blocks, planned.num_slots)
+    assert sizes.staging_pages == planned.staging_pages
     assert sizes.group_size == max(planned.group_size, 1)
 
 
@@ -84,8 +85,15 @@ def test_offload_costs_nothing_where_everything_fits(llama: str, capsys: pytest.
 def test_shorter_steps_make_room_and_wait(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [llama, "--gpu-memory", "17", "--gpu-memory-utilization", "1", "--host-memory", "200"]
     answer = plan(capsys, *arguments, "--context", "1M")
-    assert answer["max_num_batched_tokens"] == 1024
+    assert answer["max_num_batched_tokens"] == 4096
     (prediction,) = answer["with_offload"]["predictions"]
+    # Buffers for a span of the context leave room for long steps; those for all of it do not.
+    assert 0 < prediction["waiting_s"] < 0.02 * prediction["first_token_s"]
+    assert 4096 < prediction["span_len"] < prediction["context"] / 2
+    assert prediction["staging_bytes"] == 2 * prediction["span_len"] * 512
+    shorter = plan(capsys, *arguments, "--context", "1M", "--max-num-batched-tokens", "1024")
+    (prediction,) = shorter["with_offload"]["predictions"]
+    assert prediction["span_len"] == prediction["context"]
     assert prediction["waiting_s"] > 0.5 * prediction["first_token_s"]
     forced = plan(capsys, *arguments, "--context", "1M", "--max-num-batched-tokens", "8192", status=1)
     assert not forced["fits"]
@@ -186,7 +194,7 @@ def test_what_to_start_has_what_was_asked(llama: str, capsys: pytest.CaptureFixt
     [
         (["--gpu-memory", "24", "--context", "512K"], "does not fit with 1 request at once; .*Give --host-memory"),
         (["--gpu-memory", "24", "--context", "2M", "--host-memory", "100"], "Give more host memory"),
-        (["--gpu-memory", "17.5", "--context", "2M", "--host-memory", "999"], "Take a larger GPU"),
+        (["--gpu-memory", "17.25", "--context", "2M", "--host-memory", "999"], "Take a larger GPU"),
         (["--gpu-memory", "16.5", "--gpu-memory-utilization", "0.92"], "Not even one page fits"),
     ],
     ids=["no-host", "little-host", "little-gpu", "nothing"],

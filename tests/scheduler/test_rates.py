@@ -90,8 +90,11 @@ def test_weights_of_8b() -> None:
 
 
 def test_a_million_tokens_all_cold_fit_under_17_gib() -> None:
-    longest = longest_context(COLD, load(1024), kv_bytes(17 * GIB, 1024), 200 * GIB, 2**22)
+    kv, host = kv_bytes(17 * GIB, 1024), 200 * GIB
+    longest = longest_context(COLD, load(1024), kv, host, 2**22, has_spans=False)
     assert 2**20 <= longest < 1.3 * 2**20
+    # With buffers for spans it is the host that ends it.
+    assert longest_context(COLD, load(1024), kv, host, 2**22) == host // COLD.cold_token_bytes - 128
     # The same with KV in HBM: the paper's 10K on such a GPU.
     assert longest_context(HOT, load(1024), kv_bytes(17 * GIB, 1024), 0, 2**22) < 12_000
 
@@ -206,3 +209,15 @@ def test_experts_are_read_as_tokens_reach_them() -> None:
     assert moe.read_params(1) == pytest.approx(1000 + 6400 + 2000)
     assert moe.read_params(1000) == pytest.approx(1000 + 6400 + 8000)
     assert weight_bytes(moe, 2, 4, 1) == 6400 * 2 + 9000 // 2
+
+
+def test_combining_spans_takes_little() -> None:
+    """A million tokens in spans of 128K: eight parts instead of one, of chunks of 8K."""
+    asked = {"context_len": 2**20, "chunk_len": 8192, "resident_len": 0, "bytes_of_weights": WEIGHTS}
+    whole = prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked)
+    spans = prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked, span_len=2**17)
+    # 3.5 combinations of a chunk on average, 18 bytes for each of 4,096 numbers in 32 layers.
+    combined = 3.5 * 2**20 * 4096 * 32 * 18 / 2.9e12
+    assert spans - whole == pytest.approx(combined, rel=0.02)
+    assert spans < 1.01 * whole
+    assert prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked | {"resident_len": 2**20}, span_len=2**17) <= whole
