@@ -373,7 +373,7 @@ def _decode_one(
     scale: float,
     turn: Turn | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_decode` of a batch of one, page by page: without a copy of keys and values where they lie in few runs."""
+    """`_decode` of a batch of one, page by page: no copy of keys and values where few runs of pages hold them."""
     num_tokens, head_dim = int(lens), kv.head_dim
     pages = block_table[0, : -(-num_tokens // kv.page_size)].long()
     num_before = (len(pages) - 1) * kv.page_size

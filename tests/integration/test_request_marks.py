@@ -140,6 +140,8 @@ def continue_session(core: Any, session: Any, chunk: Any) -> None:
     scheduler = SimpleNamespace(hash_block_size=BLOCK_SIZE, num_waiting_for_streaming_input=0, log_stats=False)
     update = StreamingUpdate.from_request(chunk)
     assert update is not None
+    # What was sampled last, and is dropped as no step has computed it.
+    session.append_output_token_ids(499)
     Scheduler._update_request_as_session(scheduler, session, update)
 
 

@@ -6,7 +6,7 @@ from farspan.vllm_compat.offload import planning
 
 
 def test_engines_without_cold_heads_are_planned_as_ever() -> None:
-    """The planner of vLLM 0.33 is given the groups of the layers too."""
+    """With the groups of the layers too, which the planner of vLLM 0.33 is given."""
     calls: list[Any] = []
     for arguments in (("config", [{}], [1]), ("config", [{}], [1], ["groups"])):
         planning(lambda *given: calls.append(given))(*arguments)
