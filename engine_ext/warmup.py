@@ -151,12 +151,14 @@ class WarmUp:
         )
         if self.span_heads:
             # A chunk sees all keys of the spans before its own.
-            shapes = list(chunk_shapes(DensePrefill(), self.size, self.max_model_len, self.max_chunk_len))
+            span_shapes = list(chunk_shapes(DensePrefill(), self.size, self.max_model_len, self.max_chunk_len))
             turning = (False, True) if self.maker.has_turn else (False,)
             cases += [WarmUpCase("spans")]
             cases += [
-                WarmUpCase("prefill", turns, DensePrefill(), query_len=query_len, kv_len=kv_len, is_causal=False)
-                for (query_len, kv_len), turns in product(shapes, turning)
+                WarmUpCase(
+                    "prefill", turns, prefill=DensePrefill(), query_len=query_len, kv_len=kv_len, is_causal=False
+                )
+                for (query_len, kv_len), turns in product(span_shapes, turning)
                 if turns or self.maker.dense_kernel == "triton"
             ]
         if self.layer.to_true_positions is None:
