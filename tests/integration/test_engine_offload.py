@@ -363,15 +363,15 @@ def test_spans_of_groups(
     assert offload_state(llm)["staged"] > 0
 
 
-@pytest.mark.parametrize("tokens", [48, 200])
-def test_spans_with_shifted_positions(make_llm: Callable[..., Any], tokens: int) -> None:
-    """Which keys a turn reaches goes by distances, which are the same within a span."""
+@pytest.mark.parametrize(("tokens", "span"), [(48, 5), (200, 14)])
+def test_spans_with_shifted_positions(make_llm: Callable[..., Any], tokens: int, span: int) -> None:
+    """Which keys a turn reaches goes by distances, which are the same within a span; its end is in one of them."""
     arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": tokens, "max_num_seqs": 16}
     plain = make_llm("qwen3", additional_config={"farspan": STRING}, **arguments)
     expected = generate(plain, PROMPTS)
     plain.llm_engine.engine_core.shutdown()
-    llm = make_llm("qwen3", **spanning(tokens, 16, heads=4, hot=1, group_size=1, farspan=STRING))
-    assert staging_pages(llm) == 16
+    llm = make_llm("qwen3", **spanning(tokens, span, heads=4, hot=1, group_size=1, farspan=STRING))
+    assert staging_pages(llm) == span
     assert run_checked(llm, PROMPTS) == expected
 
 
