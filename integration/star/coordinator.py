@@ -101,7 +101,7 @@ class Hosts:
         self.group: Any = None
         self.facts: list[HostFacts] = []
         self.killed: set[int] = set()
-        """Hosts that were ended because they made no progress, and that have no successor yet."""
+        """Hosts that were ended because they could not go on, and that have no successor yet."""
         if not ray.is_initialized():
             # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
             address = setup.address or os.environ.get("RAY_ADDRESS")
@@ -292,7 +292,7 @@ class Hosts:
         _, left = ray.wait(waited, num_returns=len(waited), timeout=self.setup.timeout_s + GRACE_S)
         for rank, ref in pending.items():
             if ref in left or told[rank] in left:
-                ray.kill(self.actors[rank], no_restart=True)
+                self.end(rank)
 
     def replace(self, rank: int) -> None:
         """A new host for a dead one, and for those that waited for it on their devices until they were ended.

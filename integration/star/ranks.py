@@ -278,7 +278,7 @@ class Ranks:
         self.ask(join, self.setup, address, list(ports), timeout_s=self.setup.start_timeout_s + REPLY_S)
 
     def leave(self) -> None:
-        """Leave the groups; ranks that do not answer are ended with the engine."""
+        """Leave the groups for good; ranks that do not answer soon are ended with the engine."""
         if self.executor is None:
             leave()
             return
