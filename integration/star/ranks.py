@@ -260,6 +260,9 @@ class Ranks:
 
         if self.executor is None:
             return error
+        if isinstance(error, TimeoutError):
+            # Its reply may still come, and would be taken for that to the next question.
+            return EngineGone(f"a step did not end within VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS: {error}")
         try:
             failure = self.executor.collective_rpc(
                 attempt, timeout=REPLY_S, args=(last_failure, ()), unique_reply_rank=0

@@ -44,6 +44,9 @@ def test_an_error_of_a_step_is_what_the_first_rank_says() -> None:
         assert str(meaning) == failure.sentence
     # Not an error of the exchange: memory, for example.
     assert ranks_with(lambda *a, **o: None).error_of_step(error) is error
+    # The next reply would be that of the step.
+    meaning = ranks_with(lambda *a, **o: "tokens").error_of_step(TimeoutError("RPC call timed out."))
+    assert type(meaning) is EngineGone
     for reply in (raising(RuntimeError("Executor failed.")), lambda *a, **o: ranks.Failure("torn", False, True)):
         assert type(ranks_with(reply, is_failed=True).error_of_step(error)) is EngineGone
 
