@@ -56,7 +56,7 @@ ON_TEXTS = ("real", "rules", "fp8_drift")
 """Those that read texts with a checkpoint."""
 
 PARTS = ("string_calls", "string_requests")
-"""Parts of other benchmarks, for a machine that is lent for a minute: they run where they are named."""
+"""Parts of other benchmarks, which take a minute instead of many: they run where they are named."""
 
 
 def collect(folder: Path) -> int:

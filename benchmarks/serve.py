@@ -13,6 +13,7 @@ no median is more than 1.02 times that of FLASH_ATTN.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -145,7 +146,10 @@ class Server:
         # The core has a process of its own, as in any server; farspan's plugin must be loaded there too.
         environment = os.environ | {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()}
         environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log)
+        # A group of its own: the core would outlive a server that has to be killed.
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        )
         return self
 
     def wait(self) -> None:
@@ -174,11 +178,11 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.log.close()
 
 
@@ -222,6 +226,9 @@ def record(recorder: Recorder, workload: Workload, label: str, rounds: dict[str,
             "tpot": [ms for each in found for ms in each.tpot_ms],
         }
         for kind, samples in kinds.items():
+            if not samples:
+                recorder.note(f"{case}: {name}: no request whose tokens were read one after the other; {kind} left out")
+                continue
             medians[name, kind] = quantile(samples, 0.5)
             recorder.add(NAME, f"{kind}-{case}", name, "time", "ms", samples)
             if kind != "total":
@@ -229,7 +236,11 @@ def record(recorder: Recorder, workload: Workload, label: str, rounds: dict[str,
     for name in rounds:
         if name == BASELINE or BASELINE not in rounds:
             continue
-        ratios = {kind: medians[name, kind] / medians[BASELINE, kind] for kind in ("total", "ttft", "tpot")}
+        ratios = {
+            kind: medians[name, kind] / medians[BASELINE, kind]
+            for kind in ("total", "ttft", "tpot")
+            if (name, kind) in medians and (BASELINE, kind) in medians
+        }
         verdict = "reached" if max(ratios.values()) <= GOAL else "MISSED"
         each = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
         recorder.note(f"{case}: {name} takes of {BASELINE}'s time: {each}; goal {GOAL} {verdict}")

@@ -1,7 +1,7 @@
 """What shifted rotary positions (STRING) cost in a request with the kernels of the device: a quarter of 8B's layers.
 
-The last measurement of `string_e2e`, to its file, short enough for a machine that is lent for a minute: two engines on
-one GPU, in turns, of which each request has a prompt of 64K or 128K and 16 further tokens.
+The last measurement of `string_e2e`, to its file, in a minute instead of many: two engines on one GPU, in turns; each
+request has a prompt of 64K or 128K tokens and 16 further ones.
 """
 
 from benchmarks.engine import LLAMA_8B

@@ -100,8 +100,10 @@ class Hosts:
         self.actors: list[Any] = []
         self.group: Any = None
         self.facts: list[HostFacts] = []
+        self.patience_s = setup.timeout_s
+        """How long a working host may make no progress."""
         self.killed: set[int] = set()
-        """Hosts that were ended because they made no progress, and that have no successor yet."""
+        """Hosts that were ended because they could not go on, and that have no successor yet."""
         if not ray.is_initialized():
             # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
             address = setup.address or os.environ.get("RAY_ADDRESS")
@@ -244,7 +246,7 @@ class Hosts:
                             self.end(rank)
                 for rank in list(pending):
                     if self.is_stuck(rank, watches[rank], waits=bool(errors)):
-                        errors[rank] = stuck_error(rank, doing, self.setup.timeout_s, errors.values())
+                        errors[rank] = stuck_error(rank, doing, self.patience_s, errors.values())
                         self.end(rank)
                         del pending[rank]
                 if pending:
@@ -281,7 +283,7 @@ class Hosts:
         still_s = time.monotonic() - watch.moved
         # In lockstep all stand still with one: those that wait know whom they wait for, and say so first.
         is_waiting = watch.status is not None and watch.status.waits_for_all and watch.asked is None
-        return still_s > self.setup.timeout_s + (GRACE_S if is_waiting or waits else 0)
+        return still_s > self.patience_s + (GRACE_S if is_waiting or waits else 0)
 
     def abort(self, pending: dict[int, Any]) -> None:
         """End a request on all hosts that work on it; a host that does not end is killed."""
@@ -292,7 +294,7 @@ class Hosts:
         _, left = ray.wait(waited, num_returns=len(waited), timeout=self.setup.timeout_s + GRACE_S)
         for rank, ref in pending.items():
             if ref in left or told[rank] in left:
-                ray.kill(self.actors[rank], no_restart=True)
+                self.end(rank)
 
     def replace(self, rank: int) -> None:
         """A new host for a dead one, and for those that waited for it on their devices until they were ended.

@@ -92,8 +92,10 @@ class StarHost:
             return LLM(model, **{**arguments, **SEVERAL_RANKS, "distributed_executor_backend": executor_class})
 
     def rejoin(self, address: str, port: int) -> None:
-        """Leave the group and meet the other hosts anew. Raises StarError where one does not come."""
-        self.ranks.leave()
+        """Leave the group and meet the other hosts anew. Raises StarError where one does not come, or a rank of this
+        host does not answer.
+        """
+        self.ranks.ask(ranks.leave)
         if self.setup.num_hosts == 1:
             return
         if self.setup.num_ranks == 1:

@@ -147,9 +147,15 @@ class StarLLM:
         shards = plan_shards(name, num_tokens, self.num_hosts, self.page_size, sizes, self.linear_pairs)
         params = sampling_params(max_tokens=2, temperature=0.0, ignore_eos=True)
         work = Work(name, context, [1, 2], params, shards, False)
-        for phase in (self.read_context(work, may_replace=False), self.answer_together([work])):
-            for _ in phase:
-                pass
+        timeout_s, start_timeout_s = self.hosts.setup.timeout_s, self.hosts.setup.start_timeout_s
+        # Its first steps compile, one host's sooner than another's.
+        self.hosts.patience_s = max(timeout_s, start_timeout_s)
+        try:
+            for phase in (self.read_context(work, may_replace=False), self.answer_together([work])):
+                for _ in phase:
+                    pass
+        finally:
+            self.hosts.patience_s = timeout_s
 
     def generate(
         self,

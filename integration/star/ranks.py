@@ -260,6 +260,9 @@ class Ranks:
 
         if self.executor is None:
             return error
+        if isinstance(error, TimeoutError):
+            # Its reply may still come, and would be taken for that to the next question.
+            return EngineGone(f"a step did not end within VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS: {error}")
         try:
             failure = self.executor.collective_rpc(
                 attempt, timeout=REPLY_S, args=(last_failure, ()), unique_reply_rank=0
@@ -278,7 +281,7 @@ class Ranks:
         self.ask(join, self.setup, address, list(ports), timeout_s=self.setup.start_timeout_s + REPLY_S)
 
     def leave(self) -> None:
-        """Leave the groups; ranks that do not answer are ended with the engine."""
+        """Leave the groups for good; ranks that do not answer soon are ended with the engine."""
         if self.executor is None:
             leave()
             return

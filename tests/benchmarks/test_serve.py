@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,39 @@ def test_the_goal_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     serve.record(found, WORKLOAD, "x", {"fa3": [serve.measured(RESULT, WORKLOAD)], "farspan": [slow]})
     assert "total 1.050, ttft 1.000, tpot 1.000; goal 1.02 MISSED" in capsys.readouterr().out
     assert {row.case for row in found.rows} >= {"total-2x1024to8192-x", "tpot-p99-2x1024to8192-x"}
+
+
+def test_times_between_tokens_may_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The client may read all tokens of every request at once."""
+    at_once = serve.measured(RESULT | {"latencies": RESULT["ttfts"]}, WORKLOAD)
+    assert at_once.tpot_ms == []
+    found = recorder()
+    serve.record(found, WORKLOAD, "x", {"fa3": [serve.measured(RESULT, WORKLOAD)], "farspan": [at_once]})
+    told = capsys.readouterr().out
+    assert "tpot left out" in told
+    assert "total 1.000, ttft 1.000; goal 1.02 reached" in told
+    assert ("farspan", "tpot-2x1024to8192-x") not in {(row.variant, row.case) for row in found.rows}
+
+
+def test_a_server_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its core either, where it ends without it."""
+    server, pid = tmp_path / "server", tmp_path / "pid"
+    server.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {pid}.new\nmv {pid}.new {pid}\nexec sleep 600\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(server))
+    with serve.Server("x", [], time.monotonic() + 60):
+        while not pid.exists():
+            time.sleep(0.01)
+        core = Path(f"/proc/{pid.read_text().strip()}/stat")
+        assert core.exists()
+    deadline = time.monotonic() + 10
+    while is_alive(core) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(core)
+
+
+def is_alive(stat: Path) -> bool:
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_unknown_variants_are_refused() -> None:

@@ -1,11 +1,14 @@
 """What the coordinator decides without any host: the device, and which of several errors to tell."""
 
 import sys
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
-from farspan.star.coordinator import HostFailed, HostLost, Hosts, choose_device, stuck_error, worst
+from farspan.star.coordinator import HostFailed, HostLost, Hosts, Watch, choose_device, stuck_error, worst
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -55,3 +58,13 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UnsupportedEngineError, match=r"pip install farspan\[ray\]"):
         StarLLM("nowhere", 2, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(("patience_s", "is_stuck"), [(100.0, False), (1.0, True)], ids=["start", "later"])
+def test_a_host_may_stand_still_for_so_long(patience_s: float, is_stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: ([], refs))
+    hosts: Any = object.__new__(Hosts)
+    hosts.setup, hosts.patience_s = SimpleNamespace(timeout_s=1.0), patience_s
+    hosts.actors = [SimpleNamespace(status=SimpleNamespace(remote=lambda: "asked"))]
+    assert hosts.is_stuck(0, Watch(moved=time.monotonic() - 50), waits=False) == is_stuck

@@ -47,6 +47,23 @@ class Asking(StarLLM):
         yield {}
 
 
+def test_the_first_request_is_given_the_time_of_the_start() -> None:
+    llm = Asking()
+    llm.hosts.start = lambda: None
+    llm.hosts.setup.timeout_s, llm.hosts.setup.start_timeout_s = 6.0, 180.0
+    given: list[float] = []
+    answer = llm.guarded
+
+    def guarded(*arguments: Any) -> Iterator[Any]:
+        given.append(llm.hosts.patience_s)
+        yield from answer(*arguments)
+
+    llm.guarded = guarded  # type: ignore[method-assign]
+    llm.start()
+    assert given == [180.0, 180.0]
+    assert llm.hosts.patience_s == 6.0
+
+
 def test_phase_1_prefills_as_the_request_says() -> None:
     """The options name the pages that phase 2 looks for."""
     llm = Asking()

@@ -1,6 +1,7 @@
 """What an error of a host's worker processes means to it, and to the coordinator; without any of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from farspan.engine_ext.star.mesh import Mesh
 from farspan.engine_ext.star.team import StarAborted
 from farspan.star import ranks
 from farspan.star.coordinator import HostLost, Hosts
+from farspan.star.host import StarHost
 from farspan.star.protocol import EngineGone, HostSetup, RanksApart
 
 SETUP = HostSetup(0, 2, "nowhere", "cpu", 1.0, 1.0, False, False, {}, {"tensor_parallel_size": 2})
@@ -42,6 +44,9 @@ def test_an_error_of_a_step_is_what_the_first_rank_says() -> None:
         assert str(meaning) == failure.sentence
     # Not an error of the exchange: memory, for example.
     assert ranks_with(lambda *a, **o: None).error_of_step(error) is error
+    # The next reply would be that of the step.
+    meaning = ranks_with(lambda *a, **o: "tokens").error_of_step(TimeoutError("RPC call timed out."))
+    assert type(meaning) is EngineGone
     for reply in (raising(RuntimeError("Executor failed.")), lambda *a, **o: ranks.Failure("torn", False, True)):
         assert type(ranks_with(reply, is_failed=True).error_of_step(error)) is EngineGone
 
@@ -100,3 +105,34 @@ def test_a_host_whose_ranks_are_apart_is_ended_with_the_lost_one(monkeypatch: py
         list(hosts.run({0: ask, 1: ask}, {}))
     assert ended == [0]
     assert hosts.killed == {0}
+
+
+def test_ranks_that_are_slow_to_leave_are_not_ended_where_the_host_goes_on() -> None:
+    """A busy machine may take a second for what costs nothing."""
+    ended: list[str] = []
+
+    def reply(*arguments: Any, timeout: float, **options: Any) -> list[None]:
+        if timeout < 5:
+            raise TimeoutError
+        return [None, None]
+
+    host = StarHost(replace(SETUP, num_hosts=1))
+    host.ranks = ranks_with(reply)
+    host.ranks.executor.shutdown = lambda: ended.append("engine")
+    host.rejoin("127.0.0.1", 1)
+    assert ended == []
+    host.ranks.leave()
+    assert ended == ["engine"]
+
+
+def test_hosts_that_do_not_end_an_aborted_request_are_replaced_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: None)
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: ([], refs))
+    hosts = object.__new__(Hosts)
+    hosts.setup = SimpleNamespace(timeout_s=1.0)  # type: ignore[assignment]
+    told = SimpleNamespace(remote=lambda: "told")
+    hosts.actors = [SimpleNamespace(abort=told) for _ in range(2)]
+    hosts.killed = set()
+    hosts.abort({0: "first", 1: "second"})
+    assert hosts.killed == {0, 1}
