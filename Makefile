@@ -7,7 +7,7 @@ CASES := 10000
 SEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-star test fuzz faults check format bench lock clean
+.PHONY: help setup demo demo-star test fuzz soak faults check format bench lock clean
 
 help:
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU), Ray and the development tools"
@@ -15,6 +15,7 @@ help:
 	@echo "make demo-star  one question over a long context on two hosts, exact and in blocks"
 	@echo "make test    the tests that this machine can run; ARGS='-n 2 -k merge' goes to pytest (-n: workers)"
 	@echo "make fuzz    10,000 random requests against vLLM's own tokens; CASES=… SEED=… say how many and which"
+	@echo "make soak    10,000 short requests through one server, and whether it holds more than before; CASES=… ARGS='-- …'"
 	@echo "make faults  what happens when hosts die, are late or lie, memory is full, requests are aborted or preempted"
 	@echo "make check   ruff and mypy; 'make format' mends what ruff can"
 	@echo "make bench   benchmarks on a GPU; ARGS='decode --out DIR', ARGS='--dry-run' without one"
@@ -38,6 +39,9 @@ test: $(STAMP)
 
 fuzz: $(STAMP)
 	FARSPAN_FUZZ_CASES=$(CASES) FARSPAN_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/integration/test_fuzz.py $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tools.soak --requests $(CASES) --seed $(SEED) $(ARGS)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -v -m faults $(ARGS)
