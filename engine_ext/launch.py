@@ -342,6 +342,7 @@ class Parts:
             if each.part.index == 0:
                 self.sums = RunningSum(out)
             return out, None
+        assert each.part.exchange is not None, "a part alone is one of several hosts'"
         self.mine = PartialResult.empty(out)
         return self.mine.out, self.mine.lse
 

@@ -43,9 +43,10 @@ def run_largest_chunk(
 
 
 def largest_sums(config: FarspanConfig, query: torch.Tensor, num_kv_heads: int) -> RunningSum | None:
-    """What a chunk of all the query's tokens holds while its attention goes over spans of a context; None for none.
+    """Allocate what a chunk of all the query's tokens takes while its attention goes over spans of a context.
 
-    query: [num_tokens, num_q_heads, head_dim]. To be held while the profile runs a layer.
+    query: [num_tokens, num_q_heads, head_dim]. None where there are no spans. vLLM's profile sees the peak, so the
+    caller may drop the result at once.
     """
     if is_on_host(query) or config.offload is None or not isinstance(config.prefill, DensePrefill):
         return None

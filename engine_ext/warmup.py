@@ -259,7 +259,7 @@ def warm_ups_of(
     span_heads: tuple[int, ...] = ()
     if builder.cold is not None and builder.cold.has_spans:
         groups = builder.cold.groups_of(builder.cold.layers[layer_name])
-        span_heads = tuple({heads.stop - heads.start for heads in groups})
+        span_heads = tuple(dict.fromkeys(heads.stop - heads.start for heads in groups))
     num_kv_heads = sum(view.num_kv_heads for _, view, _, _ in views)
     max_model_len, exchange = vllm_config.model_config.max_model_len, current()
     return [

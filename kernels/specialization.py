@@ -6,6 +6,7 @@ the names that a kernel has.
 """
 
 STEP_NUMBERS = [
+    "heads_in_a_row",
     "max_blocks",
     "min_blocks",
     "min_split_blocks",
@@ -27,7 +28,7 @@ STEP_NUMBERS = [
     "stride_part_lse_token",
     "turn_offset",
 ]
-"""For `do_not_specialize`. Not `num_pieces`: see `prefill_kernel`."""
+"""For `do_not_specialize`. `heads_in_a_row` goes by the KV heads of a pass. Not `num_pieces`: see `prefill_kernel`."""
 
 INDEX_POINTERS = [
     "block_table_ptr",

@@ -237,10 +237,8 @@ def cold_plans(
 ) -> Iterator[KVPlan]:
     """Plans with which a load with cold heads fits, the best first; see `plan_kv`."""
     wanted_blocks = needed_blocks(load.context_len, layout.page_size, load.num_requests)
-    block_bytes, whole_pages = (
-        layout.fixed_block_bytes + layout.cold_block_bytes,
-        -(-load.context_len // layout.page_size),
-    )
+    block_bytes = layout.fixed_block_bytes + layout.cold_block_bytes
+    whole_pages = -(-load.context_len // layout.page_size)
     host_blocks = max(host_bytes, 0) // layout.cold_block_bytes
     resident_blocks = min(host_blocks, max(hbm_bytes, 0) // block_bytes)
     first_blocks = []

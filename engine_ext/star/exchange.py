@@ -250,8 +250,8 @@ class Exchange:
         """The error that names hosts whose message did not come, or whose connection has ended; empty for none."""
         if late:
             return (
-                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {waited_s:.3g} s (host "
-                f"{self.rank} waited). The host is gone, or too slow; see its log."
+                f"{self.phase}, step {self.step}: {hosts(late)} did not take part within {round(waited_s, 2):g} s "
+                f"(host {self.rank} waited). The host is gone, or too slow; see its log."
             )
         if gone:
             return (

@@ -1,8 +1,8 @@
 """Where the rule of sampled rows looks: whole spans of a prompt at absolute positions, and a few query rows of each.
 
-A span is several query tiles that share one choice of blocks. Its rows, like the span itself, are at places that depend
-on its position in the prompt alone, so that the same blocks are chosen however the prompt is cut into chunks. Tiles of
-spans that a chunk holds only in part have no choice: they are attended to in full.
+A span is one query tile or several, which share one choice of blocks. Its rows, like the span itself, are at places
+that depend on its position in the prompt alone, so that the same blocks are chosen however the prompt is cut into
+chunks. Tiles of spans that a chunk holds only in part have no choice: they are attended to in full.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class SpanRule:
     """How densely a prompt is sampled."""
 
     span_len: int
-    """Query tokens of a span: a multiple of the tiles' block size, which is a power of two times it."""
+    """Query tokens of a span: the tiles' block size times a power of two."""
     rows_per_span: int
     """Sampled query rows of a span, a power of two up to half of it."""
 

@@ -30,6 +30,8 @@ from farspan.engine_ext.warmup import WarmUp, warm_up_cases
 from farspan.kernels import prefill
 from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.flex import tile_rows
+from farspan.kernels.hopper.log_sums_kernel import hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
 from farspan.kernels.rotary_turn import Turn, make_string_turn
 from farspan.star.blocks import BlockSizes, plan_shards, shards_of_one, window_shards, windowed_len
@@ -79,20 +81,22 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
         found.add((self.__name__, *key))
 
     monkeypatch.setattr(InterpretedFunction, "run", note)
-    # A Gluon kernel is no InterpretedFunction.
-    options = {
-        name: [param.name for param in hopper_prefill_kernel.params if getattr(param, name)]
-        for name in ("do_not_specialize", "do_not_specialize_on_alignment")
-    }
-    gluon = SimpleNamespace(
-        arg_names=hopper_prefill_kernel.arg_names,
-        fn=hopper_prefill_kernel.fn,
-        kwargs=options,
-        __name__="hopper_prefill_kernel",
-    )
-    monkeypatch.setattr(hopper_prefill_kernel, "run", partial(note, gluon))
+    # Gluon kernels are no InterpretedFunction.
+    for kernel in (hopper_prefill_kernel, hopper_log_sums_kernel):
+        options = {
+            name: [param.name for param in kernel.params if getattr(param, name)]
+            for name in ("do_not_specialize", "do_not_specialize_on_alignment")
+        }
+        gluon = SimpleNamespace(arg_names=kernel.arg_names, fn=kernel.fn, kwargs=options, __name__=kernel.fn.__name__)
+        monkeypatch.setattr(kernel, "run", partial(note, gluon))
     monkeypatch.setattr(launch, "is_on_host", lambda tensor: False)
     return found
+
+
+def set_capability(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    """FlashAttention 3 is there on Hopper alone, as are the kernels in Gluon."""
+    for module in (prefill, tile_rows):
+        monkeypatch.setattr(module, "device_capability", lambda device: (9, 0) if kernel == "fa3" else (8, 0))
 
 
 def make_maker(kernel: Any, *, has_turn: bool) -> PassMaker:
@@ -178,8 +182,7 @@ def test_requests_reach_no_other_kernels(
     has_turn: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # FlashAttention 3 is there on Hopper alone, as is the kernel in Gluon.
-    monkeypatch.setattr(prefill, "device_capability", lambda device: (9, 0) if kernel == "fa3" else (8, 0))
+    set_capability(monkeypatch, kernel)
     turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
     layer = LayerContext(0, None, turn, FlexSelector())
     maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(page_size)
@@ -213,6 +216,59 @@ def test_requests_reach_no_other_kernels(
     # crossover these prompts are dense.
     is_ours = has_turn or name in ("flex-always", "flexprefill", "block-sparse")
     assert in_gluon == (kernel == "fa3" and is_ours)
+    # Selection under a turn is the portable kernel's, where the turn reaches the chunk.
+    selects_in_gluon = any(each[0] == "hopper_log_sums_kernel" for each in compiled)
+    assert selects_in_gluon == (kernel == "fa3" and name == "flex-always")
+
+
+@pytest.mark.parametrize("has_turn", [False, True], ids=["", "string"])
+@pytest.mark.parametrize("kernel", ["triton", "fa3"])
+@pytest.mark.parametrize("group_size", [1, 4, 8])
+def test_spans_reach_no_other_kernels(
+    compiled: set[Kernel], monkeypatch: pytest.MonkeyPatch, group_size: int, kernel: Any, has_turn: bool
+) -> None:
+    """Long contexts of cold heads, one KV head of a buffer after the other."""
+    set_capability(monkeypatch, kernel)
+    turn = make_string_turn(torch.rand(HEAD_DIM // 2), 5000, 128, is_neox=True, device=DEVICE) if has_turn else None
+    layer, page_size, num_heads = LayerContext(0, None, turn, FlexSelector()), 128, group_size * NUM_KV_HEADS
+    maker = replace(make_maker(kernel, has_turn=has_turn), workspace=None)
+    pages, size = make_pages(page_size), AttentionSize(num_heads, HEAD_DIM)
+    view, width = KVView(pages), table_width(pages)
+    warm_up = WarmUp(
+        DensePrefill(), size, maker, layer, view, view, group_size, torch.bfloat16, MAX_MODEL_LEN, MAX_CHUNK_LEN,
+        MAX_DECODE_LEN, table_width=width, span_heads=(1,),
+    )  # fmt: skip
+    for case in warm_up.cases():
+        warm_up.run(case)
+    warmed = set(compiled)
+    random.seed(f"{group_size} {kernel} {has_turn}")
+    buffer = torch.zeros(1, 20, page_size, 2 * HEAD_DIM, dtype=torch.bfloat16).transpose(0, 1)
+    entries = torch.zeros(3, width, dtype=torch.int32)
+    cache: Any = SimpleNamespace(
+        staging=SimpleNamespace(num_pages=20),
+        sizes=SimpleNamespace(page_size=page_size),
+        stage_spans=partial(ColdCache.stage_spans, SimpleNamespace(entries=entries)),  # type: ignore[arg-type]
+    )
+    builder: Any = SimpleNamespace(device=DEVICE)
+    for _ in range(12):
+        query_len = random.randint(1, random.choice([3, 130, MAX_CHUNK_LEN]))
+        kv_len = random.randint(20 * page_size + 1, MAX_MODEL_LEN)
+        kind = ChunkKind(DensePrefill(), turn is not None and turn.reaches(kv_len - 1), True)
+        request = random.randint(0, 2)
+        run = Run(request, request + 1, kind, 0, [0, query_len], [kv_len])
+        made = FarspanMetadataBuilder.spans_of(builder, cache, run)
+        query = torch.zeros(query_len, num_heads, HEAD_DIM, dtype=torch.bfloat16)
+        out, parts = torch.empty_like(query), launch.Parts()
+        for head in range(NUM_KV_HEADS):
+            heads = slice(head * group_size, (head + 1) * group_size)
+            for each in span_passes(replace(maker, num_kv_heads=1, first_kv_head=head), run, *made):
+                target, lse = parts.room(each, out[:, heads])
+                found = torch.zeros(group_size, query_len)
+                if not (isinstance(each.work, Dense) and each.work.kernel == "fa3"):
+                    found = attend(each, query[:, heads], KVView(buffer, head), layer, 0.125, target, lse)
+                parts.add(each, found, out[:, heads])
+    assert any(each[0] == "_combine_kernel" for each in compiled)
+    assert compiled <= warmed
 
 
 NUM_HOSTS = 3

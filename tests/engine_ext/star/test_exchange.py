@@ -16,6 +16,7 @@ from farspan.engine_ext.star.exchange import (
     form_exchange,
     set_exchange,
 )
+from farspan.engine_ext.star.mesh import Mesh
 from farspan.engine_ext.star.team import StarAborted
 from farspan.star.rendezvous import bind_port
 
@@ -90,6 +91,14 @@ def test_pages_come_from_all_hosts_or_from_host_0(dtype: torch.dtype) -> None:
         assert torch.equal(gathered, torch.cat([pages(rank) for rank in range(3)]))
         assert torch.equal(sent, pages(0))
         assert waited_s > 0
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "told"), [(1.5, "1.5 s"), (0.123, "0.12 s"), (60.0321, "60.03 s"), (3600, "3600 s")]
+)
+def test_how_long_a_host_waited_is_told_in_plain_digits(waited_s: float, told: str) -> None:
+    exchange = Exchange(0, 2, None, Mesh({}), torch.device("cpu"), waited_s)
+    assert f"host 1 did not take part within {told} (host 0" in exchange.sentence_of_missing([1], [], waited_s)
 
 
 @pytest.mark.faults
