@@ -17,10 +17,10 @@ DENSE = {"method": "dense"}
 FLEX = {"method": "flex", "gamma": 0.3, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}
 
 
-def engine(make_llm: Callable[..., Any], prefill: dict[str, Any], **kwargs: Any) -> Any:
+def engine(make_llm: Callable[..., Any], prefill: dict[str, Any], chunk_len: int = 700, **kwargs: Any) -> Any:
     return make_llm(
         "interleaved",
-        max_num_batched_tokens=700,
+        max_num_batched_tokens=chunk_len,
         max_num_seqs=4,
         additional_config={"farspan": {"prefill": prefill}},
         **kwargs,
@@ -39,8 +39,9 @@ def test_tokens_are_those_of_the_stock_backend(make_llm: Callable[..., Any]) -> 
 
 
 def test_flex_is_sparse_in_the_layers_that_see_all(make_llm: Callable[..., Any]) -> None:
-    llm = engine(make_llm, FLEX, enable_prefix_caching=False)
-    exact = engine(make_llm, DENSE, enable_prefix_caching=False)
+    # All prompts in one step: where a chunk cuts a tile, that tile is exact, and where it does goes by their order.
+    whole = {"chunk_len": 2048, "enable_prefix_caching": False}
+    llm, exact = (engine(make_llm, prefill, **whole) for prefill in (FLEX, DENSE))
     sparse = generate(llm, PROMPTS)
     assert sparse != generate(exact, PROMPTS)
     assert generate(llm, PROMPTS[::-1])[::-1] == sparse
