@@ -394,50 +394,6 @@ def test_hosts_of_star_reach_no_other_kernels(
     assert compiled <= warmed
 
 
-@pytest.mark.parametrize("kernel", ["triton", "fa3"])
-@pytest.mark.parametrize("has_turn", [False, True], ids=["dense", "string"])
-def test_spans_reach_no_other_kernels(
-    compiled: set[Kernel], monkeypatch: pytest.MonkeyPatch, kernel: Any, has_turn: bool
-) -> None:
-    """One KV head of requests that a buffer does not hold, over spans of 20 to 60 pages."""
-    monkeypatch.setattr(launch, "prefill_fa3", lambda query, *rest, causal: torch.zeros(query.shape[1], query.shape[0]))
-    turn = make_string_turn(torch.rand(HEAD_DIM // 2 - 8), 1000, 16, True, DEVICE) if has_turn else None
-    layer = LayerContext(0, None, turn, None)
-    maker, pages = make_maker(kernel, has_turn=has_turn), make_pages(128)
-    view, group_size = KVView(pages), NUM_Q_HEADS // NUM_KV_HEADS
-    entries = torch.zeros(2, -(-MAX_MODEL_LEN // 128) + 1, dtype=torch.int32)
-    warm_up = WarmUp(
-        DensePrefill(), SIZE, maker, layer, view, view, group_size, torch.bfloat16, MAX_MODEL_LEN, MAX_CHUNK_LEN,
-        table_width=entries.shape[1], span_heads=(1,),
-    )  # fmt: skip
-    for case in warm_up.cases():
-        warm_up.run(case)
-    warmed = set(compiled)
-    random.seed(f"{kernel} {has_turn}")
-    builder: Any = SimpleNamespace(device=DEVICE)
-    for _ in range(20):
-        cache: Any = SimpleNamespace(
-            entries=entries,
-            sizes=SimpleNamespace(page_size=128),
-            staging=SimpleNamespace(num_pages=random.randint(20, 60)),
-        )
-        cache.stage_spans = partial(ColdCache.stage_spans, cache)
-        query_len = random.randint(1, MAX_CHUNK_LEN)
-        kv_len = random.randint(61 * 128, MAX_MODEL_LEN)
-        kind = ChunkKind(DensePrefill(), has_turn and turn is not None and turn.reaches(kv_len - 1), True)
-        run = Run(1, 2, kind, 5, [0, query_len], [kv_len])
-        spans, batches, ends = FarspanMetadataBuilder.spans_of(builder, cache, run)
-        passes = span_passes(replace(maker, num_kv_heads=1, first_kv_head=1), run, spans, batches, ends)
-        assert len(passes) > 1
-        query = torch.zeros(query_len, NUM_Q_HEADS, HEAD_DIM, dtype=torch.bfloat16)[:, group_size:]
-        out, parts = torch.empty_like(query), launch.Parts()
-        staged = torch.zeros(1, 60, 128, 2 * HEAD_DIM, dtype=torch.bfloat16).transpose(0, 1)
-        for each in passes:
-            target, lse = parts.room(each, out)
-            parts.add(each, attend(each, query, KVView(staged, 1), layer, 0.125, target, lse), out)
-    assert any(kernel_key[0] == "_combine_kernel" for kernel_key in compiled)
-    assert compiled <= warmed, compiled - warmed
-
 
 @pytest.mark.parametrize("max_model_len", [1, 100, 128, 129, 8192, 131072, 1 << 20])
 @pytest.mark.parametrize("name", PREFILLS)
