@@ -394,7 +394,6 @@ def test_hosts_of_star_reach_no_other_kernels(
     assert compiled <= warmed
 
 
-
 @pytest.mark.parametrize("max_model_len", [1, 100, 128, 129, 8192, 131072, 1 << 20])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_no_case_is_impossible(name: str, max_model_len: int) -> None:
