@@ -71,7 +71,7 @@ class FlexPrefill(Options, frozen=True, tag_field="method", tag="flex"):
     on short prefixes, of which it is a large part."""
     max_budget: Annotated[int, Whole(256, MAX_TOKENS, unit="tokens", hint="null for no limit")] | None = None
     """Most KV tokens that a query tile reads, rounded down to blocks of 128; None for no limit. It overrides gamma.
-    Cost: heads that need more lose mass."""
+    At least 384 with selection "tile_rows". Cost: heads that need more lose mass."""
     share_kv_group: bool = False
     """One list for the query heads that share a KV head (their union), instead of one per query head. Cost: each
     head reads what the others need."""

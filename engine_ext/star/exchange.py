@@ -139,6 +139,10 @@ class Exchange:
             agreement = Agreement(self.step, digest, self.agree_with_hosts(digest, number))
         except StarError as error:
             agreement = Agreement(self.step, digest, [], str(error), isinstance(error, StarAborted))
+        except BaseException as error:
+            # The other ranks wait for an answer, whatever happened here.
+            team.share(Agreement(self.step, digest, [], f"{self.phase}, step {self.step}: host {self.rank}: {error!r}"))
+            raise
         return team.share(agreement)
 
     def agree_with_hosts(self, digest: bytes, number: int) -> list[int]:

@@ -130,3 +130,20 @@ def test_a_first_rank_that_meets_nobody_tells_the_others() -> None:
     results = on_ranks(lambda exchange, rank: None, lambda port: nobody)
     assert all(isinstance(result, StarError) for result in results)
     assert "host 1 did not meet all 2 hosts" in str(results[3])
+
+
+def test_whatever_ends_the_first_rank_is_told_to_the_others() -> None:
+    def broken(*_: Any) -> list[int]:
+        raise OverflowError("no room")
+
+    def work(exchange: Exchange, rank: int) -> Any:
+        if (exchange.rank, rank) != (0, 0):
+            return exchange.agree(b"one")
+        exchange.agree_with_hosts = broken  # type: ignore[method-assign]
+        with pytest.raises(OverflowError):
+            exchange.agree(b"one")
+        return None
+
+    _, told, *_ = on_ranks(work)
+    assert isinstance(told, StarError)
+    assert "step 2: host 0: OverflowError('no room')" in str(told)
