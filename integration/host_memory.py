@@ -21,6 +21,11 @@ V2 = Controller("memory.max", "memory.current", ("inactive_file", "active_file")
 V1 = Controller("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
+def boot_id(proc: Path = PROC) -> str:
+    """A name of the running machine that no other has; containers share it with the machine that runs them."""
+    return (proc / "sys/kernel/random/boot_id").read_text().strip()
+
+
 def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Of the machine, or of the group of processes that may take least."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())

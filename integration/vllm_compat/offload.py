@@ -8,7 +8,7 @@ from typing import Any
 from farspan.engine_ext.config import DensePrefill, OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
-from farspan.host_memory import available_bytes
+from farspan.host_memory import available_bytes, boot_id
 from farspan.scheduler.capacity import KVLayout, bounds_bytes_of, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
 from farspan.vllm_compat.platform import chooses_farspan
@@ -44,7 +44,9 @@ def asking_for_host_memory(stock: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_kv_caches(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if cold_options(vllm_config) is None:
             return stock(self, vllm_config, *args, **kwargs)
-        token = _host_budgets.set(self.model_executor.collective_rpc(host_budget))
+        executor = self.model_executor
+        machines = executor.collective_rpc(machine_of)
+        token = _host_budgets.set(executor.collective_rpc(host_budget, args=(machines,)))
         try:
             return stock(self, vllm_config, *args, **kwargs)
         finally:
@@ -53,19 +55,27 @@ def asking_for_host_memory(stock: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
-def host_budget(worker: Any) -> int:
-    """Bytes of host memory that one rank may take for KV; runs in the worker. Raises ConfigError."""
+def machine_of(worker: Any) -> str:
+    """A name of the machine that a rank runs on; containers of one machine have the same."""
+    return boot_id()
+
+
+def host_budget(worker: Any, machines: Sequence[str]) -> int:
+    """Bytes of host memory that one rank may take for KV; runs in the worker. Raises ConfigError.
+
+    machines: of all ranks, see `machine_of`. The option is per machine, and a tensor-parallel group may span several.
+    """
     options = cold_options(worker.vllm_config)
     assert options is not None
-    parallel = worker.vllm_config.parallel_config
-    num_ranks = parallel.local_world_size * max(parallel.data_parallel_size_local, 1)
+    engine_ranks = machines.count(machine_of(worker))
+    num_ranks = engine_ranks * max(worker.vllm_config.parallel_config.data_parallel_size_local, 1)
     available = available_bytes()
     if options.host_memory == "auto":
         return int(available * AUTO_SHARE) // num_ranks
     wanted = int(options.host_memory * GIB) // num_ranks
     # Of the ranks of other engines that share the machine, some may have theirs already.
-    if wanted * parallel.local_world_size > available:
-        most = available * num_ranks / parallel.local_world_size
+    if wanted * engine_ranks > available:
+        most = available * num_ranks / engine_ranks
         raise ConfigError(
             f"offload.host_memory={options.host_memory}; allowed: up to {most / GIB:.1f} GiB, as this machine, or its "
             "limit for this job, has no more free. Lower it, or use 'auto'."

@@ -81,25 +81,27 @@ def test_cold_heads() -> None:
 def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from farspan.vllm_compat import offload
 
-    config = engine({"host_memory": 100}, parallel_config__local_world_size=2)
+    config = engine({"host_memory": 100})
     config.parallel_config.data_parallel_size_local = 1
     monkeypatch.setattr(offload, "cold_options", lambda config: offload_options)
     from farspan.engine_ext.config import OffloadOptions
 
     worker = SimpleNamespace(vllm_config=config)
     monkeypatch.setattr(offload, "available_bytes", lambda: 120 * offload.GIB)
+    # Of the four ranks of a tensor-parallel group, two are on this machine.
+    here = offload.machine_of(worker)
+    two = ["elsewhere", here, here, "elsewhere"]
     offload_options = OffloadOptions(host_memory=100)
-    assert offload.host_budget(worker) == 50 * offload.GIB
+    assert offload.host_budget(worker, two) == 50 * offload.GIB
     offload_options = OffloadOptions()
-    assert offload.host_budget(worker) == 36 * offload.GIB
+    assert offload.host_budget(worker, two) == 36 * offload.GIB
     offload_options = OffloadOptions(host_memory=121)
     with pytest.raises(ConfigError, match=r"host_memory=121.*; allowed: up to 120\.0 GiB"):
-        offload.host_budget(worker)
+        offload.host_budget(worker, two)
     # Of two engines side by side, each asks for its half, while the other may have its own.
     config.parallel_config.data_parallel_size_local = 2
-    config.parallel_config.local_world_size = 1
     offload_options = OffloadOptions(host_memory=200)
-    assert offload.host_budget(worker) == 100 * offload.GIB
+    assert offload.host_budget(worker, [here]) == 100 * offload.GIB
     offload_options = OffloadOptions(host_memory=250)
     with pytest.raises(ConfigError, match=r"host_memory=250.*; allowed: up to 240\.0 GiB"):
-        offload.host_budget(worker)
+        offload.host_budget(worker, [here])
