@@ -36,6 +36,8 @@ class WarmUpCase:
     turns: bool = False
     num_splits: int = 1
     """Of a decode."""
+    is_alone: bool = False
+    """See `SplitPlan`."""
     prefill: Prefill | None = None
     query_len: int = 1
     """Tokens of the chunk, or of a request that decodes."""
@@ -52,13 +54,14 @@ def warm_up_cases(
     max_model_len: int,
     max_chunk_len: int,
     max_decode_len: int = 1,
+    is_fp8: bool = False,
 ) -> list[WarmUpCase]:
     """The cases of an engine, each once.
 
     prefill: the engine's; a request may choose dense prefill instead. size: of the layers. max_chunk_len: most query
-    tokens of a request in one step; max_decode_len: of one that decodes. Kernels differ by whether a turn reaches the
-    queries, by the power of two of the tokens of a tile, of the tokens and the splits of a decode and, where blocks are
-    selected, of the blocks of the prompt.
+    tokens of a request in one step; max_decode_len: of one that decodes. is_fp8: whether decode reads float8 pages.
+    Kernels differ by whether a turn reaches the queries, by the power of two of the tokens of a tile, of the tokens and
+    the splits of a decode and, where blocks are selected, of the blocks of the prompt.
     """
     max_chunk_len = min(max_chunk_len, max_model_len)
     turning = (False, True) if maker.has_turn else (False,)
@@ -73,6 +76,9 @@ def warm_up_cases(
         WarmUpCase("decode", turns, num_splits, query_len=query_len, kv_len=query_len)
         for turns, num_splits, query_len in product(turning, dict.fromkeys((1, min(2, most_splits))), decode_lens)
     ]
+    if is_fp8:
+        # Few programs have a form of their own, with the same combination.
+        cases += [replace(case, is_alone=True) for case in cases if case.kind == "decode" and case.num_splits <= 2]
     for each, turns in product(dict.fromkeys((prefill, DensePrefill())), turning):
         if isinstance(each, DensePrefill) and not turns and maker.dense_kernel != "triton":
             continue
@@ -148,6 +154,7 @@ class WarmUp:
             max_model_len=max_kv_len,
             max_chunk_len=self.max_chunk_len,
             max_decode_len=self.max_decode_len,
+            is_fp8=self.decode_view.is_fp8,
         )
         if self.span_heads:
             # A chunk sees all keys of the spans before its own.
@@ -229,7 +236,7 @@ class WarmUp:
         )
         if case.kind == "decode":
             # The builder's workspace has no room for splits that only other batches have.
-            splits = SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS)
+            splits = SplitPlan(case.num_splits, DECODE_MIN_SPLIT_KEYS, case.is_alone)
             work = Decode(splits, workspace=None, selections=self.selections, query_len=case.query_len)
             return replace(self.maker.decode(batch, num_rows=case.query_len), work=work, turns=case.turns)
         assert case.prefill is not None

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -34,6 +35,8 @@ ENGINE_FAILED = "Engine core initialization failed"
 ENGINE_ENDED = "EngineDeadError"
 CHILD_TIMEOUT_S = 20
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+AGAIN_S = 0.05
+"""After which a signal is sent once more whose exception Python dropped."""
 
 
 class Terminated(BaseException):
@@ -72,7 +75,8 @@ def run_command(program: str, run: Callable[[], int | None], failures: tuple[typ
 def terminable() -> Iterator[None]:
     """Raise Terminated on SIGTERM and SIGHUP inside; elsewhere than in the main thread, nothing changes.
 
-    Once: signals that follow do not break off the cleaning up.
+    Once: signals that follow do not break off the cleaning up. Python drops what is raised in a destructor: such a
+    signal, Ctrl-C included, is sent again a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -83,10 +87,26 @@ def terminable() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(signal_number)
 
+    def send_again(dropped: Any) -> None:
+        error = dropped.exc_value
+        if isinstance(error, Terminated):
+            for each in SIGNALS:
+                signal.signal(each, terminate)
+            number = error.signal_number
+        elif isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            hook(dropped)
+            return
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+
+    hook = sys.unraisablehook
     before = {each: signal.signal(each, terminate) for each in SIGNALS}
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for each, handler in before.items():
             signal.signal(each, handler)
 

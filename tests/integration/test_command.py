@@ -316,3 +316,27 @@ def test_examples_have_help(program: str) -> None:
     run = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_that_meets_a_destructor_is_not_lost(name: str, status: int) -> None:
+    """Python drops exceptions that are raised there."""
+    program = f"""
+import os, signal, sys, time
+from farspan.command import run_command
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.01)
+
+def work():
+    Late()
+    time.sleep(20)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(run_command("late", work))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stderr in ("late: terminated\n", "late: interrupted\n")
