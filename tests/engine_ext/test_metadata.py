@@ -8,9 +8,10 @@ import pytest
 import torch
 from farspan.engine_ext import layers, metadata, requests
 from farspan.engine_ext.config import DensePrefill, FlexPrefill, Prefill, parse_config
-from farspan.engine_ext.metadata import FarspanMetadataBuilder, count_decodes
+from farspan.engine_ext.metadata import FarspanMetadataBuilder
 from farspan.engine_ext.pass_maker import effective_prefill
 from farspan.engine_ext.passes import Decode, Dense, Sparse, StepMetadata
+from farspan.engine_ext.runs import count_decodes
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.kernels.flex.spans import Spans
 from farspan.kernels.rotary_turn import make_string_turn

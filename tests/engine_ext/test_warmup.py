@@ -12,10 +12,11 @@ import triton.language as tl
 from farspan.engine_ext import launch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, write_kv
-from farspan.engine_ext.metadata import ChunkKind, FarspanMetadataBuilder, Run, span_passes
+from farspan.engine_ext.metadata import FarspanMetadataBuilder, span_passes
 from farspan.engine_ext.offload.cache import ColdCache
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import Dense, LayerContext, Part, Pass
+from farspan.engine_ext.runs import ChunkKind, Run
 from farspan.engine_ext.selection.crossover import AttentionSize
 from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import most_parts
