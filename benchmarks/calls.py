@@ -18,7 +18,8 @@ from farspan.engine_ext.selection.methods import FlexSelector
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits
 from farspan.kernels import batch as kernel_batch
 from farspan.kernels.batch import KVView
-from farspan.kernels.decode import make_decode_workspace, paged_decode
+from farspan.kernels.decode import paged_decode
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.prefill import prefill_attention
 from farspan.kernels.rotary_turn import Turn
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles

@@ -4,9 +4,7 @@ Of this backend and, where it serves such a cache, of vLLM's own, each against i
 `real`. Without a checkpoint the bundled model reads its own questions in a dry run, and nothing otherwise.
 """
 
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.audit import AuditSettings, Probe, change_of_probes, cut_prompts, read_prompt, read_tokens
 from farspan.evaluation.evaluate import EvalSettings, engine_arguments, open_engine
 
-from benchmarks.real import Inputs, write_questions
+from benchmarks.real import Inputs, on_texts
 from benchmarks.record import BenchmarkError, Recorder
 
 NAME = "fp8_drift"
@@ -31,14 +29,7 @@ def cases(dry_run: bool) -> list[int]:
 
 
 def run(recorder: Recorder, inputs: Inputs | None) -> None:
-    with ExitStack() as stack:
-        if inputs is None:
-            if not recorder.dry_run:
-                recorder.note("no checkpoint: name one with --model, --text and --label")
-                return
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            inputs = Inputs("needle", (write_questions(folder / "text"),), "needle", tuple(cases(True)), 1, 0)
-        measure(recorder, inputs)
+    on_texts(recorder, inputs, measure, lengths=tuple(cases(True)), prompts=1, questions=0)
 
 
 def measure(recorder: Recorder, inputs: Inputs) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits
 from farspan.kernels.batch import KVView
-from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.kv_gather import PagePools, host_offsets
 from farspan.kernels.page_bounds import bound_pages, make_page_bounds, weigh_pages
 from farspan.kernels.page_choice import Rule, choose_pages, list_host_pages

@@ -7,8 +7,7 @@ and could lose something; drift and changed tokens are those of the second half 
 to the first token. Without a checkpoint the bundled model reads its own questions in a dry run, and nothing otherwise.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,14 +91,22 @@ def cases(dry_run: bool) -> list[int]:
 
 
 def run(recorder: Recorder, inputs: Inputs | None) -> None:
-    with ExitStack() as stack:
-        if inputs is None:
-            if not recorder.dry_run:
-                recorder.note("no checkpoint: name one with --model, --text and --label")
-                return
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            inputs = Inputs("needle", (write_questions(folder / "text"),), "needle", tuple(cases(True)), 1, 1)
-        measure(recorder, inputs)
+    on_texts(recorder, inputs, measure, lengths=tuple(cases(True)), prompts=1, questions=1)
+
+
+def on_texts(
+    recorder: Recorder, inputs: Inputs | None, work: Callable[[Recorder, Inputs], None], **of_dry_run: Any
+) -> None:
+    """Do the work on what was named; in a dry run without a checkpoint the bundled model reads its own questions."""
+    if inputs is not None:
+        work(recorder, inputs)
+        return
+    if not recorder.dry_run:
+        recorder.note("no checkpoint: name one with --model, --text and --label")
+        return
+    with TemporaryDirectory() as folder:
+        text = write_questions(Path(folder, "text"))
+        work(recorder, Inputs("needle", (text,), "needle", **of_dry_run))
 
 
 def write_questions(path: Path) -> Path:

@@ -21,7 +21,7 @@ from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.tile_rows_reference import tile_row_lists as tile_row_lists_cpu
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 
-from benchmarks.real import Inputs, write_questions
+from benchmarks.real import Inputs, on_texts
 from benchmarks.record import BenchmarkError, Recorder
 
 NAME = "rules"
@@ -102,18 +102,8 @@ def cases(dry_run: bool) -> list[int]:
 
 
 def run(recorder: Recorder, inputs: Inputs | None) -> None:
-    if inputs is not None:
-        measure(recorder, inputs)
-        return
-    if not recorder.dry_run:
-        recorder.note("no checkpoint: name one with --model, --text and --label")
-        return
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        text = write_questions(Path(folder) / "text")
-        names = ("as-built", "16of256-lost.5", "16of128-lost1-even", "all128-lost1", "16of256-lost.5-rows.9")
-        measure(recorder, Inputs("needle", (text,), "needle", tuple(cases(True)), 1, 0, names))
+    names = ("as-built", "16of256-lost.5", "16of128-lost1-even", "all128-lost1", "16of256-lost.5-rows.9")
+    on_texts(recorder, inputs, measure, lengths=tuple(cases(True)), prompts=1, questions=0, variants=names)
 
 
 def measure(recorder: Recorder, inputs: Inputs) -> None:

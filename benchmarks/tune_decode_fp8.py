@@ -19,6 +19,7 @@ from farspan.command import run_command
 from farspan.engine_ext.splits import num_multiprocessors, plan_splits
 from farspan.kernels import decode
 from farspan.kernels.batch import FP8
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.tuning import DecodeConfig, decode_config
 
 from benchmarks import calls
@@ -49,7 +50,7 @@ SPLIT_FORMS = ("1 x 64 keys, 3 stages", "4 x 32 keys, 3 stages")
 def call(batch: PagedBatch, query_len: int, config: DecodeConfig | None, num_splits: int) -> calls.Call:
     """Decode with a form and a number of splits; the launcher's own form where it is None."""
     kv, paged, shape = calls.kv_of(batch), calls.paged_of(batch), batch.shape
-    workspace = decode.make_decode_workspace(
+    workspace = make_decode_workspace(
         len(batch.query) * shape.num_q_heads * num_splits, shape.head_dim, batch.query.device
     )
     out, lse = calls.empty_results(batch)

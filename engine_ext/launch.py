@@ -27,7 +27,8 @@ from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
 from farspan.kernels.cpu_attention import cpu_attention, write_kv_cpu
-from farspan.kernels.decode import DecodeWorkspace, paged_decode
+from farspan.kernels.decode import paged_decode
+from farspan.kernels.decode_workspace import DecodeWorkspace
 from farspan.kernels.flex import reference as flex_on_host
 from farspan.kernels.flex import select as flex_on_gpu
 from farspan.kernels.flex import tile_rows as tile_rows_on_gpu

@@ -31,7 +31,7 @@ from farspan.engine_ext.star.steps import StarSteps
 from farspan.engine_ext.star.windows import WindowShard
 from farspan.engine_ext.support import config_of, max_decode_len
 from farspan.kernels.batch import PagedBatch
-from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.tiles import to_device
 from vllm.v1.attention.backend import (
     AttentionCGSupport,

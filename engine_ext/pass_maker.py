@@ -14,7 +14,8 @@ from farspan.engine_ext.splits import plan_splits
 from farspan.engine_ext.star.pieces import Piece
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.block_patterns import static_block_lists
-from farspan.kernels.decode import MAX_DECODE_REQUESTS, DecodeWorkspace
+from farspan.kernels.decode import MAX_DECODE_REQUESTS
+from farspan.kernels.decode_workspace import DecodeWorkspace
 from farspan.kernels.flex.coverage import sample_places
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles, to_device

@@ -13,7 +13,7 @@ from farspan.engine_ext.star.exchange import Exchange
 from farspan.engine_ext.star.keys import KeyExchange
 from farspan.engine_ext.star.positions import Turns
 from farspan.kernels.batch import KVView, PagedBatch
-from farspan.kernels.decode import DecodeWorkspace
+from farspan.kernels.decode_workspace import DecodeWorkspace
 from farspan.kernels.flex.spans import Spans
 from farspan.kernels.page_bounds import PageBounds
 from farspan.kernels.page_choice import Rule

@@ -12,14 +12,8 @@ import triton
 import triton.language as tl
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.combine import combine_partials
-from farspan.kernels.decode import (
-    LN_2,
-    LOG2_E,
-    DecodeWorkspace,
-    decode_parts,
-    host_distance,
-    make_decode_workspace,
-)
+from farspan.kernels.decode import LN_2, LOG2_E, decode_parts, host_distance
+from farspan.kernels.decode_workspace import DecodeWorkspace, make_decode_workspace
 from farspan.kernels.page_bounds import PageBounds, weigh_pages
 from farspan.kernels.page_choice import Choice, Rule, choose_pages
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS

@@ -30,7 +30,7 @@ from farspan.engine_ext.string import Rotation
 from farspan.engine_ext.warmup import WarmUp, warm_up_cases
 from farspan.kernels import prefill
 from farspan.kernels.batch import FP8, KVView, PagedBatch
-from farspan.kernels.decode import make_decode_workspace
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.flex import tile_rows
 from farspan.kernels.hopper.log_sums_kernel import hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from farspan.kernels import reference
 from farspan.kernels.batch import KVView, PagedBatch
-from farspan.kernels.decode import DecodeWorkspace, paged_decode
+from farspan.kernels.decode import paged_decode
+from farspan.kernels.decode_workspace import DecodeWorkspace
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
 

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from farspan.kernels.decode import make_decode_workspace, paged_decode
+from farspan.kernels.decode import paged_decode
+from farspan.kernels.decode_workspace import make_decode_workspace
 from farspan.kernels.tuning import DECODE_MIN_SPLIT_KEYS
 
 from tests.kernels.helpers import (
