@@ -144,7 +144,8 @@ class StarHost:
         return HostFacts(
             page_size=cache.block_size,
             max_model_len=model.max_model_len,
-            cache_len=cache.num_gpu_blocks * cache.block_size,
+            # Block 0 is no request's.
+            cache_len=(cache.num_gpu_blocks - 1) * cache.block_size,
             vocab_size=model.get_vocab_size(),
             # Two operations a weight and token; four a pair, head and component.
             linear_pairs=num_linear_weights(self.llm) / (2 * layers * heads * model.get_head_size()),

@@ -87,7 +87,8 @@ class StarLLM:
             host restarts all of them.
         address: of a Ray cluster; by default the one of RAY_ADDRESS, or a new one on this machine.
         strategy: how Ray places hosts over machines. env: environment variables of the hosts.
-        options: farspan's, as under `additional_config["farspan"]`; `string` is refused.
+        options: farspan's, as under `additional_config["farspan"]`; `string` is refused. With `offload` each host keeps
+            cold KV heads in host memory; anchors are computed anew then, and graphs and visibility "all" are refused.
         engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share, and
             `tensor_parallel_size` is the number of a host's GPUs.
         Raises ConfigError, UnsupportedModelError, UnsupportedEngineError or StarError.
@@ -95,8 +96,11 @@ class StarLLM:
         if isinstance(hosts, bool) or not isinstance(hosts, int) or hosts < 1:
             raise ConfigError(f"hosts={hosts!r}; allowed: a whole number from 1. Use one for each GPU.")
         check_engine_arguments(engine)
-        parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
+        star = {"timeout_s": timeout_s, "graphs": graphs and hosts > 1}
+        self.has_offload = parse_config({**(options or {}), "star": star}).offload is not None
+        """Whether the hosts have the option; then no host reads another one's pages."""
         self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "auto" else anchor, visibility)
+        self.check_offload(self.sizes)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -129,6 +133,21 @@ class StarLLM:
         except BaseException:
             self.close()
             raise
+
+    def check_offload(self, sizes: BlockSizes) -> None:
+        """Raise ConfigError for what hosts with cold heads cannot do for each other: they send no pages."""
+        if not self.has_offload:
+            return
+        if sizes.visibility == "all":
+            raise ConfigError(
+                "visibility='all' together with offload; allowed: 'star', as hosts gather each other's keys from GPU "
+                "memory alone. Leave out offload, or visibility."
+            )
+        if sizes.anchor == "share":
+            raise ConfigError(
+                "anchor='share' together with offload; allowed: 'recompute' or 'auto', which is the same then, as hosts "
+                "send pages from GPU memory alone. Leave out anchor, or offload."
+            )
 
     def start(self) -> None:
         """Start all hosts and send them a short request, which compiles what has to be."""
@@ -179,6 +198,7 @@ class StarLLM:
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
+        self.check_offload(sizes)
         if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
             raise ConfigError(
                 "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for "
@@ -202,6 +222,11 @@ class StarLLM:
         if len(params) != len(prompts):
             raise ConfigError(
                 f"{len(params)} sampling_params for {len(prompts)} prompts; allowed: one for all, or one for each."
+            )
+        if self.has_offload and len(prompts) > 1:
+            raise ConfigError(
+                f"{len(prompts)} prompts together with offload; allowed: 1, as hosts take their steps together, and each "
+                "runs as many requests at once as its own slots allow. Call generate for each."
             )
         with self.alone():
             started = time.perf_counter()
@@ -329,7 +354,7 @@ class StarLLM:
 
     def wants_sharing(self, anchor: Anchor) -> bool:
         """Whether host 0 sends the anchor; measured before the first request that has the choice."""
-        if anchor != "auto":
+        if anchor != "auto" or self.has_offload:
             return anchor == "share"
         if self.sharing_pays is None:
             try:
@@ -474,11 +499,16 @@ class StarLLM:
             total = work.need(rank)
             room = min(facts.max_model_len, facts.cache_len)
             if total > room:
-                limit = "max_model_len" if facts.max_model_len <= facts.cache_len else "tokens of KV cache"
+                is_long = facts.max_model_len <= facts.cache_len
+                limit = "max_model_len" if is_long else "tokens of KV cache"
+                larger = "gpu_memory_utilization"
+                if self.has_offload:
+                    limit = limit if is_long else "tokens that its host memory and GPU memory hold"
+                    larger = "offload.host_memory"
                 raise ConfigError(
                     f"host {rank} needs {total} tokens: {need} of the context ({context_len} in all), {query_len} of "
                     f"the query and {max_tokens} new ones; it has {room} ({limit}). Use more hosts, a larger "
-                    "max_model_len or gpu_memory_utilization, or smaller blocks and a smaller anchor."
+                    f"max_model_len or {larger}, or smaller blocks and a smaller anchor."
                 )
 
     def close(self) -> None:
