@@ -185,9 +185,9 @@ class OffloadOptions(Options, frozen=True):
     """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
 
     host_memory: Literal["auto"] | Annotated[float, Real(0, 65536, least_included=False, hint='"auto"')] = "auto"
-    """GiB of host memory per machine for cold KV heads, shared by its ranks and Star hosts; "auto" takes 60 % of what is free at
-    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use. Cost: the memory is taken, and
-    pinned, at start-up, which takes time in proportion."""
+    """GiB of host memory per machine for cold KV heads, shared by its ranks and Star hosts; "auto" takes 60 % of what
+    is free at start-up, and no more than `max_num_seqs` requests of `max_model_len` can use. Cost: the memory is taken,
+    and pinned, at start-up, which takes time in proportion."""
     hot_heads: (
         Literal["auto"]
         | Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')]

@@ -145,7 +145,7 @@ class StarLLM:
             )
         if sizes.anchor == "share":
             raise ConfigError(
-                "anchor='share' together with offload; allowed: 'recompute' or 'auto', which is the same then, as hosts "
+                "anchor='share' together with offload; allowed: 'recompute' or 'auto', which is the same then: hosts "
                 "send pages from GPU memory alone. Leave out anchor, or offload."
             )
 
@@ -225,8 +225,8 @@ class StarLLM:
             )
         if self.has_offload and len(prompts) > 1:
             raise ConfigError(
-                f"{len(prompts)} prompts together with offload; allowed: 1, as hosts take their steps together, and each "
-                "runs as many requests at once as its own slots allow. Call generate for each."
+                f"{len(prompts)} prompts together with offload; allowed: 1, as hosts take their steps together, and "
+                "each runs as many requests at once as its own slots allow. Call generate for each."
             )
         with self.alone():
             started = time.perf_counter()

@@ -86,6 +86,14 @@ def test_cold_heads_on_one_host(make_llm: Any, model_dirs: Any, hot: int) -> Non
     assert list(ask(llm, PROMPT, one_host("b")).outputs[0].token_ids) == expected
     offload_state(llm)
     llm.llm_engine.engine_core.engine_core.scheduler._residency.check_integrity()
+    from vllm.exceptions import VLLMValidationError
+
+    window: dict[str, Any] = {
+        "visibility": "all", "window_len": 64, "page_size": 16, "context": "x", "name": "w", "context_len": 64,
+        "num_hosts": 1, "query_host": 0, "rank": 0,
+    }  # fmt: skip
+    with pytest.raises(VLLMValidationError, match="visibility='all'; allowed: 'star' together with offload"):
+        ask(llm, PROMPT, {NAME: window})
 
 
 def test_bad_shards_are_refused_alone(make_llm: Any) -> None:

@@ -96,7 +96,8 @@ def check_both_phases(layout: Layout, chunk: int, monkeypatch: pytest.MonkeyPatc
     return hosts
 
 
-def test_a_step_with_all_kinds_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cold", [{}, {"hot_heads": 1, "num_slots": 40}], ids=["", "cold"])
+def test_a_step_with_all_kinds_of_requests(cold: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ordinary decodes and chunks between Star requests in either phase, on two hosts."""
     layout = LAYOUTS["two-hosts"]
     shards = layout.shards()
@@ -105,7 +106,7 @@ def test_a_step_with_all_kinds_of_requests(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [oracle(each, full).float() for each in tokens[:2]]
     causal = torch.ones(len(full), len(full), dtype=torch.bool).tril()
     expected += [oracle(each, causal).float() for each in tokens[2:]]
-    hosts = [Host(PAGE, 128, None, monkeypatch) for _ in shards]
+    hosts = [Host(PAGE, 128, None, monkeypatch, **cold) for _ in shards]
     meet_in_threads(2, monkeypatch)
 
     def work(rank: int) -> list[torch.Tensor]:
