@@ -66,7 +66,10 @@ def test_every_preset_is_documented() -> None:
             'allowed: method "exact" with preset "exact"',
         ),
         ({"preset": "exact", "string": {}}, ".string={}; allowed: without preset 'exact'"),
-        ({"preset": "max-context", "star": {"graphs": True}}, ".star.graphs=True; allowed: False together with offload"),
+        (
+            {"preset": "max-context", "star": {"graphs": True}},
+            ".star.graphs=True; allowed: False together with offload",
+        ),
         ({"preset": "max-context", "offload": None}, ".offload=None; allowed: options, or nothing, with preset"),
         ({"preset": "fast", "prefill": None}, ".prefill=None; allowed: options, or nothing, with preset"),
         ({"preset": "fast", "prefill": "flex"}, ".prefill='flex'; allowed: a mapping"),

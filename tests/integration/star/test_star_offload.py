@@ -9,7 +9,15 @@ from farspan.engine_ext.errors import ConfigError
 from farspan.star import StarLLM
 
 from tests.integration.star.conftest import start_hosts
-from tests.integration.star.test_star_llm import CONTEXT, CONTEXT_LEN, MAX_TOKENS, PROMPT, QUERY, expected_tokens, greedy
+from tests.integration.star.test_star_llm import (
+    CONTEXT,
+    CONTEXT_LEN,
+    MAX_TOKENS,
+    PROMPT,
+    QUERY,
+    expected_tokens,
+    greedy,
+)
 from tests.integration.star_oracle import StarLlama
 from tests.integration.test_engine_offload import offloading
 
