@@ -75,6 +75,12 @@ def test_cold_heads_on_two_gpus(star_model: Path, fault_file: Path, hot: tuple[i
             print(f"hosts up after {time.monotonic() - started:.1f} s: {sorted(arguments)}", flush=True)
             found.append(ask_all(star))
             if "options" in arguments:
+                stream = star.stream(CONTEXT, QUERY, greedy(200))
+                assert next(stream)
+                stream.close()
+                again = star.generate(CONTEXT, QUERY, greedy(16, logprobs=20))
+                assert again.token_ids == found[0]["blocks of N/4"].token_ids
+                assert star.restart_s == 0
                 moves = pools(star)
                 print(moves, flush=True)
                 assert all(min(moved["spilled"], moved["staged"]) > 0 for moved in moves)
