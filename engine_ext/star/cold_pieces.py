@@ -57,6 +57,6 @@ class ColdPieces:
         places = [0] * entries.shape[1]
         for place, page in enumerate(pages):
             places[page] = place
-        columns = to_device([pages], entries.device)[0].long()
+        keys = StagedPages(entries[request].index_select(0, to_device([pages], entries.device)[0]))
         alone = [replace(piece, request=0) for piece in run]
-        return StagedPages(entries[request, columns]), batch_of(alone, to_device([places], entries.device), page_size)
+        return keys, batch_of(alone, to_device([places], entries.device), page_size)
