@@ -110,3 +110,11 @@ def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -
     offload_options = OffloadOptions(host_memory=250)
     with pytest.raises(ConfigError, match=r"host_memory=250.*; allowed: up to 240\.0 GiB"):
         offload.host_budget(worker, [here])
+
+
+def test_spans_are_neither_for_lists_of_blocks_nor_for_blocks_of_a_context() -> None:
+    """Both read keys anywhere in a request, which a buffer for a span does not hold."""
+    from farspan.vllm_compat.offload import has_spans
+
+    for options, expected in (({}, True), ({"star": {}}, False), ({"prefill": {"method": "flex"}}, False)):
+        assert has_spans(engine(None, additional_config={"farspan": {"offload": {}, **options}})) is expected

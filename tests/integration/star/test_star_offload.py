@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError
 from farspan.star import StarLLM
+from farspan.star.work import Work
 
-from tests.integration.star.conftest import start_hosts
+from tests.integration.star.conftest import PAGE, start_hosts
 from tests.integration.star.test_star_llm import (
     CONTEXT,
     CONTEXT_LEN,
@@ -103,6 +105,20 @@ def test_what_does_not_fit_is_refused_before_phase_1(star: StarLLM) -> None:
         star.generate_together([(CONTEXT, QUERY)] * 2, greedy())
     assert pools(star) == before
     assert star.restart_s == 0
+
+
+def test_a_share_that_host_memory_does_not_hold_is_refused() -> None:
+    star = StarLLM.__new__(StarLLM)
+    star.has_offload, star.page_size = True, PAGE
+    star.hosts = SimpleNamespace(facts=[SimpleNamespace(max_model_len=4096, cache_len=1024)])  # type: ignore[assignment]
+    work = Work("r", [1] * 1000, [1] * 20, greedy(5), None, False)
+    with pytest.raises(ConfigError) as caught:
+        star.check_room([work])
+    assert "host 0 needs 1025 tokens" in str(caught.value)
+    assert "it has 1024 (tokens that its host memory and GPU memory hold)" in str(caught.value)
+    assert "offload.host_memory" in str(caught.value)
+    work.params.max_tokens = 4
+    star.check_room([work])
 
 
 @pytest.mark.parametrize(
