@@ -4,7 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -205,9 +205,10 @@ class StarLLM:
                 "all keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
             )
         result: list[StarOutput] = []
-        for progress in self.work(context, query, sampling_params, sizes, result):
-            if on_progress is not None:
-                on_progress(progress)
+        with closing(self.work(context, query, sampling_params, sizes, result)) as work:
+            for progress in work:
+                if on_progress is not None:
+                    on_progress(progress)
         return result[0]
 
     def generate_together(
@@ -253,10 +254,12 @@ class StarLLM:
         """
         result: list[StarOutput] = []
         num_seen = 0
-        for progress in self.work(context, query, sampling_params, self.sizes, result):
-            if len(progress.token_ids) > num_seen:
-                yield progress.token_ids[num_seen:]
-                num_seen = len(progress.token_ids)
+        # From Python 3.12 on closing a generator that is in a loop alone leaves the loop's own generator open.
+        with closing(self.work(context, query, sampling_params, self.sizes, result)) as work:
+            for progress in work:
+                if len(progress.token_ids) > num_seen:
+                    yield progress.token_ids[num_seen:]
+                    num_seen = len(progress.token_ids)
         if len(result[0].token_ids) > num_seen:
             yield result[0].token_ids[num_seen:]
         return result[0]
@@ -268,7 +271,7 @@ class StarLLM:
         params: Any,
         sizes: BlockSizes,
         result: list[StarOutput],
-    ) -> Iterator[Progress]:
+    ) -> Generator[Progress, None, None]:
         """One request from its tokens to its output, which is put into `result`."""
         with self.alone():
             yield from self.work_alone(context, query, params, sizes, result)
@@ -384,8 +387,9 @@ class StarLLM:
     def ask_one(self, work: Work) -> Iterator[Progress]:
         """Exact attention on host 0, as a plain request of its engine."""
         ask = Ask(work.name, "exact attention", work.context + work.query, work.params, None)
-        for statuses in self.guarded({0: ask}, work.second):
-            yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
+        with closing(self.guarded({0: ask}, work.second)) as steps:
+            for statuses in steps:
+                yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
 
     def read_context(self, work: Work, may_replace: bool = True) -> Iterator[Progress]:
         """Phase 1 on all hosts. One that is lost is replaced once, where it may be."""
@@ -397,10 +401,11 @@ class StarLLM:
         # Without a context, where a step of one token is one of all hosts, there is nothing to read.
         for attempt in range(2 if todo else 0):
             try:
-                for statuses in self.guarded(todo, answers, may_replace and attempt == 0):
-                    done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())
-                    done += sum(shards[rank].num_blocks for rank in answers)
-                    yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
+                with closing(self.guarded(todo, answers, may_replace and attempt == 0)) as steps:
+                    for statuses in steps:
+                        done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())
+                        done += sum(shards[rank].num_blocks for rank in answers)
+                        yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
                 break
             except HostLost as lost:
                 restarted = time.perf_counter()
@@ -433,9 +438,10 @@ class StarLLM:
         answers: dict[int, Answer] = {}
         work = works[0]
         assert work.shards is not None
-        for statuses in self.guarded(asks, answers):
-            tokens = tokens_of_status(statuses.get(work.shards[0].query_host))
-            yield Progress("phase 2", work.num_blocks, work.num_blocks, tokens)
+        with closing(self.guarded(asks, answers)) as steps:
+            for statuses in steps:
+                tokens = tokens_of_status(statuses.get(work.shards[0].query_host))
+                yield Progress("phase 2", work.num_blocks, work.num_blocks, tokens)
         for rank, answer in answers.items():
             for each, own in zip(works, (answer, *answer.others), strict=True):
                 each.second[rank] = own
@@ -445,7 +451,7 @@ class StarLLM:
 
     def guarded(
         self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False
-    ) -> Iterator[dict[int, HostStatus]]:
+    ) -> Generator[dict[int, HostStatus], None, None]:
         """`Hosts.run`; after an error that leaves hosts in doubt all of them are stopped, to start anew when needed."""
         try:
             yield from self.hosts.run(asks, answers)

@@ -84,7 +84,7 @@ def test_an_abort_leaves_pools_and_hosts_as_they_were(star: StarLLM, star_model:
         work = star.work(context, QUERY, greedy(max_tokens), star.sizes, [])
         phase = "phase 1" if max_tokens == 1 else "phase 2"
         assert any(progress.phase == phase for progress in work)
-        work.close()  # type: ignore[attr-defined]
+        work.close()
         output = star.generate(context, QUERY, greedy())
         assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
         pools(star)
