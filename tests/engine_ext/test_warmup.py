@@ -335,7 +335,7 @@ def run_star_blocks(steps: StarSteps, rank: int, pages: torch.Tensor, layer: Lay
         moved += moved_rows(row, shard, begin, end)
         row += end - begin
     common = SimpleNamespace(block_table_tensor=torch.zeros(num_reqs, table_width(pages), dtype=torch.int32))
-    attend_star(steps.passes(common, pieces), moved, pages, layer)
+    attend_star(steps.passes(common, pieces, []), moved, pages, layer)
 
 
 def run_star_window(steps: StarSteps, exchange: Others, pages: torch.Tensor, layer: LayerContext) -> None:
