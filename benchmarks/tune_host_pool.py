@@ -1,7 +1,6 @@
 """How long offload's host memory takes when an engine starts: prints, writes no rows.
 
-`python -m benchmarks.tune_host_pool [GiB]`: with slabs one after the other, then with all populated at once and so many
-threads that register them.
+`python -m benchmarks.tune_host_pool [GiB]`: slabs one after the other, and as the engine makes them.
 """
 
 import os
@@ -15,9 +14,8 @@ from farspan.engine_ext.offload import pool
 NUM_SLABS = 12
 
 
-def timed(name: str, gib: int, threads: int, *, one_by_one: bool = False) -> None:
+def timed(name: str, gib: int, *, one_by_one: bool) -> None:
     """Make, register and free a pool of as many GiB."""
-    pool.REGISTERING_THREADS = threads
     slabs = [pool.make_slab(gib * pool.GIB // NUM_SLABS) for _ in range(NUM_SLABS)]
     start = time.perf_counter()
     for each in [[slab] for slab in slabs] if one_by_one else [slabs]:
@@ -30,16 +28,13 @@ def timed(name: str, gib: int, threads: int, *, one_by_one: bool = False) -> Non
 
 
 def main() -> None:
-    """Print the times, most important first."""
+    """Print the times."""
     gib = int(sys.argv[1]) if len(sys.argv) > 1 else 48
     free = psutil.virtual_memory().available / pool.GIB
     print(f"{os.cpu_count()} processors, {free:.0f} GiB free, torch {torch.__version__}", flush=True)
     torch.zeros(1, device="cuda")
-    timed("slab after slab", gib, 1, one_by_one=True)
-    for threads in (4, 1):
-        timed(f"populated at once, {threads} threads register", gib, threads)
-    for threads in (2, 8):
-        timed(f"populated at once, {threads} threads register", gib // 2, threads)
+    timed("slab after slab", gib, one_by_one=True)
+    timed("populated at once", gib, one_by_one=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,6 @@ MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23
 POPULATED_BYTES = GIB // 4
 """Per call: whole large pages."""
 MAX_THREADS = 16
-REGISTERING_THREADS = 4
-"""Slabs that are registered at once."""
 
 
 @dataclass(frozen=True)
@@ -108,24 +106,20 @@ def make_slab(num_bytes: int) -> torch.Tensor:
 def register_slabs(slabs: Sequence[torch.Tensor], progress: Callable[[float], None]) -> None:
     """Populate all slabs, and register each, in their order, as soon as it is populated.
 
-    Raises UnsupportedEngineError with the first that fails; slabs behind it are then neither populated nor registered,
-    but for those under way.
+    Several slabs at once are registered no faster (docs/decisions/offload.md). Raises UnsupportedEngineError with the
+    first that fails; what is not populated by then never is.
     """
-    device = torch.cuda.current_device()
-    # A thread begins on device 0, and would take memory there.
-    registering = ThreadPoolExecutor(REGISTERING_THREADS, initializer=torch.cuda.set_device, initargs=(device,))
-    populating = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS))
+    threads = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS))
     try:
-        parts = [populate(slab, populating) for slab in slabs]
-        registered = [registering.submit(register_slab, *each) for each in zip(slabs, parts, strict=True)]
+        parts = [populate(slab, threads) for slab in slabs]
         done = 0
-        for slab, each in zip(slabs, registered, strict=True):
-            each.result()
+        for slab, populated in zip(slabs, parts, strict=True):
+            wait(populated)
+            register_slab(slab)
             done += slab.numel()
             progress(done / sum(other.numel() for other in slabs))
     finally:
-        populating.shutdown(cancel_futures=True)
-        registering.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 def populate(slab: torch.Tensor, threads: ThreadPoolExecutor) -> list[Future[int]]:
@@ -145,10 +139,8 @@ def populate(slab: torch.Tensor, threads: ThreadPoolExecutor) -> list[Future[int
     ]
 
 
-def register_slab(slab: torch.Tensor, populated: Sequence[Future[int]] = ()) -> None:
-    """Have CUDA address a slab, once its parts are populated, until it dies."""
-    for part in populated:
-        part.result()
+def register_slab(slab: torch.Tensor) -> None:
+    """Have CUDA address a slab until it dies."""
     cudart = torch.cuda.cudart()
     # 1: known to all contexts.
     failed = int(cudart.cudaHostRegister(slab.data_ptr(), slab.numel(), 1))

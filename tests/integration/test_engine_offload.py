@@ -64,8 +64,10 @@ def offloading(
 
 
 def offload_state(llm: Any) -> dict[str, Any]:
-    """What the worker tells after it checked its pools."""
-    (state,) = llm.collective_rpc("offload_state")
+    """What the workers tell, all the same, after they and the scheduler checked their tables."""
+    state, *others = llm.collective_rpc("offload_state")
+    assert others == [state] * len(others)
+    llm.llm_engine.engine_core.engine_core.scheduler._residency.check_integrity()
     return state
 
 
@@ -91,8 +93,13 @@ PROMPTS = make_prompts((1, 15, 16, 17, 130, 300, 700))
 
 
 @pytest.mark.parametrize("num_slots", [9, 40, BLOCKS], ids=["least", "some", "all"])
-def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) -> None:
+def test_slots(
+    make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("farspan.vllm_compat.offload.warn_of_ordinary_memory", told.append)
     llm = make_llm(**offloading(num_slots))
+    assert told == ["cpu"]
     assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
     state = offload_state(llm)
     assert state["num_slots"] == num_slots
@@ -122,10 +129,10 @@ def test_vllms_own_offloading_holds_a_request_in_gpu_memory(make_llm: Callable[.
 @pytest.mark.parametrize(
     ("architecture", "heads", "hot", "group_size"),
     [
-        ("llama", 2, 1, 1), ("llama", 2, 0, 2), ("qwen3", 4, 2, 2), ("qwen3", 4, 1, 2), ("qwen3", 4, [4, 1], 1),
-        ("qwen2", 1, 0, 1),
+        ("llama", 2, 1, 1), ("llama", 2, 0, 2), ("qwen3", 4, 2, 2), ("qwen3", 4, 1, 2), ("qwen3", 4, 3, 1),
+        ("qwen3", 4, [4, 1], 1), ("qwen2", 1, 0, 1),
     ],
-    ids=["half", "together", "half-of-four", "one-of-four", "by-layer", "only-head"],
+    ids=["half", "together", "half-of-four", "one-of-four", "all-but-one", "by-layer", "only-head"],
 )  # fmt: skip
 def test_hot_heads(
     make_llm: Callable[..., Any], stock_tokens: Any, architecture: str, heads: int, hot: Any, group_size: int
@@ -296,7 +303,7 @@ def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     arguments = spanning(64, 9, heads=1)
     arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
     llm = make_llm(**arguments, tensor_parallel_size=2)
-    assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
     assert [each["offload"]["staging_pages"] for each in llm.collective_rpc("decisions")] == [9, 9]
     one, other = llm.collective_rpc("offload_state")
     assert one == other

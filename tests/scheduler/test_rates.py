@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from farspan.scheduler.capacity import KVLayout, Load, longest_context
+from farspan.scheduler.capacity import KVLayout, Load, longest_context, stub_bytes_of
 from farspan.scheduler.footprint import ModelShape, activation_bytes, fixed_bytes, kv_heads_of_rank, weight_bytes
 from farspan.scheduler.rates import (
     GPUS,
@@ -98,6 +98,25 @@ def test_a_million_tokens_all_cold_fit_under_17_gib() -> None:
     assert longest_context(COLD, load(1024), kv, host, 2**22) == host // COLD.cold_token_bytes - 128
     # The same with KV in HBM: the paper's 10K on such a GPU.
     assert longest_context(HOT, load(1024), kv_bytes(17 * GIB, 1024), 0, 2**22) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("context_len", "step", "has_spans", "kv_gib"),
+    [
+        (2**20, 8192, False, 2.11),
+        (2**20, 1024, False, 1.24),
+        (2**20, 8192, True, 1.12),
+        (2**20, 1024, True, 0.24),
+        (4_000_000, 8192, False, 5.10),
+        (4_000_000, 8192, True, 1.29),
+    ],
+)
+def test_least_memory_for_kv_as_documented(context_len: int, step: int, has_spans: bool, kv_gib: float) -> None:
+    """Beside the paper's tables 10 and 11 in docs/offload.md."""
+    layout = replace(COLD, stub_bytes=stub_bytes_of(128, 2))
+    for gib, fits in ((kv_gib + 0.01, True), (kv_gib - 0.01, False)):
+        longest = longest_context(layout, load(step), int(gib * GIB), 1024 * GIB, 2**23, has_spans=has_spans)
+        assert (longest >= context_len) == fits
 
 
 def test_stock_context_and_twenty_times_it_under_24_gb() -> None:
