@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,22 @@ def test_engines_under_ray_answer_a_file(tmp_path: Path) -> None:
     assert found[1]["text"]
     # Too long a prompt spoils its own answer alone.
     assert "2048" in found[2]["error"]
+
+
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_engines_share_the_memory_of_a_machine_without_gpus(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself vLLM asks for 92 % of it, which a second engine is refused."""
+    from examples.ray_batch import Engine
+
+    found: list[str | None] = []
+    fake = SimpleNamespace(LLM=lambda *args, **kwargs: found.append(os.environ.get("VLLM_CPU_KVCACHE_SPACE")))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    # Set first, so that it is put back.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", asked or "")
+    if asked is None:
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    Engine("model", {}, None)
+    assert found == [asked or "1"]
 
 
 class Stub:

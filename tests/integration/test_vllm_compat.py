@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from farspan.engine_ext.config import DensePrefill, parse_config
 from farspan.engine_ext.plan import StepPlan
+from farspan.vllm_compat.offload import warn_of_ordinary_memory
 from farspan.vllm_compat.runner import RunnerSource, RunnerState, running, running_runner, state_of
 from farspan.vllm_compat.wrapping import wrap_once
 
