@@ -324,13 +324,27 @@ def one_by_one(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
     "options", [FLEX, MASK, STRING, {**STRING, **FLEX}], ids=["flex", "block_sparse", "string", "string-flex"]
 )
 def test_methods_give_what_they_give_without_offload(make_llm: Callable[..., Any], options: dict[str, Any]) -> None:
-    arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": 200, "max_num_seqs": 16}
+    """Prompts alone, the last ones with prefixes that lie on the host; then together."""
+    (long, other) = make_prompts((500, 420), seed=5)
+    prompts = [*PROMPTS, long, [*long[:160], *other[:50]], [*long[:450], *other[:200]], long]
+    arguments = {
+        "block_size": PAGE,
+        "max_model_len": MAX_LEN,
+        "max_num_batched_tokens": 200,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": BLOCKS,
+        "enable_prefix_caching": True,
+    }
     plain = make_llm("qwen3", additional_config={"farspan": options}, **arguments)
-    expected = one_by_one(plain, PROMPTS)
+    expected = one_by_one(plain, prompts)
     plain.llm_engine.engine_core.shutdown()
-    llm = make_llm("qwen3", **offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options))
-    assert one_by_one(llm, PROMPTS) == expected
-    assert run_checked(llm, PROMPTS)
+    offloaded = offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options, enable_prefix_caching=True)
+    llm = make_llm("qwen3", **offloaded)
+    assert one_by_one(llm, prompts) == expected
+    (output,) = run(llm, [long])
+    assert output.num_cached_tokens == 496
+    together = run_checked(llm, prompts)
+    assert options != STRING or together == expected
     assert min(offload_state(llm)["spilled"], offload_state(llm)["staged"]) > 0
 
 
