@@ -42,6 +42,7 @@ MODULES = (
     "offload_whole",
     "offload_far",
     "offload_spans",
+    "offload_select_engine",
     "offload_memory",
     "offload_tight",
     "offload_exact",
