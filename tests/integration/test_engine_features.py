@@ -182,21 +182,6 @@ def test_features(engine: tuple[str, Any], stock: dict[str, Any], adapter: Path,
         assert found == stock[feature]
 
 
-@pytest.fixture
-def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are scheduled before the ones before them have ended, which vLLM switches off on a CPU."""
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    stock = platform.check_and_update_config
-
-    def check_and_update_config(vllm_config: Any) -> None:
-        stock(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(check_and_update_config))
-
-
 def test_async_scheduling(
     engine: tuple[str, Any],
     start: Callable[[str | None], Any],
