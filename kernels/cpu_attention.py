@@ -378,7 +378,7 @@ def _decode_one(
     pages = block_table[0, : -(-num_tokens // kv.page_size)].long()
     grouped = query[0].unflatten(0, (kv.num_kv_heads, -1))
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    bound = 0 if turn is None else min(turn.bound(int(positions)), num_tokens)
+    bound = 0 if turn is None else max(0, min(turn.bound(int(positions)), num_tokens))
     if turn is not None and bound > 0:
         parts += _pieces_of_pages(apply_turn(grouped, turn), kv, pages, 0, bound, scale)
     if bound < num_tokens:
