@@ -131,6 +131,12 @@ def test_errors_have_openais_form(client: Any, llm: Llm) -> None:
     assert client.post("/v1/completions", json={"model": "m", "prompt": "a"}).status_code == 200
 
 
+def test_beam_search_is_refused(client: Any) -> None:
+    answer = client.post("/v1/completions", json={"model": "m", "prompt": "a", "use_beam_search": True})
+    assert answer.status_code == 400
+    assert "use_beam_search=True; farspan star does not support it" in answer.json()["error"]["message"]
+
+
 def test_a_client_that_leaves_aborts_its_request_alone(llm: Llm) -> None:
     """Cancelled while a thread waits for a piece; the next request begins when that one is really over."""
     import asyncio
