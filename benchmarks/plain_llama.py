@@ -42,14 +42,22 @@ class PlainLlama:
         self.inv_freq = (theta**-half).to(self.device)
 
     @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "PlainLlama":
-        """Load a folder with config.json and one file of weights. Raises BenchmarkError for another architecture."""
+    def from_folder(
+        cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> "PlainLlama":
+        """Load a folder with config.json and one file of weights; device: the CPU if None.
+
+        Raises BenchmarkError for another architecture, and for rotary positions that are scaled.
+        """
         from safetensors.torch import load_file
 
         config = json.loads((folder / "config.json").read_text())
         if not {"LlamaForCausalLM", "Qwen2ForCausalLM"} & set(config["architectures"]):
             raise BenchmarkError(f"{folder}: {config['architectures']}; needs LlamaForCausalLM or Qwen2ForCausalLM")
-        weights = {name: each.to(dtype) for name, each in load_file(folder / "model.safetensors").items()}
+        if config.get("rope_scaling"):
+            raise BenchmarkError(f"{folder}: rope_scaling={config['rope_scaling']}; needs a model without")
+        place = torch.device("cpu") if device is None else device
+        weights = {name: each.to(place, dtype) for name, each in load_file(folder / "model.safetensors").items()}
         return cls(config, weights)
 
     @classmethod
