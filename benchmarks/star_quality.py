@@ -112,7 +112,8 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
             for task in REAL_GROUPS[group]:
                 if inputs.seconds is not None and time.monotonic() - started > inputs.seconds:
                     break
-                answers[length, group].ask(sample_of(inputs.model, task, length, seed))
+                said = answers[length, group].ask(sample_of(inputs.model, task, length, seed))
+                recorder.note(f"{length} {task} {seed}: {said}")
     for (length, group), found in answers.items():
         if found.samples:
             found.record(recorder, f"n{length}-{group}-{label}")
@@ -135,8 +136,11 @@ class Answers:
         self.samples: list[Sample] = []
         self.texts: dict[Blocks, list[str]] = {each: [] for each in all_blocks}
 
-    def ask(self, sample: Sample) -> None:
-        """Greedy tokens behind the question, which is Star's query; what stands before it is the context."""
+    def ask(self, sample: Sample) -> str:
+        """Greedy tokens behind the question, which is Star's query; what stands before it is the context.
+
+        Returns what was said, on one line.
+        """
         tokens, query_len = tokens_of(self.tokenizer, sample)
         context, query = tokens[:-query_len], tokens[-query_len:]
         for blocks, texts in self.texts.items():
@@ -144,6 +148,8 @@ class Answers:
             answer = generate(self.model, cache, len(context), query, sample.max_new_tokens, self.tokenizer.eos_token_id)
             texts.append(self.tokenizer.decode(answer))
         self.samples.append(sample)
+        found = [f"{blocks.variant} {' '.join(texts[-1].split())!r}" for blocks, texts in self.texts.items()]
+        return f"{' '.join(sample.answers)} | {' | '.join(found)}"
 
     def record(self, recorder: Recorder, case: str) -> None:
         """A row of the share of right answers for every way of cutting; the number of questions is in the case."""
