@@ -1,10 +1,10 @@
 """What Star Attention's blocks cost in answers: retrieval and drift against dense attention, with any anchor.
 
-In plain PyTorch, so that the paper's ablations of the anchor (its table 3) can be measured, which no engine does: float32
-on a CPU, bfloat16 with FlashAttention 3 on a GPU. The bundled needle model answers questions; a checkpoint (`--model`,
-with `--text`) answers those of `farspan eval`, and reads real text (`drift`: log-probability of the last tokens of a
-prompt less dense attention's, in nats a token). Two blocks are dense attention, as phase 1 then sees the whole context:
-their drift is that of rounding.
+In plain PyTorch, so that the paper's ablations of the anchor (its table 3) can be measured, which no engine does:
+float32 on a CPU, bfloat16 with FlashAttention 3 on a GPU. The bundled needle model answers questions; a checkpoint
+(`--model`, with `--text`) answers those of `farspan eval`, and reads real text (`drift`: log-probability of the last
+tokens of a prompt less dense attention's, in nats a token). Two blocks are dense attention, as phase 1 then sees the
+whole context: their drift is that of rounding.
 """
 
 import time
@@ -145,7 +145,9 @@ class Answers:
         context, query = tokens[:-query_len], tokens[-query_len:]
         for blocks, texts in self.texts.items():
             cache = read_context(self.model, context, blocks, sample.seed)
-            answer = generate(self.model, cache, len(context), query, sample.max_new_tokens, self.tokenizer.eos_token_id)
+            answer = generate(
+                self.model, cache, len(context), query, sample.max_new_tokens, self.tokenizer.eos_token_id
+            )
             texts.append(self.tokenizer.decode(answer))
         self.samples.append(sample)
         found = [f"{blocks.variant} {' '.join(texts[-1].split())!r}" for blocks, texts in self.texts.items()]
@@ -177,7 +179,9 @@ def measure_drift(
         # The first token of a query is given, not predicted.
         query_len = min(QUERY_LEN, len(prompt) // 2) + 1
         context, query = prompt[:-query_len], prompt[-query_len:]
-        dense, *others = (log_probs(model, read_context(model, context, each), len(context), query) for each in all_blocks)
+        dense, *others = (
+            log_probs(model, read_context(model, context, each), len(context), query) for each in all_blocks
+        )
         dense_mean.append(float(dense.mean()))
         for blocks, found in zip(drifts, others, strict=True):
             # Neighbouring tokens drift together, so that an error is that of means over stretches.
