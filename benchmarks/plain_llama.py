@@ -6,6 +6,7 @@ One sequence, no pages, no batch. Tokens may stand at any positions; what they s
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def partial_attention(
     if query.is_cuda:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-        starts = [torch.tensor([0, len(each)], dtype=torch.int32, device=query.device) for each in (query, key)]
+        starts = [starts_of(len(each), query.device) for each in (query, key)]
         out, lse = flash_attn_varlen_func(
             q=query,
             k=key,
@@ -157,6 +158,12 @@ def partial_attention(
     heads = [each.transpose(0, 1)[None] for each in (query, *(x.repeat_interleave(group, 1) for x in (key, value)))]
     out, lse = _cpu_flash(*heads, is_causal=causal, scale=scale)
     return out[0].transpose(0, 1), lse[0]
+
+
+@lru_cache(maxsize=512)
+def starts_of(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """[0, num_tokens] int32; kept, as every copy to a device waits for it."""
+    return torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
 
 
 class Merged:
@@ -200,12 +207,15 @@ def attend_behind(model: PlainLlama, seen: Sequence[KVCache], own: KVCache) -> A
     """Causal attention among the tokens, behind all of `seen` and of `own`, to which their keys are appended."""
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        merged = Merged(query)
-        for cache in (*seen, own):
-            if layer in cache.layers and len(cache.layers[layer][0]):
-                merged.add(*partial_attention(query, *cache.layers[layer], model.scale, causal=False))
-        merged.add(*partial_attention(query, key, value, model.scale, causal=True))
+        before = [cache.layers[layer] for cache in (*seen, own) if layer in cache.layers]
+        parts = [partial_attention(query, *each, model.scale, causal=False) for each in before if len(each[0])]
+        parts.append(partial_attention(query, key, value, model.scale, causal=True))
         own.append(layer, key, value)
+        if len(parts) == 1:
+            return parts[0][0]
+        merged = Merged(query)
+        for part in parts:
+            merged.add(*part)
         return merged.out.to(query.dtype)
 
     return attend

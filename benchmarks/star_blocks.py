@@ -127,7 +127,7 @@ def log_probs(model: PlainLlama, context: KVCache, context_len: int, query: torc
     for start in range(0, len(query) - 1, ROWS_AT_ONCE):
         end = min(start + ROWS_AT_ONCE, len(query) - 1)
         logits = model.logits(hidden[start:end]).float().log_softmax(-1)
-        parts.append(logits.cpu().gather(1, query[start + 1 : end + 1, None])[:, 0])
+        parts.append(logits.gather(1, query[start + 1 : end + 1, None].to(logits.device))[:, 0].cpu())
     return torch.cat(parts)
 
 

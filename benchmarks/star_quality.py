@@ -7,6 +7,7 @@ tokens of a prompt less dense attention's, in nats a token). Two blocks are dens
 whole context: their drift is that of rounding.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,8 +101,13 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
     label = f"{inputs.label}-{'bf16' if is_on_gpu else 'fp32'}"
     if inputs.prompts:
         settings = AuditSettings(inputs.model, inputs.texts, inputs.lengths, (), Path(), inputs.prompts)
-        for length, prompts in cut_prompts(settings, read_tokens(inputs.model, inputs.texts)).items():
-            measure_drift(recorder, model, f"n{length}-{label}", prompts, all_blocks)
+        texts = read_tokens(inputs.model, inputs.texts)
+        recorder.note(f"model and texts read after {time.monotonic() - started:.0f} s")
+        for number, (length, prompts) in enumerate(cut_prompts(settings, texts).items()):
+            # What is left of the time, in equal parts.
+            now, left = time.monotonic(), len(inputs.lengths) - number
+            until = math.inf if inputs.seconds is None else now + (started + inputs.seconds - now) / left
+            measure_drift(recorder, model, f"n{length}-{label}", prompts, all_blocks, until)
             recorder.note(f"drift at {length} done after {time.monotonic() - started:.0f} s")
     tokenizer = load_tokenizer(model_path(inputs.model))
     asked = tuple(each for each in all_blocks if each in ASKED)
@@ -170,12 +176,22 @@ def tokens_of(tokenizer: Any, sample: Sample) -> tuple[torch.Tensor, int]:
 
 
 def measure_drift(
-    recorder: Recorder, model: PlainLlama, case: str, prompts: Sequence[list[int]], all_blocks: Sequence[Blocks]
+    recorder: Recorder,
+    model: PlainLlama,
+    case: str,
+    prompts: Sequence[list[int]],
+    all_blocks: Sequence[Blocks],
+    until: float,
 ) -> None:
-    """Rows of one length: over the last tokens of each prompt, given all before them."""
+    """Rows of one length: over the last tokens of each prompt, given all before them.
+
+    until: of time.monotonic(); no prompt but the first is begun after it.
+    """
     drifts: dict[Blocks, list[float]] = {each: [] for each in all_blocks[1:]}
     dense_mean = []
     for prompt in map(torch.tensor, prompts):
+        if dense_mean and time.monotonic() > until:
+            break
         # The first token of a query is given, not predicted.
         query_len = min(QUERY_LEN, len(prompt) // 2) + 1
         context, query = prompt[:-query_len], prompt[-query_len:]
@@ -186,6 +202,8 @@ def measure_drift(
         for blocks, found in zip(drifts, others, strict=True):
             # Neighbouring tokens drift together, so that an error is that of means over stretches.
             drifts[blocks] += [float(part.mean()) for part in (found - dense).split(BLOCK_TOKENS)]
-    recorder.note(f"{case}: {len(prompts)} prompts, dense {sum(dense_mean) / len(dense_mean):.4f} nats/token")
+    recorder.note(
+        f"{case}: {len(dense_mean)} of {len(prompts)} prompts, dense {sum(dense_mean) / len(dense_mean):.4f} nats/token"
+    )
     for blocks, samples in drifts.items():
         recorder.add(NAME, case, blocks.variant, "drift", "nats/token", samples)
