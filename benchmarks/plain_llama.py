@@ -202,6 +202,26 @@ class KVCache:
         part.layers = {layer: (key[begin:end], value[begin:end]) for layer, (key, value) in self.layers.items()}
         return part
 
+    def extended(self, other: "KVCache", num_rows: int) -> "KVCache":
+        """A copy with those of another behind it, and room for `num_rows` more."""
+        whole = KVCache()
+        for layer, mine in self.layers.items():
+            room = mine[0].new_empty(num_rows, *mine[0].shape[1:])
+            key, value = (torch.cat((*each, room)) for each in zip(mine, other.layers[layer], strict=True))
+            whole.layers[layer] = key, value
+        return whole
+
+
+def attend_last(model: PlainLlama, cache: KVCache, num_keys: int) -> Attend:
+    """Attention of one token that sees the first `num_keys` of a cache, in whose next row its own are written."""
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        keys, values = (each[: num_keys + 1] for each in cache.layers[layer])
+        keys[num_keys], values[num_keys] = key[0], value[0]
+        return partial_attention(query, keys, values, model.scale, causal=False)[0]
+
+    return attend
+
 
 def attend_behind(model: PlainLlama, seen: Sequence[KVCache], own: KVCache) -> Attend:
     """Causal attention among the tokens, behind all of `seen` and of `own`, to which their keys are appended."""

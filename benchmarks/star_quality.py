@@ -113,17 +113,19 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
     asked = tuple(each for each in all_blocks if each in ASKED)
     kinds = [(length, group) for length in inputs.lengths for group in REAL_GROUPS]
     answers = {kind: Answers(model, tokenizer, asked) for kind in kinds}
-    for seed in range(inputs.questions):
-        for length, group in kinds:
-            for task in REAL_GROUPS[group]:
-                if inputs.seconds is not None and time.monotonic() - started > inputs.seconds:
-                    break
-                said = answers[length, group].ask(sample_of(inputs.model, task, length, seed))
-                recorder.note(f"{length} {task} {seed}: {said}")
-    for (length, group), found in answers.items():
-        if found.samples:
-            found.record(recorder, f"n{length}-{group}-{label}")
-    recorder.note(f"questions done after {time.monotonic() - started:.0f} s")
+    try:
+        for seed in range(inputs.questions):
+            for length, group in kinds:
+                for task in REAL_GROUPS[group]:
+                    if inputs.seconds is not None and time.monotonic() - started > inputs.seconds:
+                        break
+                    said = answers[length, group].ask(sample_of(inputs.model, task, length, seed))
+                    recorder.note(f"{length} {task} {seed}, {time.monotonic() - started:.0f} s: {said}")
+    finally:
+        # Also of a run that is ended from outside.
+        for (length, group), found in answers.items():
+            if found.samples:
+                found.record(recorder, f"n{length}-{group}-{label}")
 
 
 def sample_of(model: str, task: str, length: int, seed: int) -> Sample:
@@ -149,14 +151,16 @@ class Answers:
         """
         tokens, query_len = tokens_of(self.tokenizer, sample)
         context, query = tokens[:-query_len], tokens[-query_len:]
-        for blocks, texts in self.texts.items():
+        stop = self.tokenizer.eos_token_id
+        said = []
+        for blocks in self.texts:
             cache = read_context(self.model, context, blocks, sample.seed)
-            answer = generate(
-                self.model, cache, len(context), query, sample.max_new_tokens, self.tokenizer.eos_token_id
-            )
-            texts.append(self.tokenizer.decode(answer))
+            answer = generate(self.model, cache, len(context), query, sample.max_new_tokens, stop)
+            said.append(self.tokenizer.decode(answer))
         self.samples.append(sample)
-        found = [f"{blocks.variant} {' '.join(texts[-1].split())!r}" for blocks, texts in self.texts.items()]
+        for texts, text in zip(self.texts.values(), said, strict=True):
+            texts.append(text)
+        found = [f"{blocks.variant} {' '.join(text.split())!r}" for blocks, text in zip(self.texts, said, strict=True)]
         return f"{' '.join(sample.answers)} | {' | '.join(found)}"
 
     def record(self, recorder: Recorder, case: str) -> None:
