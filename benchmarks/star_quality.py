@@ -192,7 +192,7 @@ def measure_drift(
     until: of time.monotonic(); no prompt but the first is begun after it.
     """
     drifts: dict[Blocks, list[float]] = {each: [] for each in all_blocks[1:]}
-    dense_mean = []
+    dense_mean: list[float] = []
     for prompt in map(torch.tensor, prompts):
         if dense_mean and time.monotonic() > until:
             break
