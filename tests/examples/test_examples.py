@@ -1,5 +1,6 @@
 """The examples run, and the demo says what it promises."""
 
+import contextlib
 import json
 import os
 import re
@@ -93,6 +94,45 @@ def test_engines_share_the_memory_of_a_machine_without_gpus(asked: str | None, m
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     Engine("model", {}, None)
     assert found == [asked or "1"]
+
+
+def test_the_star_job_asks_its_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a submitted job runs, up to the hosts: the cluster is the one around it, and hosts go to all machines."""
+    from examples import star_job
+    from tests.integration.star.test_command import TIMES
+
+    asked: dict[str, Any] = {}
+
+    class Llm(contextlib.AbstractContextManager[Any]):
+        def __init__(self, model: str, hosts: int, **arguments: Any) -> None:
+            asked.update(model=model, hosts=hosts, **arguments)
+
+        def generate(self, context: str, query: str, params: Any) -> Any:
+            asked.update(context=context, query=query, max_tokens=params.max_tokens)
+            return star_job_output(TIMES)
+
+        def __exit__(self, *error: object) -> None:
+            asked["closed"] = True
+
+    context = tmp_path / "report.txt"
+    context.write_text("costs rose")
+    monkeypatch.setattr(star_job, "StarLLM", Llm)
+    options = ["--hosts", "4", "--tensor-parallel-size", "2", "--query", "why?", "--max-model-len", "4096"]
+    monkeypatch.setattr(sys, "argv", ["star_job.py", "org/model", "--context", str(context), *options])
+    assert star_job.main() == 0
+    assert "They rose." in capsys.readouterr().out
+    engine = {"tensor_parallel_size": 2, "max_model_len": 4096, "address": "auto", "strategy": "SPREAD"}
+    question = {"context": "costs rose", "query": "why?", "max_tokens": 512}
+    assert asked == {"model": "org/model", "hosts": 4, "closed": True} | engine | question
+
+
+def star_job_output(times: Any) -> Any:
+    """An answer without any host."""
+    from farspan.star.output import StarOutput
+
+    return StarOutput([7], "They rose.", "stop", None, None, times, 5)
 
 
 class Stub:
