@@ -402,6 +402,8 @@ SAMPLE_FIRST_PLACE = 0.37
 # layer: below, dense attention would not be the longer. Since then it is 0.15 to 0.26 (benchmarks/data/host_side.csv),
 # but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
+# Launches with fewer programs than this share of the multiprocessors are cut along the keys by FlashAttention 3.
+DENSE_SPLIT_SHARE = 0.8
 FLEX_SPEED = {"portable": {64: 0.5, 128: 0.66}, "hopper": {64: 0.8, 128: 0.9}}
 FLEX_SELECTION_SHARE = {"portable": {64: 0.15, 128: 0.13}, "hopper": {64: 0.1, 128: 0.09}}
 FLEX_SELECTION_MS = 0.06
