@@ -70,6 +70,8 @@ class Request:
     repeats: int = 1
     overrides: dict[str, Any] | None = None
     """SamplingParams.extra_args."""
+    stages: str = ""
+    """Which stages to time, of the `device` or the `host`; neither if empty. For engines that read stages."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class EngineSpec:
     which has the tokenizer."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
+    reads_stages: bool = False
+    """Whether requests may ask for their stages."""
     warmup_lens: list[int] = field(default_factory=list)
     """Lengths of further warm-up prompts, for which kernels are compiled that the usual warm-up does not reach."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -120,6 +124,8 @@ class Timing:
     """Tokens of the longest request that the engine takes."""
     memory_parts: dict[str, float] = field(default_factory=dict)
     """What the memory of the GPU went to, in GiB, and the pools of offload; empty without offload."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """As `benchmarks.stages_worker.StageMetrics.end_stages` returns them, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
         arguments["additional_config"] = {"farspan": spec.options}
     if spec.reads_selection:
         arguments["worker_extension_cls"] = "farspan.metrics.SelectionMetrics"
+    if spec.reads_stages:
+        arguments["worker_extension_cls"] = "benchmarks.stages_worker.StageMetrics"
     if spec.model_dir is None:
         arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
@@ -182,7 +184,11 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
     """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if request.stages:
+        llm.collective_rpc("begin_stages", args=(request.stages == "device",))
     timing = send(llm, prompt, request, name)
+    if request.stages:
+        timing = replace(timing, stages=llm.collective_rpc("end_stages")[0])
     peak = taken = 0.0
     parts: dict[str, float] = {}
     if "offload" in (llm.llm_engine.vllm_config.additional_config or {}).get("farspan", {}):

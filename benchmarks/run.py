@@ -27,6 +27,7 @@ MODULES = (
     "prefill_flex",
     "select",
     "host_side",
+    "stages",
     "decode",
     "decode_fp8",
     "ttft",
@@ -55,7 +56,7 @@ MODULES = (
 ON_TEXTS = ("real", "rules", "fp8_drift")
 """Those that read texts with a checkpoint."""
 
-PARTS = ("string_calls", "string_requests")
+PARTS = ("string_calls", "string_requests", "stages")
 """Parts of other benchmarks, which take a minute instead of many: they run where they are named."""
 
 
