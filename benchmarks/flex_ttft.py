@@ -3,10 +3,14 @@
 FLASH_ATTN, our dense prefill and flex answer the same whole prompts in turns on one GPU. The goal is 1.02 times the
 faster of the dense ones or less, at every length; what misses it is noted. `--shapes`, `--lengths` and `--variants`
 choose among them; all layers of the 8B shape, gamma 0.9 and `fa3-again` run where they are named. The last is a second
-engine of FLASH_ATTN: what it differs by from the first tells how much of a ratio is the host's noise.
+engine of FLASH_ATTN: what it differs by from the first tells how much of a ratio is the host's noise. With `--model`,
+`--text` and `--label` a checkpoint reads texts instead.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import CALIBRATED_8B, TINY_LLAMA, EngineResult, EngineSpec, Request, measure_in_turns
@@ -55,6 +59,16 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
 USUAL_VARIANTS = ("fa3", "farspan", FLEX)
 KV_BLOCKS_MORE = 64
 """Blocks of 128 tokens of KV cache besides those of the longest prompt."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Trained weights, and what they read."""
+
+    folder: Path
+    """With config.json and tokenizer."""
+    texts: tuple[Path, ...]
+    label: str
 
 
 def cases(dry_run: bool) -> list[Request]:
@@ -112,8 +126,12 @@ def run(
     lengths: Sequence[int] = (),
     variants: Sequence[str] = (),
     repeats: int | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Run what is named, the usual where nothing is. Raises BenchmarkError for unknown names, or no dense variant."""
+    """Run what is named, the usual where nothing is. Raises BenchmarkError for unknown names, or no dense variant.
+
+    checkpoint: runs instead of the shapes.
+    """
     shapes, lengths, variants = shapes or USUAL_SHAPES, lengths or LENGTHS, variants or USUAL_VARIANTS
     for name, chosen, known in (("shapes", shapes, SHAPES), ("variants", variants, OPTIONS)):
         if unknown := set(chosen) - set(known):
@@ -121,9 +139,15 @@ def run(
     if all(is_flex(name) or name == CONTROL for name in variants):
         raise BenchmarkError(f"variants {list(variants)}; flex is held against a dense one, fa3 or farspan")
     models = {"tiny": TINY_LLAMA} if recorder.dry_run else {label: SHAPES[label] for label in shapes}
+    if checkpoint is not None:
+        models = {checkpoint.label: json.loads((checkpoint.folder / "config.json").read_text())}
     requests = requests_of(lengths, recorder.dry_run, repeats)
     for label, model in models.items():
-        results = measure_in_turns(engines(model, requests, recorder.dry_run, variants), timeout_s=600)
+        specs = engines(model, requests, recorder.dry_run, variants)
+        if checkpoint is not None:
+            of_checkpoint: dict[str, Any] = {"model_dir": str(checkpoint.folder), "texts": checkpoint.texts}
+            specs = {name: replace(spec, **of_checkpoint) for name, spec in specs.items()}
+        results = measure_in_turns(specs, timeout_s=600)
         for request in requests:
             case = f"n{request.prompt_len}-b1-{label}-{'fp32' if recorder.dry_run else 'bf16'}"
             for name, result in results.items():

@@ -183,7 +183,11 @@ def run(arguments: argparse.Namespace) -> int:
             if name in ON_TEXTS:
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
-                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
+                inputs = real_inputs(arguments)
+                checkpoint = inputs and module.Checkpoint(Path(inputs.model), inputs.texts, inputs.label)
+                module.run(
+                    recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats, checkpoint
+                )
             elif name == "serve":
                 module.run(recorder, arguments.variants)
             else:

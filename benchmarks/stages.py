@@ -47,9 +47,7 @@ def run(recorder: Recorder) -> None:
                 record(recorder, case, name, result, request, model["num_hidden_layers"])
 
 
-def record(
-    recorder: Recorder, case: str, name: str, result: EngineResult, request: Request, num_layers: int
-) -> None:
+def record(recorder: Recorder, case: str, name: str, result: EngineResult, request: Request, num_layers: int) -> None:
     """Record the stages of one engine and request, and print them side by side.
 
     Device times are those of one layer; host times those of one step, all its layers together.
