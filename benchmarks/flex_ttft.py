@@ -127,10 +127,12 @@ def run(
     variants: Sequence[str] = (),
     repeats: int | None = None,
     checkpoint: Checkpoint | None = None,
+    engine_args: dict[str, Any] | None = None,
 ) -> None:
     """Run what is named, the usual where nothing is. Raises BenchmarkError for unknown names, or no dense variant.
 
-    checkpoint: runs instead of the shapes.
+    checkpoint: runs instead of the shapes. engine_args: further arguments of `vllm.LLM`; with `compilation_config`
+    cases are named `-compiled`.
     """
     shapes, lengths, variants = shapes or USUAL_SHAPES, lengths or LENGTHS, variants or USUAL_VARIANTS
     for name, chosen, known in (("shapes", shapes, SHAPES), ("variants", variants, OPTIONS)):
@@ -147,9 +149,13 @@ def run(
         if checkpoint is not None:
             of_checkpoint: dict[str, Any] = {"model_dir": str(checkpoint.folder), "texts": checkpoint.texts}
             specs = {name: replace(spec, **of_checkpoint) for name, spec in specs.items()}
+        if engine_args:
+            specs = {name: replace(spec, engine=spec.engine | engine_args) for name, spec in specs.items()}
+        form = "fp32" if recorder.dry_run else "bf16"
+        form += "-compiled" if "compilation_config" in (engine_args or {}) else ""
         results = measure_in_turns(specs, timeout_s=600)
         for request in requests:
-            case = f"n{request.prompt_len}-b1-{label}-{'fp32' if recorder.dry_run else 'bf16'}"
+            case = f"n{request.prompt_len}-b1-{label}-{form}"
             for name, result in results.items():
                 recorder.add(NAME, case, name, "time", "ms", [each.ttft_ms for each in result.of(request.prompt_len)])
             for name in filter(lambda name: is_flex(name) or name == CONTROL, results):

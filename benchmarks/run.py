@@ -186,7 +186,13 @@ def run(arguments: argparse.Namespace) -> int:
                 inputs = real_inputs(arguments)
                 checkpoint = inputs and module.Checkpoint(Path(inputs.model), inputs.texts, inputs.label)
                 module.run(
-                    recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats, checkpoint
+                    recorder,
+                    arguments.shapes,
+                    arguments.lengths,
+                    arguments.variants,
+                    arguments.repeats,
+                    checkpoint,
+                    arguments.engine_args,
                 )
             elif name == "serve":
                 module.run(recorder, arguments.variants)

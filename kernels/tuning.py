@@ -372,7 +372,7 @@ def hopper_log_sums_config(
 # share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
 TILE_ROWS_SPAN_LEN = 128
 TILE_ROWS = 16
-TILE_ROWS_LOST_SHARE = 0.5
+TILE_ROWS_LOST_SHARE = 0.8
 
 # Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
 TILE_ROWS_PROGRAMS = 264
