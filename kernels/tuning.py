@@ -368,8 +368,9 @@ def hopper_log_sums_config(
     return HopperLogSumsConfig(num_stages=4) if rows_per_padded_spans % 256 == 0 else None
 
 
-# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
-# share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
+# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose. By the choice of the others,
+# half of them may lose at most this share of what gamma allows to be lost: half chooses worse than all of them do, but
+# single rows keep less than their mean. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
 TILE_ROWS_SPAN_LEN = 128
 TILE_ROWS = 16
 TILE_ROWS_LOST_SHARE = 0.8
