@@ -70,6 +70,8 @@ class Request:
     repeats: int = 1
     overrides: dict[str, Any] | None = None
     """SamplingParams.extra_args."""
+    cached_len: int = 0
+    """Tokens at the beginning that all repeats share; the engine has them in its cache before the first is timed."""
     stages: str = ""
     """Which stages to time, of the `device` or the `host`; neither if empty. For engines that read stages."""
 

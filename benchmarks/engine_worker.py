@@ -222,8 +222,10 @@ def main() -> None:
         text = "\n".join(path.read_text() for path in spec.texts)
         written = llm.get_tokenizer().encode(text, add_special_tokens=False)
 
-    def prompt_of(length: int, repeat: int) -> list[int]:
-        """Tokens of the texts, or random ones; engines get the same ones for a length and repeat."""
+    def prompt_of(length: int, repeat: int, cached_len: int = 0) -> list[int]:
+        """Tokens of the texts, or random ones; engines get the same ones for a length, repeat and cached beginning."""
+        if cached_len > 0:
+            return prompt_of(cached_len, 0) + prompt_of(length - cached_len, 1 + repeat)
         if written:
             assert len(written) >= length + repeat, (len(written), length)
             return written[repeat : length + repeat]
@@ -242,7 +244,10 @@ def main() -> None:
             break
         if spec.reads_selection and repeat == 0:
             read_selection(llm, reset=True)
-        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request, str(index))
+        prompt = prompt_of(request.prompt_len, repeat, request.cached_len)
+        if request.cached_len > 0 and repeat == 0:
+            send(llm, prompt[: request.cached_len], Request(request.cached_len), f"cached-{index}")
+        timing = measure_request(llm, prompt, request, str(index))
         connection.send(Answer(timing, read_selection(llm) if spec.reads_selection else []))
 
 

@@ -4,7 +4,8 @@ FLASH_ATTN, our dense prefill and flex answer the same whole prompts in turns on
 faster of the dense ones or less, at every length; what misses it is noted. `--shapes`, `--lengths` and `--variants`
 choose among them; all layers of the 8B shape, gamma 0.9 and `fa3-again` run where they are named. The last is a second
 engine of FLASH_ATTN: what it differs by from the first tells how much of a ratio is the host's noise. With `--model`,
-`--text` and `--label` a checkpoint reads texts instead.
+`--text` and `--label` a checkpoint reads texts instead; with `--turns` short turns follow a cached prefix of each
+length.
 """
 
 import json
@@ -76,10 +77,18 @@ def cases(dry_run: bool) -> list[Request]:
     return requests_of(LENGTHS, dry_run)
 
 
-def requests_of(lengths: Sequence[int], dry_run: bool, repeats: int | None = None) -> list[Request]:
-    """Requests of each length, in ascending order. repeats: as many as fit the length if None."""
-    if dry_run:
+def requests_of(
+    lengths: Sequence[int], dry_run: bool, repeats: int | None = None, turns: Sequence[int] = ()
+) -> list[Request]:
+    """Requests of each length, in ascending order. repeats: as many as fit the length if None.
+
+    turns: tokens that are asked behind a cached prefix of each length, instead of whole prompts.
+    """
+    if dry_run and not turns:
         return [Request(50, 1, 2), Request(600, 1, 1)]
+    if turns:
+        behind = [512] if dry_run else sorted(lengths)
+        return [Request(length + turn, 1, repeats or 10, None, length) for length in behind for turn in sorted(turns)]
     usual = {length: 20 if length <= 4096 else 5 if length <= 16384 else 3 for length in sorted(lengths)}
     return [Request(length, 1, repeats or count) for length, count in usual.items()]
 
@@ -93,7 +102,7 @@ def engines(
         token_bytes = 2 * 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * model["head_dim"]
         blocks = -(-requests[-1].prompt_len // 128) + KV_BLOCKS_MORE
         engine = {"kv_cache_memory_bytes": blocks * 128 * token_bytes, "gpu_memory_utilization": 0.3}
-        engine |= {"enable_prefix_caching": False}
+    engine["enable_prefix_caching"] = any(request.cached_len > 0 for request in requests)
     return {
         name: EngineSpec(
             requests,
@@ -128,11 +137,12 @@ def run(
     repeats: int | None = None,
     checkpoint: Checkpoint | None = None,
     engine_args: dict[str, Any] | None = None,
+    turns: Sequence[int] = (),
 ) -> None:
     """Run what is named, the usual where nothing is. Raises BenchmarkError for unknown names, or no dense variant.
 
     checkpoint: runs instead of the shapes. engine_args: further arguments of `vllm.LLM`; with `compilation_config`
-    cases are named `-compiled`.
+    cases are named `-compiled`. turns: see `requests_of`.
     """
     shapes, lengths, variants = shapes or USUAL_SHAPES, lengths or LENGTHS, variants or USUAL_VARIANTS
     for name, chosen, known in (("shapes", shapes, SHAPES), ("variants", variants, OPTIONS)):
@@ -143,7 +153,7 @@ def run(
     models = {"tiny": TINY_LLAMA} if recorder.dry_run else {label: SHAPES[label] for label in shapes}
     if checkpoint is not None:
         models = {checkpoint.label: json.loads((checkpoint.folder / "config.json").read_text())}
-    requests = requests_of(lengths, recorder.dry_run, repeats)
+    requests = requests_of(lengths, recorder.dry_run, repeats, turns)
     for label, model in models.items():
         specs = engines(model, requests, recorder.dry_run, variants)
         if checkpoint is not None:
@@ -155,7 +165,8 @@ def run(
         form += "-compiled" if "compilation_config" in (engine_args or {}) else ""
         results = measure_in_turns(specs, timeout_s=600)
         for request in requests:
-            case = f"n{request.prompt_len}-b1-{label}-{form}"
+            chunk = f"q{request.prompt_len - request.cached_len}-" if request.cached_len > 0 else ""
+            case = f"{chunk}n{request.prompt_len}-b1-{label}-{form}"
             for name, result in results.items():
                 recorder.add(NAME, case, name, "time", "ms", [each.ttft_ms for each in result.of(request.prompt_len)])
             for name in filter(lambda name: is_flex(name) or name == CONTROL, results):

@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of real, rules, fp8_drift, flex_ttft, serve; else the usual ones",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
+    real.add_argument("--turns", type=integers, default=(), help="flex_ttft: tokens behind a cached prefix")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
@@ -193,6 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
                     arguments.repeats,
                     checkpoint,
                     arguments.engine_args,
+                    arguments.turns,
                 )
             elif name == "serve":
                 module.run(recorder, arguments.variants)

@@ -40,3 +40,11 @@ def test_an_engine_has_room_for_its_longest_prompt() -> None:
     assert [spec.backend for spec in made.values()] == ["FLASH_ATTN", "CUSTOM"]
     room = {spec.engine["kv_cache_memory_bytes"] // (2 * 2 * 32 * 8 * 128) for spec in made.values()}
     assert all(4096 < num_tokens < 13000 for num_tokens in room)
+
+
+def test_turns_follow_a_cached_prefix() -> None:
+    requests = requests_of([8192], dry_run=False, turns=[2048, 512])
+    assert [(each.prompt_len, each.cached_len) for each in requests] == [(8704, 8192), (10240, 8192)]
+    assert all(spec.engine["enable_prefix_caching"] for spec in engines(SHAPES["qwen0.5b"], requests, False).values())
+    whole = engines(SHAPES["qwen0.5b"], requests_of([8192], dry_run=False), False)
+    assert not any(spec.engine["enable_prefix_caching"] for spec in whole.values())
