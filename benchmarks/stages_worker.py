@@ -1,7 +1,7 @@
 """The worker's side of benchmark `stages`: what an engine's host and device spend on a request, by stage."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,7 +46,7 @@ def device_ms(events: Iterable[tuple[str, float, float]], num_layers: int) -> di
     found = {"layers": float(len(writes))}
     first = writes[-num_layers] if len(writes) >= num_layers else 0
     for label, part in (("all", ordered), ("last", ordered[first:])):
-        stages: Counter[str] = Counter()
+        stages: defaultdict[str, float] = defaultdict(float)
         for name, start, end in part:
             stages[stage_of(name)] += (end - start) / 1e3
         if part:

@@ -90,7 +90,8 @@ def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget
     free = torch.where(is_free, whole, 0).sum(-1)
     needed = (total.float() * torch.tensor(budget.gamma, dtype=torch.float32)).ceil().long() - (total - free)
     key = torch.where(is_free, whole, -1)
-    found = _by_halves(*torch.where(is_free[:, None], mass.long(), 0).unbind(2), needed)
+    halves = torch.where(is_free[:, None], mass.long(), 0)
+    found = _by_halves(halves[:, :, 0], halves[:, :, 1], needed)
     if budget.gamma >= 1:
         found = num_free.expand_as(found)
     # The span's first tile has the shortest lists, the last one the longest.
