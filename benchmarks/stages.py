@@ -56,7 +56,10 @@ def record(recorder: Recorder, case: str, name: str, result: EngineResult, reque
     stages = {stage for timing in timings for stage in timing.stages if "calls/" not in stage and stage != "layers"}
     medians = {}
     for stage in sorted(stages):
-        samples = [timing.stages.get(stage, 0.0) for timing in timings]
+        # Nothing, as where the device never waits, is no time of a row.
+        samples = [timing.stages[stage] for timing in timings if timing.stages.get(stage, 0.0) > 0]
+        if not samples:
+            continue
         if request.stages == "device":
             samples = [sample / num_layers for sample in samples]
         medians[stage] = quantile(samples, 0.5)

@@ -2,6 +2,9 @@
 
 import pytest
 
+from benchmarks.engine import EngineResult, Request, Timing
+from benchmarks.record import Environment, Recorder
+from benchmarks.stages import record
 from benchmarks.stages_worker import device_ms, stage_of
 
 
@@ -40,3 +43,16 @@ def test_stages_of_the_last_chunk() -> None:
     assert found["last/choice"] == pytest.approx(0.004)
     assert found["last/idle"] == pytest.approx(0.0025)
     assert device_ms([], 2) == {"layers": 0.0}
+
+
+def test_rows_of_a_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """Device times are those of a layer; a stage without any has no row."""
+    recorder = Recorder(None, Environment("r", "2026-11-28", "c", "cpu", "", "2", "3", "0.32"))
+    stages = {"layers": 8.0, "all/linear": 6.0, "all/idle": 0.0, "last/linear": 3.0}
+    result = EngineResult(0.0, [Timing(512, 20.0, [], [], {}, stages=stages)])
+    record(recorder, "n512-b1-m-bf16", "farspan-g0.9", result, Request(512, stages="device"), num_layers=4)
+    assert {row.case: row.p50 for row in recorder.rows} == {
+        "n512-b1-m-bf16-all-linear": "1.5",
+        "n512-b1-m-bf16-last-linear": "0.75",
+    }
+    assert "first token 20.0 ms" in capsys.readouterr().out
