@@ -64,47 +64,47 @@ class StageMetrics:
         worker: Any = self
         runner = worker.model_runner
         layers = layers_of(worker)
-        self.profiler = None
-        self.host_ns: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-        self.patched: list[tuple[Any, str]] = []
+        self.stage_profiler = None
+        self.stage_ns: Counter[str] = Counter()
+        self.stage_calls: Counter[str] = Counter()
+        self.stage_patches: list[tuple[Any, str]] = []
         if of_device and torch.cuda.is_available():
-            self.profiler = profile(activities=[ProfilerActivity.CUDA])
-            self.profiler.start()
+            self.stage_profiler = profile(activities=[ProfilerActivity.CUDA])
+            self.stage_profiler.start()
             return
         for layer in layers:
-            self._time(layer.impl, "forward", "attention")
-            self._time(layer.impl, "do_kv_cache_update", "kv-write")
+            self._time_stage(layer.impl, "forward", "attention")
+            self._time_stage(layer.impl, "do_kv_cache_update", "kv-write")
         for of_cache in runner.attn_groups:
             for group in of_cache:
                 for builder in group.metadata_builders:
-                    self._time(builder, "build", "metadata")
-        self._time(runner, "execute_model", "step")
-        self._time(runner, "sample_tokens", "sample")
+                    self._time_stage(builder, "build", "metadata")
+        self._time_stage(runner, "execute_model", "step")
+        self._time_stage(runner, "sample_tokens", "sample")
 
     def end_stages(self) -> dict[str, float]:
         """What was counted: `device_ms`, or host times in ms by stage, and the calls by `calls/STAGE`."""
-        for owner, name in self.patched:
+        for owner, name in self.stage_patches:
             delattr(owner, name)
-        self.patched = []
-        if self.profiler is not None:
+        self.stage_patches = []
+        if self.stage_profiler is not None:
             torch.cuda.synchronize()
-            self.profiler.stop()
+            self.stage_profiler.stop()
             events = [
                 (event.name, event.time_range.start, event.time_range.end)
-                for event in self.profiler.events() or ()
+                for event in self.stage_profiler.events() or ()
                 if event.device_type == torch.autograd.DeviceType.CUDA
             ]
-            self.profiler = None
+            self.stage_profiler = None
             return device_ms(events, len(layers_of(self)))
-        found = {stage: ns / 1e6 for stage, ns in self.host_ns.items()}
-        return found | {f"calls/{stage}": float(count) for stage, count in self.calls.items()}
+        found = {stage: ns / 1e6 for stage, ns in self.stage_ns.items()}
+        return found | {f"calls/{stage}": float(count) for stage, count in self.stage_calls.items()}
 
-    def _time(self, owner: Any, name: str, stage: str) -> None:
+    def _time_stage(self, owner: Any, name: str, stage: str) -> None:
         work: Callable[..., Any] | None = getattr(owner, name, None)
         if work is None:
             return
-        host_ns, calls = self.host_ns, self.calls
+        host_ns, calls = self.stage_ns, self.stage_calls
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter_ns()
@@ -115,7 +115,7 @@ class StageMetrics:
                 calls[stage] += 1
 
         setattr(owner, name, timed)
-        self.patched.append((owner, name))
+        self.stage_patches.append((owner, name))
 
 
 def layers_of(worker: Any) -> list[Any]:
