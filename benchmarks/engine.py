@@ -128,6 +128,8 @@ class Timing:
     """What the memory of the GPU went to, in GiB, and the pools of offload; empty without offload."""
     stages: dict[str, float] = field(default_factory=dict)
     """As `benchmarks.stages_worker.StageMetrics.end_stages` returns them, where they were asked for."""
+    selected_pages: tuple[int, ...] = ()
+    """With selective decode: pages in host memory that the engine's steps read so far, and those it chose from."""
 
 
 @dataclass(frozen=True)
