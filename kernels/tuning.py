@@ -128,6 +128,12 @@ class HopperPrefillConfig:
     """Tiles of keys, and of values, in shared memory."""
     overlaps: bool
     """Keep the exponentials of a step beside the product of the step before, which the assembler otherwise undoes."""
+    consumers: int = 2
+    packs: bool = False
+    skips: bool = False
+    joins: bool = False
+    pings: bool = False
+    deep: bool = False
 
 
 @lru_cache

@@ -44,7 +44,7 @@ def hopper_launch(
     assert num_heads % config.heads_in_a_row == 0
     launch = RepeatedLaunch(
         hopper_prefill_kernel,
-        (num_heads * tiles.num_tiles,),
+        (num_heads * 2 // config.consumers * tiles.num_tiles,),
         (
             "query_ptr",
             "keys",
@@ -88,6 +88,12 @@ def hopper_launch(
             "IS_CAUSAL": causal,
             "STAGES": config.num_stages,
             "OVERLAPS": config.overlaps,
+            "CONSUMERS": config.consumers,
+            "PACKS": config.packs,
+            "SKIPS": config.skips,
+            "JOINS": config.joins,
+            "PINGS": config.pings,
+            "DEEP": config.deep,
         },
         num_warps=4,
     )
