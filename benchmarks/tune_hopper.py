@@ -60,6 +60,10 @@ FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "deep4 s3": (ONLY_WIDE, {"deep": 4, "num_stages": 3}),
     "deep4 skips": (ANY, {"deep": 4, "skips": True}),
     "deep4 skips s4": (ONLY_NARROW, {"deep": 4, "skips": True, "num_stages": 4}),
+    "deep4 skips parts": (ONLY_WIDE, {"deep": 4, "skips": True, "parts": True}),
+    "deep4 skips parts s4": (ONLY_NARROW, {"deep": 4, "skips": True, "parts": True, "num_stages": 4}),
+    "packs skips parts": (ANY, {"packs": True, "skips": True, "parts": True}),
+    "deep4 skips h4": (ONLY_WIDE, {"deep": 4, "skips": True, "heads_in_a_row": 4}),
 }
 CHECKED_TOKENS = 2048
 CHECK_SECONDS = 65

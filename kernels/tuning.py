@@ -133,7 +133,8 @@ class HopperPrefillConfig:
     skips: bool = False
     joins: bool = False
     pings: bool = False
-    deep: bool = False
+    deep: int = 0
+    parts: bool = False
 
 
 @lru_cache

@@ -94,6 +94,7 @@ def hopper_launch(
             "JOINS": config.joins,
             "PINGS": config.pings,
             "DEEP": config.deep,
+            "PARTS": config.parts,
         },
         num_warps=4,
     )

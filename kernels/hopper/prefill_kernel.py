@@ -11,6 +11,7 @@ STRING (arXiv 2410.18745) for the turned query.
 from farspan.kernels.hopper.tile_steps import (
     BLOCK_N,
     as_operand,
+    column_sums,
     lazy_softmax_step,
     rescaled,
     softmax_step,
@@ -156,6 +157,7 @@ def _consume(
     JOINS: gl.constexpr,
     PINGS: gl.constexpr,
     DEEP: gl.constexpr,
+    PARTS: gl.constexpr,
     stride_query_head,
     stride_out_head,
     stride_lse_head,
@@ -194,6 +196,8 @@ def _consume(
     no_scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    if PARTS:
+        row_sum = column_sums(no_scores)
 
     if num_blocks > 0:
         # The last block, masked.
@@ -581,6 +585,8 @@ def _consume(
             acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
 
+    if PARTS:
+        row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, SCORES))
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
     lse = gl.where(row_sum > 0.0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
@@ -641,6 +647,7 @@ def hopper_prefill_kernel(
     JOINS: gl.constexpr,
     PINGS: gl.constexpr,
     DEEP: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
@@ -800,6 +807,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,
@@ -847,6 +855,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,
@@ -925,6 +934,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,
@@ -972,6 +982,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,
@@ -1019,6 +1030,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,
@@ -1066,6 +1078,7 @@ def hopper_prefill_kernel(
                         JOINS,
                         PINGS,
                         DEEP,
+                        PARTS,
                         stride_query_head,
                         stride_out_head,
                         stride_lse_head,

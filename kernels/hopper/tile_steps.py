@@ -45,12 +45,22 @@ def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, PACK: gl.cons
 
 
 @gluon.jit
+def column_sums(weights):
+    """Sums of a row's weights by a thread's own columns: [rows, keys] to [rows, 8]."""
+    ROWS: gl.constexpr = weights.shape[0]
+    return gl.sum(gl.reshape(weights, [ROWS, weights.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
 def softmax_step(scores, row_max, row_sum, scale_log2):
     """Weights of a tile's scores, and the running softmax with them in it."""
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + gl.sum(weights, 1)
+    if len(row_sum.shape) == 1:
+        row_sum = row_sum * rescale + gl.sum(weights, 1)
+    else:
+        row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None] + column_sums(weights)
     return weights, rescale, new_max, row_sum
 
 
@@ -65,7 +75,10 @@ def lazy_softmax_step(scores, row_max, row_sum, scale_log2):
     new_max = gl.where(new_max - row_max > _LAZY, new_max, row_max)
     weights = gl.exp2(scores * scale_log2 - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + gl.sum(weights, 1)
+    if len(row_sum.shape) == 1:
+        row_sum = row_sum * rescale + gl.sum(weights, 1)
+    else:
+        row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None] + column_sums(weights)
     return weights, rescale, new_max, row_sum
 
 
