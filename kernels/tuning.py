@@ -126,15 +126,6 @@ class HopperPrefillConfig:
     """Query heads whose programs of one tile are neighbours, a divisor of their number."""
     num_stages: int
     """Tiles of keys, and of values, in shared memory."""
-    overlaps: bool
-    """Keep the exponentials of a step beside the product of the step before, which the assembler otherwise undoes."""
-    consumers: int = 2
-    packs: bool = False
-    skips: bool = False
-    joins: bool = False
-    pings: bool = False
-    deep: int = 0
-    parts: bool = False
 
 
 @lru_cache
@@ -170,7 +161,7 @@ def hopper_prefill_config(
     # Dense prefill without a turn stays with FlashAttention 3: H100 668 at 8K, 657 at 32K, 656 at 128K,
     # heads of 64 541 at 32K; H200 at 8K 682 against 665, at 32K 712 against 668, at 64K 694 against 638.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
-    return HopperPrefillConfig(heads_in_a_row, num_stages=2, overlaps=False)
+    return HopperPrefillConfig(heads_in_a_row, num_stages=4 if head_dim <= 64 else 2)
 
 
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to

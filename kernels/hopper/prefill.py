@@ -44,7 +44,7 @@ def hopper_launch(
     assert num_heads % config.heads_in_a_row == 0
     launch = RepeatedLaunch(
         hopper_prefill_kernel,
-        (num_heads * 2 // config.consumers * tiles.num_tiles,),
+        (num_heads * tiles.num_tiles,),
         (
             "query_ptr",
             "keys",
@@ -87,14 +87,6 @@ def hopper_launch(
             "HAS_FIRST_POS": batch.first_pos is not None,
             "IS_CAUSAL": causal,
             "STAGES": config.num_stages,
-            "OVERLAPS": config.overlaps,
-            "CONSUMERS": config.consumers,
-            "PACKS": config.packs,
-            "SKIPS": config.skips,
-            "JOINS": config.joins,
-            "PINGS": config.pings,
-            "DEEP": config.deep,
-            "PARTS": config.parts,
         },
         num_warps=4,
     )

@@ -8,18 +8,8 @@ with the scale folded in. Sources: FlashAttention-3 (arXiv 2407.08608) for the r
 STRING (arXiv 2410.18745) for the turned query.
 """
 
-from farspan.kernels.hopper.tile_steps import (
-    BLOCK_N,
-    as_operand,
-    column_sums,
-    lazy_softmax_step,
-    rescaled,
-    softmax_step,
-    take_turn,
-    turned_query,
-    yield_turn,
-    zero_tail,
-)
+from farspan.kernels.hopper.plain_steps import plain_steps, steps_ahead
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, softmax_step, turned_query, zero_tail
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,8 +27,6 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 LN_2 = gl.constexpr(0.6931471805599453)
 # The maximum of a row that has met no key yet: below any score, and finite, because -inf - -inf is NaN.
 LOWEST = gl.constexpr(-1e30)
-# Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
-ROWS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -150,17 +138,6 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAPS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    PACKS: gl.constexpr,
-    SKIPS: gl.constexpr,
-    JOINS: gl.constexpr,
-    PINGS: gl.constexpr,
-    DEEP: gl.constexpr,
-    PARTS: gl.constexpr,
-    stride_query_head,
-    stride_out_head,
-    stride_lse_head,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
@@ -168,17 +145,10 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    # With a turn, its rescaling beside the next product takes more registers than there are.
-    RESCALES_LATE: gl.constexpr = OVERLAPS and not HAS_TURN
     # A thread copies 16 bytes.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
-    # The half of the tile that the consumer computes, and which of the program's heads.
-    HALF: gl.constexpr = CONSUMER % 2
-    query_ptr += (CONSUMER // 2) * stride_query_head
-    out_ptr += (CONSUMER // 2) * stride_out_head
-    lse_ptr += (CONSUMER // 2) * stride_lse_head
-    offs_row = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+    offs_row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
     mask_query = (first_position + offs_row < end_position)[:, None] & (offs_d < HEAD_DIM)[None, :]
     query_ptrs = query_ptr + offs_row[:, None] * stride_query_token + offs_d[None, :]
@@ -186,18 +156,16 @@ def _consume(
     query_tiles.index(CONSUMER).store(query)
     if HAS_TURN:
         turned = turned_query(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask_query, HALF_ROTARY, IS_NEOX)
-        query_tiles.index(CONSUMERS + CONSUMER).store(turned)
+        query_tiles.index(2 + CONSUMER).store(turned)
     fence_async_shared()
 
-    position = first_position + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    position = first_position + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     bound = SLOPE * position + turn_offset
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
     no_scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-    if PARTS:
-        row_sum = column_sums(no_scores)
 
     if num_blocks > 0:
         # The last block, masked.
@@ -209,7 +177,7 @@ def _consume(
         scores = warpgroup_mma_wait(0, deps=(scores,))
         if HAS_TURN:
             far = warpgroup_mma(
-                query_tiles.index(CONSUMERS + CONSUMER),
+                query_tiles.index(2 + CONSUMER),
                 key_tiles.index(0).permute([1, 0]),
                 no_scores,
                 use_acc=False,
@@ -223,7 +191,7 @@ def _consume(
             mask = mask & ((start + offs_n)[None, :] <= position[:, None])
         scores = gl.where(mask, scores, float("-inf"))
         weights, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+        weights = as_operand(weights, dtype, WEIGHTS)
         if kv_end - start < BLOCK_N:
             mbarrier.wait(values_full.index(0), 0)
             zero_tail(value_tiles.index(0), kv_end - start, COPY)
@@ -252,7 +220,7 @@ def _consume(
                     is_async=True,
                 )
                 far = warpgroup_mma(
-                    query_tiles.index(CONSUMERS + CONSUMER),
+                    query_tiles.index(2 + CONSUMER),
                     key_tiles.index(stage).permute([1, 0]),
                     no_scores,
                     use_acc=False,
@@ -263,334 +231,35 @@ def _consume(
                 scores = gl.where((block * BLOCK_N + offs_n)[None, :] < bound[:, None], far, scores)
                 new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                weights = as_operand(new_weights, dtype, WEIGHTS, False)
+                weights = as_operand(new_weights, dtype, WEIGHTS)
 
-        if DEEP > 0:
-            # The scores of a tile past the last one are computed from what its buffer holds, and not used.
-            stage = first_step % STAGES
-            rotation = CONSUMER
-            if HAS_TURN:
-                rotation = gl.where(num_far > 0, CONSUMERS + CONSUMER, CONSUMER)
-            mbarrier.wait(keys_full.index(stage), first_step // STAGES & 1, pred=first_step < num_blocks)
-            scores = warpgroup_mma(
-                query_tiles.index(rotation),
-                key_tiles.index(stage).permute([1, 0]),
-                no_scores,
-                use_acc=False,
-                is_async=True,
-            )
-            mbarrier.wait(
-                keys_full.index((first_step + 1) % STAGES),
-                (first_step + 1) // STAGES & 1,
-                pred=first_step + 1 < num_blocks,
-            )
-            mbarrier.wait(values_full.index((first_step - 1) % STAGES), (first_step - 1) // STAGES & 1)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(keys_empty.index(stage), count=1, pred=first_step < num_blocks)
-            if DEEP >= 3:
-                before = (first_step - 1) % STAGES
-                acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(values_empty.index(before), count=1)
-                if DEEP == 3:
-                    for step in range(first_step, num_blocks):
-                        following = step + 1
-                        stage = following % STAGES
-                        rotation = CONSUMER
-                        if HAS_TURN:
-                            rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                        next_scores = warpgroup_mma(
-                            query_tiles.index(rotation),
-                            key_tiles.index(stage).permute([1, 0]),
-                            no_scores,
-                            use_acc=False,
-                            is_async=True,
-                        )
-                        if SKIPS:
-                            new_weights, rescale, row_max, row_sum = lazy_softmax_step(
-                                scores, row_max, row_sum, scale_log2
-                            )
-                            acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                        else:
-                            new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                        weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                        mbarrier.wait(values_full.index((step) % STAGES), (step) // STAGES & 1)
-                        next_acc = warpgroup_mma(weights, value_tiles.index((step) % STAGES), acc, is_async=True)
-                        mbarrier.wait(
-                            keys_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=step + 2 < num_blocks
-                        )
-                        next_scores = warpgroup_mma_wait(1, deps=(next_scores,))
-                        mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                        acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
-                        mbarrier.arrive(values_empty.index((step) % STAGES), count=1)
-                        scores = next_scores
-                else:
-                    for pair in range((num_blocks - first_step) // 2):
-                        step = first_step + 2 * pair
-                        following = step + 1
-                        stage = following % STAGES
-                        rotation = CONSUMER
-                        if HAS_TURN:
-                            rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                        odd_scores = warpgroup_mma(
-                            query_tiles.index(rotation),
-                            key_tiles.index(stage).permute([1, 0]),
-                            no_scores,
-                            use_acc=False,
-                            is_async=True,
-                        )
-                        if SKIPS:
-                            new_weights, rescale, row_max, row_sum = lazy_softmax_step(
-                                scores, row_max, row_sum, scale_log2
-                            )
-                            acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                        else:
-                            new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                        weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                        mbarrier.wait(values_full.index((step) % STAGES), (step) // STAGES & 1)
-                        next_acc = warpgroup_mma(weights, value_tiles.index((step) % STAGES), acc, is_async=True)
-                        mbarrier.wait(
-                            keys_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=step + 2 < num_blocks
-                        )
-                        odd_scores = warpgroup_mma_wait(1, deps=(odd_scores,))
-                        mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                        acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
-                        mbarrier.arrive(values_empty.index((step) % STAGES), count=1)
-                        following = (step + 1) + 1
-                        stage = following % STAGES
-                        rotation = CONSUMER
-                        if HAS_TURN:
-                            rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                        scores = warpgroup_mma(
-                            query_tiles.index(rotation),
-                            key_tiles.index(stage).permute([1, 0]),
-                            no_scores,
-                            use_acc=False,
-                            is_async=True,
-                        )
-                        if SKIPS:
-                            new_weights, rescale, row_max, row_sum = lazy_softmax_step(
-                                odd_scores, row_max, row_sum, scale_log2
-                            )
-                            acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                        else:
-                            new_weights, rescale, row_max, row_sum = softmax_step(
-                                odd_scores, row_max, row_sum, scale_log2
-                            )
-                            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                        weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                        mbarrier.wait(values_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
-                        next_acc = warpgroup_mma(weights, value_tiles.index((step + 1) % STAGES), acc, is_async=True)
-                        mbarrier.wait(
-                            keys_full.index(((step + 1) + 2) % STAGES),
-                            ((step + 1) + 2) // STAGES & 1,
-                            pred=(step + 1) + 2 < num_blocks,
-                        )
-                        scores = warpgroup_mma_wait(1, deps=(scores,))
-                        mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                        acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
-                        mbarrier.arrive(values_empty.index((step + 1) % STAGES), count=1)
-                    if (num_blocks - first_step) % 2 == 1:
-                        new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                        weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                        mbarrier.wait(values_full.index((num_blocks - 1) % STAGES), (num_blocks - 1) // STAGES & 1)
-                        acc = warpgroup_mma(weights, value_tiles.index((num_blocks - 1) % STAGES), acc, is_async=True)
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
-            elif DEEP == 1:
-                for step in range(first_step, num_blocks):
-                    following = step + 1
-                    stage = following % STAGES
-                    rotation = CONSUMER
-                    if HAS_TURN:
-                        rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                    before = (step - 1) % STAGES
-                    next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                    next_scores = warpgroup_mma(
-                        query_tiles.index(rotation),
-                        key_tiles.index(stage).permute([1, 0]),
-                        no_scores,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    if SKIPS:
-                        new_weights, rescale, row_max, row_sum = lazy_softmax_step(scores, row_max, row_sum, scale_log2)
-                    else:
-                        new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                    new_weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                    # The assembler does not move the exponentials behind these waits.
-                    mbarrier.wait(values_full.index((step) % STAGES), (step) // STAGES & 1)
-                    mbarrier.wait(
-                        keys_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=step + 2 < num_blocks
-                    )
-                    acc, weights, next_scores = warpgroup_mma_wait(0, deps=(next_acc, weights, next_scores))
-                    mbarrier.arrive(values_empty.index(before), count=1)
-                    mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                    if SKIPS:
-                        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                    else:
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                    scores = next_scores
-                    weights = new_weights
-            else:
-                for pair in range((num_blocks - first_step) // 2):
-                    step = first_step + 2 * pair
-                    following = step + 1
-                    stage = following % STAGES
-                    rotation = CONSUMER
-                    if HAS_TURN:
-                        rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                    before = (step - 1) % STAGES
-                    next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                    odd_scores = warpgroup_mma(
-                        query_tiles.index(rotation),
-                        key_tiles.index(stage).permute([1, 0]),
-                        no_scores,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    if SKIPS:
-                        new_weights, rescale, row_max, row_sum = lazy_softmax_step(scores, row_max, row_sum, scale_log2)
-                    else:
-                        new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                    odd_weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                    # The assembler does not move the exponentials behind these waits.
-                    mbarrier.wait(values_full.index((step) % STAGES), (step) // STAGES & 1)
-                    mbarrier.wait(
-                        keys_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=step + 2 < num_blocks
-                    )
-                    acc, weights, odd_scores = warpgroup_mma_wait(0, deps=(next_acc, weights, odd_scores))
-                    mbarrier.arrive(values_empty.index(before), count=1)
-                    mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                    if SKIPS:
-                        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                    else:
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                    following = (step + 1) + 1
-                    stage = following % STAGES
-                    rotation = CONSUMER
-                    if HAS_TURN:
-                        rotation = gl.where(following - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                    before = ((step + 1) - 1) % STAGES
-                    next_acc = warpgroup_mma(odd_weights, value_tiles.index(before), acc, is_async=True)
-                    scores = warpgroup_mma(
-                        query_tiles.index(rotation),
-                        key_tiles.index(stage).permute([1, 0]),
-                        no_scores,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    if SKIPS:
-                        new_weights, rescale, row_max, row_sum = lazy_softmax_step(
-                            odd_scores, row_max, row_sum, scale_log2
-                        )
-                    else:
-                        new_weights, rescale, row_max, row_sum = softmax_step(odd_scores, row_max, row_sum, scale_log2)
-                    weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                    # The assembler does not move the exponentials behind these waits.
-                    mbarrier.wait(values_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
-                    mbarrier.wait(
-                        keys_full.index(((step + 1) + 2) % STAGES),
-                        ((step + 1) + 2) // STAGES & 1,
-                        pred=(step + 1) + 2 < num_blocks,
-                    )
-                    acc, odd_weights, scores = warpgroup_mma_wait(0, deps=(next_acc, odd_weights, scores))
-                    mbarrier.arrive(values_empty.index(before), count=1)
-                    mbarrier.arrive(keys_empty.index(stage), count=1, pred=following < num_blocks)
-                    if SKIPS:
-                        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                    else:
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                if (num_blocks - first_step) % 2 == 1:
-                    before = (num_blocks - 2) % STAGES
-                    acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    mbarrier.arrive(values_empty.index(before), count=1)
-                    new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                    weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                    mbarrier.wait(values_full.index((num_blocks - 1) % STAGES), (num_blocks - 1) // STAGES & 1)
-            if DEEP < 3:
-                acc = warpgroup_mma(weights, value_tiles.index((num_blocks - 1) % STAGES), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
+        far_end = first_step
+        if HAS_TURN:
+            far_end = first_step + num_far
+        if HEAD_DIM <= 64:
+            acc, row_max, row_sum = steps_ahead(
+                CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
+            )  # fmt: skip
         else:
-            rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
-            if OVERLAPS:
-                mbarrier.wait(
-                    keys_full.index(first_step % STAGES), first_step // STAGES & 1, pred=first_step < num_blocks
-                )
-            if PINGS and CONSUMER == 1:
-                yield_turn(CONSUMER, SCORES)
-            for step in range(first_step, num_blocks):
-                stage = step % STAGES
-                before = (step - 1) % STAGES
-                rotation = CONSUMER
-                if HAS_TURN:
-                    # The far blocks come first.
-                    rotation = gl.where(step - first_step < num_far, CONSUMERS + CONSUMER, CONSUMER)
-                if not OVERLAPS:
-                    mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
-                if PINGS:
-                    take_turn(CONSUMER, SCORES)
-                scores = warpgroup_mma(
-                    query_tiles.index(rotation),
-                    key_tiles.index(stage).permute([1, 0]),
-                    no_scores,
-                    use_acc=False,
-                    is_async=True,
-                )
-                mbarrier.wait(values_full.index(before), (step - 1) // STAGES & 1)
-                if RESCALES_LATE:
-                    if SKIPS:
-                        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                    else:
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-                if PINGS:
-                    yield_turn(CONSUMER, SCORES)
-                scores = warpgroup_mma_wait(1, deps=(scores,))
-                if not JOINS:
-                    mbarrier.arrive(keys_empty.index(stage), count=1)
-                if SKIPS:
-                    new_weights, rescale, row_max, row_sum = lazy_softmax_step(scores, row_max, row_sum, scale_log2)
-                else:
-                    new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-                if OVERLAPS:
-                    # Without a wait here the assembler moves the exponentials behind the product that they run beside.
-                    new_weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                    following = step + 1
-                    mbarrier.wait(
-                        keys_full.index(following % STAGES), following // STAGES & 1, pred=following < num_blocks
-                    )
-                acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
-                if JOINS:
-                    mbarrier.arrive(keys_empty.index(stage), count=1)
-                mbarrier.arrive(values_empty.index(before), count=1)
-                if not RESCALES_LATE:
-                    if SKIPS:
-                        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)))
-                    else:
-                        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                if OVERLAPS:
-                    weights = new_weights
-                else:
-                    weights = as_operand(new_weights, dtype, WEIGHTS, PACKS)
-
-            if RESCALES_LATE:
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+            if HAS_TURN:
+                weights, acc, row_max, row_sum = plain_steps(
+                    query_tiles.index(2 + CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full,
+                    values_empty, weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, STAGES,
+                )  # fmt: skip
+            weights, acc, row_max, row_sum = plain_steps(
+                query_tiles.index(CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                weights, acc, row_max, row_sum, far_end, num_blocks, num_blocks, scale_log2, STAGES,
+            )  # fmt: skip
             before = (num_blocks - 1) % STAGES
             mbarrier.wait(values_full.index(before), (num_blocks - 1) // STAGES & 1)
             acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    if PARTS:
-        row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, SCORES))
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
     lse = gl.where(row_sum > 0.0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
-    row = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     gl.store(lse_ptr + row, lse, mask=position < end_position)
     acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, OUT))[:, None]
     # Through shared memory, so that a thread stores 16 bytes.
@@ -640,28 +309,18 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAPS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    PACKS: gl.constexpr,
-    SKIPS: gl.constexpr,
-    JOINS: gl.constexpr,
-    PINGS: gl.constexpr,
-    DEEP: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
     keys, values: descriptors of rows [num_rows, head_dim]. page_rows, head_rows: rows from one page, and from one KV
     head, to the next. PAGE_SIZE 0 means one page per request. heads_in_a_row: query heads whose programs of a tile are
-    neighbours. OVERLAPS: see `HopperPrefillConfig`.
+    neighbours.
     """
     HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
     # The longest tiles come first.
-    HEADS: gl.constexpr = CONSUMERS // 2
     program = gl.program_id(0)
-    neighbours = heads_in_a_row // HEADS
-    head = program % neighbours * HEADS
-    program = program // neighbours
+    head = program % heads_in_a_row
+    program = program // heads_in_a_row
     tile = num_tiles - 1 - program % num_tiles
     head += program // num_tiles * heads_in_a_row
     kv_head = head // group_size
@@ -721,7 +380,7 @@ def hopper_prefill_kernel(
     lse_ptr += head.to(gl.int64) * stride_lse_head + token
     table_row_ptr = block_table_ptr + request.to(gl.int64) * stride_block_table
 
-    QUERY_TILES: gl.constexpr = 2 * CONSUMERS if HAS_TURN else CONSUMERS
+    QUERY_TILES: gl.constexpr = 4 if HAS_TURN else 2
     dtype: gl.constexpr = keys.dtype
     query_tiles = gl.allocate_shared_memory(dtype, [QUERY_TILES, ROWS, HEAD_DIM], keys.layout)
     key_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
@@ -734,357 +393,40 @@ def hopper_prefill_kernel(
         mbarrier.init(keys_full.index(stage), count=1)
         mbarrier.init(values_full.index(stage), count=1)
         # Each consumer gives a buffer back.
-        mbarrier.init(keys_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(values_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(keys_empty.index(stage), count=2)
+        mbarrier.init(values_empty.index(stage), count=2)
     fence_async_shared()
 
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _produce,
                 (
-                    _produce,
-                    (
-                        keys,
-                        values,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        ids_ptr,
-                        table_row_ptr,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        kv_end - 1,
-                        kv_head * head_rows,
-                        page_rows,
-                        PAGE_SIZE,
-                        HAS_LISTS,
-                        STAGES,
-                    ),
+                    keys, values, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                    ids_ptr, table_row_ptr, num_blocks, num_far, num_turned, kv_end - 1, kv_head * head_rows,
+                    page_rows,
+                    PAGE_SIZE, HAS_LISTS, STAGES,
                 ),
+            ),
+            (
+                _consume,
                 (
-                    _consume,
-                    (
-                        0,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
+                    0, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                    query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
+                    first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
+                    scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
                 ),
+            ),
+            (
+                _consume,
                 (
-                    _consume,
-                    (
-                        1,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
+                    1, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                    query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
+                    first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
+                    scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
                 ),
-            ],
-            [4, 4],
-            [240, 240],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _produce,
-                    (
-                        keys,
-                        values,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        ids_ptr,
-                        table_row_ptr,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        kv_end - 1,
-                        kv_head * head_rows,
-                        page_rows,
-                        PAGE_SIZE,
-                        HAS_LISTS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        0,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        1,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        2,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        3,
-                        query_tiles,
-                        key_tiles,
-                        value_tiles,
-                        keys_full,
-                        keys_empty,
-                        values_full,
-                        values_empty,
-                        query_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        cos_ptr,
-                        sin_ptr,
-                        stride_query_token,
-                        stride_out_token,
-                        first_position,
-                        end_position,
-                        kv_end,
-                        num_blocks,
-                        num_far,
-                        num_turned,
-                        last_block,
-                        ids_ptr,
-                        scale_log2,
-                        turn_offset,
-                        HALF_ROTARY,
-                        IS_NEOX,
-                        HAS_LISTS,
-                        HAS_TURN,
-                        SLOPE,
-                        IS_CAUSAL,
-                        STAGES,
-                        OVERLAPS,
-                        CONSUMERS,
-                        PACKS,
-                        SKIPS,
-                        JOINS,
-                        PINGS,
-                        DEEP,
-                        PARTS,
-                        stride_query_head,
-                        stride_out_head,
-                        stride_lse_head,
-                    ),
-                ),
-            ],
-            [4, 4, 4, 4],
-            [112, 112, 112, 112],
-        )
+            ),
+        ],
+        [4, 4],
+        [240, 240],
+    )  # fmt: skip
