@@ -33,37 +33,24 @@ WIDE, NARROW = AttentionShape(), AttentionShape(head_dim=64)
 # Chunk, density of the lists (None: dense), and whether two thirds of the keys meet a turned query. First what a run
 # that is cut short should not miss.
 CASES: tuple[tuple[PrefillCase, float | None, bool], ...] = (
+    (PrefillCase(65536, 65536, WIDE), None, True),
     (PrefillCase(32768, 32768, NARROW), None, False),
     (PrefillCase(32768, 32768, WIDE), None, False),
+    (PrefillCase(16384, 131072, WIDE), 0.1, False),
     (PrefillCase(8192, 32768, WIDE), 0.3, False),
-    (PrefillCase(65536, 65536, WIDE), None, True),
     (PrefillCase(8192, 32768, NARROW), 0.3, False),
     (PrefillCase(8192, 8192, WIDE), None, False),
     (PrefillCase(65536, 65536, WIDE), None, False),
-    (PrefillCase(16384, 131072, WIDE), 0.1, False),
     (PrefillCase(8192, 8192, NARROW), None, False),
-    (PrefillCase(16384, 131072, WIDE), None, False),
     (PrefillCase(32768, 32768, NARROW), None, True),
+    (PrefillCase(16384, 131072, WIDE), None, False),
 )
 ANY, ONLY_NARROW, ONLY_WIDE = (64, 128), (64,), (128,)
 FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "as built": (ANY, {}),
-    "packs": (ANY, {"packs": True}),
-    "packs skips": (ANY, {"packs": True, "skips": True}),
-    "packs skips joins": (ONLY_WIDE, {"packs": True, "skips": True, "joins": True}),
-    "packs skips pings": (ONLY_WIDE, {"packs": True, "skips": True, "pings": True}),
-    "overlaps skips": (ANY, {"overlaps": True, "skips": True}),
-    "deep1 skips s4": (ONLY_NARROW, {"deep": 1, "skips": True, "num_stages": 4}),
-    "deep3 s4": (ONLY_NARROW, {"deep": 3, "num_stages": 4}),
-    "deep4": (ANY, {"deep": 4}),
-    "deep4 s4": (ONLY_NARROW, {"deep": 4, "num_stages": 4}),
-    "deep4 s3": (ONLY_WIDE, {"deep": 4, "num_stages": 3}),
-    "deep4 skips": (ANY, {"deep": 4, "skips": True}),
-    "deep4 skips s4": (ONLY_NARROW, {"deep": 4, "skips": True, "num_stages": 4}),
-    "deep4 skips parts": (ONLY_WIDE, {"deep": 4, "skips": True, "parts": True}),
-    "deep4 skips parts s4": (ONLY_NARROW, {"deep": 4, "skips": True, "parts": True, "num_stages": 4}),
-    "packs skips parts": (ANY, {"packs": True, "skips": True, "parts": True}),
-    "deep4 skips h4": (ONLY_WIDE, {"deep": 4, "skips": True, "heads_in_a_row": 4}),
+    "2 stages": (ANY, {"num_stages": 2}),
+    "3 stages": (ONLY_WIDE, {"num_stages": 3}),
+    "4 stages": (ONLY_NARROW, {"num_stages": 4}),
+    "4 stages, mixed": (ONLY_NARROW, {"num_stages": 4, "mixed": True}),
 }
 CHECKED_TOKENS = 2048
 CHECK_SECONDS = 65
@@ -73,11 +60,11 @@ def is_made_for(form: str, case: PrefillCase, turns: bool) -> bool:
     """Whether the form runs on the heads, and its buffers fit into shared memory."""
     head_dims, fields = FORMS[form]
     head_dim = case.shape.head_dim
-    return head_dim in head_dims and not (turns and head_dim > 64 and fields.get("num_stages", 2) > 2)
+    return head_dim in head_dims and not (turns and head_dim > 64 and fields["num_stages"] > 2)
 
 
 def config_of(form: str) -> HopperPrefillConfig:
-    return HopperPrefillConfig(**({"heads_in_a_row": 8, "num_stages": 2, "overlaps": False} | FORMS[form][1]))
+    return HopperPrefillConfig(heads_in_a_row=8, **FORMS[form][1])
 
 
 def inputs(case: PrefillCase, density: float | None, turns: bool) -> tuple[PagedBatch, BlockLists | None, Turn | None]:

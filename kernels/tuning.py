@@ -126,6 +126,7 @@ class HopperPrefillConfig:
     """Query heads whose programs of one tile are neighbours, a divisor of their number."""
     num_stages: int
     """Tiles of keys, and of values, in shared memory."""
+    mixed: bool = False
 
 
 @lru_cache

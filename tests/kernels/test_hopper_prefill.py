@@ -80,12 +80,14 @@ def test_maxima_that_grow_from_block_to_block(hopper: torch.device, head_dim: in
 
 
 @pytest.mark.gpu
-def test_every_run_gives_the_same(hopper: torch.device) -> None:
+@pytest.mark.parametrize(("head_dim", "num_stages"), [(64, 2), (64, 4), (128, 2), (128, 3)])
+def test_every_run_gives_the_same(hopper: torch.device, head_dim: int, num_stages: int) -> None:
     """Buffers are refilled while others are read; a missing barrier would show as a difference now and then."""
-    batch = draw(hopper, [4000], [9000], num_heads=32, num_kv_heads=8)
-    first = prefill(batch)
+    config = replace(HOPPER, num_stages=num_stages)
+    batch = draw(hopper, [4000], [9000], num_heads=32, num_kv_heads=8, head_dim=head_dim)
+    first = prefill(batch, config)
     for _ in range(30):
-        again = prefill(batch)
+        again = prefill(batch, config)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
 
@@ -136,12 +138,13 @@ def test_chunks_that_are_not_the_last_of_their_keys(hopper: torch.device) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("density", [None, 0.4], ids=["dense", "lists"])
-def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, density: float | None) -> None:
-    batch = draw(hopper, [1000, 129], [3000, 129])
+def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, density: float | None, head_dim: int) -> None:
+    batch = draw(hopper, [1000, 129], [3000, 129], head_dim=head_dim)
     tiles = batch.tiles(128)
     lists = None if density is None else random_block_lists(tiles, 8, density)
-    inv_freq = 10_000.0 ** -(torch.arange(64) / 64)
+    inv_freq = 10_000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2))
     turns = [make_string_turn(inv_freq, shift, 64, True, hopper) for shift in (1, 300, 900, 5000)]
     # Star's: the same bound for all queries.
     turns.append(make_turn(inv_freq, -200, True, hopper, slope=0, offset=600))
