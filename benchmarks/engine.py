@@ -120,6 +120,8 @@ class Timing:
     """Tokens of the longest request that the engine takes."""
     memory_parts: dict[str, float] = field(default_factory=dict)
     """What the memory of the GPU went to, in GiB, and the pools of offload; empty without offload."""
+    selected_pages: tuple[int, ...] = ()
+    """With selective decode: pages in host memory that the engine's steps read so far, and those it chose from."""
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,14 @@ def memory_parts(worker: Any) -> dict[str, float]:
     return {name: num_bytes / 2**30 for name, num_bytes in found.items() if num_bytes is not None}
 
 
+def selected_pages(worker: Any) -> list[int]:
+    """See `Timing.selected_pages`; runs in the worker."""
+    from farspan.vllm_compat.runner import state_of
+
+    cold = state_of(worker.model_runner).cold
+    return [] if cold is None or cold.selection is None else cold.selection.buffers.totals.tolist()
+
+
 def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
@@ -185,8 +193,10 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
     timing = send(llm, prompt, request, name)
     peak = taken = 0.0
     parts: dict[str, float] = {}
+    pages: tuple[int, ...] = ()
     if "offload" in (llm.llm_engine.vllm_config.additional_config or {}).get("farspan", {}):
         parts = llm.collective_rpc(memory_parts)[0]
+        pages = tuple(llm.collective_rpc(selected_pages)[0])
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak, taken = torch.cuda.max_memory_allocated() / 2**30, (total - free) / 2**30
@@ -197,6 +207,7 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
         host_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         max_model_len=llm.llm_engine.model_config.max_model_len,
         memory_parts=parts,
+        selected_pages=pages,
     )
 
 

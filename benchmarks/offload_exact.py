@@ -54,6 +54,7 @@ def specs_of(model: dict[str, Any], max_len: int, step_tokens: int, page_size: i
         "max_model_len": max_len,
         "max_num_batched_tokens": step_tokens,
         "max_num_seqs": 1,
+        "gpu_memory_utilization": 0.4,
     }
     request = Request(max_len - OUTPUT_LEN, OUTPUT_LEN)
     off = EngineSpec([request], model, "CUSTOM", {}, engine)

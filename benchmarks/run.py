@@ -42,6 +42,7 @@ MODULES = (
     "offload_whole",
     "offload_far",
     "offload_spans",
+    "offload_select_engine",
     "offload_memory",
     "offload_tight",
     "offload_exact",
@@ -52,7 +53,7 @@ MODULES = (
     "rules",
     "fp8_drift",
 )
-ON_TEXTS = ("real", "rules", "fp8_drift")
+ON_TEXTS = ("real", "rules", "fp8_drift", "star_quality")
 """Those that read texts with a checkpoint."""
 
 PARTS = ("string_calls", "string_requests")
@@ -95,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
     )  # fmt: skip
-    real = parser.add_argument_group("real, rules, fp8_drift and flex_ttft")
+    real = parser.add_argument_group("real, rules, fp8_drift, star_quality and flex_ttft")
     real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
     real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
     real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
@@ -108,12 +109,12 @@ def parse_arguments() -> argparse.Namespace:
         "--variants",
         type=words,
         default=(),
-        help="of real, rules, fp8_drift, flex_ttft, serve; else the usual ones",
+        help="of real, rules, fp8_drift, star_quality, flex_ttft, serve; else the usual ones",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
-    real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
+    real.add_argument("--seconds", type=float, help="rules, star_quality: begin nothing further after that long")
     real.add_argument("--untimed", action="store_true", help="real: no times, where something else runs on the GPU")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()

@@ -441,7 +441,8 @@ def check_method(path: str, raw: Any, methods: Mapping[str, type[Options]]) -> N
     check_mapping(path, raw)
     method = raw.get("method")
     if not isinstance(method, str) or method not in methods:
-        refuse(f"{path}.method", method, one_of(methods), suggestion(method, methods))
+        named = suggestion(method, methods)
+        refuse(f"{path}.method", method, one_of(methods), named if "method" in raw else "Name one beside the others")
     check_known(path, raw, ("method", *methods[method].__struct_fields__))
     check_numbers(path, methods[method], raw)
 

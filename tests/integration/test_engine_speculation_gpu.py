@@ -44,10 +44,12 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_tokens_in_graphs(
     make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """In float32, one request at a time and all together: the tokens without drafts."""
+    """In float32, one request at a time and all together: the tokens of the same backend without drafts.
+
+    No other backend is compared: TRITON_ATTN multiplies float32 as tf32, and changes tokens of near ties.
+    """
     ours = {"additional_config": {"farspan": options}, **IN_GRAPHS}
-    # vLLM's own attention is refused with the options, and has no shifted positions.
-    reference = make_llm(**ours) if options == STRING else make_llm("llama", "TRITON_ATTN", **IN_GRAPHS)
+    reference = make_llm(**ours)
     expected = generate(reference, PROMPTS, BUDGETS)
     reference.llm_engine.engine_core.shutdown()
     llm = make_llm(speculative_config=NGRAM, **ours)
