@@ -5,7 +5,7 @@ keys beside the other consumer's. In heads of 64, where exponentials take as lon
 for a second tile of scores: the next step's are computed beside the softmax.
 """
 
-from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, mixed_softmax_step, softmax_step
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, softmax_step
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -96,7 +96,6 @@ def _step_ahead(
     scale_log2,
     HAS_TURN: gl.constexpr,
     STAGES: gl.constexpr,
-    MIXED: gl.constexpr,
 ):
     """One step, the keys of whose follower have come. Returns the follower's scores, output, maximum and sum."""
     OUT: gl.constexpr = acc.type.layout
@@ -104,10 +103,7 @@ def _step_ahead(
     query_tile = _query_of(CONSUMER, query_tiles, following, far_end, HAS_TURN)
     # Past the last step a buffer holds anything, and the scores are not used.
     next_scores = _start_scores(query_tile, key_tiles, following, STAGES)
-    if MIXED:
-        weights, rescale, row_max, row_sum = mixed_softmax_step(scores, row_max, row_sum, scale_log2)
-    else:
-        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
     weights = as_operand(weights, key_tiles.dtype, gl.DotOperandLayout(0, OUT, 2))
     _await_tile(values_full, step, num_blocks, STAGES)
@@ -140,7 +136,6 @@ def steps_ahead(
     scale_log2,
     HAS_TURN: gl.constexpr,
     STAGES: gl.constexpr,
-    MIXED: gl.constexpr,
 ):
     """Steps [first_step, num_blocks), those before `far_end` with the turned query. Returns output, maximum and sum.
 
@@ -163,11 +158,11 @@ def steps_ahead(
         step = first_step + 2 * pair
         odd_scores, acc, row_max, row_sum = _step_ahead(
             CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty, scores,
-            acc, row_max, row_sum, step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES, MIXED,
+            acc, row_max, row_sum, step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
         )  # fmt: skip
         scores, acc, row_max, row_sum = _step_ahead(
             CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty, odd_scores,
-            acc, row_max, row_sum, step + 1, far_end, num_blocks, scale_log2, HAS_TURN, STAGES, MIXED,
+            acc, row_max, row_sum, step + 1, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
         )  # fmt: skip
     if (num_blocks - first_step) % 2 == 1:
         last = num_blocks - 1

@@ -138,7 +138,6 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    MIXED: gl.constexpr,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
@@ -240,7 +239,7 @@ def _consume(
         if HEAD_DIM <= 64:
             acc, row_max, row_sum = steps_ahead(
                 CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES, MIXED,
+                weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
             )  # fmt: skip
         else:
             if HAS_TURN:
@@ -310,7 +309,6 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    MIXED: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
@@ -417,7 +415,6 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    MIXED,
                 ),
             ),
             (
@@ -427,7 +424,6 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    MIXED,
                 ),
             ),
         ],

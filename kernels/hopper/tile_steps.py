@@ -53,26 +53,6 @@ def softmax_step(scores, row_max, row_sum, scale_log2):
     return weights, rescale, new_max, row_sum
 
 
-_MIXED = gl.constexpr(
-    "{ .reg .f32 x, t, r, p; .reg .b32 i, q; "
-    "ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; "
-    "max.f32 x, $7, 0fC2FC0000; add.f32 t, x, 0f4B400000; sub.f32 r, t, 0f4B400000; sub.f32 r, x, r; "
-    "fma.rn.f32 p, r, 0f3D61FB95, 0f3E786F0C; fma.rn.f32 p, p, r, 0f3F31798E; fma.rn.f32 p, p, r, 0f3F7FFB49; "
-    "mov.b32 i, t; shl.b32 i, i, 23; mov.b32 q, p; add.s32 i, i, q; mov.b32 $3, i; }"
-)
-
-
-@gluon.jit
-def mixed_softmax_step(scores, row_max, row_sum, scale_log2):
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    weights = gl.inline_asm_elementwise(
-        _MIXED, "=f,=f,=f,=f,f,f,f,f", [scores * scale_log2 - new_max[:, None]], dtype=gl.float32, is_pure=True, pack=4
-    )
-    rescale = gl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + gl.sum(weights, 1)
-    return weights, rescale, new_max, row_sum
-
-
 @gluon.jit
 def zero_tail(tile, num_keys, LAYOUT: gl.constexpr):
     """Zero the values of a tile at and past `num_keys`: memory there may be NaN, which no weight of zero removes."""
