@@ -159,8 +159,8 @@ def hopper_prefill_config(
     # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285.
     # With the loops of today (H200, 2026-11-28, run 20261128-8e55d7) dense prefill without a turn still stays with
     # FlashAttention 3: 672 against 686 at 8K, 690 against 722 at 32K, heads of 64 483 against 554. A turn at 64K takes
-    # 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms with 4 and 9.21 with 2, with a
-    # turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
+    # 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms with 4 and 9.21 with 2, with
+    # a turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
     return HopperPrefillConfig(heads_in_a_row, num_stages=4 if head_dim <= 64 else 2)
 
