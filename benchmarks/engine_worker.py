@@ -104,6 +104,8 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
         arguments["additional_config"] = {"farspan": spec.options}
     if spec.reads_selection:
         arguments["worker_extension_cls"] = "farspan.metrics.SelectionMetrics"
+    if spec.reads_stages:
+        arguments["worker_extension_cls"] = "benchmarks.stages_worker.StageMetrics"
     if spec.model_dir is None:
         arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
@@ -190,7 +192,11 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
     """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if request.stages:
+        llm.collective_rpc("begin_stages", args=(request.stages == "device",))
     timing = send(llm, prompt, request, name)
+    if request.stages:
+        timing = replace(timing, stages=llm.collective_rpc("end_stages")[0])
     peak = taken = 0.0
     parts: dict[str, float] = {}
     pages: tuple[int, ...] = ()
@@ -227,8 +233,10 @@ def main() -> None:
         text = "\n".join(path.read_text() for path in spec.texts)
         written = llm.get_tokenizer().encode(text, add_special_tokens=False)
 
-    def prompt_of(length: int, repeat: int) -> list[int]:
-        """Tokens of the texts, or random ones; engines get the same ones for a length and repeat."""
+    def prompt_of(length: int, repeat: int, cached_len: int = 0) -> list[int]:
+        """Tokens of the texts, or random ones; engines get the same ones for a length, repeat and cached beginning."""
+        if cached_len > 0:
+            return prompt_of(cached_len, 0) + prompt_of(length - cached_len, 1 + repeat)
         if written:
             assert len(written) >= length + repeat, (len(written), length)
             return written[repeat : length + repeat]
@@ -247,7 +255,10 @@ def main() -> None:
             break
         if spec.reads_selection and repeat == 0:
             read_selection(llm, reset=True)
-        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request, str(index))
+        prompt = prompt_of(request.prompt_len, repeat, request.cached_len)
+        if request.cached_len > 0 and repeat == 0:
+            send(llm, prompt[: request.cached_len], Request(request.cached_len), f"cached-{index}")
+        timing = measure_request(llm, prompt, request, str(index))
         connection.send(Answer(timing, read_selection(llm) if spec.reads_selection else []))
 
 

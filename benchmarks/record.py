@@ -26,6 +26,7 @@ BENCHMARKS = frozenset(
         "prefill_flex",
         "select",
         "host_side",
+        "stages",
         "decode",
         "decode_fp8",
         "ttft",

@@ -27,6 +27,7 @@ MODULES = (
     "prefill_flex",
     "select",
     "host_side",
+    "stages",
     "decode",
     "decode_fp8",
     "ttft",
@@ -56,7 +57,7 @@ MODULES = (
 ON_TEXTS = ("real", "rules", "fp8_drift", "star_quality")
 """Those that read texts with a checkpoint."""
 
-PARTS = ("string_calls", "string_requests")
+PARTS = ("string_calls", "string_requests", "stages")
 """Parts of other benchmarks, which take a minute instead of many: they run where they are named."""
 
 
@@ -112,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of real, rules, fp8_drift, star_quality, flex_ttft, serve; else the usual ones",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
+    real.add_argument("--turns", type=integers, default=(), help="flex_ttft: tokens behind a cached prefix")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     real.add_argument("--seconds", type=float, help="rules, star_quality: begin nothing further after that long")
@@ -183,7 +185,18 @@ def run(arguments: argparse.Namespace) -> int:
             if name in ON_TEXTS:
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
-                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
+                inputs = real_inputs(arguments)
+                checkpoint = inputs and module.Checkpoint(Path(inputs.model), inputs.texts, inputs.label)
+                module.run(
+                    recorder,
+                    arguments.shapes,
+                    arguments.lengths,
+                    arguments.variants,
+                    arguments.repeats,
+                    checkpoint,
+                    arguments.engine_args,
+                    arguments.turns,
+                )
             elif name == "serve":
                 module.run(recorder, arguments.variants)
             else:

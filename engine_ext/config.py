@@ -185,9 +185,9 @@ class OffloadOptions(Options, frozen=True):
     """Cold KV heads in host memory: requests larger than GPU memory. Source: HeadInfer, arXiv 2502.12574."""
 
     host_memory: Literal["auto"] | Annotated[float, Real(0, 65536, least_included=False, hint='"auto"')] = "auto"
-    """GiB of host memory per machine for cold KV heads, shared by its ranks; "auto" takes 60 % of what is free at
-    start-up, and no more than `max_num_seqs` requests of `max_model_len` can use. Cost: the memory is taken, and
-    pinned, at start-up, which takes time in proportion."""
+    """GiB of host memory per machine for cold KV heads, shared by its ranks and Star hosts; "auto" takes 60 % of what
+    is free at start-up, and no more than `max_num_seqs` requests of `max_model_len` can use. Cost: the memory is taken,
+    and pinned, at start-up, which takes time in proportion."""
     hot_heads: (
         Literal["auto"]
         | Annotated[int, Whole(0, MAX_HEADS, unit="KV heads", hint='"auto"')]
@@ -378,13 +378,26 @@ def parse_config(raw: Any) -> FarspanConfig:
                 "Leave out string, or serve the model on one host without star",
             )
         if config.offload is not None:
-            refuse(
-                f"{ROOT}.star",
-                raw["star"],
-                "without offload: the keys of a block are found in GPU memory alone",
-                "Leave out offload and spread the context over more hosts, or serve the model on one host without star",
-            )
+            check_cold_star(config.star, config.offload, raw)
     return config
+
+
+def check_cold_star(star: StarOptions, offload: OffloadOptions, raw: Any) -> None:
+    """Refuse what a host of Star Attention cannot do with cold KV heads."""
+    if star.graphs:
+        refuse(
+            f"{ROOT}.star.graphs",
+            True,
+            "False together with offload: a graph would hold the pages of one request in slots and host memory",
+            "Leave out graphs or offload",
+        )
+    if isinstance(offload.cold_decode, SelectColdDecode):
+        refuse(
+            f"{ROOT}.offload.cold_decode",
+            raw["offload"]["cold_decode"],
+            "method 'exact' together with star: hosts would choose by the mass of their own keys, not of all",
+            "Leave out cold_decode or star",
+        )
 
 
 def check_raw(raw: Any) -> None:

@@ -4,7 +4,15 @@ from typing import Any
 
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
-from farspan.engine_ext.launch import Parts, as_pages, at_true_positions, attend, choose_dense_kernel, write_kv
+from farspan.engine_ext.launch import (
+    Parts,
+    as_pages,
+    at_true_positions,
+    attend,
+    choose_dense_kernel,
+    rows_of,
+    write_kv,
+)
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import largest_sums, run_largest_chunk
 from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len
@@ -72,13 +80,13 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
 
         Where KV heads are cold, vLLM's pages hold the others, and `forward` writes the cold ones.
         """
+        if kv_cache.shape[3] != 2 * self.head_size:  # all heads are cold, and the pages are stubs
+            return
         if self.config.star is not None:
             name = str(layer.layer_name)
             step = step_of(name)
             if step is not None:
                 key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
-        if kv_cache.shape[3] != 2 * self.head_size:  # all heads are cold, and the pages are stubs
-            return
         num_hot_heads, order = kv_cache.shape[1], None
         if self.config.offload is not None and self.config.offload.head_profile is not None:
             step = step_of(str(layer.layer_name))
@@ -121,44 +129,34 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
             del gathered
             largest_sums(self.config, query, self.num_kv_heads)
             return output.fill_(0)
-        name, parts = layer.layer_name, Parts()
+        name = layer.layer_name
         context = step.layers[name]
-        group = self.num_heads // self.num_kv_heads
         order, in_order = context.head_order, output
         if order is not None:
             query, key, value = query[:, order.q_heads], key[:, order.kv_heads], value[:, order.kv_heads]
             in_order = torch.zeros_like(output)
         if step.cold is not None:
-            step.cold.write(name, key, value)
+            step.cold.write(name, at_true_positions(key, step.moved, context.to_true_positions), value)
         query = at_true_positions(query, step.moved, context.to_true_positions)
         pages = as_pages(kv_cache)
         scales = (layer._k_scale_float, layer._v_scale_float) if pages.dtype == FP8 else (1.0, 1.0)
         if step.key_exchange is not None:
             pages = step.key_exchange.pages(pages)
+        parts = Parts(in_order, self.num_heads // self.num_kv_heads)
         for each in step.passes:
-            heads = slice(each.kv_heads.start * group, each.kv_heads.stop * group)
-            out = rows_of(in_order, each.rows, heads)
-            target, lse = parts.room(each, out)
+            target, lse = parts.room(each)
             if each.keys == "cache":
                 kv = KVView(pages, key_scale=scales[0], value_scale=scales[1])
             else:
                 assert step.cold is not None
                 kv = step.cold.view(name, each)
-            lse = attend(
-                each, rows_of(query, each.rows, heads), kv.of_heads(each.kv_heads), context, self.scale, target, lse
-            )
+            of_pass = rows_of(query, each.rows, parts.heads_of(each))
+            lse = attend(each, of_pass, kv.of_heads(each.kv_heads), context, self.scale, target, lse)
             if each.part is not None:
-                parts.add(each, lse, out)
+                parts.add(each, lse)
         if order is not None:
             output[:, order.q_heads] = in_order
         return output
-
-
-def rows_of(tensor: torch.Tensor, rows: slice, heads: slice) -> torch.Tensor:
-    """`tensor[rows, heads]` of [num_tokens, num_heads, head_dim]; the tensor itself where that is all of it."""
-    if rows.start == heads.start == 0 and (rows.stop, heads.stop) == tensor.shape[:2]:
-        return tensor
-    return tensor[rows, heads]
 
 
 def step_of(layer_name: str) -> StepMetadata | None:

@@ -331,41 +331,64 @@ def selections_of(query: torch.Tensor) -> DeviceSelections:
 class Parts:
     """Results of the partial passes over some rows until the last of their set combines them into the output."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: torch.Tensor, group_size: int) -> None:
+        """output: [num_tokens, num_q_heads, head_dim] of a layer; group_size: query heads per KV head."""
+        self.output, self.group_size = output, group_size
         self.sums: RunningSum | None = None
         self.mine: PartialResult | None = None
+        """Of all heads of the rows, where hosts exchange it."""
 
-    def room(self, each: Pass, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where a pass of `out`'s rows puts its result and its LSE; None for any place."""
+    def heads_of(self, each: Pass) -> slice:
+        """The query heads of a pass."""
+        return slice(each.kv_heads.start * self.group_size, each.kv_heads.stop * self.group_size)
+
+    def room(self, each: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a pass puts its result and its LSE; None for any place."""
+        heads = self.heads_of(each)
+        out = rows_of(self.output, each.rows, heads)
         if each.part is None:
             return out, None
+        if each.part.exchange is not None and self.mine is None:
+            self.mine = PartialResult.empty(rows_of(self.output, each.rows, slice(0, self.output.shape[1])))
         if each.part.count > 1:
             if each.part.index == 0:
                 self.sums = RunningSum(out)
             return out, None
-        assert each.part.exchange is not None, "a part alone is one of several hosts'"
-        self.mine = PartialResult.empty(out)
-        return self.mine.out, self.mine.lse
+        assert self.mine is not None, "a part alone is one of several hosts'"
+        mine = self.mine.out[:, heads]
+        # Kernels differ by whether a row begins at 16 bytes, and that of some heads may begin anywhere.
+        return mine, self.mine.lse if mine.shape == self.mine.out.shape else None
 
-    def add(self, each: Pass, lse: torch.Tensor, out: torch.Tensor) -> None:
-        """Take in the LSE of the part last made; after the last part of the set, write `out`."""
-        part = each.part
+    def add(self, each: Pass, lse: torch.Tensor) -> None:
+        """Take in the LSE of the part last made; after the last part of the set, write the output."""
+        part, heads = each.part, self.heads_of(each)
         assert part is not None
         if part.count > 1:
             assert self.sums is not None
             assert part.index == self.sums.num_parts, "the passes of a set follow each other"
+            out = rows_of(self.output, each.rows, heads)
             self.sums.put(out, lse)
             if part.index + 1 < part.count:
                 return
-            if part.exchange is None:
-                combine(*self.sums.pair, out, torch.empty_like(lse))
-            else:
-                self.mine = PartialResult.empty(out)
-                combine(*self.sums.pair, self.mine.out, self.mine.lse)
-        if part.exchange is not None:
-            assert self.mine is not None
-            combine(*part.exchange.gather(self.mine), out, torch.empty_like(lse))
-        self.sums, self.mine = None, None
+            pair, self.sums = self.sums.pair, None
+            lse = torch.empty_like(lse)
+            combine(*pair, out if self.mine is None else self.mine.out[:, heads], lse)
+        if part.exchange is None:
+            return
+        assert self.mine is not None
+        if lse is not self.mine.lse:
+            self.mine.lse[heads].copy_(lse)
+        if part.is_last:
+            out = rows_of(self.output, each.rows, slice(0, self.output.shape[1]))
+            combine(*part.exchange.gather(self.mine), out, torch.empty_like(self.mine.lse))
+            self.mine = None
+
+
+def rows_of(tensor: torch.Tensor, rows: slice, heads: slice) -> torch.Tensor:
+    """`tensor[rows, heads]` of [num_tokens, num_heads, head_dim]; the tensor itself where that is all of it."""
+    if rows.start == heads.start == 0 and (rows.stop, heads.stop) == tensor.shape[:2]:
+        return tensor
+    return tensor[rows, heads]
 
 
 class RunningSum:

@@ -5,7 +5,7 @@ all others prefill. vLLM puts them first. The threshold is 1, or, with speculati
 drafts are all verified in one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from farspan.engine_ext.requests import source_of
 from farspan.engine_ext.runs import ChunkKind, HostChunks, Run, count_decodes
 from farspan.engine_ext.selection.crossover import AttentionSize, sparse_kernel_of
 from farspan.engine_ext.splits import most_parts, num_multiprocessors
+from farspan.engine_ext.star.cold_pieces import ColdPieces
 from farspan.engine_ext.star.exchange import current as current_exchange
 from farspan.engine_ext.star.exchange import exchange_of
 from farspan.engine_ext.star.lockstep import LockstepBuffers
@@ -121,6 +122,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 page_size=self.page_size,
                 row=(num_q_heads, kv_cache_spec.head_size, kv_cache_spec.dtype.itemsize),
                 page_bytes=2 * num_kv_heads * head_bytes * self.page_size,
+                cold=ColdPieces(self.cold, self.cold_maker, layer_names[0]) if self.cold and self.cold_maker else None,
             )
         # In the order in which they run, for what is staged ahead.
         self.names = sorted(layer_names, key=lambda name: self.layers[name].index)
@@ -164,12 +166,16 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             passes += of_cold
         return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan(), cold=cold)
 
-    def decode_pass(self, common: CommonAttentionMetadata, first: int, last: int) -> Pass:
-        """The pass of requests [first, last) with one token each, which own the rows of their numbers."""
+    def decode_passes(self, common: CommonAttentionMetadata, first: int, last: int) -> Iterator[Pass]:
+        """The passes of requests [first, last) with one token each, which own the rows of their numbers."""
         starts = common.query_start_loc[first : last + 1]
         starts = starts if first == 0 else starts - first
-        batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
-        return self.maker.decode(batch, first)
+        if self.hot_maker is not None:
+            batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
+            yield self.hot_maker.decode(batch, first)
+        if self.cold is not None and self.cold_maker is not None:
+            batch = requests_of(common, self.cold.entries, first, last, starts, 1, common.max_seq_len)
+            yield replace(self.cold_maker.decode(batch, first), keys="both")
 
     def build_star(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
         """A step with requests of Star Attention, and others beside them."""
@@ -189,7 +195,10 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 )
         passes: list[Pass] = []
         moved: list[tuple[slice, int]] = []
+        staged: list[tuple[StagedPages, ...]] = []
         key_exchange = None
+        if self.cold is not None:
+            self.cold.map_step(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
 
         def kind(request: int) -> tuple[bool, bool]:
             is_star = shards[request] is not None
@@ -199,11 +208,14 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             run = list(members)
             first, last = run[0], run[-1] + 1
             if is_decode:
-                passes.append(self.decode_pass(common, first, last))
+                passes += self.decode_passes(common, first, last)
                 continue
             if not is_star:
                 chunks = self.chunks_of(common, first, query_start_loc, last)
-                passes += self.passes_of(self.maker, common, common.block_table_tensor, 0, chunks)
+                if self.hot_maker is not None:
+                    passes += self.passes_of(self.hot_maker, common, common.block_table_tensor, 0, chunks)
+                if self.cold is not None and self.cold_maker is not None:
+                    passes += self.cold_chunks(self.cold, self.cold_maker, common, chunks, staged)
                 continue
             pieces: list[Piece] = []
             for request in run:
@@ -214,8 +226,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                     key_exchange = self.star.shared_anchor(common, request, shard, end) or key_exchange
                 pieces += cut_chunk(request, row, shard, begin, end)
                 moved += moved_rows(row, shard, begin, end)
-            passes += self.star.passes(common, pieces)
-        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan(), key_exchange=key_exchange)
+            passes += self.star.passes(common, pieces, staged)
+        cold = None if self.cold is None else self.cold_step(self.cold, common, staged)
+        return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan(), cold, key_exchange)
 
     def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
         """A step of one token a request on all hosts, from buffers that captured graphs read.
@@ -328,7 +341,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         chunks: "HostChunks | None",
     ) -> tuple[list[Pass], CacheStep]:
         """Passes of the cold heads, after the step's tables are written."""
-        passes, staged = [], []
+        passes: list[Pass] = []
+        staged: list[tuple[StagedPages, ...]] = []
         if num_decodes > 0:
             # Slots and host memory alike, whatever the step: one captured graph serves all.
             (decode,) = self.passes_of(maker, common, cache.entries, num_decodes, None)
@@ -338,7 +352,21 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             passes.append(replace(decode, keys="both"))
         if cache.selection is not None:
             cache.selection.begin_step(cache.entries, common.seq_lens, num_decodes, common.max_seq_len)
-        for run in chunks.runs(lambda kind: kind) if chunks is not None else ():
+        if chunks is not None:
+            passes += self.cold_chunks(cache, maker, common, chunks, staged)
+        return passes, self.cold_step(cache, common, staged)
+
+    def cold_chunks(
+        self,
+        cache: ColdCache,
+        maker: PassMaker,
+        common: CommonAttentionMetadata,
+        chunks: "HostChunks",
+        staged: list[tuple[StagedPages, ...]],
+    ) -> list[Pass]:
+        """Passes of the cold heads of what prefills; what is staged for them is added to `staged`."""
+        passes: list[Pass] = []
+        for run in chunks.runs(lambda kind: kind):
             if not run.kind.misses_pages:
                 each = self.prefill_pass(maker, common, cache.entries[run.first : run.stop], run)
                 passes.append(replace(each, keys="slots"))
@@ -360,10 +388,16 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 staged.append((pages,))
                 for group in makers:
                     passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
+        return passes
+
+    def cold_step(
+        self, cache: ColdCache, common: CommonAttentionMetadata, staged: list[tuple[StagedPages, ...]]
+    ) -> CacheStep:
+        """What the step's layers ask of a cache. staged: in the order of the passes."""
         turn = None
         if staged:
             turn = cache.staged_turn(self.names, staged, is_alone=len(self.names) == len(cache.layers))
-        return passes, CacheStep(cache, len(common.slot_mapping), turn)
+        return CacheStep(cache, len(common.slot_mapping), turn)
 
     def spans_of(self, cache: ColdCache, run: "Run") -> tuple[tuple[StagedPages, ...], list[PagedBatch], list[int]]:
         """One request whose pages a buffer does not hold, over spans of its context, the last with its chunk.

@@ -110,6 +110,9 @@ class Part:
     count: int
     exchange: Exchange | None = None
     """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
+    is_last: bool = True
+    """Whether the rows have no heads left after this set: the hosts exchange the results of all heads at once. Sets of
+    the same rows and other heads follow each other."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """What each preset stands for."""
 EXCLUDED: dict[str, dict[str, str]] = {
     "exact": {"string": "shifted positions change what attention computes"},
-    "max-context": {"star": "star finds the keys of a block in GPU memory alone, and this preset keeps them elsewhere"},
 }
 """By preset: sections that it rules out, and why."""
 

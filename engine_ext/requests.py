@@ -19,7 +19,7 @@ from farspan.engine_ext.plan import StepPlan
 from farspan.engine_ext.refusing import suggestion
 from farspan.engine_ext.star.shard import NAME as STAR
 from farspan.engine_ext.star.shard import Shard
-from farspan.engine_ext.star.windows import decode_shard
+from farspan.engine_ext.star.windows import WindowShard, decode_shard
 
 if TYPE_CHECKING:
     from farspan.engine_ext.offload.cache import ColdCache
@@ -124,6 +124,11 @@ def shard_of_request(
         )
     shard = decode_shard(extra_args[STAR])
     shard.check(page_size, prompt_len)
+    if config.offload is not None and isinstance(shard, WindowShard):
+        raise ConfigError(
+            f"{STAR}.visibility='all'; allowed: 'star' together with offload: hosts gather keys from GPU memory alone. "
+            "Leave out offload, or visibility."
+        )
     return shard
 
 

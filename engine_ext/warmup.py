@@ -139,6 +139,8 @@ class WarmUp:
     """Of the block tables, in pages; None for vLLM's. Kernels that choose blocks or pages differ by it."""
     num_hosts: int = 1
     """Of Star Attention, whose results are combined."""
+    num_kv_heads: int | None = None
+    """Of the layer, hot and cold ones, which are turned together; None for those of `view`."""
     span_heads: tuple[int, ...] = ()
     """KV heads of the groups whose attention goes over a long context span by span, and is combined; often none."""
     max_kv_len: int | None = None
@@ -190,7 +192,8 @@ class WarmUp:
             return
         num_q_heads = view.num_kv_heads * self.group_size
         if case.kind == "turn":
-            for num_heads in (num_q_heads, view.num_kv_heads):
+            num_kv_heads = self.num_kv_heads or view.num_kv_heads
+            for num_heads in (num_kv_heads * self.group_size, num_kv_heads):
                 heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
                 at_true_positions(heads, [(slice(0, 2), 1)], self.layer.to_true_positions)
             return
@@ -286,6 +289,7 @@ def warm_ups_of(
             table_width=width,
             span_heads=() if decode_view.host_pages is None else span_heads,
             num_hosts=1 if exchange is None else exchange.num_hosts,
+            num_kv_heads=num_kv_heads,
             max_kv_len=longest_kv_len(max_model_len),
         )
         for maker, view, decode_view, width in views

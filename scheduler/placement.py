@@ -32,7 +32,8 @@ class EngineLimits:
     is_len_fitted: bool = False
     """Whether vLLM chooses max_model_len by what fits."""
     has_spans: bool = True
-    """Whether prefill may attend to the context span by span: not where it chooses among all keys of a head."""
+    """Whether prefill may attend to the context span by span: not where it chooses among all keys of a head, nor on a
+    host of Star Attention."""
 
     def load(self, context_len: int) -> Load:
         """One request of a length: what an engine must hold. More run at once as far as slots allow."""
@@ -109,7 +110,7 @@ def refusal(layout: KVLayout, limits: EngineLimits, gpu_bytes: int, host_bytes: 
         why = f"{staged} tokens, as a chunk needs"
     else:
         staged = limits.max_model_len
-        why = f"max_model_len={staged}, as only prefill.method 'dense' goes over a context in spans"
+        why = f"max_model_len={staged}, as only prefill.method 'dense' goes over a context in spans, and no Star host"
     of_blocks, of_slots = num_blocks * layout.fixed_block_bytes, fewest * cold_bytes
     of_buffers = staging_bytes_of(layout, group_size, staged)
     return (

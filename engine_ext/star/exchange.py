@@ -96,13 +96,18 @@ class Exchange:
         """The request whose anchor all hosts have to send or receive at their next step that can."""
         self.gathers_keys = False
         """Whether contexts may be spread so that a layer has all hosts' keys for a while."""
+        self.num_on_machine = num_hosts
+        """Hosts that share this one's machine, itself included."""
         self.waited_s = 0.0
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """Around exchanges that the device has not been asked about yet."""
 
-    def warm_up(self) -> None:
-        """One message and one small collective, by every host. Raises StarError where a host does not take part."""
-        self.agree(b"warm-up")
+    def warm_up(self, machine: int = 0) -> None:
+        """One message and one small collective, by every host. Raises StarError where a host does not take part.
+
+        machine: see `form_exchange`.
+        """
+        self.num_on_machine = self.agree(b"warm-up", machine).count(machine)
         mine = PartialResult.empty(torch.empty(1, 1, 2, device=self.device))
         mine.buffer.zero_()
         mine.out.fill_(self.rank)
@@ -299,12 +304,14 @@ def form_exchange(
     timeout_s: float,
     start_timeout_s: float,
     team: Team | None = None,
+    machine: int = 0,
 ) -> Exchange:
     """Meet the other hosts and warm up; returns when all of them have.
 
     address, port: where rank 0 listens. listening: rank 0's socket, already bound there. timeout_s: for each exchange;
     start_timeout_s: until all hosts are there. team: where the host has several ranks, which meet at ports of their
-    own. Raises StarError where a host does not come.
+    own. machine: a number of 63 bits that hosts on one machine have in common. Raises StarError where a host does not
+    come.
     """
     try:
         exchange = meet(rank, num_hosts, address, port, listening, device_type, start_timeout_s, team)
@@ -314,7 +321,7 @@ def form_exchange(
             team.share(Agreement(1, b"", [], str(error)))
         raise
     try:
-        exchange.warm_up()
+        exchange.warm_up(machine)
     except BaseException:
         exchange.close()
         raise

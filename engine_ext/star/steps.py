@@ -8,9 +8,10 @@ import torch
 from farspan.engine_ext.config import DensePrefill, Prefill
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
-from farspan.engine_ext.passes import Part, Pass
+from farspan.engine_ext.passes import Part, Pass, StagedPages
 from farspan.engine_ext.requests import RequestSource
 from farspan.engine_ext.selection.crossover import AttentionSize
+from farspan.engine_ext.star.cold_pieces import ColdPieces
 from farspan.engine_ext.star.exchange import Exchange, current, exchange_of, result_bytes
 from farspan.engine_ext.star.keys import GatheredKeys, SharedAnchor
 from farspan.engine_ext.star.pieces import Piece, batch_of, digest_of, in_width, moved_rows
@@ -33,33 +34,46 @@ class StarSteps:
     """Of a row's partial result in one layer: query heads, head dim, bytes of a component."""
     page_bytes: int
     """A page's keys and values in one layer."""
+    cold: ColdPieces | None = None
+    """None where no KV head is cold; `maker` has the others, which may be none."""
 
     def count_bytes(self, exchange: Exchange, num_rows: int) -> None:
         """Note what a step's exchanges of all layers bring from the other hosts."""
         exchange.num_bytes += result_bytes(num_rows, *self.row) * self.num_layers * (exchange.num_hosts - 1)
 
-    def passes(self, common: Any, pieces: list[Piece]) -> list[Pass]:
-        """Passes of adjacent pieces. The order and number of exchanges are the same on all hosts."""
-        prefills = self.requests.prefills(common)
+    def passes(self, common: Any, pieces: list[Piece], staged: list[tuple[StagedPages, ...]]) -> list[Pass]:
+        """Passes of adjacent pieces, hot heads before cold ones; what is staged for them is added to `staged`.
 
-        def kind(piece: Piece) -> tuple[Prefill, bool, int, int]:
+        The order and number of exchanges are the same on all hosts, whatever is in slots there.
+        """
+        prefills = self.requests.prefills(common)
+        missing = self.requests.missing(common) if self.cold is not None else ()
+
+        def kind(piece: Piece) -> tuple[Prefill, bool, int, int, int]:
             shard = piece.shard
+            # What is staged is one request's.
+            request = 0 if self.cold is None else piece.request
             if piece.segment.is_query:
-                return DensePrefill(), True, shard.num_hosts, shard.query_host
+                return DensePrefill(), True, shard.num_hosts, shard.query_host, request
             prefill = effective_prefill(prefills[piece.request], piece.query_len, piece.kv_len, None, self.size)
-            return prefill, False, 0, 0
+            return prefill, False, 0, 0, request
 
         passes = []
-        for (prefill, is_query, num_hosts, _), members in groupby(pieces, key=kind):
+        for (prefill, is_query, num_hosts, _, request), members in groupby(pieces, key=kind):
             run = list(members)
-            batch = batch_of(run, common.block_table_tensor, self.page_size)
-            made = self.maker.star(prefill, run, batch)
+            made = []
+            if self.maker.num_kv_heads > 0:
+                made.append(self.maker.star(prefill, run, batch_of(run, common.block_table_tensor, self.page_size)))
+            if self.cold is not None:
+                made += self.cold.passes(prefill, run, misses_pages=missing[request], staged=staged)
             exchange = exchange_of(num_hosts, run[0].shard.rank) if is_query else None
             if exchange is not None:
                 exchange.agree(digest_of(run))
                 self.count_bytes(exchange, sum(piece.query_len for piece in run))
-                made = replace(made, part=Part(0, 1, exchange))
-            passes.append(made)
+                *others, last = made
+                made = [replace(each, part=Part(0, 1, exchange, is_last=False)) for each in others]
+                made.append(replace(last, part=Part(0, 1, exchange)))
+            passes += made
         return passes
 
     def shared_anchor(self, common: Any, request: int, shard: StarShard, end: int) -> SharedAnchor | None:

@@ -4,6 +4,7 @@ A Ray actor with several threads: one works, the others answer how far it is.
 """
 
 import contextlib
+import os
 import socket
 import time
 from dataclasses import dataclass, field
@@ -67,6 +68,9 @@ class StarHost:
         started = time.monotonic()
         setup = self.setup
         arguments = {**ENGINE_DEFAULTS, **setup.engine, **ENGINE_FIXED}
+        if "kv_cache_memory_bytes" in arguments:
+            # The CPU platform takes the variable before the argument.
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         star = {"timeout_s": setup.timeout_s, "graphs": setup.graphs}
         arguments["additional_config"] = {"farspan": {**setup.options, "star": star}}
         self.llm = self.make_engine(arguments, address, port)
@@ -144,7 +148,8 @@ class StarHost:
         return HostFacts(
             page_size=cache.block_size,
             max_model_len=model.max_model_len,
-            cache_len=cache.num_gpu_blocks * cache.block_size,
+            # Block 0 is no request's.
+            cache_len=(cache.num_gpu_blocks - 1) * cache.block_size,
             vocab_size=model.get_vocab_size(),
             # Two operations a weight and token; four a pair, head and component.
             linear_pairs=num_linear_weights(self.llm) / (2 * layers * heads * model.get_head_size()),

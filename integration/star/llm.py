@@ -4,7 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -87,7 +87,8 @@ class StarLLM:
             host restarts all of them.
         address: of a Ray cluster; by default the one of RAY_ADDRESS, or a new one on this machine.
         strategy: how Ray places hosts over machines. env: environment variables of the hosts.
-        options: farspan's, as under `additional_config["farspan"]`; `string` is refused.
+        options: farspan's, as under `additional_config["farspan"]`; `string` is refused. With `offload` each host keeps
+            cold KV heads in host memory; anchors are computed anew then, and graphs and visibility "all" are refused.
         engine: further arguments of vLLM's `LLM`, for every host; `max_model_len` holds for a host's share, and
             `tensor_parallel_size` is the number of a host's GPUs.
         Raises ConfigError, UnsupportedModelError, UnsupportedEngineError or StarError.
@@ -95,8 +96,11 @@ class StarLLM:
         if isinstance(hosts, bool) or not isinstance(hosts, int) or hosts < 1:
             raise ConfigError(f"hosts={hosts!r}; allowed: a whole number from 1. Use one for each GPU.")
         check_engine_arguments(engine)
-        parse_config({**(options or {}), "star": {"timeout_s": timeout_s}})
+        star = {"timeout_s": timeout_s, "graphs": graphs and hosts > 1}
+        self.has_offload = parse_config({**(options or {}), "star": star}).offload is not None
+        """Whether the hosts have the option; then no host reads another one's pages."""
         self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "auto" else anchor, visibility)
+        self.check_offload(self.sizes)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -129,6 +133,21 @@ class StarLLM:
         except BaseException:
             self.close()
             raise
+
+    def check_offload(self, sizes: BlockSizes) -> None:
+        """Raise ConfigError for what hosts with cold heads cannot do for each other: they send no pages."""
+        if not self.has_offload:
+            return
+        if sizes.visibility == "all":
+            raise ConfigError(
+                "visibility='all' together with offload; allowed: 'star', as hosts gather each other's keys from GPU "
+                "memory alone. Leave out offload, or visibility."
+            )
+        if sizes.anchor == "share":
+            raise ConfigError(
+                "anchor='share' together with offload; allowed: 'recompute' or 'auto', which is the same then: hosts "
+                "send pages from GPU memory alone. Leave out anchor, or offload."
+            )
 
     def start(self) -> None:
         """Start all hosts and send them a short request, which compiles what has to be."""
@@ -179,15 +198,17 @@ class StarLLM:
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
+        self.check_offload(sizes)
         if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
             raise ConfigError(
                 "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for "
                 "all keys of a layer. Make StarLLM with visibility='all', and give requests that want blocks 'star'."
             )
         result: list[StarOutput] = []
-        for progress in self.work(context, query, sampling_params, sizes, result):
-            if on_progress is not None:
-                on_progress(progress)
+        with closing(self.work(context, query, sampling_params, sizes, result)) as work:
+            for progress in work:
+                if on_progress is not None:
+                    on_progress(progress)
         return result[0]
 
     def generate_together(
@@ -202,6 +223,11 @@ class StarLLM:
         if len(params) != len(prompts):
             raise ConfigError(
                 f"{len(params)} sampling_params for {len(prompts)} prompts; allowed: one for all, or one for each."
+            )
+        if self.has_offload and len(prompts) > 1:
+            raise ConfigError(
+                f"{len(prompts)} prompts together with offload; allowed: 1, as hosts take their steps together, and "
+                "each runs as many requests at once as its own slots allow. Call generate for each."
             )
         with self.alone():
             started = time.perf_counter()
@@ -228,10 +254,12 @@ class StarLLM:
         """
         result: list[StarOutput] = []
         num_seen = 0
-        for progress in self.work(context, query, sampling_params, self.sizes, result):
-            if len(progress.token_ids) > num_seen:
-                yield progress.token_ids[num_seen:]
-                num_seen = len(progress.token_ids)
+        # From Python 3.12 on closing a generator that is in a loop alone leaves the loop's own generator open.
+        with closing(self.work(context, query, sampling_params, self.sizes, result)) as work:
+            for progress in work:
+                if len(progress.token_ids) > num_seen:
+                    yield progress.token_ids[num_seen:]
+                    num_seen = len(progress.token_ids)
         if len(result[0].token_ids) > num_seen:
             yield result[0].token_ids[num_seen:]
         return result[0]
@@ -243,7 +271,7 @@ class StarLLM:
         params: Any,
         sizes: BlockSizes,
         result: list[StarOutput],
-    ) -> Iterator[Progress]:
+    ) -> Generator[Progress, None, None]:
         """One request from its tokens to its output, which is put into `result`."""
         with self.alone():
             yield from self.work_alone(context, query, params, sizes, result)
@@ -329,7 +357,7 @@ class StarLLM:
 
     def wants_sharing(self, anchor: Anchor) -> bool:
         """Whether host 0 sends the anchor; measured before the first request that has the choice."""
-        if anchor != "auto":
+        if anchor != "auto" or self.has_offload:
             return anchor == "share"
         if self.sharing_pays is None:
             try:
@@ -359,8 +387,9 @@ class StarLLM:
     def ask_one(self, work: Work) -> Iterator[Progress]:
         """Exact attention on host 0, as a plain request of its engine."""
         ask = Ask(work.name, "exact attention", work.context + work.query, work.params, None)
-        for statuses in self.guarded({0: ask}, work.second):
-            yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
+        with closing(self.guarded({0: ask}, work.second)) as steps:
+            for statuses in steps:
+                yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
 
     def read_context(self, work: Work, may_replace: bool = True) -> Iterator[Progress]:
         """Phase 1 on all hosts. One that is lost is replaced once, where it may be."""
@@ -372,10 +401,11 @@ class StarLLM:
         # Without a context, where a step of one token is one of all hosts, there is nothing to read.
         for attempt in range(2 if todo else 0):
             try:
-                for statuses in self.guarded(todo, answers, may_replace and attempt == 0):
-                    done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())
-                    done += sum(shards[rank].num_blocks for rank in answers)
-                    yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
+                with closing(self.guarded(todo, answers, may_replace and attempt == 0)) as steps:
+                    for statuses in steps:
+                        done = sum(blocks_done(shards[rank], status) for rank, status in statuses.items())
+                        done += sum(shards[rank].num_blocks for rank in answers)
+                        yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
                 break
             except HostLost as lost:
                 restarted = time.perf_counter()
@@ -408,9 +438,10 @@ class StarLLM:
         answers: dict[int, Answer] = {}
         work = works[0]
         assert work.shards is not None
-        for statuses in self.guarded(asks, answers):
-            tokens = tokens_of_status(statuses.get(work.shards[0].query_host))
-            yield Progress("phase 2", work.num_blocks, work.num_blocks, tokens)
+        with closing(self.guarded(asks, answers)) as steps:
+            for statuses in steps:
+                tokens = tokens_of_status(statuses.get(work.shards[0].query_host))
+                yield Progress("phase 2", work.num_blocks, work.num_blocks, tokens)
         for rank, answer in answers.items():
             for each, own in zip(works, (answer, *answer.others), strict=True):
                 each.second[rank] = own
@@ -420,7 +451,7 @@ class StarLLM:
 
     def guarded(
         self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False
-    ) -> Iterator[dict[int, HostStatus]]:
+    ) -> Generator[dict[int, HostStatus], None, None]:
         """`Hosts.run`; after an error that leaves hosts in doubt all of them are stopped, to start anew when needed."""
         try:
             yield from self.hosts.run(asks, answers)
@@ -474,11 +505,16 @@ class StarLLM:
             total = work.need(rank)
             room = min(facts.max_model_len, facts.cache_len)
             if total > room:
-                limit = "max_model_len" if facts.max_model_len <= facts.cache_len else "tokens of KV cache"
+                is_long = facts.max_model_len <= facts.cache_len
+                limit = "max_model_len" if is_long else "tokens of KV cache"
+                larger = "gpu_memory_utilization"
+                if self.has_offload:
+                    limit = limit if is_long else "tokens that its host memory and GPU memory hold"
+                    larger = "offload.host_memory"
                 raise ConfigError(
                     f"host {rank} needs {total} tokens: {need} of the context ({context_len} in all), {query_len} of "
                     f"the query and {max_tokens} new ones; it has {room} ({limit}). Use more hosts, a larger "
-                    "max_model_len or gpu_memory_utilization, or smaller blocks and a smaller anchor."
+                    f"max_model_len or {larger}, or smaller blocks and a smaller anchor."
                 )
 
     def close(self) -> None:

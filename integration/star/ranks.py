@@ -4,6 +4,7 @@ The first half runs where the exchange is, the second where the host decides. Er
 vLLM's workers send only the text of an exception.
 """
 
+import hashlib
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farspan.engine_ext.errors import StarError
+from farspan.host_memory import boot_id
 from farspan.star.protocol import EngineGone, HostSetup, RanksApart
 from farspan.star.rendezvous import bind_port
 
@@ -91,9 +93,15 @@ def join(setup: HostSetup, address: str, ports: Sequence[int]) -> None:
         timeout_s=setup.timeout_s,
         start_timeout_s=setup.start_timeout_s,
         team=team,
+        machine=number_of_machine(),
     )
     exchange.gathers_keys = setup.gathers_keys
     set_exchange(exchange)
+
+
+def number_of_machine() -> int:
+    """The same on one machine alone, of 63 bits."""
+    return int.from_bytes(hashlib.blake2b(boot_id().encode(), digest_size=7).digest(), "big")
 
 
 def leave() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from farspan.engine_ext.config import DensePrefill, OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError
 from farspan.engine_ext.plan import OffloadSizes
+from farspan.engine_ext.star.exchange import current
 from farspan.host_memory import available_bytes, boot_id
 from farspan.scheduler.capacity import KVLayout, bounds_bytes_of, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
@@ -63,12 +64,14 @@ def machine_of(worker: Any) -> str:
 def host_budget(worker: Any, machines: Sequence[str]) -> int:
     """Bytes of host memory that one rank may take for KV; runs in the worker. Raises ConfigError.
 
-    machines: of all ranks, see `machine_of`. The option is per machine, and a tensor-parallel group may span several.
+    machines: of all ranks, see `machine_of`. The option is per machine, which other hosts of Star Attention may share,
+    and a tensor-parallel group may span several.
     """
     options = cold_options(worker.vllm_config)
     assert options is not None
-    engine_ranks = machines.count(machine_of(worker))
-    num_ranks = engine_ranks * max(worker.vllm_config.parallel_config.data_parallel_size_local, 1)
+    engine_ranks, exchange = machines.count(machine_of(worker)), current()
+    num_engines = max(worker.vllm_config.parallel_config.data_parallel_size_local, 1)
+    num_ranks = engine_ranks * num_engines * (1 if exchange is None else exchange.num_on_machine)
     available = available_bytes()
     if options.host_memory == "auto":
         return int(available * AUTO_SHARE) // num_ranks
@@ -161,10 +164,13 @@ def engine_limits(vllm_config: Any) -> EngineLimits:
 
 
 def has_spans(vllm_config: Any) -> bool:
-    """Whether no request chooses among all keys of a head, which spans of the context would not let it."""
+    """Whether no request chooses among all keys of a head, which spans of the context would not let it, nor sees ranges
+    of them, which are staged whole.
+    """
     from farspan.engine_ext.support import config_of
 
-    return isinstance(config_of(vllm_config).prefill, DensePrefill)
+    config = config_of(vllm_config)
+    return config.star is None and isinstance(config.prefill, DensePrefill)
 
 
 def tell_sizes(sizes: OffloadSizes, layout: KVLayout, limits: EngineLimits) -> None:

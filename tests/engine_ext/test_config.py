@@ -31,7 +31,14 @@ def block_sparse(**options: Any) -> dict[str, Any]:
 
 
 MISTAKES = {
-    "star-with-offload": ({"star": {}, "offload": {}}, ".star={}; allowed: without offload"),
+    "star-graphs-with-offload": (
+        {"star": {"graphs": True}, "offload": {}},
+        ".star.graphs=True; allowed: False together with offload: a graph would hold the pages of one request",
+    ),
+    "star-with-cold-decode": (
+        {"star": {}, "offload": {"cold_decode": {"method": "select"}}},
+        ".offload.cold_decode={'method': 'select'}; allowed: method 'exact' together with star",
+    ),
     "star-with-string": ({"star": {}, "string": {}}, ".star={}; allowed: without string: both move positions"),
     "star-option": ({"star": {"timeout": 3}}, ".star.timeout=3; allowed: no option of that name"),
     "star-timeout": ({"star": {"timeout_s": 0}}, ".star.timeout_s=0; allowed: a number of seconds in [0.1, 3600]"),

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"preset": "balanced"}, {"prefill": {"method": "flex", "gamma": 0.95}}),
         ({"preset": "fast"}, {"prefill": {"method": "flex", "gamma": 0.9}}),
         ({"preset": "max-context"}, {"offload": {}}),
+        ({"preset": "max-context", "star": {}}, {"offload": {}, "star": {}}),
         ({"preset": None, "kernel": "triton"}, {"kernel": "triton"}),
         (
             {"preset": "fast", "prefill": {"gamma": 0.8, "min_budget": 2048}, "string": {}},
@@ -65,7 +66,10 @@ def test_every_preset_is_documented() -> None:
             'allowed: method "exact" with preset "exact"',
         ),
         ({"preset": "exact", "string": {}}, ".string={}; allowed: without preset 'exact'"),
-        ({"preset": "max-context", "star": {}}, ".star={}; allowed: without preset 'max-context'"),
+        (
+            {"preset": "max-context", "star": {"graphs": True}},
+            ".star.graphs=True; allowed: False together with offload",
+        ),
         ({"preset": "max-context", "offload": None}, ".offload=None; allowed: options, or nothing, with preset"),
         ({"preset": "fast", "prefill": None}, ".prefill=None; allowed: options, or nothing, with preset"),
         ({"preset": "fast", "prefill": "flex"}, ".prefill='flex'; allowed: a mapping"),

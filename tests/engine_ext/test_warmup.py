@@ -259,15 +259,15 @@ def test_spans_reach_no_other_kernels(
         run = Run(request, request + 1, kind, 0, [0, query_len], [kv_len])
         made = FarspanMetadataBuilder.spans_of(builder, cache, run)
         query = torch.zeros(query_len, num_heads, HEAD_DIM, dtype=torch.bfloat16)
-        out, parts = torch.empty_like(query), launch.Parts()
+        parts = launch.Parts(torch.empty_like(query), group_size)
         for head in range(NUM_KV_HEADS):
             heads = slice(head * group_size, (head + 1) * group_size)
             for each in span_passes(replace(maker, num_kv_heads=1, first_kv_head=head), run, *made):
-                target, lse = parts.room(each, out[:, heads])
+                target, lse = parts.room(each)
                 found = torch.zeros(group_size, query_len)
                 if not (isinstance(each.work, Dense) and each.work.kernel == "fa3"):
                     found = attend(each, query[:, heads], KVView(buffer, head), layer, 0.125, target, lse)
-                parts.add(each, found, out[:, heads])
+                parts.add(each, found)
     assert any(each[0] == "_combine_kernel" for each in compiled)
     assert compiled <= warmed
 
@@ -300,22 +300,22 @@ class Others:
 
 def attend_star(passes: list[Pass], moved: Any, pages: torch.Tensor, layer: LayerContext) -> None:
     """What a layer does with a step; FlashAttention's passes are left out, since nothing is compiled for them."""
-    num_tokens, parts = max(each.rows.stop for each in passes), launch.Parts()
+    num_tokens = max(each.rows.stop for each in passes)
     fused = torch.zeros(num_tokens, (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
     widths = [NUM_Q_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM]
     query, key, value = (part.unflatten(1, (-1, HEAD_DIM)) for part in fused.split(widths, dim=1))
     key = launch.at_true_positions(key, moved, layer.to_true_positions)
     write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
     query = launch.at_true_positions(query, moved, layer.to_true_positions)
-    out = torch.empty_like(query)
+    parts = launch.Parts(torch.empty_like(query), NUM_Q_HEADS // NUM_KV_HEADS)
     for each in passes:
-        target, lse = parts.room(each, out[each.rows])
+        target, lse = parts.room(each)
         if not (isinstance(each.work, Dense) and each.work.kernel == "fa3"):
             found = attend(each, query[each.rows], KVView(pages), layer, 0.125, target, lse)
         else:
             found = torch.zeros(NUM_Q_HEADS, each.rows.stop - each.rows.start)
         if each.part is not None:
-            parts.add(each, found, out[each.rows])
+            parts.add(each, found)
 
 
 def run_star_blocks(steps: StarSteps, rank: int, pages: torch.Tensor, layer: LayerContext) -> None:

@@ -19,7 +19,7 @@ from tests.integration.test_engine_tokens import generate, make_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
-START_LIMIT_S = 180
+START_LIMIT_S = 300
 DASHBOARD = Path(__file__).resolve().parents[2] / "examples" / "grafana.json"
 PROMPTS = make_prompts((5, 300, 900), seed=11)
 

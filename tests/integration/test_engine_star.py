@@ -7,6 +7,7 @@ import pytest
 from farspan.engine_ext.star.shard import NAME
 
 from tests.integration.star_oracle import StarLlama
+from tests.integration.test_engine_offload import offload_state, offloading
 from tests.integration.test_engine_tokens import make_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
@@ -69,6 +70,36 @@ def test_blocks_on_one_host_give_the_oracles_tokens(
     # Other blocks of the same tokens share block 0 alone.
     other = ask(llm, PROMPT, one_host("c", anchor_len=16), max_tokens=1)
     assert other.num_cached_tokens == BLOCK_LEN
+
+
+@pytest.mark.parametrize("hot", [0, 1], ids=["all-cold", "half"])
+def test_cold_heads_on_one_host(make_llm: Any, model_dirs: Any, hot: int) -> None:
+    """Blocks that lie on the host are staged in both phases, and read there by decode; pages are shared as ever."""
+    oracle = StarLlama(model_dirs("llama"), CONTEXT_LEN, BLOCK_LEN, ANCHOR_LEN)
+    expected = oracle.generate(PROMPT, MAX_TOKENS)
+    arguments = offloading(8, hot=hot, tokens=48, blocks=80, farspan={"star": {}}, enable_prefix_caching=True)
+    llm = make_llm(**arguments)
+    ask(llm, PROMPT[:CONTEXT_LEN], one_host("a"), max_tokens=1)
+    first = offload_state(llm)
+    assert min(first["spilled"], first["staged"]) > 0
+    second = ask(llm, PROMPT, one_host("a"))
+    assert list(second.outputs[0].token_ids) == expected
+    assert second.num_cached_tokens == CONTEXT_LEN
+    assert offload_state(llm)["staged"] > first["staged"]
+    (plain,) = make_prompts((300,), seed=9)
+    exact = StarLlama(model_dirs("llama"), 1, 300, 0).generate(plain, MAX_TOKENS)
+    assert list(ask(llm, plain, None).outputs[0].token_ids) == exact
+    assert list(ask(llm, PROMPT, one_host("b")).outputs[0].token_ids) == expected
+    offload_state(llm)
+    llm.llm_engine.engine_core.engine_core.scheduler._residency.check_integrity()
+    from vllm.exceptions import VLLMValidationError
+
+    window: dict[str, Any] = {
+        "visibility": "all", "window_len": 64, "page_size": 16, "context": "x", "name": "w", "context_len": 64,
+        "num_hosts": 1, "query_host": 0, "rank": 0,
+    }  # fmt: skip
+    with pytest.raises(VLLMValidationError, match="visibility='all'; allowed: 'star' together with offload"):
+        ask(llm, PROMPT, {NAME: window})
 
 
 def test_bad_shards_are_refused_alone(make_llm: Any) -> None:

@@ -102,6 +102,19 @@ def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -
     config.parallel_config.data_parallel_size_local = 2
     offload_options = OffloadOptions(host_memory=200)
     assert offload.host_budget(worker, [here]) == 100 * offload.GIB
+    # Hosts of Star Attention on one machine share it too.
+    exchange = SimpleNamespace(num_on_machine=4)
+    monkeypatch.setattr(offload, "current", lambda: exchange)
+    assert offload.host_budget(worker, [here]) == 25 * offload.GIB
+    exchange.num_on_machine = 1
     offload_options = OffloadOptions(host_memory=250)
     with pytest.raises(ConfigError, match=r"host_memory=250.*; allowed: up to 240\.0 GiB"):
         offload.host_budget(worker, [here])
+
+
+def test_spans_are_neither_for_lists_of_blocks_nor_for_blocks_of_a_context() -> None:
+    """Both read keys anywhere in a request, which a buffer for a span does not hold."""
+    from farspan.vllm_compat.offload import has_spans
+
+    for options, expected in (({}, True), ({"star": {}}, False), ({"prefill": {"method": "flex"}}, False)):
+        assert has_spans(engine(None, additional_config={"farspan": {"offload": {}, **options}})) is expected

@@ -11,13 +11,17 @@ import pytest
 import torch
 from farspan.engine_ext import launch, layers, metadata, requests
 from farspan.engine_ext.config import Prefill, parse_config
+from farspan.engine_ext.offload.cache import ColdCache
+from farspan.engine_ext.offload.pool import make_host_pool
 from farspan.engine_ext.passes import StepMetadata
+from farspan.engine_ext.plan import OffloadSizes
 from farspan.engine_ext.star import steps
 from farspan.engine_ext.star.exchange import PartialResult, unpacked
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.string import Rotation
 from farspan.kernels.batch import KVView
 from farspan.kernels.reference import attend_logits
+from farspan.scheduler.residency import Residency, Scheduled
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
 LAYER = "model.layers.0.self_attn.attn"
@@ -138,12 +142,31 @@ class Meeting:
         )  # fmt: skip
 
 
+def make_cold_cache(page_size: int, num_blocks: int, hot_heads: int, num_slots: int) -> tuple[ColdCache, Residency]:
+    """The cold heads of the layer, staged one at a time, and who decides where their pages lie."""
+    sizes = OffloadSizes(
+        num_blocks=num_blocks,
+        num_slots=num_slots,
+        page_size=page_size,
+        page_bytes=0,
+        group_size=1,
+        staging_pages=num_blocks,
+    )
+    shape = page_size, 2 * HEAD_DIM
+    host = make_host_pool([NUM_KV_HEADS - hot_heads], (num_blocks, *shape), torch.float32, register=False)
+    slots = torch.full((NUM_KV_HEADS - hot_heads, num_slots, *shape), torch.nan)
+    return ColdCache({LAYER: hot_heads}, NUM_KV_HEADS, sizes, host, slots, 8, 1024, 4096), Residency(sizes)
+
+
 class Source:
     """The requests of a host's step."""
 
     def __init__(self, prefill: Prefill) -> None:
         self.prefill = prefill
         self.step: list[StarShard | None] = []
+        self.cold: ColdCache | None = None
+        self.missed: list[bool] = []
+        """Of each request of the step, whether pages of cold heads are in no slot."""
 
     def prefills(self, common: Any) -> list[Prefill]:
         return [self.prefill] * len(self.step)
@@ -154,8 +177,11 @@ class Source:
     def shards(self, common: Any) -> list[StarShard | None]:
         return self.step
 
-    def cold_cache(self) -> None:
-        """No cold heads."""
+    def missing(self, common: Any) -> list[bool]:
+        return self.missed
+
+    def cold_cache(self) -> ColdCache | None:
+        return self.cold
 
     def plan(self) -> None:
         """No plan."""
@@ -168,8 +194,17 @@ class Host:
     """One host: vLLM's part (positions, pages, batches) played by hand around our builder and launches."""
 
     def __init__(
-        self, page_size: int, num_pages: int, options: Any, monkeypatch: pytest.MonkeyPatch, *, graphs: bool = False
+        self,
+        page_size: int,
+        num_pages: int,
+        options: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        graphs: bool = False,
+        hot_heads: int = NUM_KV_HEADS,
+        num_slots: int = 0,
     ) -> None:
+        """hot_heads: the others are cold, with so many slots."""
         options = {"star": {"graphs": graphs}, **(options or {})}
         self.source = Source(parse_config(options).prefill)
         monkeypatch.setattr(requests, "_make_source", lambda vllm_config: self.source)
@@ -183,10 +218,15 @@ class Host:
             model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda parallel: NUM_HEADS),
         )
         spec = SimpleNamespace(num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32, block_size=page_size)
+        self.cold, self.residency = None, None
+        if hot_heads < NUM_KV_HEADS:
+            self.cold, self.residency = make_cold_cache(page_size, num_pages, hot_heads, num_slots)
+            self.source.cold = self.cold
         self.builder = metadata.FarspanMetadataBuilder(spec, [LAYER], vllm_config, CPU)
         self.page_size = page_size
-        self.pages = torch.full((num_pages, NUM_KV_HEADS, page_size, 2 * HEAD_DIM), torch.nan)
-        self.free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)).tolist()
+        self.pages = torch.full((num_pages, hot_heads, page_size, 2 * HEAD_DIM), torch.nan)
+        # Block 0 is no request's.
+        self.free = (1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1))).tolist()
         self.tables: dict[int, list[int]] = {}
 
     def step(self, chunks: list[tuple[int, StarShard | None, Tokens, int]], padding: int = 0) -> list[torch.Tensor]:
@@ -199,10 +239,13 @@ class Host:
         lens = [len(tokens.query) for _, _, tokens, _ in chunks]
         starts = torch.tensor([0, *(length - first for length, (*_, first) in zip(lens, chunks, strict=True))])
         starts = starts.cumsum(0).int()
-        for (request, *_), length in zip(chunks, lens, strict=True):
+        scheduled = []
+        for (request, *_, first), length in zip(chunks, lens, strict=True):
             table = self.tables.setdefault(request, [])
+            known = len(table)
             while len(table) * self.page_size < length:
                 table.append(self.free.pop())
+            scheduled.append(Scheduled(str(request), first, length - first, table[known:]))
         width = max(map(len, self.tables.values()))
         rows = [self.tables[request] for request, *_ in chunks]
         table = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
@@ -217,7 +260,15 @@ class Host:
             seq_lens_cpu_upper_bound=torch.tensor(lens, dtype=torch.int32),
             block_table_tensor=table,
         )
+        slots = []
+        for row, length, (*_, first) in zip(rows, lens, chunks, strict=True):
+            slots += [row[at // self.page_size] * self.page_size + at % self.page_size for at in range(first, length)]
+        common.slot_mapping = torch.tensor(slots)
         self.source.step = [shard for _, shard, _, _ in chunks]
+        if self.residency is not None and self.cold is not None:
+            plan = self.residency.plan(scheduled, [], lambda block: True)
+            self.cold.follow(plan)
+            self.source.missed = [each.req_id in plan.missing for each in scheduled]
         if padding:
             starts_padded = torch.cat([starts, starts[-1:].expand(padding)])
             lens_padded = torch.tensor([*lens, *[0] * padding], dtype=torch.int32)
@@ -230,9 +281,6 @@ class Host:
         query = torch.cat([local(tokens.query, first) for _, _, tokens, first in chunks])
         key = torch.cat([local(tokens.key, first) for _, _, tokens, first in chunks])
         value = torch.cat([tokens.value[first:].float() for _, _, tokens, first in chunks])
-        slots = []
-        for row, length, (*_, first) in zip(rows, lens, chunks, strict=True):
-            slots += [row[at // self.page_size] * self.page_size + at % self.page_size for at in range(first, length)]
         if padding:
             query, key, value = (torch.cat([each, each[:1].expand(padding, -1, -1)]) for each in (query, key, value))
             slots += [-1] * padding
@@ -249,15 +297,24 @@ def attend_step(
     step: StepMetadata, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: Any
 ) -> torch.Tensor:
     """What the impl does with a step."""
-    context, parts, out = step.layers[LAYER], launch.Parts(), torch.full_like(query, torch.nan)
-    launch.write_kv(launch.at_true_positions(key, step.moved, context.to_true_positions), value, pages, slots)
+    context, out = step.layers[LAYER], torch.full_like(query, torch.nan)
+    parts = launch.Parts(out, NUM_HEADS // NUM_KV_HEADS)
+    key = launch.at_true_positions(key, step.moved, context.to_true_positions)
+    launch.write_kv(key[:, : pages.shape[1]], value[:, : pages.shape[1]], pages, slots)
+    if step.cold is not None:
+        step.cold.write(LAYER, key, value)
     query = launch.at_true_positions(query, step.moved, context.to_true_positions)
     pages = pages if step.key_exchange is None else step.key_exchange.pages(pages)
     for each in step.passes:
-        target, lse = parts.room(each, out[each.rows])
-        lse = launch.attend(each, query[each.rows], KVView(pages), context, HEAD_DIM**-0.5, target, lse)
+        target, lse = parts.room(each)
+        kv = KVView(pages)
+        if each.keys != "cache":
+            assert step.cold is not None
+            kv = step.cold.view(LAYER, each)
+        of_pass = launch.rows_of(query, each.rows, parts.heads_of(each))
+        lse = launch.attend(each, of_pass, kv.of_heads(each.kv_heads), context, HEAD_DIM**-0.5, target, lse)
         if each.part is not None:
-            parts.add(each, lse, out[each.rows])
+            parts.add(each, lse)
     return out
 
 

@@ -1,7 +1,7 @@
 """The group of hosts, as threads with gloo: what it gathers, and whom it names when a step goes wrong."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 TIMEOUT_S = 1.5
 
 
-def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
-    """`work(exchange)` on every host at the same time; an exception is that host's result."""
+def on_hosts(num_hosts: int, work: Callable[[Exchange], Any], machines: Sequence[int] = (0, 0, 0)) -> list[Any]:
+    """`work(exchange)` on every host at the same time; an exception is that host's result. machines: by host."""
     listening = bind_port("127.0.0.1")
     port = listening.getsockname()[1]
 
@@ -42,6 +42,7 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
             device_type="cpu",
             timeout_s=TIMEOUT_S,
             start_timeout_s=30,
+            machine=machines[rank],
         )
         exchanges.append(exchange)
         try:
@@ -54,6 +55,10 @@ def on_hosts(num_hosts: int, work: Callable[[Exchange], Any]) -> list[Any]:
     for exchange in exchanges:
         exchange.close()
     return results
+
+
+def test_hosts_know_how_many_share_their_machine() -> None:
+    assert on_hosts(3, lambda exchange: exchange.num_on_machine, (7, 2**55, 7)) == [2, 1, 2]
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3])

@@ -34,16 +34,31 @@ LAYOUTS = {
     "seven-hosts": Layout(7, 224, 32, 32, (1, 1, 1, 1, 1, 1, 1)),
     "a-host-without-blocks": Layout(3, 64, 32, 32, (1, 1, 0)),
 }
+LAST = "a-host-without-blocks"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("chunk", [7, 50, 1000], ids=lambda chunk: f"chunk{chunk}")
 def test_both_phases_are_those_of_the_oracle(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = LAYOUTS[name]
+    check_both_phases(LAYOUTS[name], chunk, monkeypatch)
+
+
+@pytest.mark.parametrize("hot_heads", [0, 1], ids=lambda heads: f"hot{heads}")
+@pytest.mark.parametrize("name", ["one-host-blocks", "two-hosts-small-anchor", "three-hosts-ragged", LAST])
+def test_cold_heads_change_nothing(name: str, hot_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fewest slots for steps of 30 tokens: pieces are staged in both phases, and decode reads host memory."""
+    hosts = check_both_phases(LAYOUTS[name], 30, monkeypatch, hot_heads=hot_heads, num_slots=4)
+    longest = max(hosts, key=lambda host: len(host.tables[0]))
+    assert longest.cold is not None
+    assert min(longest.cold.num_spilled, longest.cold.num_staged) > 0
+
+
+def check_both_phases(layout: Layout, chunk: int, monkeypatch: pytest.MonkeyPatch, **cold: int) -> list[Host]:
+    """Returns the hosts. cold: `Host`'s."""
     tokens = make_tokens(layout.context_len + QUERY_LEN + NUM_DECODED)
     expected = oracle(tokens, star_mask(layout, len(tokens.query))).float()
     shards = layout.shards()
-    hosts = [Host(PAGE, 64, None, monkeypatch) for _ in shards]
+    hosts = [Host(PAGE, 64, None, monkeypatch, **cold) for _ in shards]
     meet_in_threads(layout.num_hosts, monkeypatch)
 
     for shard, host in zip(shards, hosts, strict=True):
@@ -74,9 +89,15 @@ def test_both_phases_are_those_of_the_oracle(name: str, chunk: int, monkeypatch:
         torch.testing.assert_close(out, expected[layout.context_len :], atol=2e-5, rtol=1e-4)
         # float32 rotations differ by host, by what they turn; the combination must not.
         torch.testing.assert_close(out, answers[0], atol=0, rtol=0)
+    for host in hosts:
+        if host.cold is not None and host.residency is not None:
+            host.cold.check_integrity()
+            host.residency.check_integrity()
+    return hosts
 
 
-def test_a_step_with_all_kinds_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cold", [{}, {"hot_heads": 1, "num_slots": 40}], ids=["", "cold"])
+def test_a_step_with_all_kinds_of_requests(cold: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ordinary decodes and chunks between Star requests in either phase, on two hosts."""
     layout = LAYOUTS["two-hosts"]
     shards = layout.shards()
@@ -85,7 +106,7 @@ def test_a_step_with_all_kinds_of_requests(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [oracle(each, full).float() for each in tokens[:2]]
     causal = torch.ones(len(full), len(full), dtype=torch.bool).tril()
     expected += [oracle(each, causal).float() for each in tokens[2:]]
-    hosts = [Host(PAGE, 128, None, monkeypatch) for _ in shards]
+    hosts = [Host(PAGE, 128, None, monkeypatch, **cold) for _ in shards]
     meet_in_threads(2, monkeypatch)
 
     def work(rank: int) -> list[torch.Tensor]:

@@ -71,6 +71,11 @@ class FaultyHost(StarHost):
         """Empty the prefix cache."""
         assert self.llm.llm_engine.reset_prefix_cache()
 
+    def pools(self) -> list[dict[str, int]]:
+        """Check the tables and pools of cold heads, and tell of each rank what was moved so far."""
+        self.llm.llm_engine.engine_core.engine_core.scheduler._residency.check_integrity()
+        return [pages for pages in self.llm.collective_rpc(pages_moved) if pages]
+
     def act(self) -> None:
         """Do what the file says."""
         assert self.fault is not None
@@ -93,6 +98,15 @@ class FaultyHost(StarHost):
             for descriptor in self.connections:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
                     connection.shutdown(socket.SHUT_RDWR)
+
+
+def pages_moved(worker: Any) -> dict[str, int]:
+    """Of a worker's cold heads, which it checks."""
+    from farspan.vllm_compat.runner import state_of
+
+    cold = state_of(worker.model_runner).cold
+    cold.check_integrity()
+    return {"spilled": cold.num_spilled, "staged": cold.num_staged, "slots": cold.sizes.num_slots}
 
 
 def connected() -> frozenset[int]:

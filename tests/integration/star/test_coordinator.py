@@ -1,14 +1,18 @@
 """What the coordinator decides without any host: the device, and which of several errors to tell."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
+from farspan.star.blocks import BlockSizes
 from farspan.star.coordinator import HostFailed, HostLost, Hosts, HostsSetup, Watch, choose_device, stuck_error, worst
+from farspan.star.output import Progress
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -89,3 +93,32 @@ def test_a_host_may_stand_still_for_so_long(patience_s: float, is_stuck: bool, m
     hosts.setup, hosts.patience_s = SimpleNamespace(timeout_s=1.0), patience_s
     hosts.actors = [SimpleNamespace(status=SimpleNamespace(remote=lambda: "asked"))]
     assert hosts.is_stuck(0, Watch(moved=time.monotonic() - 50), waits=False) == is_stuck
+
+
+@pytest.mark.parametrize("way", ["stream", "generate"])
+def test_a_request_that_is_left_is_over_at_once(way: str) -> None:
+    """However long somebody keeps what was left: from Python 3.12 on an open loop keeps its generator, and the lock."""
+    star = StarLLM.__new__(StarLLM)
+    star.sizes, star.lock, star.has_offload, star.working_thread = BlockSizes(), threading.Lock(), False, None
+    kept = []
+
+    def work_alone(*arguments: Any) -> Iterator[Progress]:
+        yield Progress("phase 2", 1, 1, [7])
+        yield Progress("phase 2", 1, 1, [7, 8])
+
+    stock = star.work
+    star.work_alone = work_alone  # type: ignore[method-assign]
+    star.work = lambda *arguments: kept.append(stock(*arguments)) or kept[-1]  # type: ignore[method-assign]
+    if way == "stream":
+        stream = star.stream([1, 2], [3])
+        assert next(stream) == [7]
+        stream.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            star.generate([1, 2], [3], on_progress=interrupted)
+    assert not star.lock.locked()
+    assert kept
+
+
+def interrupted(progress: Progress) -> None:
+    raise KeyboardInterrupt
