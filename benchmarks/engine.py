@@ -70,6 +70,10 @@ class Request:
     repeats: int = 1
     overrides: dict[str, Any] | None = None
     """SamplingParams.extra_args."""
+    cached_len: int = 0
+    """Tokens at the beginning that all repeats share; the engine has them in its cache before the first is timed."""
+    stages: str = ""
+    """Which stages to time, of the `device` or the `host`; neither if empty. For engines that read stages."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class EngineSpec:
     which has the tokenizer."""
     reads_selection: bool = False
     """Whether to report what flex prefill kept."""
+    reads_stages: bool = False
+    """Whether requests may ask for their stages."""
     warmup_lens: list[int] = field(default_factory=list)
     """Lengths of further warm-up prompts, for which kernels are compiled that the usual warm-up does not reach."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -120,6 +126,10 @@ class Timing:
     """Tokens of the longest request that the engine takes."""
     memory_parts: dict[str, float] = field(default_factory=dict)
     """What the memory of the GPU went to, in GiB, and the pools of offload; empty without offload."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """As `benchmarks.stages_worker.StageMetrics.end_stages` returns them, where they were asked for."""
+    selected_pages: tuple[int, ...] = ()
+    """With selective decode: pages in host memory that the engine's steps read so far, and those it chose from."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ def start(spec: EngineSpec, model_dir: str) -> Any:
         arguments["additional_config"] = {"farspan": spec.options}
     if spec.reads_selection:
         arguments["worker_extension_cls"] = "farspan.metrics.SelectionMetrics"
+    if spec.reads_stages:
+        arguments["worker_extension_cls"] = "benchmarks.stages_worker.StageMetrics"
     if spec.model_dir is None:
         arguments |= {"load_format": register_random_weights(), "skip_tokenizer_init": True}
     if not torch.cuda.is_available():
@@ -178,15 +180,29 @@ def memory_parts(worker: Any) -> dict[str, float]:
     return {name: num_bytes / 2**30 for name, num_bytes in found.items() if num_bytes is not None}
 
 
+def selected_pages(worker: Any) -> list[int]:
+    """See `Timing.selected_pages`; runs in the worker."""
+    from farspan.vllm_compat.runner import state_of
+
+    cold = state_of(worker.model_runner).cold
+    return [] if cold is None or cold.selection is None else cold.selection.buffers.totals.tolist()
+
+
 def measure_request(llm: Any, prompt: list[int], request: Request, name: str) -> Timing:
     """Send one request and read what memory it and its engine took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if request.stages:
+        llm.collective_rpc("begin_stages", args=(request.stages == "device",))
     timing = send(llm, prompt, request, name)
+    if request.stages:
+        timing = replace(timing, stages=llm.collective_rpc("end_stages")[0])
     peak = taken = 0.0
     parts: dict[str, float] = {}
+    pages: tuple[int, ...] = ()
     if "offload" in (llm.llm_engine.vllm_config.additional_config or {}).get("farspan", {}):
         parts = llm.collective_rpc(memory_parts)[0]
+        pages = tuple(llm.collective_rpc(selected_pages)[0])
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak, taken = torch.cuda.max_memory_allocated() / 2**30, (total - free) / 2**30
@@ -197,6 +213,7 @@ def measure_request(llm: Any, prompt: list[int], request: Request, name: str) ->
         host_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         max_model_len=llm.llm_engine.model_config.max_model_len,
         memory_parts=parts,
+        selected_pages=pages,
     )
 
 
@@ -216,8 +233,10 @@ def main() -> None:
         text = "\n".join(path.read_text() for path in spec.texts)
         written = llm.get_tokenizer().encode(text, add_special_tokens=False)
 
-    def prompt_of(length: int, repeat: int) -> list[int]:
-        """Tokens of the texts, or random ones; engines get the same ones for a length and repeat."""
+    def prompt_of(length: int, repeat: int, cached_len: int = 0) -> list[int]:
+        """Tokens of the texts, or random ones; engines get the same ones for a length, repeat and cached beginning."""
+        if cached_len > 0:
+            return prompt_of(cached_len, 0) + prompt_of(length - cached_len, 1 + repeat)
         if written:
             assert len(written) >= length + repeat, (len(written), length)
             return written[repeat : length + repeat]
@@ -236,7 +255,10 @@ def main() -> None:
             break
         if spec.reads_selection and repeat == 0:
             read_selection(llm, reset=True)
-        timing = measure_request(llm, prompt_of(request.prompt_len, repeat), request, str(index))
+        prompt = prompt_of(request.prompt_len, repeat, request.cached_len)
+        if request.cached_len > 0 and repeat == 0:
+            send(llm, prompt[: request.cached_len], Request(request.cached_len), f"cached-{index}")
+        timing = measure_request(llm, prompt, request, str(index))
         connection.send(Answer(timing, read_selection(llm) if spec.reads_selection else []))
 
 

@@ -33,7 +33,7 @@ def run(recorder: Recorder, inputs: Inputs | None) -> None:
 
 
 def measure(recorder: Recorder, inputs: Inputs) -> None:
-    """Read all prompts with both caches, backend by backend."""
+    """Read all prompts with both caches, backend by backend. Raises BenchmarkError where this backend is refused."""
     if unknown := set(inputs.variants) - BACKENDS.keys():
         raise BenchmarkError(f"variants {sorted(unknown)}; known are {', '.join(BACKENDS)}")
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
@@ -43,6 +43,8 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
             try:
                 found[cache] = read_all(inputs, BACKENDS[name], {"kv_cache_dtype": cache})
             except ConfigError as refusal:
+                if BACKENDS[name] is not None:
+                    raise BenchmarkError(f"{name} with kv_cache_dtype={cache!r}: {refusal}") from refusal
                 recorder.note(f"{name} with kv_cache_dtype={cache!r} is left out: {refusal}")
                 break
         else:

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,15 +41,39 @@ def why_missing(module: str) -> str | None:
 
 
 def missing() -> str:
-    """One line about the peers that cannot be imported here; empty where there are none."""
-    reasons = {name: why_missing(module) for name, module in MODULES.items()}
-    return "; ".join(f"{name} is not here ({reason})" for name, reason in reasons.items() if reason)
+    """One line about the peers that cannot be imported here, each reason once; empty where there are none."""
+    names: dict[str, list[str]] = {}
+    for name, module in MODULES.items():
+        if reason := why_missing(module):
+            names.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{' and '.join(peers)} {'is' if len(peers) == 1 else 'are'} not here ({reason})"
+        for reason, peers in names.items()
+    )
 
 
 def paged_views(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """View the cache as vLLM's backends do: two [num_pages, page_size, num_kv_heads, head_dim] tensors."""
     key, value = batch.kv_cache.transpose(1, 2).split(batch.shape.head_dim, dim=-1)
     return key, value
+
+
+def paged_arguments(batch: PagedBatch, out: torch.Tensor) -> dict[str, Any]:
+    """What vLLM's backends hand to each of their kernels, by the name that all of these kernels have for it."""
+    key, value = paged_views(batch)
+    return {
+        "q": batch.query,
+        "k": key,
+        "v": value,
+        "out": out,
+        "cu_seqlens_q": batch.query_start_loc,
+        "max_seqlen_q": max(batch.query_lens_cpu),
+        "seqused_k": batch.seq_lens,
+        "max_seqlen_k": max(batch.seq_lens_cpu),
+        "softmax_scale": batch.shape.scale,
+        "causal": True,
+        "block_table": batch.block_table,
+    }
 
 
 def fa3(batch: PagedBatch, *, in_graph: bool = False) -> Peer:
@@ -59,16 +84,14 @@ def fa3(batch: PagedBatch, *, in_graph: bool = False) -> Peer:
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    shape = batch.shape
-    key, value = paged_views(batch)
-    out = torch.empty_like(batch.query)
-    max_query_len, max_seq_len = max(batch.query_lens_cpu), max(batch.seq_lens_cpu)
+    shape, out = batch.shape, torch.empty_like(batch.query)
+    arguments = paged_arguments(batch, out)
     metadata = None
     if in_graph:
         metadata = get_scheduler_metadata(
             batch_size=len(batch.seq_lens_cpu),
-            max_seqlen_q=max_query_len,
-            max_seqlen_k=max_seq_len,
+            max_seqlen_q=arguments["max_seqlen_q"],
+            max_seqlen_k=arguments["max_seqlen_k"],
             num_heads_q=shape.num_q_heads,
             num_heads_kv=shape.num_kv_heads,
             headdim=shape.head_dim,
@@ -82,17 +105,7 @@ def fa3(batch: PagedBatch, *, in_graph: bool = False) -> Peer:
 
     def run() -> torch.Tensor:
         flash_attn_varlen_func(
-            q=batch.query,
-            k=key,
-            v=value,
-            out=out,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=max_query_len,
-            seqused_k=batch.seq_lens,
-            max_seqlen_k=max_seq_len,
-            softmax_scale=shape.scale,
-            causal=True,
-            block_table=batch.block_table,
+            **arguments,
             scheduler_metadata=metadata,
             num_splits=FA3_MAX_SPLITS_IN_GRAPHS if in_graph else 0,
             fa_version=3,
@@ -133,25 +146,11 @@ def fa4(batch: PagedBatch) -> Peer:
     """Build FlashAttention 4 (CuTe) on the pages, as vLLM's FLASH_ATTN backend calls it."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    key, value = paged_views(batch)
     out = torch.empty_like(batch.query)
+    arguments = paged_arguments(batch, out)
 
     def run() -> torch.Tensor:
-        flash_attn_varlen_func(
-            q=batch.query,
-            k=key,
-            v=value,
-            out=out,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=max(batch.query_lens_cpu),
-            seqused_k=batch.seq_lens,
-            max_seqlen_k=max(batch.seq_lens_cpu),
-            softmax_scale=batch.shape.scale,
-            causal=True,
-            block_table=batch.block_table,
-            num_splits=0,
-            fa_version=4,
-        )
+        flash_attn_varlen_func(**arguments, num_splits=0, fa_version=4)
         return out
 
     return run
@@ -192,9 +191,8 @@ def triton_attn(batch: PagedBatch) -> Peer:
     """Build the kernel of vLLM's TRITON_ATTN backend."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    shape, device = batch.shape, batch.query.device
-    key, value = paged_views(batch)
-    out = torch.empty_like(batch.query)
+    shape, device, out = batch.shape, batch.query.device, torch.empty_like(batch.query)
+    arguments = paged_arguments(batch, out)
     threshold = TRITON_MIN_GRID // shape.num_kv_heads
     scratch = (threshold, shape.num_q_heads, TRITON_SEGMENTS)
     segm_output = torch.empty(*scratch, shape.head_dim, dtype=torch.float32, device=device)
@@ -203,18 +201,8 @@ def triton_attn(batch: PagedBatch) -> Peer:
 
     def run() -> torch.Tensor:
         unified_attention(
-            q=batch.query,
-            k=key,
-            v=value,
-            out=out,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=max(batch.query_lens_cpu),
-            seqused_k=batch.seq_lens,
-            max_seqlen_k=max(batch.seq_lens_cpu),
-            softmax_scale=shape.scale,
-            causal=True,
+            **arguments,
             window_size=(-1, -1),
-            block_table=batch.block_table,
             softcap=0,
             q_descale=None,
             k_descale=descale,

@@ -6,6 +6,7 @@ One sequence, no pages, no batch. Tokens may stand at any positions; what they s
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,22 @@ class PlainLlama:
         self.inv_freq = (theta**-half).to(self.device)
 
     @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "PlainLlama":
-        """Load a folder with config.json and one file of weights. Raises BenchmarkError for another architecture."""
+    def from_folder(
+        cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> "PlainLlama":
+        """Load a folder with config.json and one file of weights; device: the CPU if None.
+
+        Raises BenchmarkError for another architecture, and for rotary positions that are scaled.
+        """
         from safetensors.torch import load_file
 
         config = json.loads((folder / "config.json").read_text())
         if not {"LlamaForCausalLM", "Qwen2ForCausalLM"} & set(config["architectures"]):
             raise BenchmarkError(f"{folder}: {config['architectures']}; needs LlamaForCausalLM or Qwen2ForCausalLM")
-        weights = {name: each.to(dtype) for name, each in load_file(folder / "model.safetensors").items()}
+        if config.get("rope_scaling"):
+            raise BenchmarkError(f"{folder}: rope_scaling={config['rope_scaling']}; needs a model without")
+        place = torch.device("cpu") if device is None else device
+        weights = {name: each.to(place, dtype) for name, each in load_file(folder / "model.safetensors").items()}
         return cls(config, weights)
 
     @classmethod
@@ -130,7 +139,7 @@ def partial_attention(
     if query.is_cuda:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-        starts = [torch.tensor([0, len(each)], dtype=torch.int32, device=query.device) for each in (query, key)]
+        starts = [starts_of(len(each), query.device) for each in (query, key)]
         out, lse = flash_attn_varlen_func(
             q=query,
             k=key,
@@ -149,6 +158,12 @@ def partial_attention(
     heads = [each.transpose(0, 1)[None] for each in (query, *(x.repeat_interleave(group, 1) for x in (key, value)))]
     out, lse = _cpu_flash(*heads, is_causal=causal, scale=scale)
     return out[0].transpose(0, 1), lse[0]
+
+
+@lru_cache(maxsize=512)
+def starts_of(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """[0, num_tokens] int32; kept, as every copy to a device waits for it."""
+    return torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
 
 
 class Merged:
@@ -187,17 +202,40 @@ class KVCache:
         part.layers = {layer: (key[begin:end], value[begin:end]) for layer, (key, value) in self.layers.items()}
         return part
 
+    def extended(self, other: "KVCache", num_rows: int) -> "KVCache":
+        """A copy with those of another behind it, and room for `num_rows` more."""
+        whole = KVCache()
+        for layer, mine in self.layers.items():
+            room = mine[0].new_empty(num_rows, *mine[0].shape[1:])
+            key, value = (torch.cat((*each, room)) for each in zip(mine, other.layers[layer], strict=True))
+            whole.layers[layer] = key, value
+        return whole
+
+
+def attend_last(model: PlainLlama, cache: KVCache, num_keys: int) -> Attend:
+    """Attention of one token that sees the first `num_keys` of a cache, in whose next row its own are written."""
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        keys, values = (each[: num_keys + 1] for each in cache.layers[layer])
+        keys[num_keys], values[num_keys] = key[0], value[0]
+        return partial_attention(query, keys, values, model.scale, causal=False)[0]
+
+    return attend
+
 
 def attend_behind(model: PlainLlama, seen: Sequence[KVCache], own: KVCache) -> Attend:
     """Causal attention among the tokens, behind all of `seen` and of `own`, to which their keys are appended."""
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        merged = Merged(query)
-        for cache in (*seen, own):
-            if layer in cache.layers and len(cache.layers[layer][0]):
-                merged.add(*partial_attention(query, *cache.layers[layer], model.scale, causal=False))
-        merged.add(*partial_attention(query, key, value, model.scale, causal=True))
+        before = [cache.layers[layer] for cache in (*seen, own) if layer in cache.layers]
+        parts = [partial_attention(query, *each, model.scale, causal=False) for each in before if len(each[0])]
+        parts.append(partial_attention(query, key, value, model.scale, causal=True))
         own.append(layer, key, value)
+        if len(parts) == 1:
+            return parts[0][0]
+        merged = Merged(query)
+        for part in parts:
+            merged.add(*part)
         return merged.out.to(query.dtype)
 
     return attend

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.real_table import format_real
-from benchmarks.record import ROOT, Row, read_rows
+from benchmarks.record import ROOT, Row, environments_of, read_rows
 from tools.regions import Region
 
 README = ROOT / "README.md"
@@ -145,12 +145,10 @@ def format_table(rows: Sequence[Row], table: Table) -> str:
     cases = list(dict.fromkeys(row.case for row in timed))
     variants = sorted({row.variant for row in timed}, key=lambda name: (not name.startswith("farspan"), name))
     ours = [name for name in variants if name.startswith("farspan") and name != table.baseline]
-    first = timed[0]
     header = [*variants, *(f"{name}, times {table.baseline}'s speed" for name in ours)]
     header += [f"{name}, {metric}" for name in ours for metric in table.quality if has_metric(rows, name, metric)]
     lines = [
-        f"**{table.title}**, {first.unit} ({first.gpu}, vLLM {first.vllm or 'none'}, torch {first.torch}, "
-        f"Triton {first.triton}; {runs_of(rows)})",
+        f"**{table.title}**, {timed[0].unit} ({where_and_when(rows)})",
         "",
         f"| case | {' | '.join(header)} |",
         f"| --- |{' ---: |' * len(header)}",
@@ -173,10 +171,15 @@ def format_table(rows: Sequence[Row], table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def runs_of(rows: Sequence[Row]) -> str:
-    """`run 20261128-6ea0dc`; of several runs, each case's is in the CSV."""
-    runs = list(dict.fromkeys(row.run_id for row in rows))
-    return f"run{'s' * (len(runs) > 1)} {', '.join(runs)}"
+def where_and_when(rows: Sequence[Row]) -> str:
+    """`NVIDIA H200, vLLM 0.32.0, torch 2.11, Triton 3.6; run 20261128-6ea0dc`, once for each GPU and versions.
+
+    Of several runs, each case's is in the CSV.
+    """
+    return "; ".join(
+        f"{environment}; run{'s' * (len(runs) > 1)} {', '.join(runs)}"
+        for environment, runs in environments_of(rows).items()
+    )
 
 
 def has_metric(rows: Sequence[Row], variant: str, metric: str) -> bool:

@@ -80,7 +80,7 @@ class Inputs:
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
     seconds: float | None = None
-    """`rules` begins no further piece after that long."""
+    """`rules` and `star_quality` begin nothing further after that long."""
     is_timed: bool = True
     """Whether `real` takes times, which say nothing where something else runs on the GPU."""
 

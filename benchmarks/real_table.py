@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.record import Row
+from benchmarks.record import Row, environments_of
 
 TITLE = "**Sparse prefill of real checkpoints and texts** (benchmark `real`), beside dense prefill of the same prompts"
 COLUMNS = ("density", "coverage", "worst head", "heads < γ−.01", "heads < γ−.05", "drift ± s.e., nats/token", "changed")
@@ -21,9 +21,15 @@ def format_real(rows: Sequence[Row]) -> str:
         return ""
     has_answers = any(row.metric == "accuracy" for row in mine)
     header = ["case", "rule", *COLUMNS, *(["needles"] if has_answers else []), "run"]
-    first = mine[0]
+    shown = [row for case in cases for row in latest_of_case(mine, case)]
+    environments = environments_of(shown, versions=("vllm",))
+    where = (
+        [next(iter(environments))]
+        if len(environments) == 1
+        else [f"{environment} ({', '.join(runs)})" for environment, runs in environments.items()]
+    )
     lines = [
-        f"{TITLE}; {first.gpu}, vLLM {first.vllm}",
+        f"{TITLE}; {'; '.join(where)}",
         "",
         f"| {' | '.join(header)} |",
         f"| --- | --- |{' ---: |' * (len(header) - 3)} --- |",
@@ -37,9 +43,15 @@ def by_label_and_length(case: str) -> tuple[str, int]:
     return label, int(length)
 
 
-def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str]:
+def latest_of_case(rows: Sequence[Row], case: str) -> list[Row]:
+    """Of each variant, the rows of its latest run."""
     latest = {row.variant: row.run_id for row in rows if row.case == case}
-    of_case = [row for row in rows if row.case == case and row.run_id == latest[row.variant]]
+    return [row for row in rows if row.case == case and row.run_id == latest[row.variant]]
+
+
+def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str]:
+    of_case = latest_of_case(rows, case)
+    latest = {row.variant: row.run_id for row in of_case}
     answers = {row.variant: f"{100 * float(row.p50):.0f} %" for row in rows if row.case == f"{case}-niah_single"}
     found = {(row.variant, row.metric): float(row.p50) for row in of_case}
     lines = []

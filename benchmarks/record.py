@@ -26,6 +26,7 @@ BENCHMARKS = frozenset(
         "prefill_flex",
         "select",
         "host_side",
+        "stages",
         "decode",
         "decode_fp8",
         "ttft",
@@ -65,6 +66,9 @@ UNITS = {
 }
 
 
+LIBRARIES = {"vllm": "vLLM", "torch": "torch", "triton": "Triton"}
+
+
 class BenchmarkError(Exception):
     """A benchmark cannot report: its result is wrong, a row breaks the contract, or a process that it needs failed."""
 
@@ -95,6 +99,19 @@ class Row:
     p80: str
     """p20 and p80 are quantiles of the samples; for densities quantiles over heads, for drifts a standard error below
     and above the mean."""
+
+
+def environments_of(
+    rows: Sequence[Row], *, versions: Sequence[str] = ("vllm", "torch", "triton")
+) -> dict[str, list[str]]:
+    """By GPU and versions, for a heading: the runs whose rows are so, in the order of the rows."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        parts = [f"{LIBRARIES[name]} {getattr(row, name) or 'none'}" for name in versions]
+        runs = found.setdefault(", ".join([row.gpu, *parts]), [])
+        if row.run_id not in runs:
+            runs.append(row.run_id)
+    return found
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -30,6 +30,8 @@ BLOCK = 128
 FIRST_COUNTED = 1024
 """Rows before this one read everything."""
 COVERAGE_PIECES = 1
+ROWS_AT_ONCE = 2048
+"""Whose masses are in memory at a time where coverage is counted."""
 IMPLEMENTATION = "farspan_rules"
 
 
@@ -51,6 +53,8 @@ class Rule:
     """Blocks before the span that are always read."""
     row_floor: float = 0.0
     """Share of its own mass that each sampled row keeps."""
+    halves: bool = False
+    """Whether the margin is what each half of the sampled rows loses by the other half's choice: see `by_halves`."""
     rank: str = "mean"
     """Blocks are taken by the rows' mean mass, or by its root mean square."""
     is_built: bool = False
@@ -80,6 +84,11 @@ RULES = (
     Rule("64of256-lost.5", rows=64),
     Rule("16of256-lost.2", lost=0.2),
     Rule("16of256-lost.5-previous1", previous=1),
+    Rule("16of128-halves", 128, 16, lost=1.0, halves=True),
+    Rule("16of128-halves.8", 128, 16, lost=0.8, halves=True),
+    Rule("16of128-halves.6", 128, 16, lost=0.6, halves=True),
+    Rule("16of256-halves", lost=1.0, halves=True),
+    Rule("16of256-halves.6", lost=0.6, halves=True),
     Rule("all256-lost.5", rows=0),
     Rule("all128-lost.5", 128, 0),
 )
@@ -140,12 +149,16 @@ def record(recorder: Recorder, case: str, rule: Rule, dense: Found, sparse: Foun
     recorder.add(NAME, case, rule.name, "coverage_min", "fraction", [float(coverage.min())])
     recorder.add(NAME, case, rule.name, "drift", "nats/token", [change.drift])
     recorder.add(NAME, case, rule.name, "drift_error", "nats/token", [change.drift_error])
-    target = rule.gamma - 0.01
+    target, floor = rule.gamma - 0.01, rule.gamma - 0.05
+    for limit, metric in ((target, "below_gamma_0.01"), (floor, "below_gamma_0.05")):
+        share = float((coverage < limit).double().mean())
+        recorder.add(NAME, case, rule.name, metric, "fraction", [share])
     recorder.note(
         f"{case} {rule.name}: {len(sparse.log_probs)} pieces, density {float(density.mean()):.3f}, drift "
         f"{change.drift:+.4f} ± {change.drift_error:.4f} (means over {BLOCK_TOKENS} tokens), changed "
         f"{change.changed:.2%}, coverage {float(coverage.mean()):.4f}, worst {float(coverage.min()):.3f}, "
-        f"heads below {target:g}: {float((coverage < target).double().mean()):.2%}"
+        f"heads below {target:g}: {float((coverage < target).double().mean()):.2%}, below {floor:g}: "
+        f"{float((coverage < floor).double().mean()):.2%}"
     )
 
 
@@ -312,6 +325,9 @@ def kept_blocks(query: torch.Tensor, key: torch.Tensor, scale: float, rule: Rule
     score = mean if rule.rank == "mean" else by_row.square().mean(2)
     order = torch.where(is_free, score, -1.0).argsort(dim=-1, descending=True, stable=True)
     wanted = needed(mean, is_held, is_free, order, 1 - (1 - rule.gamma) * rule.lost)
+    if rule.halves:
+        even, odd = by_row[:, :, 0::2].mean(2), by_row[:, :, 1::2].mean(2)
+        wanted = by_halves(even, odd, is_held, is_free, 1 - (1 - rule.gamma) * rule.lost)
     if rule.row_floor > 0:
         held, free, by_rank = (
             each.expand_as(by_row) for each in (is_held[:, None], is_free[:, None], order[:, :, None])
@@ -336,6 +352,26 @@ def needed(
     return torch.where(held >= share - 1e-6, 0, short)
 
 
+def by_halves(
+    even: torch.Tensor, odd: torch.Tensor, is_held: torch.Tensor, is_free: torch.Tensor, share: float
+) -> torch.Tensor:
+    """How many free blocks it takes for each half of the rows to keep, on average, `share` of its mass by the other's
+    choice: every half takes its blocks down to the same mass, the highest at which that holds.
+
+    even, odd: [num_heads, num_spans, num_blocks], mean masses. Returns the mean of both counts, rounded up.
+    """
+    held = (torch.where(is_held, even + odd, 0.0)).sum(-1)
+    even, odd = (torch.where(is_free, each, 0.0) for each in (even, odd))
+    low, high = torch.zeros_like(held), torch.ones_like(held)
+    for _ in range(30):
+        cut = torch.where(low > 0, (low * high).sqrt(), high / 4)
+        kept = (even * (odd >= cut[..., None])).sum(-1) + (odd * (even >= cut[..., None])).sum(-1) + held
+        enough = kept >= 2 * share - 1e-6
+        low, high = torch.where(enough, cut, low), torch.where(enough, high, cut)
+    taken = ((even >= low[..., None]) & is_free).sum(-1) + ((odd >= low[..., None]) & is_free).sum(-1)
+    return torch.where(held >= 2 * share - 1e-6, 0, (taken + 1) // 2)
+
+
 def lists_of(keep: torch.Tensor) -> BlockLists:
     """[num_heads, num_tiles, num_blocks] bool as lists."""
     index = torch.arange(keep.shape[2], device=keep.device)
@@ -350,6 +386,9 @@ def coverage_of(query: torch.Tensor, key: torch.Tensor, scale: float, keep: torc
     found = []
     for kv_head in range(key.shape[0]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        mass = row_masses(query[heads], key[kv_head : kv_head + 1], places, scale)
-        found.append((mass * keep[heads, places // BLOCK]).sum(-1).mean(-1))
+        kept = torch.zeros(group, device=query.device)
+        for some in places.split(ROWS_AT_ONCE):
+            mass = row_masses(query[heads], key[kv_head : kv_head + 1], some, scale)
+            kept += (mass * keep[heads, some // BLOCK]).sum((1, 2))
+        found.append(kept / len(places))
     return torch.cat(found)

@@ -27,6 +27,7 @@ MODULES = (
     "prefill_flex",
     "select",
     "host_side",
+    "stages",
     "decode",
     "decode_fp8",
     "ttft",
@@ -42,6 +43,7 @@ MODULES = (
     "offload_whole",
     "offload_far",
     "offload_spans",
+    "offload_select_engine",
     "offload_memory",
     "offload_tight",
     "offload_exact",
@@ -52,10 +54,10 @@ MODULES = (
     "rules",
     "fp8_drift",
 )
-ON_TEXTS = ("real", "rules", "fp8_drift")
+ON_TEXTS = ("real", "rules", "fp8_drift", "star_quality")
 """Those that read texts with a checkpoint."""
 
-PARTS = ("string_calls", "string_requests")
+PARTS = ("string_calls", "string_requests", "stages")
 """Parts of other benchmarks, which take a minute instead of many: they run where they are named."""
 
 
@@ -95,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, action="append", default=[], metavar="DIR",
         help="a trained model for the benchmarks that can use one; may be given several times",
     )  # fmt: skip
-    real = parser.add_argument_group("real, rules, fp8_drift and flex_ttft")
+    real = parser.add_argument_group("real, rules, fp8_drift, star_quality and flex_ttft")
     real.add_argument("--model", help="folder of a checkpoint, or a name on the model hub")
     real.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain texts that it reads")
     real.add_argument("--label", help="what the rows call checkpoint and texts: smollm2-135m-code")
@@ -108,12 +110,13 @@ def parse_arguments() -> argparse.Namespace:
         "--variants",
         type=words,
         default=(),
-        help="of real, rules, fp8_drift, flex_ttft, serve; else the usual ones",
+        help="of real, rules, fp8_drift, star_quality, flex_ttft, serve; else the usual ones",
     )
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
+    real.add_argument("--turns", type=integers, default=(), help="flex_ttft: tokens behind a cached prefix")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
     real.add_argument("--engine-args", type=mapping, default={}, metavar="JSON", help="further arguments of vllm.LLM")
-    real.add_argument("--seconds", type=float, help="rules: begin no further piece after that long")
+    real.add_argument("--seconds", type=float, help="rules, star_quality: begin nothing further after that long")
     real.add_argument("--untimed", action="store_true", help="real: no times, where something else runs on the GPU")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="append the CSV rows in DIR to benchmarks/data")
     arguments = parser.parse_args()
@@ -182,7 +185,18 @@ def run(arguments: argparse.Namespace) -> int:
             if name in ON_TEXTS:
                 module.run(recorder, real_inputs(arguments))
             elif name == "flex_ttft":
-                module.run(recorder, arguments.shapes, arguments.lengths, arguments.variants, arguments.repeats)
+                inputs = real_inputs(arguments)
+                checkpoint = inputs and module.Checkpoint(Path(inputs.model), inputs.texts, inputs.label)
+                module.run(
+                    recorder,
+                    arguments.shapes,
+                    arguments.lengths,
+                    arguments.variants,
+                    arguments.repeats,
+                    checkpoint,
+                    arguments.engine_args,
+                    arguments.turns,
+                )
             elif name == "serve":
                 module.run(recorder, arguments.variants)
             else:

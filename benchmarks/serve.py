@@ -122,10 +122,18 @@ def write_words_model(folder: Path, model: dict[str, Any]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+_ports_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, never the same twice: a server takes its own seconds after it was told it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _ports_given:
+            _ports_given.add(port)
+            return port
 
 
 class Server:

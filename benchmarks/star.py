@@ -8,6 +8,8 @@ token count from the request to the token, both phases included. The ring is `be
 many layers in plain PyTorch with FlashAttention 3, without an engine around it. The hosts read chunks of 32K tokens, so
 that an anchor of N/4 of 128K is one; vLLM's own engines have its defaults. First of all, two hosts with blocks of
 N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
+`--cases` chooses among names of a length and an engine, such as `n524288-b1-llama8b-l8-bf16 farspan-star-n8`; peers of
+which nothing is wanted are not started.
 """
 
 import inspect
@@ -41,6 +43,7 @@ from benchmarks.record import ROOT, BenchmarkError, Recorder, quantile
 from benchmarks.ring import RingHosts, RingSpec
 
 NAME = "star"
+CHOOSES_CASES = True
 NUM_HOSTS = 2
 NUM_LAYERS, ALL_LAYERS = 8, 32
 CHUNK_LEN = 32768
@@ -49,7 +52,7 @@ QUERY_LEN, OUTPUT_LEN = 64, 33
 TOP_LOGPROBS = 20
 TIMEOUT_S = 540
 MOST_ON_ONE_GPU, MOST_CHECKED = 131072, 65536
-"""Tokens; one GPU would read 256K in 10 s, 512K in 36 s."""
+"""Tokens; one GPU would read 256K in 10 s, 512K in 36 s, and does where `--cases` is given."""
 LONGEST = ("n8", "n4", "n8-g0.9", "n8-shared", "n4-shared", "all")
 """Ways of reading what is longer."""
 
@@ -183,7 +186,11 @@ class Bench:
         """Start all of them together; `stack` ends them."""
         self.recorder, self.dry_run = recorder, recorder.dry_run
         self.model, self.label = model_of(self.dry_run)
-        self.cases = cases(self.dry_run)
+        self.is_chosen = bool(recorder.cases.pattern)
+        names = ("fa3", "tp2-fa3", "ring", *(way.variant for way in ways(self.dry_run)))
+        self.cases = [case for case in cases(self.dry_run) if any(self.wants(case.length, name) for name in names)]
+        if not self.cases:
+            raise BenchmarkError(f"--cases: {recorder.cases.pattern!r} is in no name of a length and an engine")
         self.medians: dict[tuple[int, str], float] = {}
         self.failed: set[str] = set()
         """Peers that have failed."""
@@ -191,21 +198,34 @@ class Bench:
         self.first: dict[int, Timing] = {}
         """One GPU's answers, by length."""
         deadline = time.monotonic() + TIMEOUT_S
-        specs = {"fa3": self.spec(MOST_ON_ONE_GPU, 1)}
-        if not self.dry_run:
-            specs["tp2-fa3"] = self.spec(max(case.length for case in self.cases), NUM_HOSTS)
+        specs: dict[str, EngineSpec | None] = {
+            "fa3": self.spec("fa3", 1),
+            "tp2-fa3": None if self.dry_run else self.spec("tp2-fa3", NUM_HOSTS),
+        }
         dtype = torch.float32 if self.dry_run else torch.bfloat16
         # Processes come up while this one waits for the hosts.
         self.engines: dict[str, Engine] = {}
         self.ends: dict[str, ExitStack] = {}
         for name, spec in specs.items():
-            self.ends[name] = stack.enter_context(ExitStack())
-            self.engines[name] = self.ends[name].enter_context(Engine(spec, deadline))
-        self.ring = stack.enter_context(RingHosts(RingSpec(self.model, dtype), NUM_HOSTS, deadline))
+            if spec is not None:
+                self.ends[name] = stack.enter_context(ExitStack())
+                self.engines[name] = self.ends[name].enter_context(Engine(spec, deadline))
+        self.ring: RingHosts | None = None
+        if any(self.wants(case.length, "ring") for case in self.cases):
+            self.ring = stack.enter_context(RingHosts(RingSpec(self.model, dtype), NUM_HOSTS, deadline))
         self.star, self.suffix = stack.enter_context(self.start_star())
         for name in list(self.engines):
             self.attempt(name, self.engines[name].receive)
-        self.attempt("ring", self.ring.wait)
+        if self.ring is not None:
+            self.attempt("ring", self.ring.wait)
+
+    def wants(self, length: int, name: str) -> bool:
+        """Whether a length is to be measured on an engine: by default, or as `--cases` says."""
+        if self.is_chosen:
+            return self.recorder.wants(f"{self.case_of(length)} {name}")
+        if name.startswith("farspan-star-") and length > MOST_ON_ONE_GPU:
+            return name.removeprefix("farspan-star-") in LONGEST
+        return name != "fa3" or length <= MOST_ON_ONE_GPU
 
     def attempt(self, name: str, work: Callable[[], object]) -> None:
         """Do a peer's work; where it fails, say so and go on without the peer."""
@@ -217,9 +237,11 @@ class Bench:
             self.failed.add(name)
             self.recorder.note(f"{name} is left out from here on: {error}")
 
-    def spec(self, max_len: int, num_gpus: int) -> EngineSpec:
-        """An engine of vLLM's own attention for prompts up to `max_len` tokens."""
-        requests = [Request(each.length, OUTPUT_LEN) for each in self.cases if each.length <= max_len]
+    def spec(self, name: str, num_gpus: int) -> EngineSpec | None:
+        """An engine of vLLM's own attention for what is wanted of it; None where that is nothing."""
+        requests = [Request(each.length, OUTPUT_LEN) for each in self.cases if self.wants(each.length, name)]
+        if not requests:
+            return None
         if self.dry_run:
             return EngineSpec(requests, self.model)
         arguments = memory_of(self.model, max(each.prompt_len for each in requests) + 1024, num_gpus)
@@ -261,15 +283,17 @@ class Bench:
 
     def measure(self, case: Case) -> None:
         """All rows of one length."""
-        if case.length <= MOST_ON_ONE_GPU:
-            self.attempt("fa3", lambda: self.record_engine("fa3", case))
-        else:
+        is_early = case.length <= MOST_ON_ONE_GPU
+        if is_early:
+            self.measure_engine("fa3", case)
+        elif "fa3" in self.ends and not any(self.wants(each.length, "fa3") for each in self.longer(case)):
             # Its memory is needed.
             self.ends["fa3"].close()
         if case.length <= MOST_CHECKED and case.length in self.first:
             self.check(case)
+        self.measure_engine("tp2-fa3", case)
         for number, way in enumerate(ways(self.dry_run)):
-            if case.length > MOST_ON_ONE_GPU and way.name not in LONGEST:
+            if not self.wants(case.length, way.variant):
                 continue
             seeds = [1000 * (number + 1) + case.length + repeat for repeat in range(case.repeats)]
             try:
@@ -278,10 +302,22 @@ class Bench:
                 self.recorder.note(f"n{case.length} {way.variant}: {error}")
                 continue
             self.record_star(case.length, way.variant + self.mark, outputs)
-        if "tp2-fa3" in self.engines:
-            self.attempt("tp2-fa3", lambda: self.record_engine("tp2-fa3", case))
-        self.attempt("ring", lambda: self.record_ring(case))
+        if not is_early:
+            # The longest time of all.
+            self.measure_engine("fa3", case)
+        ring = self.ring
+        if ring is not None and self.wants(case.length, "ring"):
+            self.attempt("ring", lambda: self.record_ring(case, ring))
         self.report(case.length)
+
+    def longer(self, case: Case) -> list[Case]:
+        """A case, and those of more tokens."""
+        return [each for each in self.cases if each.length >= case.length]
+
+    def measure_engine(self, name: str, case: Case) -> None:
+        """Rows of one of vLLM's own engines, where they are wanted."""
+        if name in self.engines and self.wants(case.length, name):
+            self.attempt(name, lambda: self.record_engine(name, case))
 
     def check(self, case: Case) -> None:
         """Whether two blocks on two hosts give one GPU's first token; rows of Star are marked from here on if not."""
@@ -321,11 +357,11 @@ class Bench:
         hosts = ", ".join(f"{seconds:.3f}" for seconds in times[-1].host_s)
         self.recorder.note(f"{variant}: hosts at work {hosts} s in phase 1")
 
-    def record_ring(self, case: Case) -> None:
+    def record_ring(self, case: Case, ring: RingHosts) -> None:
         tokens = torch.tensor(prompt_of(case.length, self.model["vocab_size"], case.length))
         # Of several, the first fills torch's cache of memory.
         first = int(case.repeats > 1)
-        answers = self.ring.prefill(tokens, case.repeats + first)
+        answers = ring.prefill(tokens, case.repeats + first)
         slowest = [max(times) for times in zip(*(each.prefill_ms[first:] for each in answers), strict=True)]
         self.add(case.length, "", "ring", slowest)
         exchanged = sum(each.num_bytes for each in answers) / 2**20
@@ -359,8 +395,10 @@ def run(recorder: Recorder) -> None:
         bench = Bench(recorder, stack)
         recorder.note(f"all engines up after {time.monotonic() - started:.0f} s")
         # Fills what is allocated at first use.
+        longest = bench.cases[-1].length
         for way in ways(recorder.dry_run):
-            ask_star(bench.star, bench.cases[-1].length // 16, way, seed=1, output_len=2)
+            if any(bench.wants(case.length, way.variant) for case in bench.cases):
+                ask_star(bench.star, longest // 16, way, seed=1, output_len=2)
         for case in bench.cases:
             bench.measure(case)
             recorder.note(f"n{case.length} done after {time.monotonic() - started:.0f} s")

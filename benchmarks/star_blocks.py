@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.plain_llama import KVCache, PlainLlama, attend_behind
+from benchmarks.plain_llama import KVCache, PlainLlama, attend_behind, attend_last
 
 ROWS_AT_ONCE = 512
 """Of logits over the whole vocabulary."""
@@ -127,7 +127,7 @@ def log_probs(model: PlainLlama, context: KVCache, context_len: int, query: torc
     for start in range(0, len(query) - 1, ROWS_AT_ONCE):
         end = min(start + ROWS_AT_ONCE, len(query) - 1)
         logits = model.logits(hidden[start:end]).float().log_softmax(-1)
-        parts.append(logits.gather(1, query[start + 1 : end + 1, None])[:, 0])
+        parts.append(logits.gather(1, query[start + 1 : end + 1, None].to(logits.device))[:, 0].cpu())
     return torch.cat(parts)
 
 
@@ -136,14 +136,15 @@ def generate(
 ) -> list[int]:
     """Greedy tokens behind a query, until the token `stop`, which is left out."""
     own = KVCache()
-    tokens, at = query, context_len
+    hidden = read(model, query, torch.arange(context_len, context_len + len(query)), [context], own)
+    whole = context.extended(own, max_tokens)
+    num_keys, at = sum(len(cache.layers[0][0]) for cache in (context, own)), context_len + len(query)
     answer: list[int] = []
     while len(answer) < max_tokens:
-        hidden = read(model, tokens, torch.arange(at, at + len(tokens)), [context], own)
-        at += len(tokens)
         token = int(model.logits(hidden[-1:])[0].argmax())
         if token == stop:
             break
         answer.append(token)
-        tokens = torch.tensor([token])
+        hidden = model.forward(torch.tensor([token]), torch.tensor([at]), attend_last(model, whole, num_keys))
+        num_keys, at = num_keys + 1, at + 1
     return answer

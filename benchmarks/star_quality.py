@@ -1,21 +1,31 @@
-"""What Star Attention's blocks cost in answers, on the CPU too: retrieval and drift, against dense attention.
+"""What Star Attention's blocks cost in answers: retrieval and drift against dense attention, with any anchor.
 
-In plain PyTorch and float32, so that the paper's ablations of the anchor (its table 3) can be measured, which no engine
-does. The bundled needle model answers questions; so does each `--checkpoint` in its stead, which also reads real text
-(`drift`: log-probability of the last tokens of a prompt less dense attention's, in nats a token).
+In plain PyTorch, so that the paper's ablations of the anchor (its table 3) can be measured, which no engine does:
+float32 on a CPU, bfloat16 with FlashAttention 3 on a GPU. The bundled needle model answers questions; a checkpoint
+(`--model`, with `--text`) answers those of `farspan eval`, and reads real text (`drift`: log-probability of the last
+tokens of a prompt less dense attention's, in nats a token). Two blocks are dense attention, as phase 1 then sees the
+whole context: their drift is that of rounding.
 """
 
-import pydoc_data.topics
-import sysconfig
+import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from farspan.evaluation.audit import AuditSettings, cut_prompts, read_tokens
+from farspan.evaluation.audit_results import BLOCK_TOKENS
+from farspan.evaluation.evaluate import ANSWER_ROOM, EvalSettings, accuracy, make_samples, model_path
+from farspan.evaluation.results import Cell
+from farspan.evaluation.ruler import RulerSample
 from farspan.needle import model_dir
-from farspan.needle.tasks import make_sample, score
+from farspan.needle.tasks import Sample, make_sample
 from farspan.star.command import split_question
+from farspan.tokenizer import load_tokenizer
 
 from benchmarks.plain_llama import PlainLlama
+from benchmarks.real import Inputs, on_texts
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.star_blocks import Anchor, Blocks, generate, log_probs, read_context
 
@@ -25,7 +35,15 @@ GROUPS = {
     "niah": ("niah_single", "niah_multikey_2", "niah_multivalue", "niah_multiquery"),
     "variable_tracking": ("variable_tracking",),
 }
+"""Of the bundled model."""
+REAL_GROUPS = {
+    "niah_single": ("niah_single",),
+    "niah_multi": ("niah_multikey_1", "niah_multivalue", "niah_multiquery"),
+    "variable_tracking": ("variable_tracking",),
+}
+"""Of checkpoints; several needles hidden, or asked for."""
 SHARES = (Blocks(1), Blocks(2), Blocks(4), Blocks(8))
+SMALLER = Blocks(16)
 ABLATIONS = (
     Blocks(4, Anchor(content="none"), "no-anchor"),
     Blocks(4, Anchor(positions="random"), "random-positions"),
@@ -38,9 +56,11 @@ ABLATIONS = (
     Blocks(4, Anchor(size=1 / 16), "sixteenth-anchor"),
 )
 """Of the paper's table 3, and smaller anchors."""
-REAL_BLOCKS = (Blocks(1), Blocks(4), Blocks(8), ABLATIONS[0], ABLATIONS[-2])
-"""Two blocks are dense attention: phase 1 sees the whole context."""
+REAL_BLOCKS = (*SHARES, SMALLER, ABLATIONS[0], ABLATIONS[-2])
+ASKED = (*SHARES, SMALLER)
+"""Ways of cutting that also answer questions, of those that are run."""
 QUERY_LEN = 1024
+"""Tokens whose log-probabilities count, at the end of each prompt."""
 
 
 def cases(dry_run: bool) -> list[tuple[int, int]]:
@@ -48,102 +68,146 @@ def cases(dry_run: bool) -> list[tuple[int, int]]:
     return [(256, 1)] if dry_run else [(2048, 25)]
 
 
-def text_cases(dry_run: bool) -> list[tuple[int, int, tuple[Blocks, ...]]]:
-    """List (prompt tokens, prompts of each text, ways of cutting) of real text, for checkpoints."""
-    ablations = (Blocks(1), Blocks(4), *ABLATIONS)
-    return [(128, 1, ablations)] if dry_run else [(2048, 1, ablations), (8192, 2, REAL_BLOCKS)]
-
-
-def question_case(dry_run: bool) -> tuple[int, int]:
-    """Prompt tokens and number of questions, for checkpoints."""
-    return (256, 1) if dry_run else (2048, 8)
-
-
-def run(recorder: Recorder) -> None:
-    if not recorder.checkpoints:
+def run(recorder: Recorder, inputs: Inputs | None) -> None:
+    if inputs is None:
         needle = PlainLlama.from_folder(model_dir())
         for length, count in cases(recorder.dry_run):
-            ask(recorder, needle, model_dir(), "needle", length, count, GROUPS, (*SHARES, *ABLATIONS))
-    question_len, count = question_case(recorder.dry_run)
-    for folder in recorder.checkpoints:
-        model = PlainLlama.from_folder(folder)
-        for length, num_windows, all_blocks in text_cases(recorder.dry_run):
-            measure_drift(recorder, model, folder, length, num_windows, all_blocks)
-        ask(recorder, model, folder, folder.name, question_len, count, {"niah": GROUPS["niah"][:1]}, REAL_BLOCKS)
+            ask_needle(recorder, needle, length, count)
+    on_texts(recorder, inputs, measure, lengths=(512,), prompts=2, questions=1)
 
 
-def ask(
-    recorder: Recorder,
-    model: PlainLlama,
-    folder: Path,
-    name: str,
-    length: int,
-    count: int,
-    groups: dict[str, tuple[str, ...]],
-    all_blocks: tuple[Blocks, ...],
-) -> None:
-    """Rows of the share of right answers; every way of cutting gets the same questions."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stop = model.config.get("eos_token_id")
-    for group, tasks in groups.items():
-        scores: dict[str, list[float]] = {each.variant: [] for each in all_blocks}
-        for task in tasks:
-            for seed in range(count):
-                bundled = None if name == "needle" else tokenizer
-                sample = make_sample(task, length, seed=20_000 + seed, tokenizer=bundled)
-                context, query = encode(tokenizer, sample.prompt)
-                for blocks in all_blocks:
-                    cache = read_context(model, context, blocks, seed)
-                    answer = generate(model, cache, len(context), query, sample.max_new_tokens, stop)
-                    scores[blocks.variant].append(score(tokenizer.decode(answer), sample))
-        for variant, values in scores.items():
-            mean = sum(values) / len(values)
-            recorder.add(NAME, f"n{length}-{group}-{name}-q{len(values)}", variant, "accuracy", "fraction", [mean])
+def ask_needle(recorder: Recorder, model: PlainLlama, length: int, count: int) -> None:
+    """Rows of the bundled model: every way of cutting gets the same questions."""
+    tokenizer = load_tokenizer(str(model_dir()))
+    for group, tasks in GROUPS.items():
+        samples = [make_sample(task, length, seed=20_000 + seed) for task in tasks for seed in range(count)]
+        answers = Answers(model, tokenizer, (*SHARES, *ABLATIONS))
+        for sample in samples:
+            answers.ask(sample)
+        answers.record(recorder, f"n{length}-{group}-needle")
 
 
-def encode(tokenizer: Any, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of context and query of a generated prompt, which together are the prompt's."""
-    tokens = torch.tensor(tokenizer(prompt)["input_ids"])
-    query_len = len(tokenizer(" " + split_question(prompt)[1], add_special_tokens=False)["input_ids"])
-    return tokens[:-query_len], tokens[-query_len:]
+def measure(recorder: Recorder, inputs: Inputs) -> None:
+    """Rows of one checkpoint: drift on all texts, then questions in rounds of one a task and length, while time is."""
+    known = {each.variant: each for each in (*REAL_BLOCKS, *ABLATIONS)}
+    if unknown := set(inputs.variants) - known.keys():
+        raise BenchmarkError(f"variants {sorted(unknown)}; known are {', '.join(known)}")
+    chosen = [known[name] for name in inputs.variants] or list(REAL_BLOCKS)
+    all_blocks = (SHARES[0], *(each for each in chosen if each.share > 1))
+    started = time.monotonic()
+    is_on_gpu = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if is_on_gpu else (torch.device("cpu"), torch.float32)
+    model = PlainLlama.from_folder(Path(model_path(inputs.model)), dtype, device)
+    label = f"{inputs.label}-{'bf16' if is_on_gpu else 'fp32'}"
+    if inputs.prompts:
+        settings = AuditSettings(inputs.model, inputs.texts, inputs.lengths, (), Path(), inputs.prompts)
+        texts = read_tokens(inputs.model, inputs.texts)
+        recorder.note(f"model and texts read after {time.monotonic() - started:.0f} s")
+        for number, (length, prompts) in enumerate(cut_prompts(settings, texts).items()):
+            # What is left of the time, in equal parts.
+            now, left = time.monotonic(), len(inputs.lengths) - number
+            until = math.inf if inputs.seconds is None else now + (started + inputs.seconds - now) / left
+            measure_drift(recorder, model, f"n{length}-{label}", prompts, all_blocks, until)
+            recorder.note(f"drift at {length} done after {time.monotonic() - started:.0f} s")
+    tokenizer = load_tokenizer(model_path(inputs.model))
+    asked = tuple(each for each in all_blocks if each in ASKED)
+    kinds = [(length, group) for length in inputs.lengths for group in REAL_GROUPS]
+    answers = {kind: Answers(model, tokenizer, asked) for kind in kinds}
+    try:
+        for seed in range(inputs.questions):
+            for length, group in kinds:
+                for task in REAL_GROUPS[group]:
+                    if inputs.seconds is not None and time.monotonic() - started > inputs.seconds:
+                        break
+                    said = answers[length, group].ask(sample_of(inputs.model, task, length, seed))
+                    recorder.note(f"{length} {task} {seed}, {time.monotonic() - started:.0f} s: {said}")
+    finally:
+        # Also of a run that is ended from outside.
+        for (length, group), found in answers.items():
+            if found.samples:
+                found.record(recorder, f"n{length}-{group}-{label}")
 
 
-def texts() -> dict[str, str]:
-    """Real text that every Python has."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[30:120]
-    code = "".join(file.read_text(errors="ignore") for file in files)
-    return {"code": code, "prose": "\n".join(pydoc_data.topics.topics.values())}
+def sample_of(model: str, task: str, length: int, seed: int) -> Sample:
+    """A question of `farspan eval`, whose prompt and answer together have at most `length` tokens."""
+    room = min(ANSWER_ROOM, length // 4)
+    settings = EvalSettings(model, (task,), (length - room,), Path(), seed=seed)
+    (sample,) = make_samples(settings, Cell("", task, length - room, None, seed, 1))
+    return sample
+
+
+class Answers:
+    """Questions that every way of cutting has answered, and what it said."""
+
+    def __init__(self, model: PlainLlama, tokenizer: Any, all_blocks: Sequence[Blocks]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.samples: list[Sample] = []
+        self.texts: dict[Blocks, list[str]] = {each: [] for each in all_blocks}
+
+    def ask(self, sample: Sample) -> str:
+        """Greedy tokens behind the question, which is Star's query; what stands before it is the context.
+
+        Returns what was said, on one line.
+        """
+        tokens, query_len = tokens_of(self.tokenizer, sample)
+        context, query = tokens[:-query_len], tokens[-query_len:]
+        stop = self.tokenizer.eos_token_id
+        said = []
+        for blocks in self.texts:
+            cache = read_context(self.model, context, blocks, sample.seed)
+            answer = generate(self.model, cache, len(context), query, sample.max_new_tokens, stop)
+            said.append(self.tokenizer.decode(answer))
+        self.samples.append(sample)
+        for texts, text in zip(self.texts.values(), said, strict=True):
+            texts.append(text)
+        found = [f"{blocks.variant} {' '.join(text.split())!r}" for blocks, text in zip(self.texts, said, strict=True)]
+        return f"{' '.join(sample.answers)} | {' | '.join(found)}"
+
+    def record(self, recorder: Recorder, case: str) -> None:
+        """A row of the share of right answers for every way of cutting; the number of questions is in the case."""
+        for blocks, texts in self.texts.items():
+            right = accuracy(self.samples, texts)
+            recorder.add(NAME, f"{case}-q{len(texts)}", blocks.variant, "accuracy", "fraction", [right])
+
+
+def tokens_of(tokenizer: Any, sample: Sample) -> tuple[torch.Tensor, int]:
+    """Tokens of a prompt, and how many of them are the question and what follows it."""
+    if isinstance(sample, RulerSample):
+        tokens, question = list(sample.token_ids), sample.prompt[sample.prompt.rindex(sample.question) :]
+    else:
+        tokens, question = tokenizer(sample.prompt)["input_ids"], " " + split_question(sample.prompt)[1]
+    return torch.tensor(tokens), len(tokenizer(question, add_special_tokens=False)["input_ids"])
 
 
 def measure_drift(
     recorder: Recorder,
     model: PlainLlama,
-    folder: Path,
-    length: int,
-    num_windows: int,
-    all_blocks: tuple[Blocks, ...],
+    case: str,
+    prompts: Sequence[list[int]],
+    all_blocks: Sequence[Blocks],
+    until: float,
 ) -> None:
-    """Rows of each text: over the last tokens of some windows, given all before them."""
-    from transformers import AutoTokenizer
+    """Rows of one length: over the last tokens of each prompt, given all before them.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    query_len = min(QUERY_LEN, length // 2)
-    for name, text in texts().items():
-        tokens = torch.tensor(tokenizer(text[: length * num_windows * 8])["input_ids"])
-        if len(tokens) < length * num_windows:
-            raise BenchmarkError(f"{name}: {len(tokens)} tokens; needs {length * num_windows}")
-        drifts: dict[str, list[float]] = {}
-        for window in tokens[: length * num_windows].split(length):
-            context, query = window[:-query_len], window[-query_len:]
-            dense: torch.Tensor | None = None
-            for blocks in all_blocks:
-                found = log_probs(model, read_context(model, context, blocks), len(context), query)
-                if dense is None:
-                    dense = found
-                    recorder.note(f"{folder.name} {name}: dense {float(dense.mean()):.4f} nats/token")
-                else:
-                    drifts.setdefault(blocks.variant, []).extend((found - dense).tolist())
-        for variant, samples in drifts.items():
-            recorder.add(NAME, f"n{length}-{name}-{folder.name}", variant, "drift", "nats/token", samples)
+    until: of time.monotonic(); no prompt but the first is begun after it.
+    """
+    drifts: dict[Blocks, list[float]] = {each: [] for each in all_blocks[1:]}
+    dense_mean: list[float] = []
+    for prompt in map(torch.tensor, prompts):
+        if dense_mean and time.monotonic() > until:
+            break
+        # The first token of a query is given, not predicted.
+        query_len = min(QUERY_LEN, len(prompt) // 2) + 1
+        context, query = prompt[:-query_len], prompt[-query_len:]
+        dense, *others = (
+            log_probs(model, read_context(model, context, each), len(context), query) for each in all_blocks
+        )
+        dense_mean.append(float(dense.mean()))
+        for blocks, found in zip(drifts, others, strict=True):
+            # Neighbouring tokens drift together, so that an error is that of means over stretches.
+            drifts[blocks] += [float(part.mean()) for part in (found - dense).split(BLOCK_TOKENS)]
+    recorder.note(
+        f"{case}: {len(dense_mean)} of {len(prompts)} prompts, dense {sum(dense_mean) / len(dense_mean):.4f} nats/token"
+    )
+    for blocks, samples in drifts.items():
+        recorder.add(NAME, case, blocks.variant, "drift", "nats/token", samples)

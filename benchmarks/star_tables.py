@@ -1,7 +1,8 @@
 """The tables of docs/star.md, from rows and from the scaling model: `python -m benchmarks.star_tables`, `--write`.
 
 Measured: the latest rows of benchmark `star` on GPUs. Predicted: `farspan.star.scaling` with rates fitted to one of
-these GPUs, beside what the paper reports (arXiv 2411.17116, tables 1, 2 and 6). Answers: the latest rows of each case.
+these GPUs, beside the measured times and what the paper reports (arXiv 2411.17116, tables 1, 2 and 6). Answers: the
+latest rows of each case.
 """
 
 import re
@@ -33,6 +34,18 @@ NAMES = {
     "farspan-star-all": "all blocks visible (exact)",
     "farspan-star-all-g0.9": "all blocks visible, flex γ .9",
 }
+REAL_CASE = re.compile(r"n(?P<tokens>\d+)-(?P<label>.+)-(?:fp32|bf16)(?:-q(?P<questions>\d+))?$")
+"""Of a checkpoint in benchmark `star_quality`; cases without the dtype are ablations."""
+CUTS = {
+    "dense": "dense",
+    "star-n2": "N/2",
+    "star-n4": "N/4",
+    "star-n8": "N/8",
+    "star-n16": "N/16",
+    "star-n4-no-anchor": "N/4, no anchor",
+    "star-n4-quarter-anchor": "N/4, quarter of an anchor",
+}
+TIMES = ("time", "exchanged")
 HOSTS = (4, 8, 16, 32, 64)
 N = 131072
 
@@ -74,7 +87,7 @@ PAPER_SECONDS = {16: (7, 10, 9), 32: (10, 12, 10), 64: (18, 22, 12), 128: (None,
 
 def gpu_rows(rows: Sequence[Row]) -> list[Row]:
     """Those of all runs on the GPU that was measured last."""
-    found = [row for row in rows if row.benchmark == "star" and row.gpu != "cpu"]
+    found = [row for row in rows if row.benchmark == "star" and row.gpu != "cpu" and row.metric in TIMES]
     return [row for row in found if row.gpu == found[-1].gpu]
 
 
@@ -134,11 +147,51 @@ def rates_of_rows(rows: Sequence[Row]) -> tuple[Rates, str]:
     found = {tokens_of(row): float(row.p50) / 1e3 for row in rows if row.variant == "fa3" and is_prefill(row)}
     if len(found) < 2:
         return MEASURED, "those of `farspan plan`"
-    match = re.search(r"-l(\d+)-", rows[0].case)
-    assert match is not None
-    shape = replace(LLAMA_8B, num_layers=int(match[1]), linear_params=LLAMA_8B.linear_params * int(match[1]) // 32)
     lens = ", ".join(f"{length // 1024}K" for length in sorted(found))
-    return fitted_rates(shape, MEASURED, found), f"fitted to one GPU's times above at {lens}"
+    return fitted_rates(shape_of(rows[0]), MEASURED, found), f"fitted to one GPU's times above at {lens}"
+
+
+def shape_of(row: Row) -> ModelShape:
+    """The 8B shape with as many layers as a row's case says."""
+    match = re.search(r"-l(\d+)-", row.case)
+    assert match is not None, row.case
+    return replace(LLAMA_8B, num_layers=int(match[1]), linear_params=LLAMA_8B.linear_params * int(match[1]) // 32)
+
+
+def prediction_table(rows: Sequence[Row], rates: Rates) -> str:
+    """What the scaling model says of the two hosts that were measured."""
+    measured: dict[tuple[str, int], float] = {}
+    for row in rows:
+        is_star = row.variant.startswith("farspan-star-")
+        if (row.metric == "time" and row.case.endswith("-phase1")) if is_star else is_prefill(row):
+            measured[row.variant, tokens_of(row)] = float(row.p50) / 1e3
+    cluster = Cluster(shape_of(rows[0]), rates, LINKS["nvlink"], 2)
+
+    def star(tokens: int, share: int, *, is_shared: bool = False) -> float:
+        return cluster.star(tokens, tokens // share, is_shared=is_shared).prefill_s
+
+    predicted = {
+        "tp2-fa3": lambda n: cluster.tensor_parallel(n).prefill_s,
+        "ring": lambda n: cluster.ring(n).prefill_s,
+        "farspan-star-n4": lambda n: star(n, 4),
+        "farspan-star-n8": lambda n: star(n, 8),
+        "farspan-star-n4-shared": lambda n: star(n, 4, is_shared=True),
+        "farspan-star-n8-shared": lambda n: star(n, 8, is_shared=True),
+        "farspan-star-all": lambda n: cluster.visible_all(n).prefill_s,
+    }
+    lens = sorted({length for _, length in measured})
+    lines = [
+        "The same two GPUs: measured seconds (of Star its phase 1), and how many times as long as the model says.",
+        "",
+        f"| | {' | '.join(f'{length // 1024}K' for length in lens)} |",
+        f"| --- |{' ---: |' * len(lens)}",
+    ]
+    for variant, seconds_of in predicted.items():
+        found = {length: measured.get((variant, length)) for length in lens}
+        cells = ["" if s is None else f"{s:.2f}, {s / seconds_of(length):.2f}×" for length, s in found.items()]
+        if any(cells):
+            lines.append(f"| {NAMES[variant]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def scaling_table(rates: Rates, source: str) -> str:
@@ -205,14 +258,48 @@ def paper_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def real_tables(rows: Sequence[Row]) -> str:
+    """Accuracy and drift of checkpoints: a line a text and length, a column a way of cutting."""
+    parts = []
+    for metric, title in (
+        ("accuracy", "Right answers in %, questions of `farspan eval`."),
+        ("drift", "Nats a token against dense attention, ± a standard error."),
+    ):
+        cells: dict[tuple[str, int], dict[str, str]] = {}
+        counts: dict[tuple[str, int], str] = {}
+        for row in rows:
+            match = REAL_CASE.match(row.case)
+            if row.benchmark != "star" or row.metric != metric or match is None:
+                continue
+            key = match["label"], int(match["tokens"])
+            p50 = float(row.p50)
+            text = f"{100 * p50:.0f}" if metric == "accuracy" else f"{p50:+.4f} ± {float(row.p80) - p50:.4f}"
+            # Questions that one run asked are compared among themselves.
+            if counts.setdefault(key, match["questions"] or "") != (match["questions"] or ""):
+                counts[key], cells[key] = match["questions"], {}
+            cells.setdefault(key, {})[row.variant] = text
+        if not cells:
+            continue
+        variants = [each for each in CUTS if any(each in line for line in cells.values())]
+        heading = ["", "tokens", *(["questions"] if metric == "accuracy" else []), *(CUTS[each] for each in variants)]
+        lines = [title, "", f"| {' | '.join(heading)} |", "| --- |" + " ---: |" * (len(heading) - 1)]
+        for (label, tokens), line in sorted(cells.items()):
+            asked = [counts[label, tokens]] if metric == "accuracy" else []
+            values = [f"`{label}`", f"{tokens // 1024}K", *asked, *(line.get(each, "") for each in variants)]
+            lines.append(f"| {' | '.join(values)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
 def answer_tables(rows: Sequence[Row]) -> str:
-    """Accuracy and drift: a line a way of cutting, a column a case."""
+    """Accuracy and drift of the ablations: a line a way of cutting, a column a case."""
     parts = []
     for metric, title, form in (
         ("accuracy", "Right answers in % (`-qN`: of N questions).", lambda p50, spread: f"{100 * p50:.1f}"),
         ("drift", "Nats a token against dense attention, ± a standard error.", lambda p50, e: f"{p50:+.4f} ± {e:.4f}"),
     ):
-        found = [row for row in rows if row.benchmark == "star" and row.metric == metric and row.gpu == "cpu"]
+        found = [row for row in rows if row.benchmark == "star" and row.metric == metric]
+        found = [row for row in found if REAL_CASE.match(row.case) is None]
         if not found:
             continue
         cells = {(row.variant, row.case): (float(row.p50), float(row.p80) - float(row.p50)) for row in found}
@@ -228,11 +315,14 @@ def answer_tables(rows: Sequence[Row]) -> str:
 def all_tables(rows: Sequence[Row]) -> str:
     """What stands between the page's markers."""
     measured = gpu_rows(rows)
-    parts = [f"### On two GPUs\n\n{measured_table(measured)}"] if measured else []
-    parts.append(f"### On more hosts\n\n{scaling_table(*rates_of_rows(measured))}")
+    rates, source = rates_of_rows(measured)
+    parts = [f"### On two GPUs\n\n{measured_table(measured)}\n{prediction_table(measured, rates)}"] if measured else []
+    parts.append(f"### On more hosts\n\n{scaling_table(rates, source)}")
     parts.append(f"### Beside the paper\n\n{paper_table()}")
+    if answers := real_tables(rows):
+        parts.append(f"### In answers of checkpoints\n\n{answers}")
     if answers := answer_tables(rows):
-        parts.append(f"### In answers\n\n{answers}")
+        parts.append(f"### In answers, with other anchors\n\n{answers}")
     return "\n".join(parts)
 
 

@@ -181,7 +181,7 @@ def masses_of(
     key, _ = contiguous_kv(batch, 0)
     group = batch.shape.num_q_heads // batch.shape.num_kv_heads
     keys = key.float().repeat_interleave(group, 1).permute(1, 2, 0).contiguous()
-    mass = torch.zeros(batch.shape.num_q_heads, spans.num_spans, num_blocks, dtype=torch.int32, device=bench.device)
+    mass = torch.zeros(batch.shape.num_q_heads, spans.num_spans, 2, num_blocks, dtype=torch.int32, device=bench.device)
     columns = (spans.span_request.tolist(), spans.span_index.tolist(), spans.span_row.tolist())
     worst = 0.0
     for span, (request, index, row) in enumerate(zip(*columns, strict=True)):
@@ -198,7 +198,8 @@ def masses_of(
         if not torch.equal(finite, found.isfinite()):
             raise ValueError(f"WRONG: infinite or missing log-sums in span {span}")
         worst = max(worst, float((found - expected)[finite].abs().max()))
-        mass[:, span, : blocks.shape[2]] = (blocks.softmax(2).mean(1) * MASS_UNIT + 0.5).int()
+        halves = blocks.softmax(2).unflatten(1, (-1, 2)).mean(1) / 2
+        mass[:, span, :, : blocks.shape[2]] = (halves * MASS_UNIT + 0.5).int()
     return mass, worst
 
 
@@ -261,7 +262,8 @@ def check(bench: Workbench, shapes: dict[str, Shape]) -> None:
                 inside = torch.arange(tiles.max_kv_blocks, device=bench.device) < ends[:, None]
                 inside = inside & (spans.span_request >= 0)[:, None]
                 logs = log_sums.masked_fill(~inside[None, :, :, None], float("-inf"))
-                mass = (logs * 0.6931471805599453).softmax(2).nan_to_num(0).mean(3)
+                mass = (logs * 0.6931471805599453).softmax(2).nan_to_num(0)
+                mass = mass.unflatten(3, (-1, 2)).mean(3).movedim(-1, 2) / 2
                 whole = (mass * tile_rows_reference.MASS_UNIT + 0.5).int().cpu()
                 cpu_tiles = type(tiles)(
                     tiles.block_size, tiles.tile_request.cpu(), tiles.tile_block.cpu(), tiles.max_kv_blocks

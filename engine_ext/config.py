@@ -288,7 +288,7 @@ class FarspanConfig(Options, frozen=True):
     it are refused."""
     kernel: Kernel = "auto"
     """Dense prefill: FlashAttention 3 where vLLM has it and it can serve the model, else ours (auto), or one by name;
-    triton also stands for our kernel in Gluon on Hopper. Cost: triton takes 2 to 9 % longer on Hopper from 8K tokens
+    triton also stands for our kernel in Gluon on Hopper. Cost: triton takes 2 to 5 % longer on Hopper from 8K tokens
     on, more with heads other than 128."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     """How prompts are computed: a method with its options."""
@@ -454,7 +454,8 @@ def check_method(path: str, raw: Any, methods: Mapping[str, type[Options]]) -> N
     check_mapping(path, raw)
     method = raw.get("method")
     if not isinstance(method, str) or method not in methods:
-        refuse(f"{path}.method", method, one_of(methods), suggestion(method, methods))
+        named = suggestion(method, methods)
+        refuse(f"{path}.method", method, one_of(methods), named if "method" in raw else "Name one beside the others")
     check_known(path, raw, ("method", *methods[method].__struct_fields__))
     check_numbers(path, methods[method], raw)
 

@@ -5,11 +5,12 @@ python examples/ray_batch.py …`. A line of prompts.jsonl is {"prompt": "…"};
 {"number": N, "text": "…"} or {"number": N, "error": "…"}, as they come, N being the prompt's place from 0.
 
 Started again, the job goes on with the prompts that have no text yet. When an engine dies, its prompts are given to
-another one, once.
+another one, once. An engine without a GPU has 1 GiB of KV cache, or what VLLM_CPU_KVCACHE_SPACE says.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Engine:
     """One vLLM engine, on a GPU of its own or a CPU slot."""
 
     def __init__(self, model: str, options: dict[str, Any], max_model_len: int | None) -> None:
+        # Without a GPU vLLM asks for nearly all memory of the machine, which the engines share.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import LLM
 
         self.llm = LLM(

@@ -82,7 +82,7 @@ class Prediction:
     first_token_s: float | None = None
     """One prompt of this length, alone; None where no rate is known."""
     waiting_s: float | None = None
-    """Of it, what prefill waits for host memory."""
+    """Of it, what prefill waits for host memory, and what spans cost."""
     token_ms: float | None = None
     """One step in which each of `concurrency` requests of this length makes a token."""
 

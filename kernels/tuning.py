@@ -126,8 +126,6 @@ class HopperPrefillConfig:
     """Query heads whose programs of one tile are neighbours, a divisor of their number."""
     num_stages: int
     """Tiles of keys, and of values, in shared memory."""
-    overlaps: bool
-    """Keep the exponentials of a step beside the product of the step before, which the assembler otherwise undoes."""
 
 
 @lru_cache
@@ -158,12 +156,13 @@ def hopper_prefill_config(
     # H100 80GB, 2026-11-28, 32 query heads on 8 of 128, TFLOP/s over the blocks read, against the portable kernel: one
     # list per head of density 0.3 at 64K 620 and 457, one per KV head 651 and 458, density 0.1 and 16K behind 112K 569
     # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
-    # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285; a
-    # turn at 128K takes 230 ms, 225 without. Pages below 128 and the form `overlaps` have only been checked, not timed.
-    # Dense prefill without a turn stays with FlashAttention 3: H100 668 at 8K, 657 at 32K, 656 at 128K,
-    # heads of 64 541 at 32K; H200 at 8K 682 against 665, at 32K 712 against 668, at 64K 694 against 638.
+    # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285.
+    # With the loops of today (H200, 2026-11-28, run 20261128-8e55d7) dense prefill without a turn still stays with
+    # FlashAttention 3: 672 against 686 at 8K, 690 against 722 at 32K, heads of 64 483 against 554. A turn at 64K takes
+    # 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms with 4 and 9.21 with 2, with
+    # a turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
-    return HopperPrefillConfig(heads_in_a_row, num_stages=2, overlaps=False)
+    return HopperPrefillConfig(heads_in_a_row, num_stages=4 if head_dim <= 64 else 2)
 
 
 # Lists of at most this many blocks go to the short-list kernel. For lists of 3 blocks, with pointers, it takes 2.6 to
@@ -368,11 +367,12 @@ def hopper_log_sums_config(
     return HopperLogSumsConfig(num_stages=4) if rows_per_padded_spans % 256 == 0 else None
 
 
-# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose, and may lose at most this
-# share of what gamma allows to be lost. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
+# Selection by tile rows: TILE_ROWS rows of every TILE_ROWS_SPAN_LEN query tokens choose. By the choice of the others,
+# half of them may lose at most this share of what gamma allows to be lost: half chooses worse than all of them do, but
+# single rows keep less than their mean. SmolLM2-135M and Qwen2.5-Coder-0.5B, 2026-11; docs/decisions/tile-rows.md
 TILE_ROWS_SPAN_LEN = 128
 TILE_ROWS = 16
-TILE_ROWS_LOST_SHARE = 0.5
+TILE_ROWS_LOST_SHARE = 0.8
 
 # Programs of the pass over sampled rows: two for each of 132 multiprocessors; fewer are cut into splits of the keys.
 TILE_ROWS_PROGRAMS = 264
@@ -402,6 +402,8 @@ SAMPLE_FIRST_PLACE = 0.37
 # layer: below, dense attention would not be the longer. Since then it is 0.15 to 0.26 (benchmarks/data/host_side.csv),
 # but the bound stays until the time to the first token was measured.
 DENSE_TFLOPS = {64: 500, 128: 710}
+# Launches with fewer programs than this share of the multiprocessors are cut along the keys by FlashAttention 3.
+DENSE_SPLIT_SHARE = 0.8
 FLEX_SPEED = {"portable": {64: 0.5, 128: 0.66}, "hopper": {64: 0.8, 128: 0.9}}
 FLEX_SELECTION_SHARE = {"portable": {64: 0.15, 128: 0.13}, "hopper": {64: 0.1, 128: 0.09}}
 FLEX_SELECTION_MS = 0.06

@@ -17,10 +17,14 @@ ROOMS = {"integration": "farspan", "kernels": "farspan/kernels", "engine_ext": "
 ROOMS["scheduler"] = "farspan/scheduler"
 DOCKERFILE = ROOT / "examples" / "Dockerfile"
 USE = """
-import importlib.metadata, farspan, farspan.engine_ext.config, farspan.needle
+import importlib.metadata, sys, farspan, farspan.engine_ext.config, farspan.needle
 (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="farspan")
 print(farspan.__file__, entry.value, farspan.needle.model_dir(), farspan.__version__)
 print(farspan.parse_config({"preset": "fast"}).prefill.gamma)
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+load_general_plugins()
+print(AttentionBackendEnum.CUSTOM.get_class().__module__, sys.modules["farspan.engine_ext.backend"].__file__)
 """
 
 
@@ -89,7 +93,10 @@ def test_an_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'site'}/farspan/__init__.py" in run.stdout
     assert (next((tmp_path / "cache" / "farspan").iterdir()) / "model.safetensors").is_file()
     assert "farspan.plugin:register" in run.stdout
-    assert run.stdout.split()[-1] == "0.9"
+    *_, gamma, backend, file = run.stdout.split()
+    assert gamma == "0.9"
+    assert backend == "farspan.engine_ext.backend"
+    assert file.startswith(str(tmp_path / "site"))
 
 
 def test_the_container_builds_on_a_version_that_is_served() -> None:

@@ -6,7 +6,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ def make_host_pool(
     """Allocate the pages of layers with so many cold heads each.
 
     page_shape: (num_blocks, page_size, 2 * head_dim). register: make it known to CUDA, so that the device addresses it.
-    progress: called after each slab with the share that is done.
+    progress: called after each slab that is registered with the share that is done.
     Raises UnsupportedEngineError where host memory cannot be allocated or registered.
     """
     page_bytes = page_shape[0] * page_shape[1] * page_shape[2] * dtype.itemsize
@@ -60,14 +60,14 @@ def make_host_pool(
     layers: list[torch.Tensor] = []
     slabs: list[torch.Tensor] = []
     for members in slab_members(layer_bytes):
-        num_bytes = sum(layer_bytes[member] for member in members)
-        slabs.append(make_slab(num_bytes, register=register))
+        slabs.append(make_slab(sum(layer_bytes[member] for member in members)))
         start = 0
         for member in members:
             part = slabs[-1][start : start + layer_bytes[member]]
             layers.append(part.view(dtype).view(heads_per_layer[member], *page_shape))
             start += layer_bytes[member]
-        progress(sum(slab.numel() for slab in slabs) / sum(layer_bytes))
+    if register:
+        register_slabs(slabs, progress)
     return HostPool(tuple(layers), tuple(slabs))
 
 
@@ -89,10 +89,10 @@ def slab_members(layer_bytes: Sequence[int]) -> list[list[int]]:
     return members
 
 
-def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
-    """[num_bytes] uint8 in host memory, from the start of a large page on; registered with CUDA until it dies."""
+def make_slab(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8 in host memory, from the start of a large page on. What is never touched takes no memory."""
     try:
-        # Torch begins a little behind the start of a page. What is never touched takes no memory.
+        # Torch begins a little behind the start of a page.
         room = torch.empty(num_bytes + LARGE_PAGE_BYTES, dtype=torch.uint8)
     except RuntimeError as error:
         raise UnsupportedEngineError(
@@ -100,34 +100,30 @@ def make_slab(num_bytes: int, *, register: bool) -> torch.Tensor:
             "offload.host_memory."
         ) from error
     first = -room.data_ptr() % LARGE_PAGE_BYTES
-    slab = room[first : first + num_bytes]
-    if not register:
-        return slab
-    populate(slab)
-    cudart = torch.cuda.cudart()
-    # 1: known to all contexts.
-    failed = int(cudart.cudaHostRegister(slab.data_ptr(), num_bytes, 1))
-    if failed:
-        # The error stays pending until some launch reports it: have one that nobody minds.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
-        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GIB:.2f} GiB"
-        raise UnsupportedEngineError(
-            f"offload: CUDA could not register {num_bytes / GIB:.1f} GiB of host memory (error {failed}; the limit on "
-            f"locked memory, ulimit -l, is {limit}). Lower offload.host_memory or raise the limit."
-        )
-    weakref.finalize(slab, cudart.cudaHostUnregister, slab.data_ptr())
-    if device_address(slab.data_ptr()) != slab.data_ptr():
-        raise UnsupportedEngineError(
-            "offload: this GPU reaches registered host memory by other addresses than the host; farspan supports "
-            "systems with one address space. Leave out offload."
-        )
-    return slab
+    return room[first : first + num_bytes]
 
 
-def populate(slab: torch.Tensor) -> None:
-    """Have the system find memory for a slab, in large pages where it has them, on several threads.
+def register_slabs(slabs: Sequence[torch.Tensor], progress: Callable[[float], None]) -> None:
+    """Populate all slabs, and register each, in their order, as soon as it is populated.
+
+    Several slabs at once are registered no faster (docs/decisions/offload.md). Raises UnsupportedEngineError with the
+    first that fails; what is not populated by then never is.
+    """
+    threads = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS))
+    try:
+        parts = [populate(slab, threads) for slab in slabs]
+        done = 0
+        for slab, populated in zip(slabs, parts, strict=True):
+            wait(populated)
+            register_slab(slab)
+            done += slab.numel()
+            progress(done / sum(other.numel() for other in slabs))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def populate(slab: torch.Tensor, threads: ThreadPoolExecutor) -> list[Future[int]]:
+    """Have threads ask the system for a slab's memory, in large pages where it has them.
 
     Otherwise registering finds it, one small page after another on one thread. What fails here is left to that.
     """
@@ -137,9 +133,33 @@ def populate(slab: torch.Tensor) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     madvise(first, max(end - first, 0), MADV_HUGEPAGE)
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
-        for start in range(first, end, POPULATED_BYTES):
-            threads.submit(madvise, start, min(POPULATED_BYTES, end - start), MADV_POPULATE_WRITE)
+    return [
+        threads.submit(madvise, start, min(POPULATED_BYTES, end - start), MADV_POPULATE_WRITE)
+        for start in range(first, end, POPULATED_BYTES)
+    ]
+
+
+def register_slab(slab: torch.Tensor) -> None:
+    """Have CUDA address a slab until it dies."""
+    cudart = torch.cuda.cudart()
+    # 1: known to all contexts.
+    failed = int(cudart.cudaHostRegister(slab.data_ptr(), slab.numel(), 1))
+    if failed:
+        # The error stays pending until some launch reports it: have one that nobody minds.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GIB:.2f} GiB"
+        raise UnsupportedEngineError(
+            f"offload: CUDA could not register {slab.numel() / GIB:.1f} GiB of host memory (error {failed}; the limit "
+            f"on locked memory, ulimit -l, is {limit}). Lower offload.host_memory or raise the limit."
+        )
+    weakref.finalize(slab, cudart.cudaHostUnregister, slab.data_ptr())
+    if device_address(slab.data_ptr()) != slab.data_ptr():
+        raise UnsupportedEngineError(
+            "offload: this GPU reaches registered host memory by other addresses than the host; farspan supports "
+            "systems with one address space. Leave out offload."
+        )
 
 
 def device_address(host_address: int) -> int:

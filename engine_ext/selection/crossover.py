@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from farspan.engine_ext.support import config_of
 from farspan.kernels.tuning import (
+    DENSE_SPLIT_SHARE,
     DENSE_TFLOPS,
     FLEX_EXPECTED_DENSITY,
     FLEX_HOST_MS,
@@ -84,19 +85,19 @@ def layer_ms(size: AttentionSize, query_len: int, kv_len: int, density: float) -
     pairs, whole_pairs = _pairs(first, kv_len), _pairs(whole_first, whole_end)
     width = 64 if size.head_dim <= 64 else 128
     ms_per_pair = 4 * size.num_q_heads * size.head_dim / (DENSE_TFLOPS[width] * 1e9)
+    # One program, of a head and a tile, that reads all keys alone on its multiprocessor: no launch ends before it.
+    longest = kv_len * 128 * ms_per_pair * HOPPER_MULTIPROCESSORS / size.num_q_heads
     dense_ms = pairs * ms_per_pair
+    num_programs = size.num_q_heads * (-(-kv_len // 128) - first // 128)
+    if num_programs >= DENSE_SPLIT_SHARE * HOPPER_MULTIPROCESSORS:
+        dense_ms = max(dense_ms, longest)
     if whole_first >= whole_end:
         return dense_ms, dense_ms
     attended = pairs - whole_pairs + whole_pairs * density
-    selection_ms = FLEX_SELECTION_MS + whole_pairs * ms_per_pair * FLEX_SELECTION_SHARE[size.kernel][width]
-    sparse_ms = attended * ms_per_pair / FLEX_SPEED[size.kernel][width]
-    if whole_pairs < pairs:
-        # Tiles that a cut leaves dense: one program of a head and a tile reads all keys, on one multiprocessor.
-        longest = (
-            kv_len * 128 * ms_per_pair * HOPPER_MULTIPROCESSORS / size.num_q_heads / FLEX_SPEED[size.kernel][width]
-        )
-        sparse_ms = max(sparse_ms, longest)
-    sparse_ms += selection_ms
+    # Programs of tiles that a cut leaves dense read all keys.
+    longest *= 1.0 if whole_pairs < pairs else density
+    sparse_ms = max(attended * ms_per_pair, longest) / FLEX_SPEED[size.kernel][width]
+    sparse_ms += FLEX_SELECTION_MS + whole_pairs * ms_per_pair * FLEX_SELECTION_SHARE[size.kernel][width]
     # The device is idle while it waits for the host, so what it saves below the host's time is not saved.
     return dense_ms, max(sparse_ms, FLEX_HOST_MS)
 

@@ -116,7 +116,7 @@ def flex_budget(prefill: FlexPrefill, block_size: int, heads_per_list: int) -> B
     min_blocks = -(-prefill.min_budget // block_size)
     gamma = prefill.gamma
     if prefill.selection == "tile_rows":
-        # The rows that were not sampled keep less than those that were.
+        # Of what rows keep that do not choose.
         gamma = 1 - (1 - gamma) * TILE_ROWS_LOST_SHARE
     return Budget(gamma, prefill.tau, min_blocks, max_blocks, heads_per_list)
 

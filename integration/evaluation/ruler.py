@@ -33,6 +33,8 @@ class RulerSample(Sample):
     """A question as token ids; `prompt` is their text."""
 
     token_ids: tuple[int, ...] = ()
+    question: str = ""
+    """What is asked after the text, as it stands in the prompt."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def make_ruler_sample(
         depth=place,
         seed=seed,
         token_ids=tuple(ids),
+        question=question.after,
     )
 
 

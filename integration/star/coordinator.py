@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
@@ -22,6 +22,7 @@ from farspan.star.protocol import (
     HostRates,
     HostSetup,
     HostStatus,
+    OfRanks,
     RanksApart,
 )
 
@@ -37,7 +38,7 @@ same cores as the others."""
 
 
 @dataclass(frozen=True)
-class HostsSetup:
+class HostsSetup(OfRanks):
     """What all hosts have in common."""
 
     num_hosts: int
@@ -53,11 +54,6 @@ class HostsSetup:
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the hosts over machines."""
     env: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def num_ranks(self) -> int:
-        """GPUs of a host, by tensor parallelism."""
-        return int(self.engine.get("tensor_parallel_size", 1))
 
 
 class HostLost(StarError):
@@ -173,8 +169,9 @@ class Hosts:
             engine=setup.engine,
         )
         defaults = dict(CPU_ENV if self.device_type == "cpu" else {})
-        # Where a step is one of several processes, the hosts' own time-outs come first.
-        defaults["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(max(300, math.ceil(setup.timeout_s + 2 * GRACE_S)))
+        # Where a step is one of several processes, the hosts' own time-outs come first, those of a start too.
+        longest_s = max(setup.timeout_s, setup.start_timeout_s) + 2 * GRACE_S
+        defaults["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(max(300, math.ceil(longest_s)))
         env = {**ACTOR_ENV, **{name: os.environ.get(name, value) for name, value in defaults.items()}, **setup.env}
         return (
             ray.remote(self.host_class)
@@ -231,7 +228,9 @@ class Hosts:
         import ray
 
         doing = next(iter(asks.values())).phase
-        pending = {rank: self.actors[rank].run.remote(ask) for rank, ask in asks.items()}
+        # Hosts that wait for each other have as much patience as this process has with them.
+        timed = {rank: replace(ask, timeout_s=self.patience_s) for rank, ask in asks.items()}
+        pending = {rank: self.actors[rank].run.remote(ask) for rank, ask in timed.items()}
         watches = {rank: Watch() for rank in asks}
         errors: dict[int, BaseException] = {}
         try:

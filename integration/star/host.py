@@ -174,7 +174,7 @@ class StarHost:
         from farspan.engine_ext.star.team import StarAborted
 
         self.is_aborted, self.token_ids, self.expects_anchor = False, [], False
-        received = sum(self.ranks.ask(ranks.begin, ask.phase))
+        received = sum(self.ranks.ask(ranks.begin, ask.phase, self.patience_s(ask)))
         engine = self.llm.llm_engine
         started = time.perf_counter()
         self.phase, self.is_lockstep = ask.phase, ask.is_lockstep
@@ -210,6 +210,10 @@ class StarHost:
             seconds, num_bytes - received, waited_s, tuple(each.answer(seconds, 0, 0.0) for each in others)
         )
 
+    def patience_s(self, ask: Ask) -> float:
+        """How long hosts wait for each other in a request."""
+        return self.setup.timeout_s if ask.timeout_s is None else ask.timeout_s
+
     def prepare(self, ask: Ask) -> None:
         """Agree with all hosts on what phase 1 finds in the prefix caches, where it is not each host's own affair."""
         from farspan.engine_ext.star.shard import digest_of_text
@@ -223,7 +227,7 @@ class StarHost:
         needed = shard.local_len - page_size if ask.is_lockstep else shard.copied_len
         has_all = num_cached_tokens(self.llm, request_id) >= needed
         digest = digest_of_text(f"{shard.name} cached")
-        timeout_s = self.setup.timeout_s + ranks.REPLY_S
+        timeout_s = self.patience_s(ask) + ranks.REPLY_S
         if all(self.ranks.ask(ranks.agree, digest, int(has_all), timeout_s=timeout_s)[0]):
             return
         if ask.is_lockstep:

@@ -18,8 +18,19 @@ class RanksApart(StarError):
     """A collective failed inside a step of a host with several GPUs: they cannot go on together."""
 
 
+class OfRanks:
+    """Something with the arguments of a host's engine."""
+
+    engine: dict[str, Any]
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs of a host, by tensor parallelism."""
+        return int(self.engine.get("tensor_parallel_size", 1))
+
+
 @dataclass(frozen=True)
-class HostSetup:
+class HostSetup(OfRanks):
     """How a host's engine is made."""
 
     rank: int
@@ -36,11 +47,6 @@ class HostSetup:
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of `LLM`."""
-
-    @property
-    def num_ranks(self) -> int:
-        """GPUs of the host, by tensor parallelism."""
-        return int(self.engine.get("tensor_parallel_size", 1))
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Ask:
     """Phase 1: host 0 sends the anchor, which the others do not compute."""
     others: tuple["Ask", ...] = ()
     """Phase 2: requests that are answered together with this one, in the same order on all hosts."""
+    timeout_s: float | None = None
+    """How long hosts wait for each other, where it is not as in HostSetup: the first request compiles."""
 
     @property
     def is_lockstep(self) -> bool:

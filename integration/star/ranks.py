@@ -111,15 +111,15 @@ def leave() -> None:
     set_exchange(None)
 
 
-def begin(phase: str) -> int:
-    """A request begins; returns the bytes received so far."""
+def begin(phase: str, timeout_s: float) -> int:
+    """A request begins, for whose exchanges hosts wait so long; returns the bytes received so far."""
     from farspan.engine_ext.star.exchange import current
 
     exchange = current()
     if exchange is None:
         return 0
-    exchange.is_aborted, exchange.failure = False, None
-    exchange.anchor_of, exchange.phase = None, phase
+    exchange.is_aborted, exchange.failure, exchange.is_torn = False, None, False
+    exchange.anchor_of, exchange.phase, exchange.timeout_s = None, phase, timeout_s
     exchange.take_waited_s()
     return exchange.num_bytes
 

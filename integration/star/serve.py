@@ -215,7 +215,7 @@ async def events(pieces: AsyncIterator[list[int] | StarOutput], tokenizer: Any, 
                 text, finish_reason = piece.text, piece.finish_reason
             else:
                 tokens += piece
-                text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer is not None else ""
+                text = text_behind_a_token(tokenizer, tokens) if tokenizer is not None else ""
                 if text.endswith("\ufffd") or not text.startswith(sent):
                     continue  # a character whose bytes are not all there
             if text != sent or finish_reason is not None:
@@ -227,6 +227,13 @@ async def events(pieces: AsyncIterator[list[int] | StarOutput], tokenizer: Any, 
             raise
         yield f"data: {dumps(problem(str(error), 'ServiceUnavailableError', 503))}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def text_behind_a_token(tokenizer: Any, tokens: list[int]) -> str:
+    """What follows the prompt: some tokenizers drop the space in front of a text's first word."""
+    first = tokenizer.decode(tokens[:1], skip_special_tokens=True)
+    text: str = tokenizer.decode(tokens[:1] + tokens, skip_special_tokens=True)
+    return text[len(first) :]
 
 
 def usage(protocol: Any, output: StarOutput) -> Any:

@@ -107,6 +107,7 @@ def planning(stock: Callable[..., Any]) -> Callable[..., Any]:
             # The scheduler's copy and the workers' have it too.
             each.farspan_offload = sizes
         tell_sizes(sizes, layout, limits)
+        warn_of_ordinary_memory(vllm_config.device_config.device_type)
         return configs
 
     return get_kv_cache_configs
@@ -196,6 +197,18 @@ def tell_sizes(sizes: OffloadSizes, layout: KVLayout, limits: EngineLimits) -> N
             "writes always find room in GPU memory",
             running,
             limits.max_num_seqs,
+        )
+
+
+def warn_of_ordinary_memory(device_type: str) -> None:
+    """Say that host memory is not registered with a GPU, where there is none; see `make_cold_cache`."""
+    from vllm.logger import init_logger
+
+    if device_type != "cuda":
+        init_logger("vllm.farspan").warning(
+            "farspan offload: pages of cold heads lie in ordinary memory, as the platform %r has none that can be "
+            "pinned for a GPU: offload saves nothing there, and is for tests",
+            device_type,
         )
 
 

@@ -24,7 +24,7 @@ class SpanRule:
     span_len: int
     """Query tokens of a span: the tiles' block size times a power of two."""
     rows_per_span: int
-    """Sampled query rows of a span, a power of two up to half of it."""
+    """Sampled query rows of a span, a power of two from 2 up to half of it."""
 
     def places(self, span_index: torch.Tensor) -> torch.Tensor:
         """Places of the sampled rows within their spans, ascending: [*span_index.shape, rows_per_span] int64.

@@ -1,7 +1,8 @@
 """Choose blocks by the exact attention of a few sampled rows of every span of query tiles, on the device.
 
 Two launches: the first streams the keys past the sampled rows once and leaves the log-sum of every row and block, the
-second turns them into block masses, finds the fewest blocks that keep the mass asked for, and writes the lists.
+second turns them into block masses, finds how many blocks it takes for each half of the rows to keep the mass asked for
+by the other half's choice, and writes the lists.
 Masses are whole numbers, whose sums do not depend on their order: the same span has the same list in every chunk and
 batch. `tile_rows_reference` says in PyTorch what is computed.
 """
@@ -48,7 +49,11 @@ def tile_row_lists(
     turn: Turn | None = None,
     config: TileRowsConfig | HopperLogSumsConfig | None = None,
 ) -> TileSelection:
-    """Choose per span and head the fewest KV blocks that keep `budget.gamma` of the sampled rows' attention mass.
+    """Choose per span and head KV blocks that keep `budget.gamma` of the attention mass of rows that did not choose.
+
+    The even sampled rows take their blocks down to some mass, and the odd ones too: the highest mass at which the rows
+    of both keep gamma, on average, by the other's choice. The list has as many blocks as both took on average, the
+    largest by the mean of all sampled rows, which keep gamma of it.
 
     query: [num_tokens, num_q_heads, head_dim] with a contiguous last axis, on the GPU; the heads that `kv` serves.
     batch: every request has a chunk, whose keys are in their pages already. tiles, spans: of all of them.
@@ -127,7 +132,7 @@ class _SpanLaunches:
         bytes_per_kv_head = group * num_spans * rule.rows_per_span * num_blocks * 4
         heads_at_once = max(min(TILE_ROWS_MAX_BYTES // max(bytes_per_kv_head, 1), kv.num_kv_heads), 1)
         self.num_log_sums = heads_at_once * bytes_per_kv_head // 4
-        self.num_masses = heads_at_once * group * num_spans * num_blocks
+        self.num_masses = heads_at_once * group * num_spans * 2 * num_blocks
 
         # By the table's width, which an engine never changes (some have a column more): one kernel serves all prompts.
         most_blocks = max(num_blocks, batch.block_table.shape[1] * kv.page_size // tiles.block_size - 1, 32)

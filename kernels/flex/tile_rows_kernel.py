@@ -230,6 +230,14 @@ def log_sums_kernel(
 
 
 @triton.jit
+def _load_halves(mass_ptr, row, num_blocks, offs, end):
+    """Masses of the even and of the odd rows on the blocks `offs`, 0 from `end` on."""
+    even = tl.load(mass_ptr + row * 2 * num_blocks + offs, mask=offs < end, other=0)
+    odd = tl.load(mass_ptr + (row * 2 + 1) * num_blocks + offs, mask=offs < end, other=0)
+    return even, odd
+
+
+@triton.jit
 def _cut_with_count(key, wanted):
     """The largest cut that `wanted` entries reach; keys are -1 or above."""
     low = tl.zeros([], tl.int32)
@@ -281,7 +289,8 @@ def choice_kernel(
 ):
     """The lists of one span, or of one tile in no span, for SHARED query heads.
 
-    mass: [num_q_heads, num_spans, num_blocks] int32, written here first; kept: [num_q_heads, num_spans] float32.
+    mass: [num_q_heads, num_spans, 2, num_blocks] int32, of the even and the odd rows, written here first; kept:
+    [num_q_heads, num_spans] float32.
     """
     item, list_head = tl.program_id(0), tl.program_id(1)
     offs = tl.arange(0, PADDED)
@@ -320,8 +329,12 @@ def choice_kernel(
             logs = tl.load(
                 logs_ptr + (start + offs_b)[:, None] * ROWS + offs_r[None, :], mask=inside[:, None], other=float("-inf")
             )
-            mean = tl.sum(tl.exp2(logs - lse[None, :]), 1) * (UNIT / ROWS)
-            tl.store(mass_ptr + row * num_blocks + start + offs_b, (mean + 0.5).to(tl.int32), mask=inside)
+            weights = tl.exp2(logs - lse[None, :])
+            even = tl.sum(tl.where((offs_r % 2 == 0)[None, :], weights, 0.0), 1) * (UNIT / ROWS)
+            odd = tl.sum(tl.where((offs_r % 2 == 1)[None, :], weights, 0.0), 1) * (UNIT / ROWS)
+            mass_ptrs = mass_ptr + row * 2 * num_blocks + start + offs_b
+            tl.store(mass_ptrs, (even + 0.5).to(tl.int32), mask=inside)
+            tl.store(mass_ptrs + num_blocks, (odd + 0.5).to(tl.int32), mask=inside)
     tl.debug_barrier()
 
     is_past = offs < first_own
@@ -332,26 +345,27 @@ def choice_kernel(
     rank = tl.full([PADDED], -1, tl.int32)
     for member in range(SHARED):
         row = (list_head * SHARED + member).to(tl.int64) * num_spans + item
-        mass = tl.load(mass_ptr + row * num_blocks + offs, mask=offs < end, other=0)
+        even, odd = _load_halves(mass_ptr, row, num_blocks, offs, end)
+        mass = even + odd
         key = tl.where(is_free, mass, -1)
-        free_mass = tl.where(is_free, mass, 0)
+        even, odd = tl.where(is_free, even, 0), tl.where(is_free, odd, 0)
         all_mass = tl.sum(mass)
-        needed = tl.ceil(all_mass.to(tl.float32) * gamma).to(tl.int32) - (all_mass - tl.sum(free_mass))
+        needed = tl.ceil(all_mass.to(tl.float32) * gamma).to(tl.int32) - (all_mass - tl.sum(even + odd))
         low = tl.zeros([], tl.int32)
-        high = tl.maximum(tl.max(key, 0), 0) + 1
+        high = tl.max(tl.maximum(even, odd), 0) + 1
         while low + 1 < high:
             middle = low + (high - low) // 2
-            enough = tl.sum(tl.where(key >= middle, free_mass, 0)) >= needed
+            # What each half keeps of the other's choice.
+            enough = tl.sum(tl.where(odd >= middle, even, 0) + tl.where(even >= middle, odd, 0)) >= needed
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
-        missing = tl.maximum(needed - tl.sum(tl.where(key > low, free_mass, 0)), 0)
-        found = tl.sum((key > low).to(tl.int32)) + tl.where(low > 0, tl.cdiv(missing, tl.maximum(low, 1)), 0)
+        taken = tl.sum((even >= low).to(tl.int32) + (odd >= low).to(tl.int32))
+        found = tl.where(low > 0, tl.cdiv(taken, 2), tl.sum((key > 0).to(tl.int32)))
+        found = tl.where(needed <= 0, 0, found)
         found = tl.where(gamma >= 1, num_free, found)
         # The span's first tile has the shortest lists: the past and one block of its own.
         wanted = tl.minimum(tl.maximum(found, min_blocks - 1 - num_forced), num_free)
-        if wanted != found:
-            low = _cut_with_count(key, wanted)
-        chosen = chosen | _highest(key, low, wanted)
+        chosen = chosen | _highest(key, _cut_with_count(key, wanted), wanted)
         rank = tl.maximum(rank, key)
     # The last tile has the longest lists.
     room = tl.maximum(max_blocks - TILES - num_forced, 0)
@@ -369,6 +383,7 @@ def choice_kernel(
         tl.store(counts_ptr + tile_row, num_past + in_span + 1)
     for member in range(SHARED):
         row = (list_head * SHARED + member).to(tl.int64) * num_spans + item
-        mass = tl.load(mass_ptr + row * num_blocks + offs, mask=offs < end, other=0)
+        even, odd = _load_halves(mass_ptr, row, num_blocks, offs, end)
+        mass = even + odd
         kept = tl.sum(tl.where((chosen != 0) | (offs >= first_own), mass, 0))
         tl.store(kept_ptr + row, kept.to(tl.float32) / tl.sum(mass).to(tl.float32))

@@ -36,13 +36,14 @@ def span_masses(
     *,
     turn: Turn | None = None,
 ) -> torch.Tensor:
-    """Mean attention mass of each span's sampled rows on every block: [num_q_heads, num_spans, num_blocks] int32.
+    """Attention mass of each span's sampled rows on every block: [num_q_heads, num_spans, 2, num_blocks] int32.
 
-    In units of 1 / MASS_UNIT, so that sums do not depend on their order. Computed in float32. 0 for padding.
+    Even and odd rows, whose sum is the mean of all. In units of 1 / MASS_UNIT, so that sums do not depend on their
+    order. Computed in float32. 0 for padding.
     """
     num_heads, group = query.shape[1], query.shape[1] // kv.num_kv_heads
     span_len = spans.rule.span_len
-    mass = torch.zeros(num_heads, spans.num_spans, num_blocks, dtype=torch.int32)
+    mass = torch.zeros(num_heads, spans.num_spans, 2, num_blocks, dtype=torch.int32)
     keys: dict[int, torch.Tensor] = {}
     for span, (request, index, row) in enumerate(
         zip(spans.span_request.tolist(), spans.span_index.tolist(), spans.span_row.tolist(), strict=True)
@@ -66,31 +67,31 @@ def span_masses(
         if turn is not None:
             logits = torch.where(key_pos < turn.bounds(position)[:, None], scores(apply_turn(rows, turn)), logits)
         weights = logits.masked_fill_(key_pos > position[:, None], float("-inf")).softmax(-1)
-        by_block = weights.unflatten(-1, (-1, block_size)).sum(-1).mean(1)
-        mass[:, span, : by_block.shape[-1]] = (by_block * MASS_UNIT + 0.5).int()
+        by_block = weights.unflatten(-1, (-1, block_size)).sum(-1).unflatten(1, (-1, 2)).mean(1) / 2
+        mass[:, span, :, : by_block.shape[-1]] = (by_block * MASS_UNIT + 0.5).int()
     return mass
 
 
 def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget) -> TileSelection:
-    """The fewest blocks that keep `budget.gamma` of each span's mass, as lists of its tiles.
+    """The blocks that `tile_rows.tile_row_lists` says, as lists of each span's tiles.
 
-    mass: [num_q_heads, num_spans, num_blocks] int32. Of blocks of equal mass the nearest are taken.
+    mass: [num_q_heads, num_spans, 2, num_blocks] int32, of even and odd rows. Of blocks of equal mass the nearest are
+    taken.
     """
-    num_blocks = mass.shape[2]
+    num_blocks = mass.shape[3]
     tiles_per_span, group = spans.rule.span_len // tiles.block_size, budget.heads_per_list
     block = torch.arange(num_blocks)
     first_own = (spans.span_index * tiles_per_span)[:, None].long()
     is_past, is_own = block < first_own, (block >= first_own) & (block < first_own + tiles_per_span)
     is_forced, is_free = is_past & (block == 0), is_past & (block > 0)
     num_free, num_forced = is_free.sum(-1), is_forced.sum(-1)
-    whole = mass.long()
-    free = torch.where(is_free, whole, 0)
+    whole = mass.long().sum(2)
     total = torch.where(is_past | is_own, whole, 0).sum(-1)
-    needed = (total.float() * torch.tensor(budget.gamma, dtype=torch.float32)).ceil().long() - (total - free.sum(-1))
+    free = torch.where(is_free, whole, 0).sum(-1)
+    needed = (total.float() * torch.tensor(budget.gamma, dtype=torch.float32)).ceil().long() - (total - free)
     key = torch.where(is_free, whole, -1)
-    reached = torch.sort(key.flip(-1), dim=-1, descending=True, stable=True).values.clamp_min(0).cumsum(-1)
-    found = (reached < needed[..., None]).sum(-1) + 1
-    found = torch.where(needed <= 0, 0, found)
+    halves = torch.where(is_free[:, None], mass.long(), 0)
+    found = _by_halves(halves[:, :, 0], halves[:, :, 1], needed)
     if budget.gamma >= 1:
         found = num_free.expand_as(found)
     # The span's first tile has the shortest lists, the last one the longest.
@@ -103,6 +104,25 @@ def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget
     listed = (chosen | is_own).repeat_interleave(group, 0)
     kept = torch.where(listed, whole, 0).sum(-1).float() / total.float()
     return TileSelection(_lists_of(chosen, spans, tiles), kept)
+
+
+def _by_halves(even: torch.Tensor, odd: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """How many blocks it takes for both halves to keep `needed` together, each by the other's choice.
+
+    even, odd: [num_q_heads, num_spans, num_blocks] of free blocks, 0 elsewhere; needed: [num_q_heads, num_spans].
+    """
+    low, high = torch.zeros_like(needed), torch.maximum(even, odd).amax(-1) + 1
+    while bool((low + 1 < high).any()):
+        middle = (low + high) // 2
+        cut = middle[..., None]
+        enough = (torch.where(odd >= cut, even, 0) + torch.where(even >= cut, odd, 0)).sum(-1) >= needed
+        is_open = low + 1 < high
+        low = torch.where(enough & is_open, middle, low)
+        high = torch.where(~enough & is_open, middle, high)
+    taken = ((even >= low[..., None]).int() + (odd >= low[..., None]).int()).sum(-1)
+    # No choice of one half speaks for the other where no cut is enough.
+    found = torch.where(low > 0, (taken + 1) // 2, (even + odd > 0).sum(-1))
+    return torch.where(needed <= 0, 0, found)
 
 
 def _highest(key: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

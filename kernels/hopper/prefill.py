@@ -87,7 +87,6 @@ def hopper_launch(
             "HAS_FIRST_POS": batch.first_pos is not None,
             "IS_CAUSAL": causal,
             "STAGES": config.num_stages,
-            "OVERLAPS": config.overlaps,
         },
         num_warps=4,
     )

@@ -8,7 +8,8 @@ with the scale folded in. Sources: FlashAttention-3 (arXiv 2407.08608) for the r
 STRING (arXiv 2410.18745) for the turned query.
 """
 
-from farspan.kernels.hopper.tile_steps import BLOCK_N, as_operand, softmax_step, turned_query, zero_tail
+from farspan.kernels.hopper.plain_steps import plain_steps, steps_ahead
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, softmax_step, turned_query, zero_tail
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,8 +27,6 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 LN_2 = gl.constexpr(0.6931471805599453)
 # The maximum of a row that has met no key yet: below any score, and finite, because -inf - -inf is NaN.
 LOWEST = gl.constexpr(-1e30)
-# Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
-ROWS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -139,7 +138,6 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
@@ -147,8 +145,6 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    # With a turn, its rescaling beside the next product takes more registers than there are.
-    RESCALES_LATE: gl.constexpr = OVERLAPS and not HAS_TURN
     # A thread copies 16 bytes.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
@@ -195,7 +191,7 @@ def _consume(
             mask = mask & ((start + offs_n)[None, :] <= position[:, None])
         scores = gl.where(mask, scores, float("-inf"))
         weights, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+        weights = as_operand(weights, dtype, WEIGHTS)
         if kv_end - start < BLOCK_N:
             mbarrier.wait(values_full.index(0), 0)
             zero_tail(value_tiles.index(0), kv_end - start, COPY)
@@ -235,54 +231,30 @@ def _consume(
                 scores = gl.where((block * BLOCK_N + offs_n)[None, :] < bound[:, None], far, scores)
                 new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-                weights = as_operand(new_weights, dtype, WEIGHTS, False)
+                weights = as_operand(new_weights, dtype, WEIGHTS)
 
-        rescale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES))
-        if OVERLAPS:
-            mbarrier.wait(keys_full.index(first_step % STAGES), first_step // STAGES & 1, pred=first_step < num_blocks)
-        for step in range(first_step, num_blocks):
-            stage = step % STAGES
-            before = (step - 1) % STAGES
-            rotation = CONSUMER
+        far_end = first_step
+        if HAS_TURN:
+            far_end = first_step + num_far
+        if HEAD_DIM <= 64:
+            acc, row_max, row_sum = steps_ahead(
+                CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
+            )  # fmt: skip
+        else:
             if HAS_TURN:
-                # The far blocks come first.
-                rotation = gl.where(step - first_step < num_far, 2 + CONSUMER, CONSUMER)
-            if not OVERLAPS:
-                mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
-            scores = warpgroup_mma(
-                query_tiles.index(rotation),
-                key_tiles.index(stage).permute([1, 0]),
-                no_scores,
-                use_acc=False,
-                is_async=True,
-            )
-            mbarrier.wait(values_full.index(before), (step - 1) // STAGES & 1)
-            if RESCALES_LATE:
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-            next_acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            mbarrier.arrive(keys_empty.index(stage), count=1)
-            new_weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-            if OVERLAPS:
-                # Without a wait here the assembler moves the exponentials behind the product that they run beside.
-                new_weights = as_operand(new_weights, dtype, WEIGHTS, True)
-                following = step + 1
-                mbarrier.wait(keys_full.index(following % STAGES), following // STAGES & 1, pred=following < num_blocks)
-            acc, weights = warpgroup_mma_wait(0, deps=(next_acc, weights))
-            mbarrier.arrive(values_empty.index(before), count=1)
-            if not RESCALES_LATE:
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-            if OVERLAPS:
-                weights = new_weights
-            else:
-                weights = as_operand(new_weights, dtype, WEIGHTS, False)
-
-        if RESCALES_LATE:
-            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-        before = (num_blocks - 1) % STAGES
-        mbarrier.wait(values_full.index(before), (num_blocks - 1) // STAGES & 1)
-        acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+                weights, acc, row_max, row_sum = plain_steps(
+                    query_tiles.index(2 + CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full,
+                    values_empty, weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, STAGES,
+                )  # fmt: skip
+            weights, acc, row_max, row_sum = plain_steps(
+                query_tiles.index(CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
+                weights, acc, row_max, row_sum, far_end, num_blocks, num_blocks, scale_log2, STAGES,
+            )  # fmt: skip
+            before = (num_blocks - 1) % STAGES
+            mbarrier.wait(values_full.index(before), (num_blocks - 1) // STAGES & 1)
+            acc = warpgroup_mma(weights, value_tiles.index(before), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
 
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
@@ -337,13 +309,12 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
     keys, values: descriptors of rows [num_rows, head_dim]. page_rows, head_rows: rows from one page, and from one KV
     head, to the next. PAGE_SIZE 0 means one page per request. heads_in_a_row: query heads whose programs of a tile are
-    neighbours. OVERLAPS: see `HopperPrefillConfig`.
+    neighbours.
     """
     HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
     # The longest tiles come first.
@@ -444,7 +415,6 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    OVERLAPS,
                 ),
             ),
             (
@@ -454,7 +424,6 @@ def hopper_prefill_kernel(
                     query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
-                    OVERLAPS,
                 ),
             ),
         ],

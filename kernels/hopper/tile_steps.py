@@ -6,6 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 # Keys of a step, and of a block of a list.
 BLOCK_N = gl.constexpr(128)
+# Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
+ROWS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -28,11 +30,9 @@ def turned_query(query, query_ptrs, cos_ptr, sin_ptr, offs_d, mask, HALF_ROTARY:
 
 
 @gluon.jit
-def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, PACK: gl.constexpr):
-    """Weights as the tensor cores take them. PACK: convert pairs here, and not where the product needs them."""
-    if not PACK:
-        weights = weights.to(dtype)
-    elif dtype == gl.bfloat16:
+def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weights as the tensor cores take them, converted in pairs: Triton's own conversion takes two instructions."""
+    if dtype == gl.bfloat16:
         weights = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [weights], dtype=gl.bfloat16, is_pure=True, pack=2
         )
@@ -45,7 +45,7 @@ def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, PACK: gl.cons
 
 @gluon.jit
 def softmax_step(scores, row_max, row_sum, scale_log2):
-    """Weights of a tile's scores, and the running softmax with them in it."""
+    """Weights of a tile's scores, the factor on what there was before, and the running softmax with them in it."""
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)

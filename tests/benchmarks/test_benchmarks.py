@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from farspan.engine_ext.errors import ConfigError
 
+from benchmarks import fp8_drift, peers
 from benchmarks.engine import TINY_LLAMA, EngineSpec, Request, measure_in_turns
 from benchmarks.gate import attend_rows, check_attention, sample_rows
 from benchmarks.inputs import TINY, make_paged_batch
-from benchmarks.readme_table import Table, latest_run
+from benchmarks.readme_table import Table, format_table, latest_run
+from benchmarks.real import Inputs
 from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
 
 CONTRACT = "run_id,date,commit,gpu,driver,torch,triton,vllm,benchmark,case,variant,metric,unit,p20,p50,p80"
@@ -52,10 +55,44 @@ def test_a_table_shows_the_latest_run_of_its_cases() -> None:
     assert [row.run_id for row in latest_run(recorder.rows, table)] == ["1"]
 
 
+def test_a_heading_names_every_gpu_and_version_of_its_rows() -> None:
+    recorder = Recorder(None, ENVIRONMENT)
+    for run_id, vllm in (("1", "0.32"), ("2", "0.32"), ("3", "0.33")):
+        recorder.environment = replace(ENVIRONMENT, run_id=run_id, vllm=vllm)
+        recorder.add("ttft", f"n{run_id}00", "farspan", "time", "ms", [1.0])
+    heading, *_ = format_table(recorder.rows, Table("ttft", "time", "First token")).splitlines()
+    assert heading == (
+        "**First token**, ms (some GPU, vLLM 0.32, torch 2.11, Triton 3.6; runs 1, 2; "
+        "some GPU, vLLM 0.33, torch 2.11, Triton 3.6; run 3)"
+    )
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Recorder(None, ENVIRONMENT).add("decode", "n100", "farspan", "time", "ms", [3.0])
     assert not list(tmp_path.iterdir())
+
+
+def test_peers_that_are_missing_have_a_reason_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"vllm.vllm_flash_attn": "no operators", "flashinfer": "no flashinfer"}
+    monkeypatch.setattr(peers, "why_missing", reasons.get)
+    assert peers.missing() == "fa3 and triton_attn are not here (no operators); flashinfer is not here (no flashinfer)"
+
+
+def test_fp8_drift_fails_where_this_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM's own may be left out."""
+
+    def read_all(inputs: object, options: object, cache: dict[str, str]) -> dict[int, list[object]]:
+        if cache["kv_cache_dtype"] == "fp8" and options == refused:
+            raise ConfigError("no fp8 here")
+        return {}
+
+    monkeypatch.setattr(fp8_drift, "read_all", read_all)
+    inputs, refused = Inputs("model", (), "label", (1024,), 1, 0), fp8_drift.BACKENDS["vllm"]
+    fp8_drift.measure(Recorder(None, ENVIRONMENT), inputs)
+    refused = fp8_drift.BACKENDS["farspan"]
+    with pytest.raises(BenchmarkError, match="farspan with kv_cache_dtype='fp8': no fp8 here"):
+        fp8_drift.measure(Recorder(None, ENVIRONMENT), inputs)
 
 
 @pytest.mark.parametrize(

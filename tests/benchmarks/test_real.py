@@ -81,6 +81,9 @@ def test_rows_may_drift_either_way_and_make_a_table() -> None:
     assert "r0" not in table
     on_gpu = [replace(row, gpu="some GPU", case=row.case.replace("fp32", "bf16")) for row in recorder.rows]
     assert "fp32" not in format_real([*recorder.rows, *on_gpu])
+    later = [replace(row, run_id="r2", gpu="new GPU", vllm="0.33", case="n99999-m-bf16") for row in on_gpu]
+    heading = format_real([*on_gpu, *later]).splitlines()[0]
+    assert heading.endswith("; some GPU, vLLM 0.32 (r1); new GPU, vLLM 0.33 (r2)")
     assert format_real([]) == ""
 
 

@@ -10,12 +10,13 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex.spans import make_spans
 from farspan.kernels.flex.tile_rows_reference import tile_row_lists
 from farspan.kernels.tiles import make_prefill_tiles
+from farspan.kernels.tuning import TILE_ROWS_LOST_SHARE
 
 from benchmarks.rules import Rule, coverage_of, kept_blocks, lists_of, row_masses
 
 CPU = torch.device("cpu")
 NUM_TOKENS, BLOCK, SCALE = 1800, 128, 0.25
-BUILT = Rule("", 128, min_blocks=3)
+BUILT = Rule("", 128, min_blocks=3, lost=TILE_ROWS_LOST_SHARE, halves=True)
 
 
 def peaked_inputs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The benchmark of servers: what it sends, what it reads from `vllm bench serve`, and what it says."""
 
+import contextlib
 import json
 import sys
 import time
@@ -71,6 +72,24 @@ def test_times_between_tokens_may_be_missing(capsys: pytest.CaptureFixture[str])
     assert "tpot left out" in told
     assert "total 1.000, ttft 1.000; goal 1.02 reached" in told
     assert ("farspan", "tpot-2x1024to8192-x") not in {(row.variant, row.case) for row in found.rows}
+
+
+def test_two_servers_get_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the system offers a port again, on which the first server does not listen yet."""
+    offered = iter([5000, 5000, 5001])
+
+    class Socket(contextlib.nullcontext[Any]):
+        def __init__(self) -> None:
+            super().__init__(self)
+
+        def bind(self, address: Any) -> None:
+            assert address == ("127.0.0.1", 0)
+
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", next(offered)
+
+    monkeypatch.setattr(serve.socket, "socket", Socket)
+    assert [serve.free_port(), serve.free_port()] == [5000, 5001]
 
 
 def test_a_server_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,21 @@
 """The tables of docs/star.md are those of the rows, and what they show is what the rows say."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.record import Environment, Recorder, Row, read_rows
-from benchmarks.star_tables import TABLES, all_tables, answer_tables, gpu_rows, measured_table, rates_of_rows
+from benchmarks.star_tables import (
+    TABLES,
+    all_tables,
+    answer_tables,
+    gpu_rows,
+    measured_table,
+    prediction_table,
+    rates_of_rows,
+    real_tables,
+)
 
 ENVIRONMENT = Environment("20261128-abc", "2026-11-28", "0123", "some GPU", "1.2", "2.11", "3.6", "0.32")
 
@@ -47,6 +57,31 @@ def test_rates_are_those_behind_the_times() -> None:
     # Of the 0.9 s at 64K, 0.45 are attention: they grow to 1.8 of 2.7 s.
     assert rates.attention_tflops == pytest.approx(2 * 32 * 128 * 8 * 65536**2 / 0.45e12)
     assert rates_of_rows([])[1] == "those of `farspan plan`"
+
+
+def test_the_model_is_held_against_what_was_measured() -> None:
+    found = rows()
+    lines = prediction_table(found, rates_of_rows(found)[0]).splitlines()
+    # A perfect half took half of one GPU's time; the model adds the link. Of Star its first phase counts.
+    assert re.fullmatch(r"\| tensor parallel 2, FlashAttention 3 \| 0\.45, 0\.9\d× \| 1\.35, 0\.9\d× \|", lines[4])
+    assert lines[5].startswith("| Star, blocks of N/4 | 0.00, 0.00×")
+    assert len(lines) == 6
+
+
+def test_checkpoints_have_a_line_a_text_and_length() -> None:
+    recorder = Recorder(None, ENVIRONMENT)
+    for run_id, questions, right in (("1", 4, 0.5), ("2", 8, 0.75)):
+        recorder.environment = replace(ENVIRONMENT, run_id=run_id)
+        for variant in ("dense", "star-n8") if run_id == "1" else ("dense", "star-n4"):
+            recorder.add("star", f"n8192-niah_single-small-bf16-q{questions}", variant, "accuracy", "fraction", [right])
+    recorder.add("star", "n16384-small-code-bf16", "star-n4", "drift", "nats/token", [-0.3, -0.1])
+    table = real_tables(recorder.rows)
+    # Another run asked other questions.
+    assert "| | tokens | questions | dense | N/4 |" in table.replace("|  |", "| |")
+    assert "| `niah_single-small` | 8K | 8 | 75 | 75 |" in table
+    assert "| `small-code` | 16K | -0.2000 ± 0.1000 |" in table
+    assert answer_tables(recorder.rows) == ""
+    assert gpu_rows([*rows(), *recorder.rows]) == rows()
 
 
 def test_answers_have_a_column_a_case() -> None:

@@ -50,7 +50,10 @@ MISTAKES = {
     "unknown-nested-option": (flex(gama=0.9), ".prefill.gama=0.9; allowed: no option of that name"),
     "unknown-kernel": ({"kernel": "fa2"}, ".kernel='fa2'; allowed: one of 'auto', 'triton', 'fa3'"),
     "unknown-method": ({"prefill": {"method": "flx"}}, ".prefill.method='flx'; allowed: one of 'dense', 'flex'"),
-    "missing-method": ({"prefill": {"gamma": 0.9}}, ".prefill.method=None; allowed: one of"),
+    "missing-method": (
+        {"prefill": {"gamma": 0.9}},
+        ".prefill.method=None; allowed: one of 'dense', 'flex', 'block_sparse'. Name one beside the others.",
+    ),
     "wrong-type": (flex(gamma="0.9"), ".prefill.gamma='0.9'; expected `float`, got `str`"),
     "gamma-range": (flex(gamma=1.5), ".prefill.gamma=1.5; allowed: a number in (0, 1]. Use 0.95"),
     "gamma-nan": (flex(gamma=float("nan")), ".prefill.gamma=nan; allowed: a number in (0, 1]"),

@@ -1,5 +1,6 @@
 """The examples run, and the demo says what it promises."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +78,61 @@ def test_engines_under_ray_answer_a_file(tmp_path: Path) -> None:
     assert found[1]["text"]
     # Too long a prompt spoils its own answer alone.
     assert "2048" in found[2]["error"]
+
+
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_engines_share_the_memory_of_a_machine_without_gpus(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself vLLM asks for 92 % of it, which a second engine is refused."""
+    from examples.ray_batch import Engine
+
+    found: list[str | None] = []
+    fake = SimpleNamespace(LLM=lambda *args, **kwargs: found.append(os.environ.get("VLLM_CPU_KVCACHE_SPACE")))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    # Set first, so that it is put back.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", asked or "")
+    if asked is None:
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    Engine("model", {}, None)
+    assert found == [asked or "1"]
+
+
+def test_the_star_job_asks_its_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a submitted job runs, up to the hosts: the cluster is the one around it, and hosts go to all machines."""
+    from examples import star_job
+    from tests.integration.star.test_command import TIMES
+
+    asked: dict[str, Any] = {}
+
+    class Llm(contextlib.AbstractContextManager[Any]):
+        def __init__(self, model: str, hosts: int, **arguments: Any) -> None:
+            asked.update(model=model, hosts=hosts, **arguments)
+
+        def generate(self, context: str, query: str, params: Any) -> Any:
+            asked.update(context=context, query=query, max_tokens=params.max_tokens)
+            return star_job_output(TIMES)
+
+        def __exit__(self, *error: object) -> None:
+            asked["closed"] = True
+
+    context = tmp_path / "report.txt"
+    context.write_text("costs rose")
+    monkeypatch.setattr(star_job, "StarLLM", Llm)
+    options = ["--hosts", "4", "--tensor-parallel-size", "2", "--query", "why?", "--max-model-len", "4096"]
+    monkeypatch.setattr(sys, "argv", ["star_job.py", "org/model", "--context", str(context), *options])
+    assert star_job.main() == 0
+    assert "They rose." in capsys.readouterr().out
+    engine = {"tensor_parallel_size": 2, "max_model_len": 4096, "address": "auto", "strategy": "SPREAD"}
+    question = {"context": "costs rose", "query": "why?", "max_tokens": 512}
+    assert asked == {"model": "org/model", "hosts": 4, "closed": True} | engine | question
+
+
+def star_job_output(times: Any) -> Any:
+    """An answer without any host."""
+    from farspan.star.output import StarOutput
+
+    return StarOutput([7], "They rose.", "stop", None, None, times, 5)
 
 
 class Stub:

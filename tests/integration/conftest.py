@@ -143,3 +143,18 @@ def make_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
 def make_module_llm(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     """Make engines that live as long as the module, which may then not use `make_llm`; see there."""
     yield from engine_maker(model_dirs)
+
+
+@pytest.fixture
+def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are scheduled before the ones before them have ended, which vLLM switches off on a CPU."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    stock = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(check_and_update_config))

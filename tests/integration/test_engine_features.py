@@ -180,3 +180,24 @@ def test_features(engine: tuple[str, Any], stock: dict[str, Any], adapter: Path,
         assert found == pytest.approx(stock[feature], abs=1e-3)
     else:
         assert found == stock[feature]
+
+
+def test_async_scheduling(
+    engine: tuple[str, Any],
+    start: Callable[[str | None], Any],
+    stock: dict[str, Any],
+    adapter: Path,
+    async_scheduling: None,
+) -> None:
+    """Preempted requests too; what string gives is what it gives without."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    method, without = engine
+    features = (plain, preemption)
+    expected = [each(without, adapter) if method == "string" else stock[each.__name__] for each in features]
+    llm = start(method)
+    core = llm.llm_engine.engine_core.engine_core
+    assert isinstance(core.scheduler, AsyncScheduler)
+    assert core.batch_queue is not None
+    assert [each(llm, adapter) for each in features] == expected
+    llm.llm_engine.engine_core.shutdown()

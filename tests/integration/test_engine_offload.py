@@ -64,8 +64,10 @@ def offloading(
 
 
 def offload_state(llm: Any) -> dict[str, Any]:
-    """What the worker tells after it checked its pools."""
-    (state,) = llm.collective_rpc("offload_state")
+    """What the workers tell, all the same, after they and the scheduler checked their tables."""
+    state, *others = llm.collective_rpc("offload_state")
+    assert others == [state] * len(others)
+    llm.llm_engine.engine_core.engine_core.scheduler._residency.check_integrity()
     return state
 
 
@@ -91,8 +93,13 @@ PROMPTS = make_prompts((1, 15, 16, 17, 130, 300, 700))
 
 
 @pytest.mark.parametrize("num_slots", [9, 40, BLOCKS], ids=["least", "some", "all"])
-def test_slots(make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int) -> None:
+def test_slots(
+    make_llm: Callable[..., Any], stock_tokens: Any, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("farspan.vllm_compat.offload.warn_of_ordinary_memory", told.append)
     llm = make_llm(**offloading(num_slots))
+    assert told == ["cpu"]
     assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
     state = offload_state(llm)
     assert state["num_slots"] == num_slots
@@ -122,10 +129,10 @@ def test_vllms_own_offloading_holds_a_request_in_gpu_memory(make_llm: Callable[.
 @pytest.mark.parametrize(
     ("architecture", "heads", "hot", "group_size"),
     [
-        ("llama", 2, 1, 1), ("llama", 2, 0, 2), ("qwen3", 4, 2, 2), ("qwen3", 4, 1, 2), ("qwen3", 4, [4, 1], 1),
-        ("qwen2", 1, 0, 1),
+        ("llama", 2, 1, 1), ("llama", 2, 0, 2), ("qwen3", 4, 2, 2), ("qwen3", 4, 1, 2), ("qwen3", 4, 3, 1),
+        ("qwen3", 4, [4, 1], 1), ("qwen2", 1, 0, 1),
     ],
-    ids=["half", "together", "half-of-four", "one-of-four", "by-layer", "only-head"],
+    ids=["half", "together", "half-of-four", "one-of-four", "all-but-one", "by-layer", "only-head"],
 )  # fmt: skip
 def test_hot_heads(
     make_llm: Callable[..., Any], stock_tokens: Any, architecture: str, heads: int, hot: Any, group_size: int
@@ -296,7 +303,7 @@ def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     arguments = spanning(64, 9, heads=1)
     arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
     llm = make_llm(**arguments, tensor_parallel_size=2)
-    assert generate(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
+    assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
     assert [each["offload"]["staging_pages"] for each in llm.collective_rpc("decisions")] == [9, 9]
     one, other = llm.collective_rpc("offload_state")
     assert one == other
@@ -317,13 +324,27 @@ def one_by_one(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
     "options", [FLEX, MASK, STRING, {**STRING, **FLEX}], ids=["flex", "block_sparse", "string", "string-flex"]
 )
 def test_methods_give_what_they_give_without_offload(make_llm: Callable[..., Any], options: dict[str, Any]) -> None:
-    arguments = {"block_size": PAGE, "max_model_len": MAX_LEN, "max_num_batched_tokens": 200, "max_num_seqs": 16}
+    """Prompts alone, the last ones with prefixes that lie on the host; then together."""
+    (long, other) = make_prompts((500, 420), seed=5)
+    prompts = [*PROMPTS, long, [*long[:160], *other[:50]], [*long[:450], *other[:200]], long]
+    arguments = {
+        "block_size": PAGE,
+        "max_model_len": MAX_LEN,
+        "max_num_batched_tokens": 200,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": BLOCKS,
+        "enable_prefix_caching": True,
+    }
     plain = make_llm("qwen3", additional_config={"farspan": options}, **arguments)
-    expected = one_by_one(plain, PROMPTS)
+    expected = one_by_one(plain, prompts)
     plain.llm_engine.engine_core.shutdown()
-    llm = make_llm("qwen3", **offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options))
-    assert one_by_one(llm, PROMPTS) == expected
-    assert run_checked(llm, PROMPTS)
+    offloaded = offloading(20, heads=4, hot=1, tokens=200, group_size=2, farspan=options, enable_prefix_caching=True)
+    llm = make_llm("qwen3", **offloaded)
+    assert one_by_one(llm, prompts) == expected
+    (output,) = run(llm, [long])
+    assert output.num_cached_tokens == 496
+    together = run_checked(llm, prompts)
+    assert options != STRING or together == expected
     assert min(offload_state(llm)["spilled"], offload_state(llm)["staged"]) > 0
 
 

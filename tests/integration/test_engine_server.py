@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,49 @@ from tests.integration.test_engine_tokens import generate, make_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
-START_LIMIT_S = 180
+START_LIMIT_S = 300
 DASHBOARD = Path(__file__).resolve().parents[2] / "examples" / "grafana.json"
 PROMPTS = make_prompts((5, 300, 900), seed=11)
 
 
-@pytest.fixture
-def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
-    """An `openai` client of a running server; the server's log must name our backend."""
+@contextmanager
+def serving(model: Path, tmp_path: Path, options: dict[str, Any], *more: str) -> Iterator[tuple[Any, Path]]:
+    """An `openai` client of a running server with these options of farspan, and the server's log."""
     import openai
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path / "server.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dirs("llama"))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--attention-backend", "CUSTOM", "--served-model-name", "tiny", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--num-gpu-blocks-override", "128"]
-    # Sparse prefill that lists every block, so that its tokens are those of exact attention.
-    prefill = {"gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}
-    options = {"preset": "fast", "prefill": prefill, "offload": {"host_memory": 0.2}}
-    command += ["--additional-config", json.dumps({"farspan": options})]
-    command += ["--worker-extension-cls", EXTENSION]
+    command += ["--additional-config", json.dumps({"farspan": options}), *more]
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
             wait_until_up(client, process, log)
-            yield client
-            check_start_line(log.read_text())
+            yield client, log
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+@pytest.fixture
+def server(model_dirs: Callable[[str], Path], tmp_path: Path) -> Iterator[Any]:
+    """An `openai` client of a running server; the server's log must name our backend."""
+    # Sparse prefill that lists every block, so that its tokens are those of exact attention.
+    prefill = {"gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}
+    options = {"preset": "fast", "prefill": prefill, "offload": {"host_memory": 0.2}}
+    with serving(model_dirs("llama"), tmp_path, options, "--worker-extension-cls", EXTENSION) as (client, log):
+        yield client
+        check_start_line(log.read_text())
 
 
 def check_start_line(log: str) -> None:
@@ -150,3 +161,27 @@ def read_density(server: Any) -> None:
     ]
     assert all(row["density"] >= 1 and row["coverage"] == pytest.approx(1) for row in found)
     assert rows() == []
+
+
+def test_data_parallel(make_llm: Any, model_dirs: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each of two replicas gives the tokens of one engine, sparsely and densely, and has half of the host memory."""
+    import httpx
+
+    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}
+    options = {"prefill": prefill, "string": {"shift": 64, "window": 16}, "offload": {"host_memory": 0.2}}
+    dense = {"farspan.method": "dense"}
+    single = make_llm(additional_config={"farspan": options}, num_gpu_blocks_override=128)
+    expected = generate(single, PROMPTS, 12)
+    with serving(model_dirs("llama"), tmp_path, options, "--data-parallel-size", "2") as (client, log):
+        for rank in ("0", "1"):
+            for body in ({"ignore_eos": True}, {"ignore_eos": True, "vllm_xargs": dense}):
+                ask = {"model": "tiny", "temperature": 0, "max_tokens": 12, "extra_body": body}
+                ask["extra_headers"] = {"X-data-parallel-rank": rank}
+                found = [client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in PROMPTS]
+                assert [text.split() for text in found] == [[f"t{token}" for token in tokens] for tokens in expected]
+        scrape = httpx.get(str(client.base_url.join("/metrics"))).raise_for_status().text
+        for rank in ("0", "1"):
+            (tokens,) = re.findall(rf'^vllm:prompt_tokens_total{{engine="{rank}".*}} (\S+)$', scrape, re.MULTILINE)
+            assert float(tokens) == 2 * sum(map(len, PROMPTS))
+        first, second = re.findall(r"farspan attention on cpu: (\{.*\})$", log.read_text(), flags=re.MULTILINE)
+    assert json.loads(first) == json.loads(second)

@@ -25,11 +25,12 @@ def mask_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("method", ["string", "block_sparse", "flex"])
+@pytest.mark.parametrize("method", ["dense", "string", "block_sparse", "flex"])
 def test_same_tokens_after_sleep(
     make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, mask_file: Path, method: str, level: int
 ) -> None:
     options: dict[str, dict[str, Any]] = {
+        "dense": {},
         "string": {"string": {"shift": 64, "window": 16}},
         "block_sparse": {"prefill": {"method": "block_sparse", "pattern": "file", "mask_file": str(mask_file)}},
         "flex": {"prefill": {"method": "flex", "gamma": 0.6, "min_budget": 0, "min_seq_len": 0, "min_chunk_len": 0}},

@@ -41,8 +41,14 @@ def star_llm(make_llm: Any, **kwargs: Any) -> Any:
     return make_llm(**{**options, **kwargs})
 
 
-@pytest.mark.parametrize("chunk", [48, 2048])
-def test_blocks_on_one_host_give_the_oracles_tokens(make_llm: Any, model_dirs: Any, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "scheduling"), [(48, ""), (2048, ""), (48, "async_scheduling")], ids=["48", "2048", "48-async_scheduling"]
+)
+def test_blocks_on_one_host_give_the_oracles_tokens(
+    make_llm: Any, model_dirs: Any, request: pytest.FixtureRequest, chunk: int, scheduling: str
+) -> None:
+    if scheduling:
+        request.getfixturevalue(scheduling)
     folder: Path = model_dirs("llama")
     expected = StarLlama(folder, CONTEXT_LEN, BLOCK_LEN, ANCHOR_LEN).generate(PROMPT, MAX_TOKENS)
     exact = StarLlama(folder, CONTEXT_LEN, CONTEXT_LEN, ANCHOR_LEN).generate(PROMPT, MAX_TOKENS)

@@ -88,7 +88,7 @@ def test_shorter_steps_make_room_and_wait(llama: str, capsys: pytest.CaptureFixt
     assert answer["max_num_batched_tokens"] == 4096
     (prediction,) = answer["with_offload"]["predictions"]
     # Buffers for a span of the context leave room for long steps; those for all of it do not.
-    assert 0 < prediction["waiting_s"] < 0.02 * prediction["first_token_s"]
+    assert 0 < prediction["waiting_s"] < 0.06 * prediction["first_token_s"]
     assert 4096 < prediction["span_len"] < prediction["context"] / 2
     assert prediction["staging_bytes"] == 2 * prediction["span_len"] * 512
     shorter = plan(capsys, *arguments, "--context", "1M", "--max-num-batched-tokens", "1024")

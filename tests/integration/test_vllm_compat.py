@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from farspan.engine_ext.config import DensePrefill, parse_config
 from farspan.engine_ext.plan import StepPlan
+from farspan.vllm_compat.offload import warn_of_ordinary_memory
 from farspan.vllm_compat.runner import RunnerSource, RunnerState, running, running_runner, state_of
 from farspan.vllm_compat.wrapping import wrap_once
 
@@ -87,6 +88,17 @@ def test_a_bad_override_does_not_end_the_worker(caplog: pytest.LogCaptureFixture
     state.update(step(a={"farspan.gamma": 7}))
     assert state.overrides == {}
     assert "request a prefills by the engine's options: farspan.gamma=7" in caplog.text
+
+
+def test_memory_that_cannot_be_pinned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *values: told.append(text % values))
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
+    warn_of_ordinary_memory("cuda")
+    assert not told
+    warn_of_ordinary_memory("cpu")
+    assert len(told) == 1
+    assert "as the platform 'cpu' has none that can be pinned" in told[0]
 
 
 def make_source(runner: Any, *, is_v2: bool) -> RunnerSource:

@@ -181,14 +181,18 @@ class Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("is_shifted", [False, True], ids=["plain", "string"])
+# The last ones turn all keys of a page and no more, some of the first page, and none.
+@pytest.mark.parametrize("shift", [None, 100, 936, 996, 1200])
 @pytest.mark.parametrize(
     "ids",
     [[*range(2, 18)], [*range(17, 1, -1)], [*range(9, 5, -1), *range(10, 18), *range(2, 6)], [*range(2, 34, 2)]],
     ids=["up", "down", "runs", "apart"],
 )
-def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool, ids: list[int]) -> None:
+def test_pages_that_follow_each_other_are_read_in_place(
+    monkeypatch: pytest.MonkeyPatch, shift: int | None, ids: list[int]
+) -> None:
     """A long request alone, whose last page is not full; the pages around its own hold NaN."""
+    monkeypatch.setattr(module, "MAX_RUNS", 8)
     shuffled = make_batch([1], [1000], page_size=64)
     own = shuffled.block_table[0, :16].long()
     pages = torch.full((36, *shuffled.kv_cache.shape[1:]), float("nan"))
@@ -197,7 +201,7 @@ def test_pages_that_follow_each_other_are_read_in_place(is_shifted: bool, ids: l
     table[0, :16] = torch.tensor(ids, dtype=torch.int32)
     batch = replace(shuffled, kv_cache=pages, block_table=table)
     inv_freq = inverse_frequencies(64)
-    turn = make_shift(inv_freq, 100, 16, True, torch.device("cpu")) if is_shifted else None
+    turn = make_shift(inv_freq, shift, 16, True, torch.device("cpu")) if shift is not None else None
     expected = reference_attention(batch) if turn is None else string_reference(batch, turn, inv_freq)
     assert_attention_close(*attend(shuffled, turn=turn), *expected, torch.float32)
     with Copies(pages) as copies:

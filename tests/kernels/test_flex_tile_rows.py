@@ -192,26 +192,33 @@ def log_sums_of(batch: Inputs, case: Case, spans: Spans, block: int) -> torch.Te
     return torch.logsumexp(logits * 0.6931471805599453, -1).float() / 0.6931471805599453
 
 
-def test_a_choice_takes_the_fewest_and_of_equals_the_nearest() -> None:
+def test_a_choice_takes_what_half_of_the_rows_ask_of_the_other_half() -> None:
     """Masses by hand: span 2 of two tiles, so blocks 0 to 3 are the past and 4 and 5 its own."""
     tiles = make_prefill_tiles([0, 128], [384], 64, torch.device("cpu"))
     spans = make_spans([0, 128], [384], tiles, SpanRule(128, 16))
-    unit = tile_rows_reference.MASS_UNIT // 100
+    unit = tile_rows_reference.MASS_UNIT // 200
 
-    def chosen(masses: list[int], gamma: float, **limits: int) -> list[list[int]]:
-        mass = torch.zeros(1, spans.num_spans, 6, dtype=torch.int32)
-        mass[0, 0] = torch.tensor(masses, dtype=torch.int32) * unit
+    def chosen(even: list[int], odd: list[int], gamma: float, **limits: int) -> list[list[int]]:
+        mass = torch.zeros(1, spans.num_spans, 2, 6, dtype=torch.int32)
+        mass[0, 0] = torch.tensor([even, odd], dtype=torch.int32) * unit
         budget = Budget(gamma, 0.0, limits.get("least", 0), limits.get("most", NO_LIMIT))
         return lists_of(tile_rows_reference.choose(mass, spans, tiles, budget))[0]
 
-    masses = [50, 20, 6, 4, 10, 10]
-    assert chosen(masses, 0.69) == [[0, 4], [0, 4, 5]]
-    assert chosen(masses, 0.71) == [[0, 1, 4], [0, 1, 4, 5]]
-    assert chosen(masses, 0.93) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
-    assert chosen(masses, 1.0) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
-    assert chosen(masses, 0.1, least=4) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
-    assert chosen(masses, 1.0, most=4) == [[0, 1, 4], [0, 1, 4, 5]]
-    assert chosen([40, 10, 10, 20, 10, 10], 0.85) == [[0, 2, 3, 4], [0, 2, 3, 4, 5]]
+    same = [50, 20, 6, 4, 10, 10]
+    assert chosen(same, same, 0.69) == [[0, 4], [0, 4, 5]]
+    assert chosen(same, same, 0.71) == [[0, 1, 4], [0, 1, 4, 5]]
+    assert chosen(same, same, 0.93) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
+    assert chosen(same, same, 1.0) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert chosen(same, same, 0.1, least=4) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
+    assert chosen(same, same, 1.0, most=4) == [[0, 1, 4], [0, 1, 4, 5]]
+    # Of equals the nearest are listed.
+    even, odd = [40, 12, 9, 19, 10, 10], [40, 9, 12, 19, 10, 10]
+    assert chosen(even, odd, 0.75) == [[0, 3, 4], [0, 3, 4, 5]]
+    assert chosen([41, 11, 10, 18, 10, 10], [41, 10, 11, 18, 10, 10], 0.9) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    # Blocks 0, 4 and 5 have 60; 1 and 2 have 28 of one half each, and nothing of the other: 1 alone would keep 74.
+    assert chosen([60, 28, 2, 0, 5, 5], [60, 2, 28, 0, 5, 5], 0.72) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
+    # What no half knows of the other keeps everything that has any mass.
+    assert chosen([60, 30, 0, 0, 5, 5], [60, 0, 30, 0, 5, 5], 0.72) == [[0, 1, 2, 4], [0, 1, 2, 4, 5]]
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

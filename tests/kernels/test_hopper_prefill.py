@@ -20,8 +20,7 @@ from tests.kernels.helpers import (
 
 BF16 = torch.bfloat16
 Config = HopperPrefillConfig | PrefillConfig
-HOPPER = HopperPrefillConfig(heads_in_a_row=2, num_stages=2, overlaps=False)
-FORMS = [pytest.param(replace(HOPPER, overlaps=overlaps), id=f"overlaps{overlaps:d}") for overlaps in (False, True)]
+HOPPER = HopperPrefillConfig(heads_in_a_row=2, num_stages=2)
 PORTABLE = PrefillConfig(128, 1, 64, 8, 3, use_tma=False)
 
 
@@ -57,24 +56,35 @@ def hopper(device: torch.device) -> torch.device:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", FORMS)
 @pytest.mark.parametrize(
     ("causal", "head_dim", "dtype"),
     [(True, 128, BF16), (False, 128, BF16), (True, 128, torch.float16), (True, 64, BF16)],
     ids=["causal", "full", "float16", "d64"],
 )
-def test_dense_equals_the_reference(
-    hopper: torch.device, causal: bool, head_dim: int, dtype: torch.dtype, config: HopperPrefillConfig
-) -> None:
+def test_dense_equals_the_reference(hopper: torch.device, causal: bool, head_dim: int, dtype: torch.dtype) -> None:
     batch = draw(hopper, [1000, 63, 1, 129], [1000, 1063, 500, 129], head_dim=head_dim, dtype=dtype)
-    assert_attention_close(*prefill(batch, config, causal=causal), *reference_attention(batch, causal=causal), dtype)
+    assert_attention_close(*prefill(batch, causal=causal), *reference_attention(batch, causal=causal), dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", FORMS)
-def test_every_run_gives_the_same(hopper: torch.device, config: HopperPrefillConfig) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("growth", [0.02, 1.0], ids=["slow", "fast"])
+def test_maxima_that_grow_from_block_to_block(hopper: torch.device, head_dim: int, growth: float) -> None:
+    """The output is rescaled only when a row's maximum has grown much: here now and then, or in every block."""
+    batch = draw(hopper, [200, 65], [1100, 300], head_dim=head_dim)
+    for request, chunk_start in enumerate([900, 235]):
+        # Blocks of the chunk are computed first.
+        for block in range(chunk_start // 128):
+            batch.kv_cache[batch.block_table[request, block], ..., :head_dim] *= 1 + growth * block
+    assert_attention_close(*prefill(batch), *reference_attention(batch), BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "num_stages"), [(64, 2), (64, 4), (128, 2), (128, 3)])
+def test_every_run_gives_the_same(hopper: torch.device, head_dim: int, num_stages: int) -> None:
     """Buffers are refilled while others are read; a missing barrier would show as a difference now and then."""
-    batch = draw(hopper, [4000], [9000], num_heads=32, num_kv_heads=8)
+    config = replace(HOPPER, num_stages=num_stages)
+    batch = draw(hopper, [4000], [9000], num_heads=32, num_kv_heads=8, head_dim=head_dim)
     first = prefill(batch, config)
     for _ in range(30):
         again = prefill(batch, config)
@@ -83,16 +93,13 @@ def test_every_run_gives_the_same(hopper: torch.device, config: HopperPrefillCon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", FORMS)
 @pytest.mark.parametrize(("num_list_heads", "causal"), [(8, True), (2, True), (1, True), (8, False)])
-def test_listed_blocks_equal_the_reference(
-    hopper: torch.device, causal: bool, num_list_heads: int, config: HopperPrefillConfig
-) -> None:
+def test_listed_blocks_equal_the_reference(hopper: torch.device, causal: bool, num_list_heads: int) -> None:
     batch = draw(hopper, [1000, 129], [3000, 129])
     tiles, lens = batch.tiles(128), None if causal else batch.seq_lens
     lists = random_block_lists(tiles, num_list_heads, 0.4, seq_lens=lens, force_first=False)
     expected = reference_attention(batch, causal=causal, tiles=tiles, block_lists=lists)
-    assert_attention_close(*prefill(batch, config, causal=causal, block_lists=lists), *expected, BF16)
+    assert_attention_close(*prefill(batch, causal=causal, block_lists=lists), *expected, BF16)
 
 
 @pytest.mark.gpu
@@ -131,21 +138,19 @@ def test_chunks_that_are_not_the_last_of_their_keys(hopper: torch.device) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("density", [None, 0.4], ids=["dense", "lists"])
-@pytest.mark.parametrize("config", FORMS)
-def test_turned_queries_equal_the_portable_kernel(
-    hopper: torch.device, config: HopperPrefillConfig, density: float | None
-) -> None:
-    batch = draw(hopper, [1000, 129], [3000, 129])
+def test_turned_queries_equal_the_portable_kernel(hopper: torch.device, density: float | None, head_dim: int) -> None:
+    batch = draw(hopper, [1000, 129], [3000, 129], head_dim=head_dim)
     tiles = batch.tiles(128)
     lists = None if density is None else random_block_lists(tiles, 8, density)
-    inv_freq = 10_000.0 ** -(torch.arange(64) / 64)
+    inv_freq = 10_000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2))
     turns = [make_string_turn(inv_freq, shift, 64, True, hopper) for shift in (1, 300, 900, 5000)]
     # Star's: the same bound for all queries.
     turns.append(make_turn(inv_freq, -200, True, hopper, slope=0, offset=600))
     for turn in turns:
         expected = prefill(batch, PORTABLE, block_lists=lists, turn=turn)
-        assert_attention_close(*prefill(batch, config, block_lists=lists, turn=turn), *expected, BF16)
+        assert_attention_close(*prefill(batch, block_lists=lists, turn=turn), *expected, BF16)
 
 
 @pytest.mark.parametrize(

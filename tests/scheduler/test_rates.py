@@ -1,10 +1,11 @@
 """Predicted memory and times stand beside what was measured on an H100 with an 8B Llama shape."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from farspan.scheduler.capacity import KVLayout, Load, longest_context
+from farspan.scheduler.capacity import KVLayout, Load, longest_context, stub_bytes_of
 from farspan.scheduler.footprint import ModelShape, activation_bytes, fixed_bytes, kv_heads_of_rank, weight_bytes
 from farspan.scheduler.rates import (
     GPUS,
@@ -97,6 +98,25 @@ def test_a_million_tokens_all_cold_fit_under_17_gib() -> None:
     assert longest_context(COLD, load(1024), kv, host, 2**22) == host // COLD.cold_token_bytes - 128
     # The same with KV in HBM: the paper's 10K on such a GPU.
     assert longest_context(HOT, load(1024), kv_bytes(17 * GIB, 1024), 0, 2**22) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("context_len", "step", "has_spans", "kv_gib"),
+    [
+        (2**20, 8192, False, 2.11),
+        (2**20, 1024, False, 1.24),
+        (2**20, 8192, True, 1.12),
+        (2**20, 1024, True, 0.24),
+        (4_000_000, 8192, False, 5.10),
+        (4_000_000, 8192, True, 1.29),
+    ],
+)
+def test_least_memory_for_kv_as_documented(context_len: int, step: int, has_spans: bool, kv_gib: float) -> None:
+    """Beside the paper's tables 10 and 11 in docs/offload.md."""
+    layout = replace(COLD, stub_bytes=stub_bytes_of(128, 2))
+    for gib, fits in ((kv_gib + 0.01, True), (kv_gib - 0.01, False)):
+        longest = longest_context(layout, load(step), int(gib * GIB), 1024 * GIB, 2**23, has_spans=has_spans)
+        assert (longest >= context_len) == fits
 
 
 def test_stock_context_and_twenty_times_it_under_24_gb() -> None:
@@ -211,13 +231,63 @@ def test_experts_are_read_as_tokens_reach_them() -> None:
     assert weight_bytes(moe, 2, 4, 1) == 6400 * 2 + 9000 // 2
 
 
-def test_combining_spans_takes_little() -> None:
+def two_layers(name: str) -> tuple[ModelShape, KVLayout]:
+    """The shape and KV of `benchmarks.offload_far`, which has two layers of the 8B shape; name: of the variant."""
+    shape = replace(SHAPE_8B, num_layers=2, linear_params=SHAPE_8B.linear_params // 16)
+    return shape, replace(COLD, hot_heads=((8 if name == "farspan" else 0),) * 2)
+
+
+def measured_far(file: str, run_id: str, name: str, case: str) -> float:
+    """Seconds."""
+    with (DATA / file).open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if (row["run_id"], row["variant"]) == (run_id, name)]
+    (value,) = (float(row["p50"]) for row in rows if row["case"] == f"{case}-b1-llama8b-2layers-bf16")
+    return value / 1e3
+
+
+@pytest.mark.parametrize(
+    ("run_id", "name", "context_len", "num_slots", "span_len"),
+    [
+        ("20261128-dd2dc1", "farspan", 409600, 0, 0),
+        ("20261128-dd2dc1", "farspan-offload-cold", 409600, 254, 0),
+        ("20261128-77110b", "farspan", 1 << 20, 0, 0),
+        ("20261128-77110b", "farspan-offload-cold", 1 << 20, 254, 0),
+        ("20261128-dbc388", "farspan-offload-spans", 131072, 158, 94336),
+        ("20261128-dbc388", "farspan-offload-spans", 409600, 158, 94336),
+    ],
+    ids=["400k", "400k-cold", "1m", "1m-cold", "128k-spans", "400k-spans"],
+)
+def test_far_contexts_are_near_the_measured_ones(
+    run_id: str, name: str, context_len: int, num_slots: int, span_len: int
+) -> None:
+    """Two layers on an H200, at an H100's rates."""
+    shape, layout = two_layers(name)
+    resident_len = num_slots * 128 or context_len
+    first = prefill_seconds(
+        shape,
+        layout,
+        H100,
+        context_len=context_len,
+        chunk_len=8192,
+        resident_len=resident_len,
+        bytes_of_weights=0,
+        span_len=span_len,
+    )
+    measured = measured_far("offload_prefill.csv", run_id, name, f"ttft-n{context_len}")
+    assert first == pytest.approx(measured, rel=0.06)
+    if num_slots:
+        asked = {"context_len": context_len, "num_requests": 1, "resident_len": resident_len, "bytes_per_param": 2}
+        token = decode_seconds(shape, layout, H100, **asked)
+        measured = measured_far("offload_decode.csv", run_id, name, f"tpot-n{context_len}")
+        assert token == pytest.approx(measured, rel=0.08)
+
+
+def test_spans_cost_a_few_percent() -> None:
     """A million tokens in spans of 128K: eight parts instead of one, of chunks of 8K."""
     asked = {"context_len": 2**20, "chunk_len": 8192, "resident_len": 0, "bytes_of_weights": WEIGHTS}
     whole = prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked)
     spans = prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked, span_len=2**17)
-    # 3.5 combinations of a chunk on average, 18 bytes for each of 4,096 numbers in 32 layers.
-    combined = 3.5 * 2**20 * 4096 * 32 * 18 / 2.9e12
-    assert spans - whole == pytest.approx(combined, rel=0.02)
-    assert spans < 1.01 * whole
+    # 3.5 parts more a chunk on average, each of 1.97 ms a layer.
+    assert spans - whole == pytest.approx(3.5 * 128 * 32 * 1.97e-3, rel=0.02)
+    assert 1.03 * whole < spans < 1.07 * whole
     assert prefill_seconds(SHAPE_8B, COLD, MEASURED, **asked | {"resident_len": 2**20}, span_len=2**17) <= whole

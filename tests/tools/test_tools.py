@@ -28,6 +28,11 @@ def test_lock_is_what_vllm_on_the_cpu_needs(pins: dict[str, str]) -> None:
     assert f"setuptools=={pins['setuptools']}" == setup_env.SETUPTOOLS
 
 
+def test_the_nightly_job_leaves_out_what_the_lock_leaves_out() -> None:
+    (names,) = re.findall(r"pip uninstall -q -y (.*)$", (ROOT / ".ci" / "nightly").read_text(), flags=re.MULTILINE)
+    assert set(names.split()) == lock.EXCLUDED
+
+
 def test_lock_holds_the_development_tools(pins: dict[str, str]) -> None:
     wanted = {
         re.split(r"[<>=~!]", line)[0]

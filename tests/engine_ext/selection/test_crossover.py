@@ -52,6 +52,20 @@ def test_short_turns_are_dense() -> None:
     assert sparse_pays(SIZES["8b"], 4096, 131072)
 
 
+def test_no_launch_is_shorter_than_one_of_its_programs() -> None:
+    """Dense or sparse; only FlashAttention 3 cuts the keys of very few programs."""
+    size = on(SIZES["0.5b"], "hopper")
+    alone = 131072 * 128 * 4 * 64 / (500e9 / 132)  # 128 queries of a head over all keys, on one multiprocessor
+    dense_ms, sparse_ms = layer_ms(size, 1024, 131072, 0.3)
+    assert size.num_q_heads * 8 < 132
+    assert dense_ms == pytest.approx(alone)
+    assert 0.3 * alone / 0.8 < sparse_ms < dense_ms
+    # With a cut tile the sparse launch reads all keys in one program too, at the speed of its kernel.
+    assert layer_ms(size, 1024, 131000, 0.3)[1] > 131000 / 131072 * alone / 0.8
+    # 56 programs are split.
+    assert layer_ms(size, 512, 131072, 0.3)[0] < alone / 2
+
+
 @pytest.mark.parametrize("kernel", ["portable", "hopper"])
 @pytest.mark.parametrize("name", SIZES)
 def test_longer_is_never_less_worth(name: str, kernel: SparseKernel) -> None:

@@ -11,7 +11,7 @@ import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
 from farspan.star.blocks import BlockSizes
-from farspan.star.coordinator import HostFailed, HostLost, Hosts, Watch, choose_device, stuck_error, worst
+from farspan.star.coordinator import HostFailed, HostLost, Hosts, HostsSetup, Watch, choose_device, stuck_error, worst
 from farspan.star.output import Progress
 
 
@@ -62,6 +62,27 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UnsupportedEngineError, match=r"pip install farspan\[ray\]"):
         StarLLM("nowhere", 2, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(("start_timeout_s", "step_timeout_s"), [(900.0, "910"), (60.0, "300")])
+def test_a_step_of_several_processes_may_take_as_long_as_a_start(
+    start_timeout_s: float, step_timeout_s: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.util.scheduling_strategies")
+    monkeypatch.delenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", raising=False)
+    given: dict[str, Any] = {}
+    remote = SimpleNamespace(
+        options=lambda **options: given.update(options) or SimpleNamespace(remote=lambda host: host)
+    )
+    monkeypatch.setattr(ray, "remote", lambda host_class: remote)
+    hosts: Any = object.__new__(Hosts)
+    engine = {"tensor_parallel_size": 2}
+    hosts.setup = HostsSetup(2, "nowhere", 60.0, start_timeout_s, False, False, {}, engine, None)
+    hosts.device_type, hosts.group, hosts.host_class = "cuda", None, object
+    host = hosts.make_actor(1)
+    assert given["runtime_env"]["env_vars"]["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == step_timeout_s
+    assert given["num_gpus"] == host.num_ranks == 2
 
 
 @pytest.mark.parametrize(("patience_s", "is_stuck"), [(100.0, False), (1.0, True)], ids=["start", "later"])

@@ -54,7 +54,7 @@ class Llm:
         except GeneratorExit:
             self.num_closed += 1
             raise
-        return StarOutput([7, 8, 9], "sieben acht neun", "stop", None, None, TIMES, 5)
+        return StarOutput([7, 8, 9], " sieben acht neun", "stop", None, None, TIMES, 5)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def client(llm: Llm) -> Any:
 
 def test_completions(client: Any, llm: Llm) -> None:
     answer = client.post("/v1/completions", json={"model": "m", "prompt": f"a{MARKER}b", "max_tokens": 3}).json()
-    assert answer["choices"][0]["text"] == "sieben acht neun"
+    assert answer["choices"][0]["text"] == " sieben acht neun"
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["prompt_tokens"] == 5
     assert answer["usage"]["completion_tokens"] == 3
@@ -89,7 +89,7 @@ def test_streams_are_pieces_of_the_text(client: Any, path: str) -> None:
     assert lines[-1] == "[DONE]"
     choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
     texts = [each.get("text", each.get("delta", {}).get("content")) for each in choices]
-    assert texts == ["sieben", " acht neun", ""]
+    assert texts == [" sieben", " acht neun", ""]
     assert choices[-1]["finish_reason"] == "stop"
     assert len({json.loads(line)["id"] for line in lines[:-1]}) == 1
 
@@ -108,7 +108,7 @@ def test_chats_are_cut_before_the_question(
     roles = ["user", "assistant", "user"]
     sent = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=True)]
     answer = client.post("/v1/chat/completions", json={"model": "m", "messages": sent}).json()
-    assert answer["choices"][0]["message"]["content"] == "sieben acht neun"
+    assert answer["choices"][0]["message"]["content"] == " sieben acht neun"
     assert llm.asked[0][:2] == (context, query)
     # Without a limit: what the hosts have room for.
     assert llm.asked[0][2].max_tokens is None
@@ -129,6 +129,12 @@ def test_errors_have_openais_form(client: Any, llm: Llm) -> None:
     chat = {"model": "m", "messages": [{"role": "system", "content": "a"}]}
     assert "at least one" in client.post("/v1/chat/completions", json=chat).json()["error"]["message"]
     assert client.post("/v1/completions", json={"model": "m", "prompt": "a"}).status_code == 200
+
+
+def test_beam_search_is_refused(client: Any) -> None:
+    answer = client.post("/v1/completions", json={"model": "m", "prompt": "a", "use_beam_search": True})
+    assert answer.status_code == 400
+    assert "use_beam_search=True; farspan star does not support it" in answer.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_aborts_its_request_alone(llm: Llm) -> None:

@@ -1,6 +1,9 @@
 """StarLLM over two real engines in Ray actors: tokens against a float64 model, faults against the clock."""
 
+import http.client
+import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,8 @@ from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.star import StarLLM, StarOutput
 from farspan.star.arguments import MARKER
 from farspan.star.output import Progress
+from farspan.star.rendezvous import bind_port
+from farspan.star.serve import make_app
 
 from tests.integration.star.conftest import PAGE, TIMEOUT_S, start_hosts
 from tests.integration.star_oracle import StarLlama
@@ -189,6 +194,42 @@ def test_streaming_and_abort(star: StarLLM) -> None:
     # The hosts are still there and in step.
     assert star.generate(CONTEXT, QUERY, greedy(24)).token_ids == whole
     assert star.restart_s == 0
+
+
+def test_the_server_streams_over_http(star: StarLLM) -> None:
+    """What `farspan star serve` runs, on a port of its own, with the hosts behind it."""
+    import uvicorn
+
+    text = MARKER.join(" ".join(f"t{token}" for token in tokens) for tokens in (CONTEXT, QUERY))
+    expected = star.generate(text, None, greedy(24)).text
+    server = uvicorn.Server(uvicorn.Config(make_app(star, "tiny"), log_level="error"))
+    listening = bind_port("127.0.0.1")
+    port = listening.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    body = {"model": "tiny", "prompt": text, "max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+    try:
+        for stream in (True, False):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps({**body, "stream": stream}), headers)
+            response = connection.getresponse()
+            answer = response.read().decode()
+            connection.close()
+            assert response.status == 200, answer
+            if stream:
+                events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+                assert events.pop() == "[DONE]"
+                pieces = [json.loads(event)["choices"][0]["text"] for event in events]
+                assert len(pieces) > 2
+                assert "".join(pieces) == expected
+            else:
+                assert json.loads(answer)["choices"][0]["text"] == expected
+                assert json.loads(answer)["usage"]["completion_tokens"] == 24
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_requests_of_several_threads_wait_for_each_other(star: StarLLM) -> None:
