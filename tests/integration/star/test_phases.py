@@ -35,7 +35,7 @@ class Asking(StarLLM):
         self.hosts: Any = SimpleNamespace(setup=setup, actors=[1, 2], facts=facts)
         self.num_hosts, self.page_size, self.linear_pairs, self.sizes = 2, PAGE, 1000.0, BlockSizes()
         self.tokenizer = self.working_thread = None
-        self.sharing_pays = False
+        self.sharing_pays, self.has_offload = False, False
         self.lock = threading.Lock()
 
     def guarded(self, asks: dict[int, Ask], answers: dict[int, Answer], may_replace: bool = False) -> Iterator[Any]:
