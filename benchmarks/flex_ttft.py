@@ -82,13 +82,19 @@ def requests_of(
 ) -> list[Request]:
     """Requests of each length, in ascending order. repeats: as many as fit the length if None.
 
-    turns: tokens that are asked behind a cached prefix of each length, instead of whole prompts.
+    turns: tokens that are asked behind a cached prefix of each length, instead of whole prompts. Raises BenchmarkError
+    where two of these have as many tokens in all, by which results are told apart.
     """
     if dry_run and not turns:
         return [Request(50, 1, 2), Request(600, 1, 1)]
     if turns:
         behind = [512] if dry_run else sorted(lengths)
-        return [Request(length + turn, 1, repeats or 10, None, length) for length in behind for turn in sorted(turns)]
+        asked = [Request(length + turn, 1, repeats or 10, None, length) for length in behind for turn in sorted(turns)]
+        if len({request.prompt_len for request in asked}) < len(asked):
+            raise BenchmarkError(
+                f"lengths {behind} with turns {sorted(turns)}: two prompts have the same length; run them apart"
+            )
+        return asked
     usual = {length: 20 if length <= 4096 else 5 if length <= 16384 else 3 for length in sorted(lengths)}
     return [Request(length, 1, repeats or count) for length, count in usual.items()]
 

@@ -170,9 +170,9 @@ def main() -> None:
     print(f"checked in {time.monotonic() - start:.0f} s", flush=True)
     for case, density, turns in CASES:
         kind = (case.shape.head_dim, density is not None, turns)
-        forms = [form for form in FORMS if (form, kind) in right]
-        if time.monotonic() - start < arguments.seconds and forms:
-            time_case(case, density, turns, forms)
+        timed = [form for form in forms if (form, kind) in right]
+        if time.monotonic() - start < arguments.seconds and timed:
+            time_case(case, density, turns, timed)
     print(f"whole run {time.monotonic() - start:.0f} s", flush=True)
 
 

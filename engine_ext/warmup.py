@@ -140,7 +140,7 @@ class WarmUp:
     num_hosts: int = 1
     """Of Star Attention, whose results are combined."""
     num_kv_heads: int | None = None
-    """Of the layer, hot and cold ones, which are turned together; None for those of `view`."""
+    """Of the layer, hot and cold ones, which are turned together, and combined by hosts; None for those of `view`."""
     span_heads: tuple[int, ...] = ()
     """KV heads of the groups whose attention goes over a long context span by span, and is combined; often none."""
     max_kv_len: int | None = None
@@ -190,15 +190,14 @@ class WarmUp:
             token = torch.zeros(1, view.num_kv_heads, view.head_dim, dtype=self.dtype, device=device)
             write_kv(token, token, view.pages, torch.full((1,), -1, dtype=torch.int64, device=device))
             return
-        num_q_heads = view.num_kv_heads * self.group_size
+        num_kv_heads = self.num_kv_heads or view.num_kv_heads
         if case.kind == "turn":
-            num_kv_heads = self.num_kv_heads or view.num_kv_heads
             for num_heads in (num_kv_heads * self.group_size, num_kv_heads):
                 heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
                 at_true_positions(heads, [(slice(0, 2), 1)], self.layer.to_true_positions)
             return
         if case.kind == "combine":
-            out = torch.zeros(2, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
+            out = torch.zeros(2, num_kv_heads * self.group_size, view.head_dim, dtype=self.dtype, device=device)
             mine = PartialResult.empty(out)
             mine.buffer.zero_()
             combine(*unpacked(mine.buffer.repeat(self.num_hosts, 1), out), out, torch.empty_like(mine.lse))
@@ -212,6 +211,7 @@ class WarmUp:
                     sums.put(out, lse)
                 combine(*sums.pair, out, lse)
             return
+        num_q_heads = view.num_kv_heads * self.group_size
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)
         keys = self.decode_view if case.kind == "decode" else view
         each, out = self.make_pass(case), torch.empty_like(query)

@@ -40,18 +40,6 @@ class PagedBatch:
     def num_reqs(self) -> int:
         return self.kv_lens.shape[0]
 
-    def of_request(self, request: int) -> "PagedBatch":
-        """One request as a batch, for the rows of the query that it owns: its chunk begins at row 0 of them."""
-        starts = self.query_start_loc[request : request + 2]
-        return PagedBatch(
-            query_start_loc=starts - starts[:1],
-            kv_lens=self.kv_lens[request : request + 1],
-            block_table=self.block_table[request : request + 1],
-            max_query_len=self.max_query_len,
-            max_kv_len=self.max_kv_len,
-            first_pos=None if self.first_pos is None else self.first_pos[request : request + 1],
-        )
-
     def first_positions(self) -> torch.Tensor:
         """[num_reqs] int32: position of each chunk's first query."""
         return self.kv_lens - self.query_start_loc.diff() if self.first_pos is None else self.first_pos

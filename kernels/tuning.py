@@ -157,10 +157,10 @@ def hopper_prefill_config(
     # list per head of density 0.3 at 64K 620 and 457, one per KV head 651 and 458, density 0.1 and 16K behind 112K 569
     # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
     # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285.
-    # With the loops of today (H200, 2026-11-28, run 20261128-8e55d7) dense prefill without a turn still stays with
-    # FlashAttention 3: 672 against 686 at 8K, 690 against 722 at 32K, heads of 64 483 against 554. A turn at 64K takes
-    # 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms with 4 and 9.21 with 2, with
-    # a turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
+    # Those are of slower loops than the kernel has. With its own (H200, 2026-11-28, run 20261128-8e55d7) dense prefill
+    # without a turn stays with FlashAttention 3: 672 against 686 at 8K, 690 against 722 at 32K, heads of 64 483 against
+    # 554. A turn at 64K takes 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms
+    # with 4 and 9.21 with 2, with a turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
     return HopperPrefillConfig(heads_in_a_row, num_stages=4 if head_dim <= 64 else 2)
 
@@ -398,9 +398,9 @@ SAMPLE_FIRST_PLACE = 0.37
 # heads of 64 (H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K, densities 0.2 to 0.7); the kernel of Hopper
 # 0.87 to 0.95 and 0.78 to 0.86 (H200, 2026-11-28, chunks of 2K to 16K at 16K to 128K, densities 0.1 to 0.7). Selection
 # takes 0.12 to 0.13 of FlashAttention 3's time, 0.15 in heads of 64, by the portable kernel, and 0.08 to 0.1, 0.09 to
-# 0.12, by that of Hopper (H200); at 8K keys 0.06 ms more. The host needed 0.3 to 0.5 ms for the launches of a flex
-# layer: below, dense attention would not be the longer. Since then it is 0.15 to 0.26 (benchmarks/data/host_side.csv),
-# but the bound stays until the time to the first token was measured.
+# 0.12, by that of Hopper (H200); at 8K keys 0.06 ms more. The host takes 0.15 to 0.26 ms for the launches of a flex
+# layer (benchmarks/data/host_side.csv) and took up to 0.5, the bound: below, dense attention would not be the longer. A
+# smaller one has not been measured by the time to the first token.
 DENSE_TFLOPS = {64: 500, 128: 710}
 # Launches with fewer programs than this share of the multiprocessors are cut along the keys by FlashAttention 3.
 DENSE_SPLIT_SHARE = 0.8

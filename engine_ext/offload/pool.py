@@ -16,7 +16,7 @@ GIB = 1 << 30
 MAX_SLAB_BYTES = 64 * GIB
 """CUDA refuses to register much larger ones, and leaves an error pending."""
 SLAB_BYTES = 8 * GIB
-"""Slabs are filled with whole layers up to this size, so that progress can be told."""
+"""Slabs are filled with whole layers up to this size: one is registered while others are populated."""
 LARGE_PAGE_BYTES = 2 << 20
 """Slabs begin on one. Pages that begin between the 128 bytes that a GPU reads at a time cost a sixth of the rate of the
 bus: 42 GB/s instead of 51 (H200, PCIe 5, 64 bytes off; docs/decisions/offload.md)."""

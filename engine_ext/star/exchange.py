@@ -310,7 +310,7 @@ def form_exchange(
 
     address, port: where rank 0 listens. listening: rank 0's socket, already bound there. timeout_s: for each exchange;
     start_timeout_s: until all hosts are there. team: where the host has several ranks, which meet at ports of their
-    own. machine: a number of 63 bits that hosts on one machine have in common. Raises StarError where a host does not
+    own. machine: a number below 2**63 that hosts on one machine have in common. Raises StarError where a host does not
     come.
     """
     try:

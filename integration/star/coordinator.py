@@ -251,7 +251,11 @@ class Hosts:
                 if pending:
                     yield {rank: watch.status for rank, watch in watches.items() if watch.status is not None}
         except GeneratorExit:
-            self.abort(pending)
+            self.abort(pending, self.setup.timeout_s + GRACE_S)
+            raise
+        except KeyboardInterrupt:
+            # Who presses Ctrl-C does not want to wait.
+            self.abort(pending, GRACE_S)
             raise
         if errors:
             raise worst(errors)
@@ -284,13 +288,13 @@ class Hosts:
         is_waiting = watch.status is not None and watch.status.waits_for_all and watch.asked is None
         return still_s > self.patience_s + (GRACE_S if is_waiting or waits else 0)
 
-    def abort(self, pending: dict[int, Any]) -> None:
-        """End a request on all hosts that work on it; a host that does not end is killed."""
+    def abort(self, pending: dict[int, Any], within_s: float) -> None:
+        """End a request on all hosts that work on it; a host that does not end in time is killed."""
         import ray
 
         told = {rank: self.actors[rank].abort.remote() for rank in pending}
         waited = [*told.values(), *pending.values()]
-        _, left = ray.wait(waited, num_returns=len(waited), timeout=self.setup.timeout_s + GRACE_S)
+        _, left = ray.wait(waited, num_returns=len(waited), timeout=within_s)
         for rank, ref in pending.items():
             if ref in left or told[rank] in left:
                 self.end(rank)

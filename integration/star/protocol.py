@@ -92,7 +92,7 @@ class Ask:
     others: tuple["Ask", ...] = ()
     """Phase 2: requests that are answered together with this one, in the same order on all hosts."""
     timeout_s: float | None = None
-    """How long hosts wait for each other, where it is not as in HostSetup: the first request compiles."""
+    """How long hosts wait for each other; as in HostSetup if None. The first request compiles, and takes longer."""
 
     @property
     def is_lockstep(self) -> bool:

@@ -100,7 +100,7 @@ def join(setup: HostSetup, address: str, ports: Sequence[int]) -> None:
 
 
 def number_of_machine() -> int:
-    """The same on one machine alone, of 63 bits."""
+    """The same on one machine alone, of 56 bits."""
     return int.from_bytes(hashlib.blake2b(boot_id().encode(), digest_size=7).digest(), "big")
 
 

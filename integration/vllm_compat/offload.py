@@ -317,7 +317,7 @@ def layer_specs(kv_cache_config: Any) -> dict[str, Any]:
 
 
 def tell_progress(num_bytes: int) -> Callable[[float], None]:
-    """What to call as host memory is allocated."""
+    """What to call as host memory is registered."""
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.farspan")

@@ -3,9 +3,9 @@
 import torch
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.flex.spans import SPAN_MULTIPLE, Spans
-from farspan.kernels.hopper.log_sums_kernel import CONSUMERS, ROWS_AT_ONCE, hopper_log_sums_kernel
+from farspan.kernels.hopper.log_sums_kernel import CONSUMERS, hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill import tile_view
-from farspan.kernels.hopper.tile_steps import BLOCK_N
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE
 from farspan.kernels.repeated_launch import RepeatedLaunch
 from farspan.kernels.row_view import RowView
 from farspan.kernels.tuning import HopperLogSumsConfig

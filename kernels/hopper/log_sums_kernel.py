@@ -7,7 +7,7 @@ tensor cores work for the others. A row keeps nothing from one block to the next
 
 from farspan.kernels.flex.spans import PART_STEP, SPAN_STEP
 from farspan.kernels.hopper.prefill_kernel import _box_of, _row_of, load_tile
-from farspan.kernels.hopper.tile_steps import BLOCK_N
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,8 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
-ROWS_AT_ONCE = gl.constexpr(64)
 CONSUMERS = gl.constexpr(4)
 _PART_STEP, _SPAN_STEP = gl.constexpr(PART_STEP), gl.constexpr(SPAN_STEP)
 # Past any key: no box of a whole span is beyond the last one.

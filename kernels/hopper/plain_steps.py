@@ -5,7 +5,7 @@ keys beside the other consumer's. In heads of 64, where exponentials take as lon
 for a second tile of scores: the next step's are computed beside the softmax.
 """
 
-from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, softmax_step
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE, as_operand, softmax_step
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -21,7 +21,7 @@ def _await_tile(full, step, num_blocks, STAGES: gl.constexpr):
 def _start_scores(query_tile, key_tiles, step, STAGES: gl.constexpr):
     """Issue the product of queries and keys of a step."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    no_scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
     keys = key_tiles.index(step % STAGES).permute([1, 0])
     return warpgroup_mma(query_tile, keys, no_scores, use_acc=False, is_async=True)
 

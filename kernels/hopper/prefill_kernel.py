@@ -2,14 +2,14 @@
 
 The producer walks block list and block table and starts a copy of each key and value tile into a ring of buffers. A
 consumer issues the product of query and keys of one tile together with that of weights and values of the tile before,
-and computes the softmax of the first while the second runs. The last block of a list is the only one that can need a
-mask and comes first, then those that a turn's bound crosses, so that the main loop has no mask. Softmax runs in base 2
-with the scale folded in. Sources: FlashAttention-3 (arXiv 2407.08608) for the roles of the warps and the overlap,
-STRING (arXiv 2410.18745) for the turned query.
+and computes the softmax of the first while the second runs; with heads of 64 in another order (`plain_steps`). The last
+block of a list is the only one that can need a mask and comes first, then those that a turn's bound crosses, so that
+the main loops have no mask. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-3 (arXiv
+2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned query.
 """
 
 from farspan.kernels.hopper.plain_steps import plain_steps, steps_ahead
-from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS, as_operand, softmax_step, turned_query, zero_tail
+from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE, as_operand, softmax_step, turned_query, zero_tail
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -148,7 +148,7 @@ def _consume(
     # A thread copies 16 bytes.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
-    offs_row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+    offs_row = CONSUMER * ROWS_AT_ONCE + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, COPY))
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
     mask_query = (first_position + offs_row < end_position)[:, None] & (offs_d < HEAD_DIM)[None, :]
     query_ptrs = query_ptr + offs_row[:, None] * stride_query_token + offs_d[None, :]
@@ -159,13 +159,13 @@ def _consume(
         query_tiles.index(2 + CONSUMER).store(turned)
     fence_async_shared()
 
-    position = first_position + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    position = first_position + CONSUMER * ROWS_AT_ONCE + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, SCORES))
     bound = SLOPE * position + turn_offset
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
-    no_scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([ROWS_AT_ONCE, HEAD_DIM], gl.float32, OUT)
+    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
+    row_max = gl.full([ROWS_AT_ONCE], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    row_sum = gl.zeros([ROWS_AT_ONCE], gl.float32, gl.SliceLayout(1, SCORES))
 
     if num_blocks > 0:
         # The last block, masked.
@@ -259,7 +259,7 @@ def _consume(
     # An empty list leaves a zero output and an LSE of -inf.
     divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
     lse = gl.where(row_sum > 0.0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
-    row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    row = CONSUMER * ROWS_AT_ONCE + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, SCORES))
     gl.store(lse_ptr + row, lse, mask=position < end_position)
     acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, OUT))[:, None]
     # Through shared memory, so that a thread stores 16 bytes.
@@ -382,7 +382,7 @@ def hopper_prefill_kernel(
 
     QUERY_TILES: gl.constexpr = 4 if HAS_TURN else 2
     dtype: gl.constexpr = keys.dtype
-    query_tiles = gl.allocate_shared_memory(dtype, [QUERY_TILES, ROWS, HEAD_DIM], keys.layout)
+    query_tiles = gl.allocate_shared_memory(dtype, [QUERY_TILES, ROWS_AT_ONCE, HEAD_DIM], keys.layout)
     key_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
     value_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], keys.layout)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 # Keys of a step, and of a block of a list.
 BLOCK_N = gl.constexpr(128)
 # Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
-ROWS = gl.constexpr(64)
+ROWS_AT_ONCE = gl.constexpr(64)
 
 
 @gluon.jit

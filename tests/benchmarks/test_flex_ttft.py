@@ -48,3 +48,5 @@ def test_turns_follow_a_cached_prefix() -> None:
     assert all(spec.engine["enable_prefix_caching"] for spec in engines(SHAPES["qwen0.5b"], requests, False).values())
     whole = engines(SHAPES["qwen0.5b"], requests_of([8192], dry_run=False), False)
     assert not any(spec.engine["enable_prefix_caching"] for spec in whole.values())
+    with pytest.raises(BenchmarkError, match="two prompts have the same length"):
+        requests_of([1024, 4096], dry_run=False, turns=[1024, 4096])

@@ -27,7 +27,7 @@ from farspan.engine_ext.star.pieces import cut_chunk, moved_rows
 from farspan.engine_ext.star.positions import Turns
 from farspan.engine_ext.star.steps import StarSteps
 from farspan.engine_ext.string import Rotation
-from farspan.engine_ext.warmup import WarmUp, warm_up_cases
+from farspan.engine_ext.warmup import WarmUp, WarmUpCase, warm_up_cases
 from farspan.kernels import prefill
 from farspan.kernels.batch import FP8, KVView, PagedBatch
 from farspan.kernels.decode_workspace import make_decode_workspace
@@ -393,6 +393,22 @@ def test_hosts_of_star_reach_no_other_kernels(
     lockstep = maker.decode(PagedBatch(torch.arange(3).int(), torch.ones(2).int(), torch.zeros(2, 7).int(), 1, 900))
     attend_star([replace(lockstep, part=Part(0, 1, exchange))], [(slice(0, 2), None)], pages, layer)
     assert compiled <= warmed
+
+
+def test_hosts_combine_hot_and_cold_heads_together(compiled: set[Kernel]) -> None:
+    group_size = 8
+    turns = Turns(Rotation(torch.rand(HEAD_DIM // 2), True), DEVICE)
+    layer, view = LayerContext(0, None, None, None, turns), KVView(make_pages(128)).of_heads(slice(0, 1))
+    warm_up = WarmUp(
+        DensePrefill(), SIZE, make_maker("triton", has_turn=False), layer, view, view, group_size, torch.bfloat16,
+        MAX_MODEL_LEN, MAX_CHUNK_LEN, num_hosts=NUM_HOSTS, num_kv_heads=NUM_KV_HEADS,
+    )  # fmt: skip
+    warm_up.run(WarmUpCase("combine"))
+    warmed = set(compiled)
+    out = torch.zeros(5, NUM_KV_HEADS * group_size, HEAD_DIM, dtype=torch.bfloat16)
+    mine = PartialResult.empty(out)
+    launch.combine(*unpacked(mine.buffer.repeat(NUM_HOSTS, 1), out), out, torch.empty_like(mine.lse))
+    assert compiled == warmed != set()
 
 
 @pytest.mark.parametrize("max_model_len", [1, 100, 128, 129, 8192, 131072, 1 << 20])

@@ -70,7 +70,7 @@ def test_dense_equals_the_reference(hopper: torch.device, causal: bool, head_dim
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("growth", [0.02, 1.0], ids=["slow", "fast"])
 def test_maxima_that_grow_from_block_to_block(hopper: torch.device, head_dim: int, growth: float) -> None:
-    """The output is rescaled only when a row's maximum has grown much: here now and then, or in every block."""
+    """What is summed so far is rescaled by as much as a row's maximum grows: here by little, or by much."""
     batch = draw(hopper, [200, 65], [1100, 300], head_dim=head_dim)
     for request, chunk_start in enumerate([900, 235]):
         # Blocks of the chunk are computed first.

@@ -13,6 +13,7 @@ from farspan.star import StarLLM
 from farspan.star.blocks import BlockSizes
 from farspan.star.coordinator import HostFailed, HostLost, Hosts, HostsSetup, Watch, choose_device, stuck_error, worst
 from farspan.star.output import Progress
+from farspan.star.protocol import Ask
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -118,6 +119,30 @@ def test_a_request_that_is_left_is_over_at_once(way: str) -> None:
             star.generate([1, 2], [3], on_progress=interrupted)
     assert not star.lock.locked()
     assert kept
+
+
+def test_an_interrupt_while_hosts_work_ends_the_request_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next request would step their engines beside the one that still runs."""
+    ray = pytest.importorskip("ray")
+    told: list[int] = []
+
+    def wait(refs: list[str], **options: Any) -> tuple[list[str], list[str]]:
+        if not told:
+            raise KeyboardInterrupt
+        return refs, []
+
+    def actor(rank: int) -> SimpleNamespace:
+        run = SimpleNamespace(remote=lambda ask: f"run {rank}")
+        return SimpleNamespace(run=run, abort=SimpleNamespace(remote=lambda: told.append(rank) or f"abort {rank}"))
+
+    monkeypatch.setattr(ray, "wait", wait)
+    hosts: Any = object.__new__(Hosts)
+    hosts.patience_s = 1.0
+    hosts.actors = [actor(rank) for rank in range(2)]
+    ask = Ask("request", "phase 1", [1], None, None)
+    with pytest.raises(KeyboardInterrupt):
+        list(hosts.run({0: ask, 1: ask}, {}))
+    assert told == [0, 1]
 
 
 def interrupted(progress: Progress) -> None:

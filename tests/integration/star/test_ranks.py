@@ -161,9 +161,8 @@ def test_hosts_that_do_not_end_an_aborted_request_are_replaced_together(monkeypa
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: None)
     monkeypatch.setattr(ray, "wait", lambda refs, **options: ([], refs))
     hosts = object.__new__(Hosts)
-    hosts.setup = SimpleNamespace(timeout_s=1.0)  # type: ignore[assignment]
     told = SimpleNamespace(remote=lambda: "told")
     hosts.actors = [SimpleNamespace(abort=told) for _ in range(2)]
     hosts.killed = set()
-    hosts.abort({0: "first", 1: "second"})
+    hosts.abort({0: "first", 1: "second"}, 1.0)
     assert hosts.killed == {0, 1}
