@@ -82,7 +82,7 @@ TABLES = (
     Table(
         "string_e2e",
         "time",
-        "Shifted positions (STRING) on and off, both in our Triton kernels: prompt and 16 tokens in vLLM",
+        "Shifted positions (STRING) on and off, both in our portable kernel: prompt and 16 tokens in vLLM",
         baseline="farspan-triton",
         cases="total-",
         variants=r"farspan-(triton|string)$",
@@ -90,7 +90,7 @@ TABLES = (
     Table(
         "string_e2e",
         "time",
-        "Shifted positions (STRING) on and off, in the kernels that farspan chooses: prompt and 16 tokens in vLLM",
+        "Shifted positions (STRING) on in our portable kernel, off in FlashAttention 3: prompt and 16 tokens in vLLM",
         baseline="farspan",
         cases="total-",
         variants=r"farspan(-string-auto)?$",
