@@ -8,7 +8,7 @@ takes all of them from their positions in the request to their true ones. Source
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from farspan.engine_ext.errors import ConfigError
@@ -34,8 +34,7 @@ class Segment(NamedTuple):
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one host has of one request, whatever its tokens see in phase 1. All numbers but the ranks are in tokens.
 
-    `StarShard` and `WindowShard` give the methods that raise NotImplementedError here. Make them abstract methods when
-    msgspec 0.19, whose metaclass of structs cannot be an ABCMeta too, is no longer served.
+    `StarShard` and `WindowShard` have the methods that are only declared here.
     """
 
     name: str
@@ -46,6 +45,23 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     query_host: int
     """The host that alone keeps keys of the query."""
     rank: int
+
+    if TYPE_CHECKING:
+
+        def stretches(self) -> tuple[tuple[int, int], ...]:
+            """What the host has of the context beside the copy, in the order of its request: true positions."""
+
+        def segments(self, begin: int, end: int) -> Iterator[Segment]:
+            """Cut the request's tokens [begin, end) where their keys change, in order."""
+
+        def own_distances(self) -> Iterator[tuple[int, int, int]]:
+            """All own tokens: (begin, end, distance from their positions in the request to the true ones)."""
+
+        def own_page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
+            """`page_keys` of a page of the context."""
+
+        def check_context(self, page_size: int) -> None:
+            """The numbers that do not depend on the hosts."""
 
     @property
     def copied_len(self) -> int:
@@ -61,10 +77,6 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def own_len(self) -> int:
         return sum(stop - start for start, stop in self.stretches())
 
-    def stretches(self) -> tuple[tuple[int, int], ...]:
-        """What the host has of the context beside the copy, in the order of its request: true positions."""
-        raise NotImplementedError
-
     @property
     def local_len(self) -> int:
         """Of the context in this request; the query begins there."""
@@ -79,19 +91,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def has_query(self) -> bool:
         return self.rank == self.query_host
 
-    def segments(self, begin: int, end: int) -> Iterator[Segment]:
-        """Cut the request's tokens [begin, end) where their keys change, in order."""
-        raise NotImplementedError
-
     def query_segment(self, begin: int, end: int) -> Segment:
         """The tokens [begin, end) of query and answer."""
         keys_end = end if self.has_query else self.local_len
         keys = ((self.copied_len, keys_end),) if self.copied_len < keys_end else ()
         return Segment(begin, end, keys, self.has_query, True)
-
-    def own_distances(self) -> Iterator[tuple[int, int, int]]:
-        """All own tokens: (begin, end, distance from their positions in the request to the true ones)."""
-        raise NotImplementedError
 
     def distances(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The tokens among [begin, end) that do not stand at their true positions: (begin, end, distance to add)."""
@@ -99,10 +103,6 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             first, last = max(first, begin), min(last, end)
             if first < last and distance != 0:
                 yield first, last, distance
-
-    def own_page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
-        """`page_keys` of a page of the context."""
-        raise NotImplementedError
 
     def page_keys(self, start: int) -> tuple[tuple[str, str], ...]:
         """What the hash of the page at position `start` has to hold beside its tokens; nothing where its KV is exact
@@ -134,10 +134,6 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 f"{NAME}: a prompt of {prompt_len} tokens; allowed: the host's context of {self.local_len} tokens, "
                 "alone or followed by the query. Send the tokens that the shard describes."
             )
-
-    def check_context(self, page_size: int) -> None:
-        """The numbers that do not depend on the hosts."""
-        raise NotImplementedError
 
     def check_own(self, page_size: int) -> None:
         """What this host has."""

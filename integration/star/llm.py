@@ -36,6 +36,7 @@ from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
 from farspan.star.output import Progress, StarOutput
 from farspan.star.protocol import Answer, Ask, HostStatus
+from farspan.star.room import check_offload, check_room, room_of
 from farspan.star.work import Work, blocks_done, tokens_of_status
 
 WARM_UP_PAGES = 2
@@ -100,7 +101,8 @@ class StarLLM:
         self.has_offload = parse_config({**(options or {}), "star": star}).offload is not None
         """Whether the hosts have the option; then no host reads another one's pages."""
         self.sizes = BlockSizes().changed(block_len, anchor_len, None if anchor == "auto" else anchor, visibility)
-        self.check_offload(self.sizes)
+        if self.has_offload:
+            check_offload(self.sizes)
         # Again with the engine's own page size once it is known.
         self.sizes.check(engine.get("block_size") or SMALLEST_PAGE)
         self.tokenizer: Any = None if engine.get("skip_tokenizer_init") else load_tokenizer(model, engine)
@@ -133,21 +135,6 @@ class StarLLM:
         except BaseException:
             self.close()
             raise
-
-    def check_offload(self, sizes: BlockSizes) -> None:
-        """Raise ConfigError for what hosts with cold heads cannot do for each other: they send no pages."""
-        if not self.has_offload:
-            return
-        if sizes.visibility == "all":
-            raise ConfigError(
-                "visibility='all' together with offload; allowed: 'star', as hosts gather each other's keys from GPU "
-                "memory alone. Leave out offload, or visibility."
-            )
-        if sizes.anchor == "share":
-            raise ConfigError(
-                "anchor='share' together with offload; allowed: 'recompute' or 'auto', which is the same then: hosts "
-                "send pages from GPU memory alone. Leave out anchor, or offload."
-            )
 
     def start(self) -> None:
         """Start all hosts and send them a short request, which compiles what has to be."""
@@ -198,7 +185,8 @@ class StarLLM:
         one is lost; the next request then starts the hosts anew.
         """
         sizes = self.sizes.changed(block_len, anchor_len, anchor, visibility)
-        self.check_offload(sizes)
+        if self.has_offload:
+            check_offload(sizes)
         if sizes.visibility == "all" and not self.hosts.setup.gathers_keys:
             raise ConfigError(
                 "visibility='all' for one request; allowed: where StarLLM has it too, so that hosts keep memory for "
@@ -236,7 +224,7 @@ class StarLLM:
                 self.prepare(context, query, each, self.sizes)
                 for (context, query), each in zip(prompts, params, strict=True)
             ]
-            self.check_room(works)
+            check_room(works, self.hosts.facts, has_offload=self.has_offload)
             for work in works:
                 for _ in self.ask_one(work) if work.shards is None else self.read_context(work):
                     pass
@@ -306,7 +294,7 @@ class StarLLM:
         started = time.perf_counter()
         self.restart_s = 0.0
         work = self.prepare(context, query, params, sizes)
-        self.check_room([work])
+        check_room([work], self.hosts.facts, has_offload=self.has_offload)
         if work.shards is None:
             yield from self.ask_one(work)
         else:
@@ -339,7 +327,7 @@ class StarLLM:
             shards = shards_of_one(name, num_context, self.num_hosts, self.page_size)
         if params.max_tokens is None:
             # Hosts have room for different numbers of tokens, and must end together.
-            params.max_tokens = max(self.room(shards, len(context_ids), len(query_ids)), 1)
+            params.max_tokens = max(room_of(facts, shards, len(context_ids), len(query_ids)), 1)
         shares = shards is not None and sizes.visibility == "star" and self.shares(shards, sizes.anchor)
         return Work(name, context_ids, query_ids, params, shards, shares)
 
@@ -476,46 +464,6 @@ class StarLLM:
                 f"host {query_host} chose different tokens, so their memory or their software differs. Check that all "
                 "machines have the same GPUs and the same versions."
             )
-
-    def room(self, shards: Sequence[Shard] | None, context_len: int, query_len: int) -> int:
-        """New tokens for which the fullest host has room."""
-        needs = [context_len] if shards is None else [shard.local_len for shard in shards]
-        rooms = (min(facts.max_model_len, facts.cache_len) for facts in self.hosts.facts)
-        return min(room - need - query_len for need, room in zip(needs, rooms, strict=False))
-
-    def check_room(self, works: Sequence[Work]) -> None:
-        """Raise ConfigError unless every host's shares, the queries and the answers fit into its engine together."""
-        for work in works:
-            self.check_share(work)
-        if len(works) == 1:
-            return
-        for rank, facts in enumerate(self.hosts.facts):
-            total = sum(-(-work.need(rank) // self.page_size) * self.page_size for work in works)
-            if total > facts.cache_len:
-                raise ConfigError(
-                    f"{len(works)} requests together need {total} tokens of KV cache on host {rank}; it has "
-                    f"{facts.cache_len}. Ask fewer at a time."
-                )
-
-    def check_share(self, work: Work) -> None:
-        """Raise ConfigError unless every host's share of a request fits."""
-        context_len, query_len, max_tokens = len(work.context), len(work.query), work.params.max_tokens
-        needs = [context_len] if work.shards is None else [shard.local_len for shard in work.shards]
-        for rank, (need, facts) in enumerate(zip(needs, self.hosts.facts, strict=False)):
-            total = work.need(rank)
-            room = min(facts.max_model_len, facts.cache_len)
-            if total > room:
-                is_long = facts.max_model_len <= facts.cache_len
-                limit = "max_model_len" if is_long else "tokens of KV cache"
-                larger = "gpu_memory_utilization"
-                if self.has_offload:
-                    limit = limit if is_long else "tokens that its host memory and GPU memory hold"
-                    larger = "offload.host_memory"
-                raise ConfigError(
-                    f"host {rank} needs {total} tokens: {need} of the context ({context_len} in all), {query_len} of "
-                    f"the query and {max_tokens} new ones; it has {room} ({limit}). Use more hosts, a larger "
-                    f"max_model_len or {larger}, or smaller blocks and a smaller anchor."
-                )
 
     def close(self) -> None:
         """End all hosts, free their memory, and stop Ray if it was started here. Calling it again changes nothing."""

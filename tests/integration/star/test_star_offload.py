@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError
 from farspan.star import StarLLM
+from farspan.star.protocol import HostFacts
+from farspan.star.room import check_room
 from farspan.star.work import Work
 
 from tests.integration.star.conftest import PAGE, start_hosts
@@ -108,17 +109,15 @@ def test_what_does_not_fit_is_refused_before_phase_1(star: StarLLM) -> None:
 
 
 def test_a_share_that_host_memory_does_not_hold_is_refused() -> None:
-    star = StarLLM.__new__(StarLLM)
-    star.has_offload, star.page_size = True, PAGE
-    star.hosts = SimpleNamespace(facts=[SimpleNamespace(max_model_len=4096, cache_len=1024)])  # type: ignore[assignment]
+    facts = [HostFacts(PAGE, 4096, 1024, 512, 1000.0, 128, 0.0)]
     work = Work("r", [1] * 1000, [1] * 20, greedy(5), None, False)
     with pytest.raises(ConfigError) as caught:
-        star.check_room([work])
+        check_room([work], facts, has_offload=True)
     assert "host 0 needs 1025 tokens" in str(caught.value)
     assert "it has 1024 (tokens that its host memory and GPU memory hold)" in str(caught.value)
     assert "offload.host_memory" in str(caught.value)
     work.params.max_tokens = 4
-    star.check_room([work])
+    check_room([work], facts, has_offload=True)
 
 
 @pytest.mark.parametrize(
