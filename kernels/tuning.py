@@ -211,6 +211,20 @@ def short_list_config(
     return ShortListConfig(64, num_warps, 3 if block_size == 128 else 4, use_tma=use_tma)
 
 
+@dataclass(frozen=True)
+class HopperShortListConfig:
+    """How the Gluon kernel of short lists fills a Hopper GPU."""
+
+    num_stages: int
+    """Steps of keys and values in shared memory."""
+    num_programs: int
+    """At most; a program takes one tile after another."""
+    max_registers: int = 80
+    """Per thread at entry: the copying warps give most of theirs to the others."""
+    registers: int = 104
+    form: int = 0
+
+
 # Fewest keys per split: where all programs run at once, since more splits hide latency, and where programs queue, since
 # there every further split only adds its start. H100 80GB, 2026-11-22: 1 x 1K takes 8.1 us in 8 splits, 9.7 in 4;
 # 256 x 1K 359 us in 1, 397 in 4.

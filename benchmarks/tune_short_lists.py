@@ -1,0 +1,155 @@
+"""Times the forms of the short-list kernel among which `kernels/tuning.py` chooses.
+
+    python -m benchmarks.tune_short_lists [--forms NAME,NAME]
+
+Prints milliseconds of 16 sequences of 65536 tokens, 8 heads of 64, with the lists of `prefill_block_sparse`: alone, and
+each call behind 0.1 s of matrix products, as beside dense kernels. Each form runs in a process of its own under a time
+limit, after it has been compared with attention in float32; one whose result differs, or that hangs, is reported and
+not timed. It writes no CSV: a tuning run, not a claim.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from farspan.command import run_command
+from farspan.kernels.contiguous.attention import attention_tiles
+from farspan.kernels.contiguous.short_lists import LOG2_E, short_list_attention
+from farspan.kernels.hopper.short_lists import hopper_short_lists
+from farspan.kernels.tiles import BlockLists
+from farspan.kernels.tuning import HopperShortListConfig, device_capability
+
+from benchmarks import prefill_block_sparse as table
+from benchmarks.inputs import default_device
+from benchmarks.record import BenchmarkError
+from benchmarks.timing import FLUSH_BYTES, graph_of
+
+ALL = 10**9
+FORMS: dict[str, HopperShortListConfig | None] = {
+    "portable": None,
+    "persistent": HopperShortListConfig(4, 264),
+    "a program a tile": HopperShortListConfig(4, ALL),
+    "persistent, 3 stages": HopperShortListConfig(3, 264),
+    "peeled": HopperShortListConfig(4, 264, form=1),
+    "both products at once": HopperShortListConfig(4, 264, form=2),
+    "one program, 112": HopperShortListConfig(4, 132, 168, 240, form=2),
+}
+FORM_SECONDS = 25
+ALLOWED_ERROR = 2e-3
+
+
+def call_of(
+    form: str, case: table.Case, lists: BlockLists, has_lse: bool = False
+) -> tuple[table.Inputs, Callable[[], torch.Tensor], torch.Tensor]:
+    inputs = table.Inputs.draw(case)
+    out = torch.full_like(inputs.q, float("nan"))
+    lse = torch.full((case.heads, case.batch * case.length), float("nan"), device=out.device) if has_lse else None
+    config = FORMS[form]
+    scale = case.head_dim**-0.5
+    tiles = attention_tiles(case.batch, case.length, case.length, device=out.device)
+
+    def call() -> torch.Tensor:
+        if config is None:
+            short_list_attention(
+                inputs.q, inputs.k, inputs.v, tiles, lists, scale, causal=False, lengths=None, out=out, lse=lse
+            )
+        else:
+            hopper_short_lists(inputs.q, inputs.k, inputs.v, lists, scale * LOG2_E, out, lse, config)
+        return out
+
+    return inputs, call, out
+
+
+def check(form: str) -> None:
+    """Compare a form with float32, with and without the LSE, on a case with lists of different lengths."""
+    case = table.Case(1024, batch=2)
+    lists = table.constant_lists(case)
+    lists.block_counts[0, 3] = 0
+    for has_lse in (False, True):
+        inputs, call, out = call_of(form, case, lists, has_lse)
+        call()
+        torch.cuda.synchronize()
+        visible = torch.zeros(8, 2 * 8, 8, dtype=torch.bool, device=out.device)
+        for head in range(8):
+            for tile in range(16):
+                visible[head, tile, lists.block_ids[head, tile, : lists.block_counts[head, tile]].long()] = True
+        visible = visible.view(8, 2, 8, 8).transpose(0, 1).repeat_interleave(128, 2).repeat_interleave(128, 3)
+        q, k, v = (x.float().transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        logits = (q @ k.transpose(2, 3) * case.head_dim**-0.5).masked_fill(~visible, float("-inf"))
+        expected = (logits.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
+        error = float((out.float() - expected).norm() / expected.norm())
+        print(f"  {form:24s} error {error:.1e}", flush=True)
+        if not error <= ALLOWED_ERROR:
+            bad = (out.float() - expected).abs().amax(-1) > 0.02
+            by_tile = bad.view(2, 8, 128, 8).sum((2, 3)).tolist()
+            print(f"    wrong rows by head {bad.sum((0, 1)).tolist()}, by tile {by_tile}")
+            raise BenchmarkError(f"{form}: relative error {error:.2e}")
+
+
+def time_form(form: str) -> None:
+    case = table.Case(65536)
+    lists = table.constant_lists(case)
+    _, call, out = call_of(form, case, lists)
+    first = call().clone()
+    for _ in range(5):
+        if not torch.equal(call(), first):
+            raise BenchmarkError(f"{form}: two runs differ")
+    del first
+    replay, _ = graph_of([call])
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    matrix = torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
+    results = []
+    for products in (0, 60):
+        samples = []
+        for _ in range(20 if products else 40):
+            for _ in range(products):
+                torch.mm(matrix, matrix)
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end))
+        results.append(f"{statistics.median(samples):7.3f} (least {min(samples):.3f})")
+    print(f"  {form:24s} alone {results[0]}  behind products {results[1]}", flush=True)
+    same = BlockLists(torch.zeros_like(lists.block_ids), lists.block_counts)
+    none = BlockLists(lists.block_ids, torch.zeros_like(lists.block_counts))
+    for name, others in (("one block for all", same), ("no block", none)):
+        _, call, out = call_of(form, case, others)
+        samples = []
+        for _ in range(15):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end))
+        print(f"    {name}: {statistics.median(samples):.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_short_lists", description=__doc__)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--forms", default=";".join(FORMS), help="names, with semicolons between (default: all)")
+    arguments = parser.parse_args()
+    if device_capability(default_device())[0] != 9:
+        raise BenchmarkError("the kernel is for NVIDIA GPUs of compute capability 9.0")
+    if arguments.one:
+        check(arguments.one)
+        time_form(arguments.one)
+        return
+    for form in arguments.forms.split(";"):
+        command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--one", form]
+        try:
+            subprocess.run(command, check=False, timeout=FORM_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"  {form}: stopped after {FORM_SECONDS} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("python -m benchmarks.tune_short_lists", main, (BenchmarkError,)))
