@@ -12,6 +12,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -37,17 +38,15 @@ FORMS: dict[str, HopperShortListConfig | None] = {
     "both products at once": HopperShortListConfig(4, 264, form=2),
     "one program, 112": HopperShortListConfig(4, 132, 168, 240, form=2),
 }
-FORM_SECONDS = 25
+CHECK_SECONDS, TIME_SECONDS = 30, 40
 ALLOWED_ERROR = 2e-3
 
 
-def call_of(
-    form: str, case: table.Case, lists: BlockLists, has_lse: bool = False
-) -> tuple[table.Inputs, Callable[[], torch.Tensor], torch.Tensor]:
-    inputs = table.Inputs.draw(case)
+def call_of(form: str, inputs: table.Inputs, lists: BlockLists, has_lse: bool = False) -> Callable[[], torch.Tensor]:
+    """A call of a form, into outputs full of NaN."""
+    case, config = inputs.case, FORMS[form]
     out = torch.full_like(inputs.q, float("nan"))
     lse = torch.full((case.heads, case.batch * case.length), float("nan"), device=out.device) if has_lse else None
-    config = FORMS[form]
     scale = case.head_dim**-0.5
     tiles = attention_tiles(case.batch, case.length, case.length, device=out.device)
 
@@ -60,18 +59,17 @@ def call_of(
             hopper_short_lists(inputs.q, inputs.k, inputs.v, lists, scale * LOG2_E, out, lse, config)
         return out
 
-    return inputs, call, out
+    return call
 
 
 def check(form: str) -> None:
-    """Compare a form with float32, with and without the LSE, on a case with lists of different lengths."""
+    """Compare a form with float32, with and without the LSE, on lists of different lengths, one of them empty."""
     case = table.Case(1024, batch=2)
     lists = table.constant_lists(case)
     lists.block_counts[0, 3] = 0
     for has_lse in (False, True):
-        inputs, call, out = call_of(form, case, lists, has_lse)
-        call()
-        torch.cuda.synchronize()
+        inputs = table.Inputs.draw(case)
+        out = call_of(form, inputs, lists, has_lse)()
         visible = torch.zeros(8, 2 * 8, 8, dtype=torch.bool, device=out.device)
         for head in range(8):
             for tile in range(16):
@@ -83,72 +81,90 @@ def check(form: str) -> None:
         error = float((out.float() - expected).norm() / expected.norm())
         print(f"  {form:24s} error {error:.1e}", flush=True)
         if not error <= ALLOWED_ERROR:
-            bad = (out.float() - expected).abs().amax(-1) > 0.02
+            bad = (out.float() - expected).abs().amax(-1).nan_to_num(9.0) > 0.02
             by_tile = bad.view(2, 8, 128, 8).sum((2, 3)).tolist()
-            print(f"    wrong rows by head {bad.sum((0, 1)).tolist()}, by tile {by_tile}")
+            print(f"    wrong rows by head {bad.sum((0, 1)).tolist()}, by tile {by_tile}", flush=True)
             raise BenchmarkError(f"{form}: relative error {error:.2e}")
 
 
-def time_form(form: str) -> None:
-    case = table.Case(65536)
-    lists = table.constant_lists(case)
-    _, call, out = call_of(form, case, lists)
-    first = call().clone()
-    for _ in range(5):
-        if not torch.equal(call(), first):
-            raise BenchmarkError(f"{form}: two runs differ")
-    del first
-    replay, _ = graph_of([call])
+def right_forms(forms: list[str]) -> list[str]:
+    """Compile and check all forms at once, each in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--check"]
+    processes = {form: subprocess.Popen([*command, form]) for form in forms}
+    end = time.monotonic() + CHECK_SECONDS
+    right = []
+    for form, process in processes.items():
+        try:
+            if process.wait(max(1.0, end - time.monotonic())) == 0:
+                right.append(form)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print(f"  {form}: stopped after {CHECK_SECONDS} s", flush=True)
+    return right
+
+
+def median_ms(work: Callable[[], object], repeats: int, products: int = 0) -> float:
+    """Median time of `work` with a cold L2 cache, behind so many products of large matrices."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     matrix = torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
-    results = []
-    for products in (0, 60):
-        samples = []
-        for _ in range(20 if products else 40):
-            for _ in range(products):
-                torch.mm(matrix, matrix)
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end))
-        results.append(f"{statistics.median(samples):7.3f} (least {min(samples):.3f})")
-    print(f"  {form:24s} alone {results[0]}  behind products {results[1]}", flush=True)
-    same = BlockLists(torch.zeros_like(lists.block_ids), lists.block_counts)
-    none = BlockLists(lists.block_ids, torch.zeros_like(lists.block_counts))
-    for name, others in (("one block for all", same), ("no block", none)):
-        _, call, out = call_of(form, case, others)
-        samples = []
-        for _ in range(15):
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end))
-        print(f"    {name}: {statistics.median(samples):.3f}", flush=True)
+    samples = []
+    for _ in range(repeats):
+        for _ in range(products):
+            torch.mm(matrix, matrix)
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def time_forms(forms: list[str]) -> None:
+    """Time the forms one after the other; what each computes from lists of one block, and of none, too."""
+    inputs = table.Inputs.draw(table.Case(65536))
+    lists = table.constant_lists(inputs.case)
+    for form in forms:
+        call = call_of(form, inputs, lists)
+        first = call().clone()
+        for _ in range(5):
+            if not torch.equal(call(), first):
+                print(f"  {form}: TWO RUNS DIFFER", flush=True)
+        del first
+        replay, _ = graph_of([call])
+        alone, hot = median_ms(replay, 40), median_ms(replay, 15, products=60)
+        same = call_of(form, inputs, BlockLists(torch.zeros_like(lists.block_ids), lists.block_counts))
+        none = call_of(form, inputs, BlockLists(lists.block_ids, torch.zeros_like(lists.block_counts)))
+        print(
+            f"  {form:24s} alone {alone:.3f}, behind products {hot:.3f}, one block for all {median_ms(same, 15):.3f}, "
+            f"no block {median_ms(none, 15):.3f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_short_lists", description=__doc__)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--check", help=argparse.SUPPRESS)
+    parser.add_argument("--time", help=argparse.SUPPRESS)
     parser.add_argument("--forms", default=";".join(FORMS), help="names, with semicolons between (default: all)")
     arguments = parser.parse_args()
     if device_capability(default_device())[0] != 9:
         raise BenchmarkError("the kernel is for NVIDIA GPUs of compute capability 9.0")
-    if arguments.one:
-        check(arguments.one)
-        time_form(arguments.one)
-        return
-    for form in arguments.forms.split(";"):
-        command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--one", form]
+    if arguments.check:
+        check(arguments.check)
+    elif arguments.time:
+        time_forms(arguments.time.split(";"))
+    else:
+        start = time.monotonic()
+        right = right_forms(arguments.forms.split(";"))
+        print(f"checked in {time.monotonic() - start:.0f} s", flush=True)
+        command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--time", ";".join(right)]
         try:
-            subprocess.run(command, check=False, timeout=FORM_SECONDS)
+            subprocess.run(command, check=False, timeout=TIME_SECONDS)
         except subprocess.TimeoutExpired:
-            print(f"  {form}: stopped after {FORM_SECONDS} s", flush=True)
+            print(f"stopped after {TIME_SECONDS} s", flush=True)
+        print(f"whole run {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
