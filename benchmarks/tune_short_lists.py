@@ -32,11 +32,13 @@ ALL = 10**9
 FORMS: dict[str, HopperShortListConfig | None] = {
     "portable": None,
     "persistent": HopperShortListConfig(4, 264),
+    "four, both products": HopperShortListConfig(4, 132, 96, 112, form=2, num_rings=2),
     "a program a tile": HopperShortListConfig(4, ALL),
+    "four": HopperShortListConfig(4, 132, 96, 112, num_rings=2),
+    "persistent, peeled": HopperShortListConfig(4, 264, form=1),
+    "four, peeled": HopperShortListConfig(4, 132, 96, 112, form=1, num_rings=2),
     "persistent, 3 stages": HopperShortListConfig(3, 264),
-    "peeled": HopperShortListConfig(4, 264, form=1),
-    "both products at once": HopperShortListConfig(4, 264, form=2),
-    "one program, 112": HopperShortListConfig(4, 132, 168, 240, form=2),
+    "two alone": HopperShortListConfig(4, 132, 168, 240, form=2),
 }
 CHECK_SECONDS, TIME_SECONDS = 30, 40
 ALLOWED_ERROR = 2e-3

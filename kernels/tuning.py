@@ -223,6 +223,7 @@ class HopperShortListConfig:
     """Per thread at entry: the copying warps give most of theirs to the others."""
     registers: int = 104
     form: int = 0
+    num_rings: int = 1
 
 
 # Fewest keys per split: where all programs run at once, since more splits hide latency, and where programs queue, since

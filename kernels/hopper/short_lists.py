@@ -45,6 +45,7 @@ def hopper_short_lists(
         HAS_LSE=lse is not None,
         STAGES=config.num_stages,
         FORM=config.form,
+        RINGS=config.num_rings,
         REGISTERS=config.registers,
         num_warps=4,
         maxnreg=config.max_registers,

@@ -37,17 +37,76 @@ def _list_of(program, num_tiles, NUM_HEADS: gl.constexpr, HEADS_PER_LIST: gl.con
 
 
 @gluon.jit
+def _ring(keys, STAGES: gl.constexpr):
+    """Buffers and barriers of two consumers that compute one query tile."""
+    HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
+    LAYOUT: gl.constexpr = keys.layout
+    dtype: gl.constexpr = keys.dtype
+    query_tiles = gl.allocate_shared_memory(dtype, [QUERY_STAGES, BLOCK_SIZE, HEAD_DIM], LAYOUT)
+    key_tiles = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], LAYOUT)
+    value_tiles = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], LAYOUT)
+    out_tiles = gl.allocate_shared_memory(dtype, [2, ROWS_AT_ONCE, HEAD_DIM], LAYOUT)
+    queries_full = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    queries_empty = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Each consumer gives a buffer back.
+    for stage in gl.static_range(QUERY_STAGES):
+        mbarrier.init(queries_full.index(stage), count=1)
+        mbarrier.init(queries_empty.index(stage), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return query_tiles, key_tiles, value_tiles, out_tiles, queries_full, queries_empty, full, empty
+
+
+@gluon.jit
+def _copy_query(
+    queries, query_tiles, queries_full, queries_empty, program, num_programs, turn, NUM_HEADS: gl.constexpr
+):
+    """Copy the queries of a tile, if there is one."""
+    HEAD_DIM: gl.constexpr = query_tiles.shape[2]
+    if program < num_programs:
+        buffer = turn % QUERY_STAGES
+        # A barrier that no phase of has ended yet is passed by waiting for the phase before its first.
+        mbarrier.wait(queries_empty.index(buffer), (turn // QUERY_STAGES & 1) ^ 1)
+        mbarrier.expect(queries_full.index(buffer), BLOCK_SIZE * HEAD_DIM * 2)
+        place = [program // NUM_HEADS * BLOCK_SIZE, program % NUM_HEADS * HEAD_DIM]
+        load_tile(queries, place, queries_full.index(buffer), query_tiles.index(buffer))
+
+
+@gluon.jit
+def _copy_block(
+    keys, values, key_tiles, value_tiles, full, empty, ids_ptr, index, first_step, first_row, column,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy keys and values of an entry of a list, half a block a step."""
+    HEAD_DIM: gl.constexpr = key_tiles.shape[2]
+    row = first_row + gl.load(ids_ptr + index) * BLOCK_SIZE
+    for part in gl.static_range(BLOCK_SIZE // KEYS):
+        step = first_step + index * (BLOCK_SIZE // KEYS) + part
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), 2 * KEYS * HEAD_DIM * 2)
+        load_tile(keys, [row + part * KEYS, column], full.index(stage), key_tiles.index(stage))
+        load_tile(values, [row + part * KEYS, column], full.index(stage), value_tiles.index(stage))
+
+
+@gluon.jit
+def _count_of(
+    block_counts_ptr, program, num_programs, num_tiles, NUM_HEADS: gl.constexpr, HEADS_PER_LIST: gl.constexpr
+):
+    place = _list_of(program, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+    return gl.load(block_counts_ptr + place, mask=program < num_programs, other=0)
+
+
+@gluon.jit
 def _produce(
     queries,
     keys,
     values,
-    query_tiles,
-    key_tiles,
-    value_tiles,
-    queries_full,
-    queries_empty,
-    full,
-    empty,
+    ring,
+    second_ring,
     block_ids_ptr,
     block_counts_ptr,
     num_programs,
@@ -59,34 +118,44 @@ def _produce(
     GROUP_SIZE: gl.constexpr,
     HEADS_PER_LIST: gl.constexpr,
     STAGES: gl.constexpr,
+    RINGS: gl.constexpr,
 ):
     """Copy queries, keys and values of all tiles of the program, as soon as their buffers are free."""
+    query_tiles, key_tiles, value_tiles, _, queries_full, queries_empty, full, empty = ring
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     turn = 0
     step = 0
-    for program in range(gl.program_id(0), num_programs, gl.num_programs(0)):
-        head = program % NUM_HEADS
-        tile = program // NUM_HEADS
-        list_index = _list_of(program, num_tiles, NUM_HEADS, HEADS_PER_LIST)
-        count = gl.load(block_counts_ptr + list_index)
-        ids_ptr = block_ids_ptr + list_index * max_blocks
-        # A barrier that no phase of has ended yet is passed by waiting for the phase before its first.
-        buffer = turn % QUERY_STAGES
-        mbarrier.wait(queries_empty.index(buffer), (turn // QUERY_STAGES & 1) ^ 1)
-        mbarrier.expect(queries_full.index(buffer), BLOCK_SIZE * HEAD_DIM * 2)
-        load_tile(queries, [tile * BLOCK_SIZE, head * HEAD_DIM], queries_full.index(buffer), query_tiles.index(buffer))
+    second_step = 0
+    for program in range(gl.program_id(0) * RINGS, num_programs, gl.num_programs(0) * RINGS):
+        count = _count_of(block_counts_ptr, program, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+        most = count
+        _copy_query(queries, query_tiles, queries_full, queries_empty, program, num_programs, turn, NUM_HEADS)
+        ids_ptr = block_ids_ptr + _list_of(program, num_tiles, NUM_HEADS, HEADS_PER_LIST) * max_blocks
+        first_row = program // NUM_HEADS // tiles_per_sequence * kv_len
+        column = program % NUM_HEADS // GROUP_SIZE * HEAD_DIM
+        if RINGS == 2:
+            second = program + 1
+            second_count = _count_of(block_counts_ptr, second, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+            most = gl.maximum(count, second_count)
+            _copy_query(queries, second_ring[0], second_ring[4], second_ring[5], second, num_programs, turn, NUM_HEADS)
+            second_ids_ptr = block_ids_ptr + _list_of(second, num_tiles, NUM_HEADS, HEADS_PER_LIST) * max_blocks
+            second_row = second // NUM_HEADS // tiles_per_sequence * kv_len
+            second_column = second % NUM_HEADS // GROUP_SIZE * HEAD_DIM
+        for index in range(most):
+            if index < count:
+                _copy_block(
+                    keys, values, key_tiles, value_tiles, full, empty, ids_ptr, index, step, first_row, column, STAGES
+                )
+            if RINGS == 2:
+                if index < second_count:
+                    _copy_block(
+                        keys, values, second_ring[1], second_ring[2], second_ring[6], second_ring[7], second_ids_ptr,
+                        index, second_step, second_row, second_column, STAGES,
+                    )  # fmt: skip
         turn += 1
-        first_row = tile // tiles_per_sequence * kv_len
-        column = head // GROUP_SIZE * HEAD_DIM
-        for index in range(count):
-            row = first_row + gl.load(ids_ptr + index) * BLOCK_SIZE
-            for part in gl.static_range(BLOCK_SIZE // KEYS):
-                stage = step % STAGES
-                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(stage), 2 * KEYS * HEAD_DIM * 2)
-                load_tile(keys, [row + part * KEYS, column], full.index(stage), key_tiles.index(stage))
-                load_tile(values, [row + part * KEYS, column], full.index(stage), value_tiles.index(stage))
-                step += 1
+        step += count * (BLOCK_SIZE // KEYS)
+        if RINGS == 2:
+            second_step += second_count * (BLOCK_SIZE // KEYS)
 
 
 @gluon.jit
@@ -173,15 +242,8 @@ def _steps2(
 @gluon.jit
 def _consume(
     CONSUMER: gl.constexpr,
+    ring,
     outs,
-    query_tiles,
-    key_tiles,
-    value_tiles,
-    out_tiles,
-    queries_full,
-    queries_empty,
-    full,
-    empty,
     lse_ptr,
     block_counts_ptr,
     num_programs,
@@ -191,27 +253,31 @@ def _consume(
     HEADS_PER_LIST: gl.constexpr,
     HAS_LSE: gl.constexpr,
     STAGES: gl.constexpr,
+    RINGS: gl.constexpr,
     FORM: gl.constexpr,
 ):
-    """Attention of 64 rows of every tile of the program."""
+    """Attention of 64 rows of every tile of a ring."""
+    RING: gl.constexpr = CONSUMER // 2
+    HALF: gl.constexpr = CONSUMER % 2
+    query_tiles, key_tiles, value_tiles, out_tiles, queries_full, queries_empty, full, empty = ring
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     turn = 0
     step = 0
-    stride = gl.num_programs(0)
+    first = gl.program_id(0) * RINGS + RING
+    stride = gl.num_programs(0) * RINGS
     # Read a tile ahead.
-    count = gl.load(block_counts_ptr + _list_of(gl.program_id(0), num_tiles, NUM_HEADS, HEADS_PER_LIST))
-    for program in range(gl.program_id(0), num_programs, stride):
+    count = _count_of(block_counts_ptr, first, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+    for program in range(first, num_programs, stride):
         end = step + count * (BLOCK_SIZE // KEYS)
-        following = gl.minimum(program + stride, num_programs - 1)
-        count = gl.load(block_counts_ptr + _list_of(following, num_tiles, NUM_HEADS, HEADS_PER_LIST))
+        count = _count_of(block_counts_ptr, program + stride, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
         acc = gl.zeros([ROWS_AT_ONCE, HEAD_DIM], gl.float32, OUT)
         row_max = gl.full([ROWS_AT_ONCE], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
         row_sum = gl.zeros([ROWS_AT_ONCE], gl.float32, gl.SliceLayout(1, SCORES))
         buffer = turn % QUERY_STAGES
         mbarrier.wait(queries_full.index(buffer), turn // QUERY_STAGES & 1)
-        query_tile = query_tiles.index(buffer).slice(CONSUMER * ROWS_AT_ONCE, ROWS_AT_ONCE)
+        query_tile = query_tiles.index(buffer).slice(HALF * ROWS_AT_ONCE, ROWS_AT_ONCE)
         if FORM == 0:
             acc, row_max, row_sum = _steps0(
                 query_tile, key_tiles, value_tiles, full, empty, acc, row_max, row_sum, step, end, scale_log2, STAGES
@@ -231,8 +297,8 @@ def _consume(
         # An empty list leaves a zero output and an LSE of -inf.
         divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
         acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, OUT))[:, None]
-        row = program // NUM_HEADS * BLOCK_SIZE + CONSUMER * ROWS_AT_ONCE
-        out_tile = out_tiles.index(CONSUMER)
+        row = program // NUM_HEADS * BLOCK_SIZE + HALF * ROWS_AT_ONCE
+        out_tile = out_tiles.index(HALF)
         # The copy of the tile before has left the buffer.
         tma.store_wait(0)
         out_tile.store(acc.to(value_tiles.dtype))
@@ -266,47 +332,89 @@ def hopper_short_lists_kernel(
     HAS_LSE: gl.constexpr,
     STAGES: gl.constexpr,
     FORM: gl.constexpr,
+    RINGS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """One program: every so many query tiles of BLOCK_SIZE tokens of one head.
 
     queries, keys, values, outs: descriptors of rows [num_tokens, heads * head_dim] in boxes of 128, 64, 64 and 64 rows.
     """
-    HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
-    dtype: gl.constexpr = keys.dtype
-    query_tiles = gl.allocate_shared_memory(dtype, [QUERY_STAGES, BLOCK_SIZE, HEAD_DIM], keys.layout)
-    key_tiles = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], keys.layout)
-    value_tiles = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], keys.layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [2, ROWS_AT_ONCE, HEAD_DIM], keys.layout)
-    queries_full = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
-    queries_empty = gl.allocate_shared_memory(gl.int64, [QUERY_STAGES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # Each consumer gives a buffer back.
-    for stage in gl.static_range(QUERY_STAGES):
-        mbarrier.init(queries_full.index(stage), count=1)
-        mbarrier.init(queries_empty.index(stage), count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    ring = _ring(keys, STAGES)
+    second_ring = ring
+    if RINGS == 2:
+        second_ring = _ring(keys, STAGES)
     fence_async_shared()
 
     num_programs = num_tiles * NUM_HEADS
-    copying = (
-        queries, keys, values, query_tiles, key_tiles, value_tiles, queries_full, queries_empty, full, empty,
-        block_ids_ptr, block_counts_ptr, num_programs, num_tiles, tiles_per_sequence, max_blocks, kv_len,
-        NUM_HEADS, GROUP_SIZE, HEADS_PER_LIST, STAGES,
-    )  # fmt: skip
-    computing = (
-        outs, query_tiles, key_tiles, value_tiles, out_tiles, queries_full, queries_empty, full, empty, lse_ptr,
-        block_counts_ptr, num_programs, num_tiles, scale_log2, NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, FORM,
-    )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_produce, copying),
-            (_consume, (0,) + computing),  # noqa: RUF005
-            (_consume, (1,) + computing),  # noqa: RUF005
-        ],
-        [4, 4],
-        [REGISTERS, REGISTERS],
-    )
+    if RINGS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _produce,
+                    (
+                        queries, keys, values, ring, second_ring, block_ids_ptr, block_counts_ptr, num_programs,
+                        num_tiles, tiles_per_sequence, max_blocks, kv_len, NUM_HEADS, GROUP_SIZE, HEADS_PER_LIST,
+                        STAGES, RINGS,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        0, ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        1, ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _produce,
+                    (
+                        queries, keys, values, ring, second_ring, block_ids_ptr, block_counts_ptr, num_programs,
+                        num_tiles, tiles_per_sequence, max_blocks, kv_len, NUM_HEADS, GROUP_SIZE, HEADS_PER_LIST,
+                        STAGES, RINGS,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        0, ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        1, ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        2, second_ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        3, second_ring, outs, lse_ptr, block_counts_ptr, num_programs, num_tiles, scale_log2,
+                        NUM_HEADS, HEADS_PER_LIST, HAS_LSE, STAGES, RINGS, FORM,
+                    ),
+                ),
+            ],
+            [4, 4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )  # fmt: skip
