@@ -4,7 +4,7 @@ import torch
 from farspan.kernels.hopper.short_lists_kernel import BLOCK_SIZE, KEYS, hopper_short_lists_kernel
 from farspan.kernels.hopper.tile_steps import ROWS_AT_ONCE
 from farspan.kernels.tiles import BlockLists
-from farspan.kernels.tuning import HOPPER_MULTIPROCESSORS, HopperShortListConfig
+from farspan.kernels.tuning import HopperShortListConfig
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -23,7 +23,7 @@ def hopper_short_lists(
 
     scale_log2: factor on the logits, times log2(e).
     """
-    heads, head_dim = q.shape[2:]
+    heads = q.shape[2]
     kv_len, kv_heads = k.shape[1:3]
     num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
     hopper_short_lists_kernel[(min(num_tiles * heads, config.num_programs),)](

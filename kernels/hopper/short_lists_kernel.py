@@ -7,7 +7,8 @@ keys come while this one is computed; its product of weights and values runs bes
 keys. Source: FlashAttention-3, arXiv 2407.08608, for the roles of the warps.
 """
 
-from farspan.kernels.hopper.prefill_kernel import LN_2, LOWEST, load_tile
+from farspan.kernels.hopper.prefill_kernel import LN_2, LOWEST
+from farspan.kernels.hopper.tile_copies import load_tile, store_tile
 from farspan.kernels.hopper.tile_steps import ROWS_AT_ONCE, as_operand, softmax_step
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,9 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-# Triton 3.7 gave it another name.
-store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 # Tokens of a query tile and of a block.
 BLOCK_SIZE = gl.constexpr(128)
