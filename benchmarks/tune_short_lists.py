@@ -145,6 +145,27 @@ def time_forms(forms: list[str]) -> None:
         )
 
 
+def time_long_lists(forms: list[str]) -> None:
+    """TFLOP/s of the forms where lists name all 64 blocks, beside FlashAttention 3's dense call."""
+    inputs = table.Inputs.draw(table.Case(8192, batch=4))
+    case = inputs.case
+    tiles = case.batch * case.length // 128
+    ids = torch.arange(64, dtype=torch.int32, device=inputs.q.device).expand(1, tiles, 64).contiguous()
+    lists = BlockLists(ids, torch.full((1, tiles), 64, dtype=torch.int32, device=ids.device))
+    flops = 4 * case.length**2 * case.head_dim * case.heads * case.batch
+    works: dict[str, Callable[[], torch.Tensor]] = {form: call_of(form, inputs, lists) for form in forms}
+    try:
+        works["fa3"] = table.fa3(inputs)
+        expected = works["fa3"]().float()
+        for form in forms:
+            error = float((works[form]().float() - expected).norm() / expected.norm())
+            print(f"    {form}: against fa3 {error:.1e}", flush=True)
+    except Exception as problem:  # a diagnosis more, not what the run is for
+        print(f"    fa3 left out: {problem!r}", flush=True)
+    for name, work in works.items():
+        print(f"  64 blocks, {name:24s} {flops / median_ms(work, 20) / 1e9:.0f} TFLOP/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_short_lists", description=__doc__)
     parser.add_argument("--check", help=argparse.SUPPRESS)
@@ -157,6 +178,7 @@ def main() -> None:
         check(arguments.check)
     elif arguments.time:
         time_forms(arguments.time.split(";"))
+        time_long_lists(arguments.time.split(";"))
     else:
         start = time.monotonic()
         right = right_forms(arguments.forms.split(";"))
