@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.integration.test_engine_features import METHODS
+from tests.integration.test_engine_offload import offload_state, offloading, run_checked
 from tests.integration.test_engine_speculation import BUDGETS, NGRAM, PROMPTS, SIZES
 from tests.integration.test_engine_tokens import generate
 
@@ -40,7 +41,7 @@ def rounded(heads: torch.Tensor, scale: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["dense", "flex", "block_sparse", "string"])
 def test_fp8(start: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks, with cached prefixes, and with drafts that are verified."""
+    """In chunks, with cached prefixes, with drafts that are verified, and with pages of cold heads in host memory."""
     from farspan.engine_ext import impl
 
     with monkeypatch.context() as patch:
@@ -55,3 +56,8 @@ def test_fp8(start: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyP
     llm = start(method, kv_cache_dtype="fp8", **drafts)
     for _ in range(2):
         assert generate(llm, PROMPTS, BUDGETS) == expected
+    if method == "dense":
+        # One hot head of two in the first layer; slots for about a third of the longest prompt.
+        llm = start(method, **offloading(24, hot=[1, 0], kv_cache_dtype="fp8"))
+        assert run_checked(llm, PROMPTS, BUDGETS) == expected
+        assert offload_state(llm)["staged"] > 0
