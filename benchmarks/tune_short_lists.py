@@ -9,6 +9,8 @@ not timed. It writes no CSV: a tuning run, not a claim.
 """
 
 import argparse
+import dataclasses
+import select
 import statistics
 import subprocess
 import sys
@@ -33,20 +35,24 @@ FORMS: dict[str, HopperShortListConfig | None] = {
     "portable": None,
     "persistent": HopperShortListConfig(4, 264),
     "four, both products": HopperShortListConfig(4, 132, 96, 112, form=2, num_rings=2),
-    "a program a tile": HopperShortListConfig(4, ALL),
-    "four": HopperShortListConfig(4, 132, 96, 112, num_rings=2),
     "persistent, peeled": HopperShortListConfig(4, 264, form=1),
     "four, peeled": HopperShortListConfig(4, 132, 96, 112, form=1, num_rings=2),
-    "persistent, 3 stages": HopperShortListConfig(3, 264),
+    "a program a tile": HopperShortListConfig(4, ALL),
     "two alone": HopperShortListConfig(4, 132, 168, 240, form=2),
 }
-CHECK_SECONDS, TIME_SECONDS = 30, 40
+CHECK_SECONDS = 30
+SILENT_SECONDS = 20
+"""A run that prints nothing for so long is stopped; its start takes about ten."""
 ALLOWED_ERROR = 2e-3
 
 
-def call_of(form: str, inputs: table.Inputs, lists: BlockLists, has_lse: bool = False) -> Callable[[], torch.Tensor]:
-    """A call of a form, into outputs full of NaN."""
+def call_of(
+    form: str, inputs: table.Inputs, lists: BlockLists, has_lse: bool = False, num_programs: int = 0
+) -> Callable[[], torch.Tensor]:
+    """A call of a form, into outputs full of NaN. num_programs: instead of the form's, unless 0."""
     case, config = inputs.case, FORMS[form]
+    if config is not None and num_programs:
+        config = dataclasses.replace(config, num_programs=num_programs)
     out = torch.full_like(inputs.q, float("nan"))
     lse = torch.full((case.heads, case.batch * case.length), float("nan"), device=out.device) if has_lse else None
     scale = case.head_dim**-0.5
@@ -69,9 +75,10 @@ def check(form: str) -> None:
     case = table.Case(1024, batch=2)
     lists = table.constant_lists(case)
     lists.block_counts[0, 3] = 0
-    for has_lse in (False, True):
+    # Few programs have many tiles each.
+    for has_lse, num_programs in ((False, 0), (True, 0), (False, 10), (True, 10)):
         inputs = table.Inputs.draw(case)
-        out = call_of(form, inputs, lists, has_lse)()
+        out = call_of(form, inputs, lists, has_lse, num_programs)()
         visible = torch.zeros(8, 2 * 8, 8, dtype=torch.bool, device=out.device)
         for head in range(8):
             for tile in range(16):
@@ -81,7 +88,7 @@ def check(form: str) -> None:
         logits = (q @ k.transpose(2, 3) * case.head_dim**-0.5).masked_fill(~visible, float("-inf"))
         expected = (logits.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
         error = float((out.float() - expected).norm() / expected.norm())
-        print(f"  {form:24s} error {error:.1e}", flush=True)
+        print(f"  {form:24s} {num_programs:3d} programs, error {error:.1e}", flush=True)
         if not error <= ALLOWED_ERROR:
             bad = (out.float() - expected).abs().amax(-1).nan_to_num(9.0) > 0.02
             by_tile = bad.view(2, 8, 128, 8).sum((2, 3)).tolist()
@@ -135,12 +142,17 @@ def time_forms(forms: list[str]) -> None:
                 print(f"  {form}: TWO RUNS DIFFER", flush=True)
         del first
         replay, _ = graph_of([call])
-        alone, hot = median_ms(replay, 40), median_ms(replay, 15, products=60)
         same = call_of(form, inputs, BlockLists(torch.zeros_like(lists.block_ids), lists.block_counts))
         none = call_of(form, inputs, BlockLists(lists.block_ids, torch.zeros_like(lists.block_counts)))
+        # From the coolest to the hottest.
+        time.sleep(1.0)
+        alone, of_none, of_one, hot = (
+            median_ms(work, repeats, products)
+            for work, repeats, products in ((replay, 40, 0), (none, 15, 0), (same, 15, 0), (replay, 15, 60))
+        )
         print(
-            f"  {form:24s} alone {alone:.3f}, behind products {hot:.3f}, one block for all {median_ms(same, 15):.3f}, "
-            f"no block {median_ms(none, 15):.3f}",
+            f"  {form:24s} alone {alone:.3f}, behind products {hot:.3f}, one block for all {of_one:.3f}, no block "
+            f"{of_none:.3f}",
             flush=True,
         )
 
@@ -166,11 +178,32 @@ def time_long_lists(forms: list[str]) -> None:
         print(f"  64 blocks, {name:24s} {flops / median_ms(work, 20) / 1e9:.0f} TFLOP/s", flush=True)
 
 
+def time_apart(forms: list[str]) -> int:
+    """Time forms in another process, which is stopped where one hangs; returns how many it timed."""
+    command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--time", ";".join(forms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    done, waited = 0, select.poll()
+    waited.register(process.stdout)
+    while waited.poll(1000 * SILENT_SECONDS):
+        line = process.stdout.readline()
+        if not line:
+            break
+        print(line, end="", flush=True)
+        done += "alone" in line
+    else:
+        print(f"  {forms[min(done, len(forms) - 1)]}: stopped, silent for {SILENT_SECONDS} s", flush=True)
+        process.kill()
+    process.wait()
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_short_lists", description=__doc__)
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--time", help=argparse.SUPPRESS)
     parser.add_argument("--forms", default=";".join(FORMS), help="names, with semicolons between (default: all)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no timing after this long (default: 60)")
     arguments = parser.parse_args()
     if device_capability(default_device())[0] != 9:
         raise BenchmarkError("the kernel is for NVIDIA GPUs of compute capability 9.0")
@@ -183,11 +216,9 @@ def main() -> None:
         start = time.monotonic()
         right = right_forms(arguments.forms.split(";"))
         print(f"checked in {time.monotonic() - start:.0f} s", flush=True)
-        command = [sys.executable, "-m", "benchmarks.tune_short_lists", "--time", ";".join(right)]
-        try:
-            subprocess.run(command, check=False, timeout=TIME_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"stopped after {TIME_SECONDS} s", flush=True)
+        while right and time.monotonic() - start < arguments.seconds:
+            done = time_apart(right)
+            right = right[done if done == len(right) else done + 1 :]
         print(f"whole run {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -59,6 +59,17 @@ def _ring(keys, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _num_turns(first, num_programs, RINGS: gl.constexpr):
+    """How many tiles a ring has, the first of which is `first`.
+
+    Loops count rounds and carry what they go through: inside another loop `range(step, end)` makes Triton 3.6 lose the
+    outer one's `step`.
+    """
+    stride = gl.num_programs(0) * RINGS
+    return (num_programs - first + stride - 1) // stride
+
+
+@gluon.jit
 def _copy_query(
     queries, query_tiles, queries_full, queries_empty, program, num_programs, turn, NUM_HEADS: gl.constexpr
 ):
@@ -121,10 +132,10 @@ def _produce(
     """Copy queries, keys and values of all tiles of the program, as soon as their buffers are free."""
     query_tiles, key_tiles, value_tiles, _, queries_full, queries_empty, full, empty = ring
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
-    turn = 0
     step = 0
     second_step = 0
-    for program in range(gl.program_id(0) * RINGS, num_programs, gl.num_programs(0) * RINGS):
+    program = gl.program_id(0) * RINGS
+    for turn in range(_num_turns(program, num_programs, RINGS)):
         count = _count_of(block_counts_ptr, program, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
         most = count
         _copy_query(queries, query_tiles, queries_full, queries_empty, program, num_programs, turn, NUM_HEADS)
@@ -150,7 +161,7 @@ def _produce(
                         keys, values, second_ring[1], second_ring[2], second_ring[6], second_ring[7], second_ids_ptr,
                         index, second_step, second_row, second_column, STAGES,
                     )  # fmt: skip
-        turn += 1
+        program += gl.num_programs(0) * RINGS
         step += count * (BLOCK_SIZE // KEYS)
         if RINGS == 2:
             second_step += second_count * (BLOCK_SIZE // KEYS)
@@ -181,14 +192,15 @@ def _add_values(scores, value_tiles, acc, row_max, row_sum, step, scale_log2, ST
 def _steps0(
     query_tile, key_tiles, value_tiles, full, empty, acc, row_max, row_sum, step, end, scale_log2, STAGES: gl.constexpr
 ):
-    for each in range(step, end):
-        scores = _scores(query_tile, key_tiles, full, each, STAGES)
+    for _ in range(end - step):
+        scores = _scores(query_tile, key_tiles, full, step, STAGES)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         weights, acc, row_max, row_sum = _add_values(
-            scores, value_tiles, acc, row_max, row_sum, each, scale_log2, STAGES
+            scores, value_tiles, acc, row_max, row_sum, step, scale_log2, STAGES
         )
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-        mbarrier.arrive(empty.index(each % STAGES), count=1)
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        step += 1
     return acc, row_max, row_sum
 
 
@@ -199,14 +211,15 @@ def _steps1(
     if step < end:
         scores = _scores(query_tile, key_tiles, full, step, STAGES)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        for each in range(step, end - 1):
+        for _ in range(end - 1 - step):
             weights, acc, row_max, row_sum = _add_values(
-                scores, value_tiles, acc, row_max, row_sum, each, scale_log2, STAGES
+                scores, value_tiles, acc, row_max, row_sum, step, scale_log2, STAGES
             )
             acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-            scores = _scores(query_tile, key_tiles, full, each + 1, STAGES)
+            scores = _scores(query_tile, key_tiles, full, step + 1, STAGES)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(empty.index(each % STAGES), count=1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            step += 1
         weights, acc, row_max, row_sum = _add_values(
             scores, value_tiles, acc, row_max, row_sum, end - 1, scale_log2, STAGES
         )
@@ -222,13 +235,14 @@ def _steps2(
     if step < end:
         scores = _scores(query_tile, key_tiles, full, step, STAGES)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        for each in range(step, end - 1):
+        for _ in range(end - 1 - step):
             weights, acc, row_max, row_sum = _add_values(
-                scores, value_tiles, acc, row_max, row_sum, each, scale_log2, STAGES
+                scores, value_tiles, acc, row_max, row_sum, step, scale_log2, STAGES
             )
-            scores = _scores(query_tile, key_tiles, full, each + 1, STAGES)
+            scores = _scores(query_tile, key_tiles, full, step + 1, STAGES)
             acc, scores, weights = warpgroup_mma_wait(0, deps=(acc, scores, weights))
-            mbarrier.arrive(empty.index(each % STAGES), count=1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            step += 1
         weights, acc, row_max, row_sum = _add_values(
             scores, value_tiles, acc, row_max, row_sum, end - 1, scale_log2, STAGES
         )
@@ -261,15 +275,14 @@ def _consume(
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    turn = 0
     step = 0
-    first = gl.program_id(0) * RINGS + RING
-    stride = gl.num_programs(0) * RINGS
+    program = gl.program_id(0) * RINGS + RING
     # Read a tile ahead.
-    count = _count_of(block_counts_ptr, first, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
-    for program in range(first, num_programs, stride):
+    count = _count_of(block_counts_ptr, program, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+    for turn in range(_num_turns(program, num_programs, RINGS)):
         end = step + count * (BLOCK_SIZE // KEYS)
-        count = _count_of(block_counts_ptr, program + stride, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
+        following = program + gl.num_programs(0) * RINGS
+        count = _count_of(block_counts_ptr, following, num_programs, num_tiles, NUM_HEADS, HEADS_PER_LIST)
         acc = gl.zeros([ROWS_AT_ONCE, HEAD_DIM], gl.float32, OUT)
         row_max = gl.full([ROWS_AT_ONCE], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
         row_sum = gl.zeros([ROWS_AT_ONCE], gl.float32, gl.SliceLayout(1, SCORES))
@@ -290,7 +303,6 @@ def _consume(
             )
         mbarrier.arrive(queries_empty.index(buffer), count=1)
         step = end
-        turn += 1
 
         # An empty list leaves a zero output and an LSE of -inf.
         divisor = gl.where(row_sum > 0.0, row_sum, 1.0)
@@ -307,6 +319,7 @@ def _consume(
             rows = row + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, SCORES))
             head_ptr = lse_ptr + (program % NUM_HEADS).to(gl.int64) * num_tiles * BLOCK_SIZE
             gl.store(head_ptr + rows, lse)
+        program = following
     tma.store_wait(0)
 
 
