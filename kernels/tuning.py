@@ -126,6 +126,8 @@ class HopperPrefillConfig:
     """Query heads whose programs of one tile are neighbours, a divisor of their number."""
     num_stages: int
     """Tiles of keys, and of values, in shared memory."""
+    in_halves: bool = False
+    """Steps of 64 keys, so that two programs share a multiprocessor; in heads of 64 without a turn."""
 
 
 @lru_cache

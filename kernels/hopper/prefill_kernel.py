@@ -8,9 +8,18 @@ the main loops have no mask. Softmax runs in base 2 with the scale folded in. So
 2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned query.
 """
 
+from farspan.kernels.hopper.half_steps import half_steps
 from farspan.kernels.hopper.plain_steps import plain_steps, steps_ahead
 from farspan.kernels.hopper.tile_copies import box_of, load_tile, row_of
-from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE, as_operand, softmax_step, turned_query, zero_tail
+from farspan.kernels.hopper.tile_steps import (
+    BLOCK_N,
+    HALF_BLOCK,
+    ROWS_AT_ONCE,
+    as_operand,
+    softmax_step,
+    turned_query,
+    zero_tail,
+)
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -107,12 +116,14 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
     query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     dtype: gl.constexpr = key_tiles.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    KEYS: gl.constexpr = HALF_BLOCK if HALVES else BLOCK_N
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     # A thread copies 16 bytes.
@@ -131,13 +142,19 @@ def _consume(
 
     position = first_position + CONSUMER * ROWS_AT_ONCE + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, SCORES))
     bound = SLOPE * position + turn_offset
-    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+    offs_n = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     acc = gl.zeros([ROWS_AT_ONCE, HEAD_DIM], gl.float32, OUT)
-    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
+    no_scores = gl.zeros([ROWS_AT_ONCE, KEYS], gl.float32, SCORES)
     row_max = gl.full([ROWS_AT_ONCE], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     row_sum = gl.zeros([ROWS_AT_ONCE], gl.float32, gl.SliceLayout(1, SCORES))
 
-    if num_blocks > 0:
+    if HALVES:
+        if num_blocks > 0:
+            acc, row_max, row_sum = half_steps(
+                query_tiles.index(CONSUMER), ring, acc, row_max, row_sum, num_blocks, last_block, kv_end, position,
+                scale_log2, IS_CAUSAL, STAGES,
+            )  # fmt: skip
+    elif num_blocks > 0:
         # The last block, masked.
         start = last_block * BLOCK_N
         mbarrier.wait(keys_full.index(0), 0)
@@ -279,12 +296,13 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
     keys, values: descriptors of rows [num_rows, head_dim]. page_rows, head_rows: rows from one page, and from one KV
     head, to the next. PAGE_SIZE 0 means one page per request. heads_in_a_row: query heads whose programs of a tile are
-    neighbours.
+    neighbours. HALVES: in steps of half a block, without a turn, in at most 80 registers at entry.
     """
     HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
     # The longest tiles come first.
@@ -384,6 +402,7 @@ def hopper_prefill_kernel(
                     0, ring, query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
+                    HALVES,
                 ),
             ),
             (
@@ -392,9 +411,11 @@ def hopper_prefill_kernel(
                     1, ring, query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
+                    HALVES,
                 ),
             ),
         ],
         [4, 4],
-        [240, 240],
+        # Of 80 at entry the copying warps leave 104 to each consumer.
+        [104 if HALVES else 240, 104 if HALVES else 240],
     )  # fmt: skip
