@@ -47,9 +47,11 @@ CASES: tuple[tuple[PrefillCase, float | None, bool], ...] = (
 )
 ANY, ONLY_NARROW, ONLY_WIDE = (64, 128), (64,), (128,)
 FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "halves": (ONLY_NARROW, {"num_stages": 2, "in_halves": True}),
+    "halves of 3 stages": (ONLY_NARROW, {"num_stages": 3, "in_halves": True}),
     "2 stages": (ANY, {"num_stages": 2}),
-    "3 stages": (ONLY_WIDE, {"num_stages": 3}),
     "4 stages": (ONLY_NARROW, {"num_stages": 4}),
+    "3 stages": (ONLY_WIDE, {"num_stages": 3}),
 }
 CHECKED_TOKENS = 2048
 CHECK_SECONDS = 65
@@ -59,6 +61,8 @@ def is_made_for(form: str, case: PrefillCase, turns: bool) -> bool:
     """Whether the form runs on the heads, and its buffers fit into shared memory."""
     head_dims, fields = FORMS[form]
     head_dim = case.shape.head_dim
+    if turns and fields.get("in_halves"):
+        return False
     return head_dim in head_dims and not (turns and head_dim > 64 and fields["num_stages"] > 2)
 
 

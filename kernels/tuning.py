@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+HOPPER_MULTIPROCESSORS = 132
+
 
 @dataclass(frozen=True)
 class PrefillConfig:
@@ -224,8 +226,32 @@ class HopperShortListConfig:
     max_registers: int = 80
     """Per thread at entry: the copying warps give most of theirs to the others."""
     registers: int = 104
-    form: int = 0
+    form: int = 1
     num_rings: int = 1
+
+
+@lru_cache
+def hopper_short_list_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    block_size: int,
+    has_rows: bool,
+    has_tail: bool,
+    causal: bool,
+) -> HopperShortListConfig | None:
+    """Choose how the Gluon kernel computes short lists; None where it does not.
+
+    capability: of the device, (0, 0) for the interpreter. has_rows: whether the copy engine can read queries, keys and
+    values, and write the output, as rows of tokens. has_tail: whether a sequence may end, or its queries begin, inside
+    a block. causal: whether every step has masks.
+    """
+    if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim != 64:
+        return None
+    if block_size != 128 or not has_rows or has_tail or causal:
+        return None
+    return HopperShortListConfig(num_stages=4, num_programs=2 * HOPPER_MULTIPROCESSORS)
 
 
 # Fewest keys per split: where all programs run at once, since more splits hide latency, and where programs queue, since
@@ -352,9 +378,6 @@ class HopperLogSumsConfig:
             return rounds * (-(-num_blocks // splits) + 2)
 
         return min(range(1, max(min(num_blocks // 4, 64), 1) + 1), key=duration)
-
-
-HOPPER_MULTIPROCESSORS = 132
 
 
 @lru_cache

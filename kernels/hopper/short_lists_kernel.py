@@ -1,10 +1,9 @@
 """Attention over short block lists on Hopper: persistent programs, of which two share a multiprocessor.
 
-A list of three blocks is a chain of product, exponentials, product, which leaves most of a multiprocessor idle. So there
-are four such chains at once: two programs, each of one warp group that copies and two that compute 64 queries each. To
+A list of three blocks is a chain of product, exponentials, product, which leaves most of a multiprocessor idle. So
+there are four such chains at once: two programs, each of one warp group that copies and two that compute 64 queries. To
 have the registers, a step is 64 keys. A program takes one query tile after another, and the next tile's queries and
-keys come while this one is computed; its product of weights and values runs beside that of the next step's queries and
-keys. Source: FlashAttention-3, arXiv 2407.08608, for the roles of the warps.
+keys come while this one is computed. Source: FlashAttention-3, arXiv 2407.08608, for the roles of the warps.
 """
 
 from farspan.kernels.hopper.prefill_kernel import LN_2, LOWEST
