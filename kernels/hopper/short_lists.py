@@ -1,6 +1,7 @@
 """Attention over short block lists on Hopper: how the launcher of short lists launches the Gluon kernel."""
 
 import torch
+from farspan.kernels.hopper import short_lists_forms
 from farspan.kernels.hopper.short_lists_kernel import BLOCK_SIZE, KEYS, hopper_short_lists_kernel
 from farspan.kernels.hopper.tile_steps import ROWS_AT_ONCE
 from farspan.kernels.tiles import BlockLists
@@ -26,7 +27,11 @@ def hopper_short_lists(
     heads = q.shape[2]
     kv_len, kv_heads = k.shape[1:3]
     num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
-    hopper_short_lists_kernel[(min(num_tiles * heads, config.num_programs),)](
+    kernel, form = hopper_short_lists_kernel, {"PEELED": config.form == 1}
+    if config.num_rings == 2 or config.registers != 104:
+        kernel = short_lists_forms.hopper_short_lists_kernel
+        form = {"FORM": config.form, "RINGS": config.num_rings, "REGISTERS": config.registers}
+    kernel[(min(num_tiles * heads, config.num_programs),)](
         _rows(q, BLOCK_SIZE.value),
         _rows(k, KEYS.value),
         _rows(v, KEYS.value),
@@ -44,9 +49,7 @@ def hopper_short_lists(
         HEADS_PER_LIST=heads // num_list_heads,
         HAS_LSE=lse is not None,
         STAGES=config.num_stages,
-        FORM=config.form,
-        RINGS=config.num_rings,
-        REGISTERS=config.registers,
+        **form,
         num_warps=4,
         maxnreg=config.max_registers,
     )
