@@ -157,7 +157,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         return output
 
 
-def scales_of(layer: Any, pages: torch.Tensor) -> dict[str, float]:
+def scales_of(layer: Any, pages: torch.Tensor) -> dict[str, Any]:
     """What keys and values are divided by before they are stored in float8 pages; empty for pages of other dtypes."""
     if pages.dtype != FP8:
         return {}
