@@ -45,13 +45,11 @@ CASES: tuple[tuple[PrefillCase, float | None, bool], ...] = (
     (PrefillCase(32768, 32768, NARROW), None, True),
     (PrefillCase(16384, 131072, WIDE), None, False),
 )
-ANY, ONLY_NARROW, ONLY_WIDE = (64, 128), (64,), (128,)
+ANY, ONLY_NARROW = (64, 128), (64,)
 FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "halves": (ONLY_NARROW, {"num_stages": 2, "in_halves": True}),
-    "halves of 3 stages": (ONLY_NARROW, {"num_stages": 3, "in_halves": True}),
     "2 stages": (ANY, {"num_stages": 2}),
+    "halves": (ONLY_NARROW, {"num_stages": 2, "in_halves": True}),
     "4 stages": (ONLY_NARROW, {"num_stages": 4}),
-    "3 stages": (ONLY_WIDE, {"num_stages": 3}),
 }
 CHECKED_TOKENS = 2048
 CHECK_SECONDS = 65

@@ -1,4 +1,4 @@
-"""The portable short-list kernel: attention on contiguous tensors where every block list has few blocks.
+"""The short-list kernel: attention on contiguous tensors where every block list has few blocks.
 
 With few blocks per tile, latency decides: the paged kernel looks up request, chunk and page before its first key.
 Here a tile's place follows from its number, so that queries and list are read at once, and one loop keeps the loads of
@@ -12,13 +12,7 @@ import triton
 import triton.language as tl
 from farspan.kernels.contiguous.token_rows import have_token_rows, token_rows
 from farspan.kernels.tiles import BlockLists, PrefillTiles
-from farspan.kernels.tuning import (
-    HopperShortListConfig,
-    ShortListConfig,
-    device_capability,
-    hopper_short_list_config,
-    short_list_config,
-)
+from farspan.kernels.tuning import ShortListConfig, device_capability, short_list_config
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -226,7 +220,7 @@ def short_list_attention(
     lengths: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    config: ShortListConfig | HopperShortListConfig | None = None,
+    config: ShortListConfig | None = None,
 ) -> None:
     """Attention over block lists, with arguments that `attention` has checked.
 
@@ -237,8 +231,7 @@ def short_list_attention(
     lengths: [batch] integers on the device, or None.
     out: contiguous, of q's shape; lse: [heads, batch * query_len] float32, natural log, contiguous, or None. Both are
         written in full, padding included.
-    config: which kernel, and its steps; those of `tuning.hopper_short_list_config`, or else of
-        `tuning.short_list_config`, when None.
+    config: steps; those of `tuning.short_list_config` when None.
     """
     batch, query_len, heads, head_dim = q.shape
     _, kv_len, kv_heads, _ = k.shape
@@ -247,35 +240,18 @@ def short_list_attention(
     assert lse is None or lse.is_contiguous()
     assert block_lists.block_ids.is_contiguous()
     assert block_lists.block_counts.is_contiguous()
-    capability = device_capability(q.device)
-    has_whole_keys = kv_len % tiles.block_size == 0
-    has_whole_tiles = has_whole_keys and query_len % tiles.block_size == 0
-    if config is None:
-        config = hopper_short_list_config(
-            head_dim,
-            q.dtype,
-            capability,
-            block_size=tiles.block_size,
-            has_rows=have_token_rows(q, k, v, out),
-            has_tail=lengths is not None or not has_whole_tiles,
-            causal=causal,
-        )
-    if isinstance(config, HopperShortListConfig):
-        # Loads Gluon, which other devices do without.
-        from farspan.kernels.hopper.short_lists import hopper_short_lists
-
-        hopper_short_lists(q, k, v, block_lists, scale * LOG2_E, out, lse, config)
-        return
     if config is None:
         config = short_list_config(
             head_dim,
             tiles.block_size,
-            capability,
+            device_capability(q.device),
             has_rows=have_token_rows(k, v, out),
-            has_tail=lengths is not None or not has_whole_keys,
+            has_tail=lengths is not None or kv_len % tiles.block_size != 0,
             causal=causal,
         )
     num_list_heads, num_tiles, max_blocks = block_lists.block_ids.shape
+    has_whole_keys = kv_len % tiles.block_size == 0
+    has_whole_tiles = has_whole_keys and query_len % tiles.block_size == 0
     key_rows = value_rows = out_rows = None
     if config.use_tma:
         key_rows, value_rows = (token_rows(tensor, config.block_n) for tensor in (k, v))

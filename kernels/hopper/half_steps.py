@@ -1,5 +1,4 @@
-"""Steps of 64 keys for a consumer of the Hopper prefill kernel: few registers, so that two programs share a
-multiprocessor.
+"""Steps of 64 keys in the Hopper prefill kernel: few registers, so that two programs share a multiprocessor.
 
 In heads of 64, where exponentials take as long as the products, two consumers leave both units idle for half of the
 time. Four fill them, though each of them computes one thing after the other. `ring` is that of `prefill_kernel`.

@@ -34,7 +34,6 @@ from farspan.kernels.flex.spans import SpanRule, make_spans
 from farspan.kernels.flex.types import NO_LIMIT, Budget
 from farspan.kernels.hopper.log_sums_kernel import hopper_log_sums_kernel
 from farspan.kernels.hopper.prefill_kernel import hopper_prefill_kernel
-from farspan.kernels.hopper.short_lists_kernel import hopper_short_lists_kernel
 from farspan.kernels.rotary_turn import make_string_turn
 from farspan.kernels.tiles import BlockLists, make_prefill_tiles
 from triton.backends.compiler import GPUTarget
@@ -94,15 +93,9 @@ def compiled(kernel: Any, call: Callable[[], object], *others: Any) -> dict[str,
 
 
 def prefill(
-    hopper: bool,
-    head_dim: int = 128,
-    *,
-    has_lists: bool = True,
-    has_turn: bool = False,
-    page_size: int = 128,
-    config: tuning.HopperPrefillConfig | None = None,
+    hopper: bool, head_dim: int = 128, *, has_lists: bool = True, has_turn: bool = False, page_size: int = 128
 ) -> None:
-    """Launch prefill of 1,024 tokens, with one list per query head or none, by the chosen, portable or given kernel."""
+    """Launch prefill of 1,024 tokens, with one list per query head or none, by the chosen or the portable kernel."""
     query = torch.empty(1024, 32, head_dim, dtype=torch.bfloat16)
     tiles = make_prefill_tiles([0, 1024], [1024], 128, query.device)
     portable = tuning.prefill_config(
@@ -134,17 +127,7 @@ def prefill(
         if has_lists
         else None,
         turn=make_string_turn(torch.ones(head_dim // 2), 5, 1, True, query.device) if has_turn else None,
-        config=config if hopper else portable,
-    )
-
-
-def attend_short_lists(config: tuning.ShortListConfig | None = None) -> None:
-    """Launch attention over lists of three blocks, 8 heads of 64, by the chosen or the given kernel."""
-    q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
-    tiles = contiguous.attention_tiles(2, 1024, 1024, device=q.device)
-    lists = static_block_lists(tiles, "sink_local", sink_blocks=0, local_blocks=3)
-    short_lists.short_list_attention(
-        q, q, q, tiles, lists, 0.125, causal=False, lengths=None, out=torch.empty_like(q), lse=None, config=config
+        config=None if hopper else portable,
     )
 
 
@@ -341,8 +324,8 @@ def main() -> None:
     log_sums, choice = tile_rows.log_sums_kernel, tile_rows.choice_kernel
     portable = tuning.TileRowsConfig(64, 4, 3, use_tma=True)
     q = torch.empty(2, 1024, 8, 64, dtype=torch.float16)
-    short_config = tuning.short_list_config(
-        64, 128, (HOPPER // 10, HOPPER % 10), has_rows=True, has_tail=False, causal=False
+    lists = static_block_lists(
+        contiguous.attention_tiles(2, 1024, 1024, device=q.device), "sink_local", sink_blocks=0, local_blocks=3
     )
     print(
         json.dumps(
@@ -352,12 +335,10 @@ def main() -> None:
                 "hopper-lists-d128": compiled(gluon_kernel, partial(prefill, True)),
                 "hopper-lists-turn-d128": compiled(gluon_kernel, partial(prefill, True, has_turn=True)),
                 "hopper-lists-page16-d64": compiled(gluon_kernel, partial(prefill, True, 64, page_size=16)),
-                "hopper-halves-d64": compiled(
-                    gluon_kernel,
-                    partial(prefill, True, 64, config=tuning.HopperPrefillConfig(8, num_stages=2, in_halves=True)),
+                "hopper-dense-d64": compiled(gluon_kernel, partial(prefill, True, 64, has_lists=False)),
+                "short-lists-d64": compiled(
+                    short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),
-                "hopper-short-lists-d64": compiled(hopper_short_lists_kernel, attend_short_lists),
-                "short-lists-d64": compiled(short_lists._short_list_kernel, partial(attend_short_lists, short_config)),
                 "tile-rows-d128": compiled(log_sums, lambda: select_by_tile_rows(32, 8, 128, config=portable), choice),
                 "tile-rows-turn-d64": compiled(log_sums, lambda: select_by_tile_rows(14, 2, 64, has_turn=True), choice),
                 "tile-rows-choice": compiled(choice, lambda: select_by_tile_rows(32, 8, 128), hopper_log_sums_kernel),

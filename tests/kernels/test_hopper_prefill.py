@@ -209,7 +209,14 @@ def test_which_calls_are_served(options: dict[str, Any], served: bool) -> None:
         "tokens_per_tile": 128,
         "num_heads": 32,
         "num_kv_heads": 8,
+        "has_turn": False,
+        "has_lists": False,
     }
     config = hopper_prefill_config(**(call | options))
     assert (config is not None) is served
     assert config is None or 32 % config.heads_in_a_row == 0
+    # Halves have been timed on all keys without a turn alone.
+    assert config is None or config.in_halves == ((call | options)["head_dim"] < 128)
+    for other in ("has_turn", "has_lists"):
+        config = hopper_prefill_config(**(call | options | {other: True}))
+        assert config is None or not config.in_halves

@@ -7,13 +7,7 @@ import torch
 from farspan.kernels import attention_tiles, static_block_lists
 from farspan.kernels.contiguous.short_lists import short_list_attention
 from farspan.kernels.contiguous.token_rows import have_token_rows
-from farspan.kernels.tiles import BlockLists
-from farspan.kernels.tuning import (
-    HopperShortListConfig,
-    ShortListConfig,
-    hopper_short_list_config,
-    short_list_config,
-)
+from farspan.kernels.tuning import ShortListConfig, short_list_config
 
 from tests.kernels.helpers import assert_attention_close
 from tests.kernels.test_contiguous import by_position, draw, expected
@@ -59,66 +53,6 @@ def test_every_way_to_load_gives_the_same(query_len, kv_len, has_lengths, head_d
     else:
         result_lse = lse.view(heads, batch, query_len).transpose(0, 1)
     assert_attention_close(out, result_lse, expected_out, expected_lse, torch.float16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_programs", [5, 264], ids=["many-tiles-a-program", "one-tile-a-program"])
-@pytest.mark.parametrize("has_lse", [True, False], ids=["lse", "no-lse"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("query_len", "num_list_heads"), [(1024, 1), (384, 4)])
-def test_hopper(query_len, num_list_heads, dtype, has_lse, num_programs, device):
-    """Several times alike: buffers are refilled while others are read."""
-    if device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("made for compute capability 9.0")
-    batch, heads, kv_len = 2, 4, 1024
-    q, k, v = draw(batch, query_len, kv_len, heads, 2, 64, dtype, device)
-    tiles = attention_tiles(batch, query_len, kv_len, device=device)
-    rows, blocks = tiles.num_tiles // batch, kv_len // 128
-    generator = torch.Generator(device).manual_seed(1)
-    mask = torch.rand(num_list_heads, rows, blocks, device=device, generator=generator) < 0.4
-    mask[0, 1] = False
-    counts = mask.sum(2, dtype=torch.int32)
-    ids = mask.to(torch.int8).sort(dim=2, descending=True, stable=True).indices.int()
-    lists = BlockLists(ids.repeat(1, batch, 1), counts.repeat(1, batch))
-    config = HopperShortListConfig(4, num_programs)
-    for turn in range(5):
-        out = torch.full_like(q, float("nan"))
-        lse = torch.full((heads, batch * query_len), float("nan"), device=device) if has_lse else None
-        short_list_attention(
-            q, k, v, tiles, lists, 0.125, causal=False, lengths=None, out=out, lse=lse, config=config
-        )  # fmt: skip
-        if turn == 0:
-            first = out
-        assert torch.equal(out, first)
-    visible = torch.zeros(num_list_heads, blocks, blocks, dtype=torch.bool, device=device)
-    visible[:, blocks - rows :] = mask
-    visible = by_position(visible, 128, kv_len, heads).expand(batch, -1, -1, -1)
-    expected_out, expected_lse = expected(q, k, v, visible=visible)
-    result_lse = expected_lse if lse is None else lse.view(heads, batch, query_len).transpose(0, 1)
-    assert_attention_close(out, result_lse, expected_out, expected_lse, dtype)
-
-
-@pytest.mark.parametrize(
-    ("options", "served"),
-    [
-        ({}, True),
-        ({"dtype": torch.bfloat16}, True),
-        ({"dtype": torch.float32}, False),
-        ({"head_dim": 128}, False),
-        ({"block_size": 64}, False),
-        ({"capability": (10, 0)}, False),
-        ({"has_rows": False}, False),
-        ({"has_tail": True}, False),
-        ({"causal": True}, False),
-    ],
-    ids=str,
-)
-def test_what_hopper_serves(options, served):
-    call = {
-        "head_dim": 64, "dtype": torch.float16, "capability": (9, 0), "block_size": 128, "has_rows": True,
-        "has_tail": False, "causal": False,
-    }  # fmt: skip
-    assert (hopper_short_list_config(**(call | options)) is not None) is served
 
 
 def test_rows_that_the_copy_engine_can_read():
