@@ -2,10 +2,11 @@
 
 The producer walks block list and block table and starts a copy of each key and value tile into a ring of buffers. A
 consumer issues the product of query and keys of one tile together with that of weights and values of the tile before,
-and computes the softmax of the first while the second runs; with heads of 64 in other orders (`plain_steps`, `half_steps`). The last
-block of a list is the only one that can need a mask and comes first, then those that a turn's bound crosses, so that
-the main loops have no mask. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-3 (arXiv
-2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned query.
+and computes the softmax of the first while the second runs; with heads of 64 in other orders (`plain_steps`,
+`half_steps`). The last block of a list is the only one that can need a mask and comes first, then those that a turn's
+bound crosses, so that the main loops have no mask. Softmax runs in base 2 with the scale folded in. Sources:
+FlashAttention-3 (arXiv 2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned
+query.
 """
 
 from farspan.kernels.hopper.half_steps import half_steps
