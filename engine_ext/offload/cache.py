@@ -210,14 +210,15 @@ class ColdCache:
         firsts = [sum(num_pages[:place]) for place in range(len(num_pages))]
         device = self.entries.device
         numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=device)
-        return StagedPages(torch.cat(pages)), to_device([firsts], device)[0][:, None] + numbers
+        staged = StagedPages(torch.cat(pages), are_of_one=len(pages) == 1)
+        return staged, to_device([firsts], device)[0][:, None] + numbers
 
     def stage_spans(self, request: int, bounds: list[int]) -> tuple[tuple[StagedPages, ...], torch.Tensor]:
         """The pages of one request of the step in spans, and the block table of each of them.
 
         bounds: pages at which spans begin, and where the last one ends. Returns [1, max_pages] int32 as table.
         """
-        spans = tuple(StagedPages(self.entries[request, first:end]) for first, end in pairwise(bounds))
+        spans = tuple(StagedPages(self.entries[request, first:end], are_of_one=True) for first, end in pairwise(bounds))
         numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=self.entries.device)
         return spans, numbers[None]
 

@@ -97,7 +97,7 @@ class Staging:
             stage_pages(self.pools, job.staged.entries, job.rows, target, from_host=False)
             self.filled[buffer].wait(torch.cuda.current_stream(target.device))
         num_heads = job.rows.stop - job.rows.start
-        return KVView(target[:num_heads].transpose(0, 1), job.kv_heads.start)
+        return KVView(target[:num_heads].transpose(0, 1), job.kv_heads.start, are_adjacent=job.staged.are_of_one)
 
 
 class StagedTurn:

@@ -78,7 +78,9 @@ class Driver:
         """[num_tokens, heads, 2 * HEAD_DIM]: what attention would read of some heads."""
         kv = step.view(f"layer.{layer}", replace(each, kv_heads=kv_heads)).of_heads(kv_heads)
         table = each.batch.block_table[0, : len(self.blocks)].long()
-        return kv.pages[table].transpose(1, 2).flatten(0, 1)[: self.computed].cpu()
+        found = kv.pages[table].transpose(1, 2).flatten(0, 1)[: self.computed]
+        assert torch.equal(torch.cat(kv.tokens(self.computed), dim=-1), found), "the pages of one request are adjacent"
+        return found.cpu()
 
 
 def expected(layer: int, length: int, kv_heads: slice) -> torch.Tensor:
@@ -124,6 +126,15 @@ def test_the_first_group_is_fetched_before_its_attention() -> None:
             for heads in (slice(1, 3), slice(3, 4)):
                 found = driver.read(step, layer, each, heads)
                 assert torch.equal(found, expected(layer, driver.computed, heads))
+
+
+def test_pages_of_several_requests_are_not_adjacent() -> None:
+    cache, residency = make_cache(6)
+    _, step, each = Driver(cache, residency).step(60)
+    pages, _ = cache.stage(0, [2, 1])
+    turn = cache.staged_turn(["layer.0"], [(pages,)], is_alone=True)
+    step, each = replace(step, turn=turn), replace(each, keys=pages)
+    assert not step.view("layer.0", each).are_adjacent
 
 
 def test_views_read_slots_and_host_memory() -> None:
