@@ -300,13 +300,13 @@ def prefill_fa3(
 
     if kv.are_adjacent:
         assert batch.num_reqs == 1
-        # Its tiles of keys without a causal mask are no divisors of a page, so it would not read pages by the copy
-        # engine. [1, num_tokens, num_kv_heads, head_dim] it does.
-        views = tuple(each[None] for each in kv.tokens(batch.max_kv_len))
-        block_table = None
+        # Without a causal mask its tiles have 176 keys (heads of 128), and it reads pages that they do not divide
+        # without the copy engine: 600 TFLOP/s instead of 690 (H200, 8K queries on 80K keys, 2026-11).
+        views = [each[None] for each in kv.tokens(batch.max_kv_len)]
+        max_kv_len, block_table = views[0].shape[1], None
     else:
-        views = tuple(each.transpose(1, 2) for each in kv.split())  # [num_pages, page_size, num_kv_heads, head_dim]
-        block_table = batch.block_table
+        views = [each.transpose(1, 2) for each in kv.split()]  # [num_pages, page_size, num_kv_heads, head_dim]
+        max_kv_len, block_table = batch.max_kv_len, batch.block_table
     # The copy engine rejects the odd strides that torch gives to dimensions of size 1.
     key, value = (canonicalize_singleton_dim_strides(each) for each in views)
     _, lse = flash_attn_varlen_func(
@@ -317,7 +317,7 @@ def prefill_fa3(
         cu_seqlens_q=batch.query_start_loc,
         max_seqlen_q=batch.max_query_len,
         seqused_k=batch.kv_lens,
-        max_seqlen_k=batch.max_kv_len,
+        max_seqlen_k=max_kv_len,
         softmax_scale=scale,
         causal=causal,
         block_table=block_table,

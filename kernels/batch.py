@@ -97,7 +97,7 @@ class KVView:
         return self.keys, self.pages.narrow(3, self.head_dim, self.head_dim)
 
     def tokens(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of adjacent pages, two [num_tokens, num_kv_heads, head_dim] views."""
+        """Keys and values of adjacent pages, [num_tokens, num_kv_heads, head_dim] views, or fewer tokens."""
         assert self.are_adjacent
         pages = self.pages.transpose(1, 2)
         # Not a copy: tokens are as far apart from page to page.

@@ -60,8 +60,11 @@ def test_prefill(prefill: Any, kernel: str, kv_heads: slice) -> None:
     assert_attention_close(out, lse, expected_out[:, heads], expected_lse[heads], DTYPE)
 
 
+@pytest.mark.parametrize("max_kv_len", [200, 230, 1000])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, is_causal: bool, max_kv_len: int
+) -> None:
     """Pages staged for a chunk, in a buffer that holds more; the second of two KV heads."""
     inputs = make_batch([130], [200], head_dim=128, dtype=DTYPE, device=DEVICE)
     buffer = torch.zeros(2, 20, 16, 256, dtype=DTYPE, device=DEVICE)
@@ -71,7 +74,8 @@ def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(monkeypatch: pytest.Monke
         """What FlashAttention 3 does, in PyTorch."""
         assert arguments["block_table"] is None
         num_keys = int(arguments["seqused_k"])
-        assert len(k) == len(v) == 1
+        # FlashAttention 3 refuses others.
+        assert k.shape == v.shape == (1, arguments["max_seqlen_k"], 1, 128)
         keys, values = k[0, :num_keys, 0].float(), v[0, :num_keys, 0].float()
         logits = torch.einsum("nhd,kd->hnk", q.float(), keys) * arguments["softmax_scale"]
         if arguments["causal"]:
@@ -81,6 +85,7 @@ def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(monkeypatch: pytest.Monke
         return out, logits.logsumexp(-1)
 
     arguments = {"seqused_k": inputs.seq_lens, "softmax_scale": inputs.scale, "causal": is_causal, "block_table": None}
+    arguments["max_seqlen_k"] = 320
     query = inputs.query[:, 2:]
     expected, (keys, values) = torch.empty_like(query), buffer[1].flatten(0, 1).split(128, -1)
     _, expected_lse = attention(query, keys[None, :, None], values[None, :, None], expected, **arguments)
@@ -90,7 +95,9 @@ def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(monkeypatch: pytest.Monke
     view = KVView(buffer.transpose(0, 1), are_adjacent=True)
     assert view.tokens(200)[0].data_ptr() == buffer.data_ptr(), "a copy"
     out = poisoned_like(inputs.query)[:, 2:]
-    each = replace(prefill_pass(inputs, DensePrefill(), "fa3"), is_causal=is_causal)
+    # Another request of the step may be longer than the buffer.
+    each = prefill_pass(inputs, DensePrefill(), "fa3")
+    each = replace(each, is_causal=is_causal, batch=replace(each.batch, max_kv_len=max_kv_len))
     lse = attend(each, query, view.of_heads(slice(1, 2)), LAYER, inputs.scale, out)
     assert_attention_close(out, lse, expected, expected_lse, DTYPE)
 
