@@ -166,8 +166,8 @@ def hopper_prefill_config(
     # without a turn stays with FlashAttention 3: 668 against 683 at 8K, 692 against 709 at 32K. A turn at 64K takes
     # 55.3 ms, 54.2 without, FlashAttention 3 53.2. Heads of 64, times FlashAttention 3's speed at 8K and 32K: whole
     # blocks 0.89 and 0.87, halves with 2 stages 0.93 and 0.91 (run 20261128-3435c1), with 3 stages 0.90 and 0.88;
-    # halves on lists have not been timed. With a turn 32K takes 9.14 ms with 4 stages, 9.53 with 2. Pages below 128 have only
-    # been checked.
+    # halves on lists have not been timed. With a turn 32K takes 9.14 ms with 4 stages, 9.53 with 2. Pages below 128
+    # have only been checked.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
     if head_dim <= 64 and not has_turn and not has_lists:
         return HopperPrefillConfig(heads_in_a_row, num_stages=2, in_halves=True)
