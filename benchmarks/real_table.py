@@ -9,6 +9,8 @@ COLUMNS = ("density", "coverage", "worst head", "heads < γ−.01", "heads < γ�
 
 QUESTIONS = ("niah_single", "niah_multikey_1", "niah_multivalue")
 """Tasks that are asked: one needle, one of several keys, four of one key."""
+ORDER = ("farspan-g", "farspan-flexprefill-g", "sink-local", "oracle-g")
+"""Of the rules in a case's lines, by the beginnings of their names."""
 NEEDLES = "needles: one / of several / four, %"
 
 
@@ -47,6 +49,10 @@ def by_label_and_length(case: str) -> tuple[str, int]:
     return label, int(length)
 
 
+def by_rule(variant: str) -> tuple[int, str]:
+    return next((place for place, name in enumerate(ORDER) if variant.startswith(name)), len(ORDER)), variant
+
+
 def latest_of_case(rows: Sequence[Row], case: str) -> list[Row]:
     """Of each variant, the rows of its latest run."""
     latest = {row.variant: row.run_id for row in rows if row.case == case}
@@ -61,7 +67,8 @@ def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str
     lines = []
     if dense := answers.get("farspan"):
         lines.append(["dense", "1", "1", "1", "0.0 %", "0.0 %", "0", "0.00 %", dense, ""])
-    for variant in dict.fromkeys(row.variant for row in of_case if row.metric == "drift"):
+    variants = {row.variant for row in of_case if row.metric == "drift"}
+    for variant in sorted(variants, key=by_rule):
 
         def of(metric: str, variant: str = variant) -> float:
             return found[variant, metric]
