@@ -363,8 +363,8 @@ def by_halves(
     """
     held = torch.where(is_held, even + odd, 0.0).sum(-1) / 2
     needed = ((share - held) * MASS_UNIT).ceil().long()
-    in_units = [(torch.where(is_free, each, 0.0) * (MASS_UNIT / 2) + 0.5).long() for each in (even, odd)]
-    return blocks_by_halves(*in_units, needed)
+    even, odd = ((torch.where(is_free, each, 0.0) * (MASS_UNIT / 2) + 0.5).long() for each in (even, odd))
+    return blocks_by_halves(even, odd, needed)
 
 
 def lists_of(keep: torch.Tensor) -> BlockLists:
