@@ -47,6 +47,7 @@ MODULES = (
     "offload_memory",
     "offload_tight",
     "offload_exact",
+    "offload_quality",
     "star",
     "star_decode",
     "star_quality",

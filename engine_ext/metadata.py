@@ -374,21 +374,24 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             assert cache.staging is not None
             for part in run.split(cache.sizes.page_size, cache.staging.num_pages):
                 num_pages = [-(-kv_len // cache.sizes.page_size) for kv_len in part.kv_lens]
-                makers = [
-                    replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
-                    for heads in cache.groups_of(cache.layers[self.names[0]])
-                ]
                 if sum(num_pages) > cache.staging.num_pages:
                     spans, batches, ends = self.spans_of(cache, part)
                     staged.append(spans)
-                    for group in makers:
+                    for group in self.groups(cache, maker, spans[0]):
                         passes += span_passes(group, part, spans, batches, ends)
                     continue
                 pages, block_table = cache.stage(part.first, num_pages)
                 staged.append((pages,))
-                for group in makers:
+                for group in self.groups(cache, maker, pages):
                     passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
         return passes
+
+    def groups(self, cache: ColdCache, maker: PassMaker, pages: StagedPages) -> list[PassMaker]:
+        """The makers of the groups of cold heads that are staged one after the other."""
+        return [
+            replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
+            for heads in cache.groups_of(cache.layers[self.names[0]], pages.group_size)
+        ]
 
     def cold_step(
         self, cache: ColdCache, common: CommonAttentionMetadata, staged: list[tuple[StagedPages, ...]]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import min_slots
 
 from tests.integration.test_engine_tokens import generate, make_prompts, run, stock_tokens
@@ -150,12 +151,25 @@ def test_no_cold_head_is_no_offload(make_llm: Callable[..., Any], stock_tokens: 
 
 
 @pytest.mark.parametrize("chunk", [16, 33, 200, 2048])
-def test_chunked_prefill(make_llm: Callable[..., Any], stock_tokens: Any, chunk: int) -> None:
+def test_chunked_prefill(
+    make_llm: Callable[..., Any], stock_tokens: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Staged one head at a time, or both heads of requests that are short enough."""
+    groups: set[int] = set()
+    group_for = OffloadSizes.group_for
+
+    def noted(self: OffloadSizes, num_pages: int) -> int:
+        groups.add(group_for(self, num_pages))
+        return group_for(self, num_pages)
+
+    monkeypatch.setattr(OffloadSizes, "group_for", noted)
     blocks = 200 if chunk == 2048 else BLOCKS
     num_slots = max(3 + chunk // PAGE, 20)
-    llm = make_llm(**offloading(num_slots, tokens=chunk, blocks=blocks))
+    arguments = offloading(num_slots, tokens=chunk, blocks=blocks)
+    del arguments["additional_config"]["farspan"]["offload"]["group_size"]
+    llm = make_llm(**arguments)
     assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
-    assert offload_state(llm)["spilled"] > 0 or chunk == 2048
+    assert (offload_state(llm)["spilled"] > 0 and groups == {1, 2}) or chunk == 2048
 
 
 def test_prefix_hits(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
