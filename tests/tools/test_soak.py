@@ -6,7 +6,7 @@ import pytest
 from farspan.engine_ext.errors import ConfigError
 
 from tools import soak
-from tools.soak import ALLOWED_GROWTH, Held, growth, gpu_mib, run, too_much
+from tools.soak import ALLOWED_GROWTH, Held, gpu_mib, growth, run, too_much
 
 
 def test_steady_growth_is_a_leak_and_a_first_step_is_not() -> None:
