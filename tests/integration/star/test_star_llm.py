@@ -36,11 +36,13 @@ def greedy(max_tokens: int = MAX_TOKENS, **more: Any) -> Any:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
 
 
-def expected_tokens(model: Path, output: StarOutput, context: list[int], query: list[int]) -> list[int]:
+def expected_tokens(
+    model: Path, output: StarOutput, context: list[int], query: list[int], rope: dict[str, Any] | None = None
+) -> list[int]:
     """The oracle's tokens for the blocks that an answer came from."""
     assert output.shards is not None
     shard = output.shards[0]
-    oracle = StarLlama(model, shard.context_len, shard.block_len, shard.anchor_len)
+    oracle = StarLlama(model, shard.context_len, shard.block_len, shard.anchor_len, rope)
     return oracle.generate(context + query, len(output.token_ids))
 
 
