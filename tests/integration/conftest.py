@@ -84,12 +84,12 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     import multiprocessing
 
     import torch
-    from vllm.v1.engine import utils
+    from vllm.v1.engine import coordinator, utils
     from vllm.v1.executor import multiproc_executor
 
     if torch.cuda.is_available():
         return
-    for module in (utils, multiproc_executor):
+    for module in (coordinator, utils, multiproc_executor):
         monkeypatch.setattr(module, "get_mp_context", lambda: multiprocessing.get_context("fork"))
 
 

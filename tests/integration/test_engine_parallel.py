@@ -53,7 +53,7 @@ def tokens_of(llm: Any, **extra_args: Any) -> list[list[int]]:
     """Greedy tokens of `PROMPTS`."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra_args or None)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, extra_args=extra_args or None)
     inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     return [list(output.outputs[0].token_ids) for output in llm.generate(inputs, params, use_tqdm=False)]
 

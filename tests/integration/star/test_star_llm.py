@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,10 @@ def test_queries_answered_together_have_the_tokens_that_each_has_alone(star: Sta
     assert star.restart_s == 0
 
 
+async def session() -> AsyncIterator[list[int]]:
+    yield CONTEXT
+
+
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     from vllm import SamplingParams
 
@@ -277,6 +281,7 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
         ({"context": [*CONTEXT, "t1"]}, "token 't1'; allowed: whole numbers"),
         ({"context": [], "query": []}, "an empty context and an empty query"),
         ({"context": "no marker", "query": None}, "a prompt without"),
+        ({"context": session()}, "a prompt of type async_generator; allowed: text or token ids, whole"),
         ({"context": CONTEXT * 6}, "host 0 needs"),
         ({"block_len": 40}, "block_len=40; allowed: a multiple of the page size, 16 tokens"),
         ({"sampling_params": greedy(repetition_penalty=1.2)}, "repetition_penalty=1.2; allowed: 1"),
