@@ -76,7 +76,7 @@ def make_engines_cheap() -> None:
 
 
 @pytest.fixture
-def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine's processes are copies of this one, for which vLLM need not be imported anew, 12 s each.
 
     On a CPU alone: a copy of a process with CUDA cannot use it.

@@ -123,7 +123,7 @@ def test_preemption(make_llm: Any, stock_tokens: Any) -> None:
 
 
 def test_multiprocess_engine(
-    make_llm: Any, stock_tokens: Any, forked_ranks: None, monkeypatch: pytest.MonkeyPatch
+    make_llm: Any, stock_tokens: Any, forked_processes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = make_prompts(LENGTHS)
     expected = stock_tokens("llama", prompts)
