@@ -140,7 +140,7 @@ def test_lm_eval_gets_our_options_and_its_scores_are_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With stand-ins for lm-eval; tests/integration/test_lm_eval.py starts an engine with such arguments."""
-    from farspan.engine_ext.config import parse_config
+    from farspan.engine_ext.config import FlexPrefill, parse_config
 
     from examples import lm_eval_tasks
 
@@ -179,7 +179,9 @@ def test_lm_eval_gets_our_options_and_its_scores_are_shown(
     for engine in engines:
         assert (engine["pretrained"], engine["max_model_len"]) == ("org/model", 9000)
         if engine.get("attention_backend") == "CUSTOM":
-            gammas.append(parse_config(engine["additional_config"]["farspan"]).prefill.gamma)
+            prefill = parse_config(engine["additional_config"]["farspan"]).prefill
+            assert isinstance(prefill, FlexPrefill)
+            gammas.append(prefill.gamma)
     assert gammas == [0.95, 0.9]
     header, scores = capsys.readouterr().out.splitlines()
     assert header.split("  ")[-1].strip() == "flex γ 0.9"
