@@ -57,8 +57,10 @@ def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any)
 def impatience(llm: FaultyStarLLM) -> Iterator[None]:
     """Requests in which a host is late after `TIMEOUT_S`."""
     llm.hosts.patience_s = TIMEOUT_S
-    yield
-    llm.hosts.patience_s = PATIENCE_S
+    try:
+        yield
+    finally:
+        llm.hosts.patience_s = PATIENCE_S
 
 
 @pytest.fixture(scope="module")

@@ -372,7 +372,7 @@ def test_a_host_without_network_is_named(star: FaultyStarLLM, fault: Callable[..
     fault(1, "phase 2", "cut")
     context = PROMPT[39 : 39 + CONTEXT_LEN]
     started = time.monotonic()
-    with pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
+    with impatience(star), pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
         star.generate(context, QUERY, greedy(32))
     assert time.monotonic() - started < PATIENCE_S
     assert "host 1" in str(caught.value)
