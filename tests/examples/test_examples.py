@@ -188,17 +188,6 @@ def test_lm_eval_gets_our_options_and_its_scores_are_shown(
     assert scores.split() == ["niah_single_1", "4096", "0.875", "0.750", "0.625"]
 
 
-def test_the_lm_eval_example_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from examples import lm_eval_tasks
-
-    monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["lm_eval_tasks.py", "org/model"])
-    assert lm_eval_tasks.main() != 0
-    assert 'pip install "lm_eval[vllm,ruler]"' in capsys.readouterr().err
-
-
 class Stub:
     """In place of an engine."""
 

@@ -152,6 +152,7 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("examples.demo", "--length -1", "length=-1; prompts have 256 to 130944 tokens", 2),
     ("examples.demo", "--length x", "invalid int value: 'x'", 2),
     ("examples.client", "--url x", "unrecognized arguments", 2),
+    ("examples.lm_eval_tasks", "org/model", 'lm-eval is not installed. pip install "lm_eval[vllm,ruler]"', 2),
     ("examples.client", "http://127.0.0.1:1/v1", "No server answers at http://127.0.0.1:1/v1", 1),
 ]
 ROOT = Path(__file__).resolve().parents[2]
