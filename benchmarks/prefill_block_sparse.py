@@ -23,6 +23,7 @@ from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import graph_of, time_interleaved
 
 NAME = "prefill_block_sparse"
+CHOOSES_CASES = True
 BLOCK_SIZE = 128
 LENGTHS = [2**k for k in range(7, 17)]
 MAX_PADDING = 20  # as in the paper, whose lengths are drawn from [n - 20, n]
@@ -233,7 +234,7 @@ def peak_memory(work: Work, before: int) -> float:
 
 
 def run(recorder: Recorder) -> None:
-    for case in cases(recorder.dry_run):
+    for case in filter(lambda case: recorder.wants(case.name), cases(recorder.dry_run)):
         run_case(recorder, case)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,8 +1,9 @@
 """The README's numbers, from the rows: `python -m benchmarks.readme_table`; `--write` puts them into README.md.
 
 One table per benchmark, of its latest run, or of each case's latest run on one kind of GPU: one line per case, one
-column per variant, and for each of our variants its speed in multiples of the baseline's. Stages of a call are only in
-the CSV, since peers are compared with whole calls.
+column per variant, and for each of our variants its speed in multiples of the baseline's. A peer that this run of a
+case left out is shown from the last run that has it, in brackets, with its speed in multiples of the baseline's in that
+run. Stages of a call are only in the CSV, since peers are compared with whole calls.
 """
 
 import re
@@ -120,9 +121,9 @@ TABLES = (
 )
 
 
-def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
-    """Rows that the table shows: of the run that was appended last, or for each case of the last that has it."""
-    matching = [
+def matching_rows(rows: Sequence[Row], table: Table) -> list[Row]:
+    """Rows of the table's cases, variants and metrics, of all runs."""
+    return [
         row
         for row in rows
         if row.benchmark == table.benchmark
@@ -131,6 +132,11 @@ def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
         and re.match(table.variants, row.variant)
         and not row.variant.endswith(STAGES)
     ]
+
+
+def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
+    """Rows that the table shows: of the run that was appended last, or for each case of the last that has it."""
+    matching = matching_rows(rows, table)
     if not table.case_by_case:
         return [row for row in matching if row.run_id == matching[-1].run_id]
     matching = [row for row in matching if row.gpu == matching[-1].gpu]
@@ -138,18 +144,47 @@ def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
     return [row for row in matching if row.run_id == latest[row.case]]
 
 
-def format_table(rows: Sequence[Row], table: Table) -> str:
-    """Format one run as Markdown; rows are not empty."""
+def peers_before(rows: Sequence[Row], table: Table) -> list[Row]:
+    """Of cases that have their own latest run: rows of peers that it left out, and of the baseline in their last run.
+
+    A ratio is of two rows of one run, so that a peer whose last run has no baseline is left out.
+    """
+    latest = latest_run(rows, table)
+    shown = {(row.case, row.variant) for row in latest}
+    of_run: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in matching_rows(rows, table):
+        if table.case_by_case and row.metric == table.metric and row.gpu == latest[-1].gpu:
+            of_run.setdefault((row.case, row.run_id), {})[row.variant] = row
+    found: dict[tuple[str, str], list[Row]] = {}
+    for (case, _), variants in of_run.items():
+        for name, row in variants.items():
+            is_missing = (case, name) not in shown and any(each.case == case for each in latest)
+            if is_missing and not name.startswith("farspan") and table.baseline in variants:
+                found[case, name] = [row, variants[table.baseline]]
+    return [row for pair in found.values() for row in pair]
+
+
+def format_table(rows: Sequence[Row], table: Table, before: Sequence[Row] = ()) -> str:
+    """Format one run as Markdown; rows are not empty. before: what `peers_before` gives."""
     medians = {(row.case, row.variant, row.metric): float(row.p50) for row in rows}
     timed = [row for row in rows if row.metric == table.metric]
     cases = list(dict.fromkeys(row.case for row in timed))
-    variants = sorted({row.variant for row in timed}, key=lambda name: (not name.startswith("farspan"), name))
+    earlier = {}
+    for row, baseline_row in zip(before[::2], before[1::2], strict=True):
+        speed = float(baseline_row.p50) / float(row.p50)
+        earlier[row.case, row.variant] = f"[{as_cell(float(row.p50))}, {speed:.2f}×]"
+    names = {row.variant for row in timed} | {name for _, name in earlier}
+    variants = sorted(names, key=lambda name: (not name.startswith("farspan"), name))
     ours = [name for name in variants if name.startswith("farspan") and name != table.baseline]
     header = [*variants, *(f"{name}, times {table.baseline}'s speed" for name in ours)]
     header += [f"{name}, {metric}" for name in ours for metric in table.quality if has_metric(rows, name, metric)]
     lines = [
-        f"**{table.title}**, {timed[0].unit} ({where_and_when(rows)})",
+        f"**{table.title}**, {timed[0].unit} ({where_and_when([*rows, *before])})",
         "",
+        *(
+            [f"In brackets: of an earlier run, and its speed in multiples of {table.baseline}'s in that run.", ""]
+            * bool(before)
+        ),
         f"| case | {' | '.join(header)} |",
         f"| --- |{' ---: |' * len(header)}",
     ]
@@ -158,7 +193,7 @@ def format_table(rows: Sequence[Row], table: Table) -> str:
         def median(name: str, metric: str, case: str = case) -> float | None:
             return medians.get((case, name, metric))
 
-        cells = [as_cell(median(name, table.metric)) for name in variants]
+        cells = [as_cell(median(name, table.metric)) or earlier.get((case, name), "") for name in variants]
         baseline = median(table.baseline, table.metric)
         for name in ours:
             time = median(name, table.metric)
@@ -196,7 +231,7 @@ def as_cell(number: float | None) -> str:
 def format_numbers(rows: Sequence[Row]) -> str:
     """Format the text between the README's two markers."""
     benchmarks = {row.benchmark for row in rows}
-    tables = [format_table(latest_run(rows, t), t) for t in TABLES if t.benchmark in benchmarks]
+    tables = [format_table(latest_run(rows, t), t, peers_before(rows, t)) for t in TABLES if t.benchmark in benchmarks]
     return "\n".join([*filter(None, [format_real(rows)]), *tables])
 
 

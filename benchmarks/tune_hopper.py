@@ -45,10 +45,10 @@ CASES: tuple[tuple[PrefillCase, float | None, bool], ...] = (
     (PrefillCase(32768, 32768, NARROW), None, True),
     (PrefillCase(16384, 131072, WIDE), None, False),
 )
-ANY, ONLY_NARROW, ONLY_WIDE = (64, 128), (64,), (128,)
+ANY, ONLY_NARROW = (64, 128), (64,)
 FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "2 stages": (ANY, {"num_stages": 2}),
-    "3 stages": (ONLY_WIDE, {"num_stages": 3}),
+    "halves": (ONLY_NARROW, {"num_stages": 2, "in_halves": True}),
     "4 stages": (ONLY_NARROW, {"num_stages": 4}),
 }
 CHECKED_TOKENS = 2048
@@ -59,6 +59,8 @@ def is_made_for(form: str, case: PrefillCase, turns: bool) -> bool:
     """Whether the form runs on the heads, and its buffers fit into shared memory."""
     head_dims, fields = FORMS[form]
     head_dim = case.shape.head_dim
+    if turns and fields.get("in_halves"):
+        return False
     return head_dim in head_dims and not (turns and head_dim > 64 and fields["num_stages"] > 2)
 
 

@@ -289,8 +289,8 @@ class FarspanConfig(Options, frozen=True):
     it are refused."""
     kernel: Kernel = "auto"
     """Dense prefill: FlashAttention 3 where vLLM has it and it can serve the model, else ours (auto), or one by name;
-    triton also stands for our kernel in Gluon on Hopper. Cost: triton takes 2 to 5 % longer on Hopper from 8K tokens
-    on, more with heads other than 128."""
+    triton also stands for our kernel in Gluon on Hopper. Cost: triton takes 2 to 6 % longer on Hopper for whole prompts
+    of 8K to 128K tokens, with heads of 64 8 to 10 %, with other sizes more."""
     prefill: Prefill = msgspec.field(default_factory=DensePrefill)
     """How prompts are computed: a method with its options."""
     string: StringOptions | None = None

@@ -1,5 +1,6 @@
 """The forward pass of one attention layer: a loop over the passes of the step."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,10 +98,7 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         elif num_hot_heads < key.shape[1]:
             key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
         pages = as_pages(kv_cache)
-        scales: dict[str, float] = {}
-        if pages.dtype == FP8:
-            scales = {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
-        write_kv(key, value, pages, slot_mapping, **scales)
+        write_kv(key, value, pages, slot_mapping, **scales_of(layer, pages))
 
     def forward(
         self,
@@ -135,21 +133,21 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if order is not None:
             query, key, value = query[:, order.q_heads], key[:, order.kv_heads], value[:, order.kv_heads]
             in_order = torch.zeros_like(output)
-        if step.cold is not None:
-            step.cold.write(name, at_true_positions(key, step.moved, context.to_true_positions), value)
-        query = at_true_positions(query, step.moved, context.to_true_positions)
         pages = as_pages(kv_cache)
-        scales = (layer._k_scale_float, layer._v_scale_float) if pages.dtype == FP8 else (1.0, 1.0)
+        scales = scales_of(layer, pages)
+        if step.cold is not None:
+            step.cold.write(name, at_true_positions(key, step.moved, context.to_true_positions), value, **scales)
+        query = at_true_positions(query, step.moved, context.to_true_positions)
         if step.key_exchange is not None:
             pages = step.key_exchange.pages(pages)
         parts = Parts(in_order, self.num_heads // self.num_kv_heads)
         for each in step.passes:
             target, lse = parts.room(each)
             if each.keys == "cache":
-                kv = KVView(pages, key_scale=scales[0], value_scale=scales[1])
+                kv = KVView(pages, **scales)
             else:
                 assert step.cold is not None
-                kv = step.cold.view(name, each)
+                kv = replace(step.cold.view(name, each), **scales)
             of_pass = rows_of(query, each.rows, parts.heads_of(each))
             lse = attend(each, of_pass, kv.of_heads(each.kv_heads), context, self.scale, target, lse)
             if each.part is not None:
@@ -157,6 +155,13 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         if order is not None:
             output[:, order.q_heads] = in_order
         return output
+
+
+def scales_of(layer: Any, pages: torch.Tensor) -> dict[str, Any]:
+    """What keys and values are divided by before they are stored in float8 pages; empty for pages of other dtypes."""
+    if pages.dtype != FP8:
+        return {}
+    return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
 
 
 def step_of(layer_name: str) -> StepMetadata | None:

@@ -183,15 +183,18 @@ class LayerContext:
 class ColdStep(Protocol):
     """The cold heads of one step's layers."""
 
-    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor, **scales: float) -> None:
         """Write the step's keys and values of a layer's cold heads into their slots.
 
-        key, value: [at least num_tokens, num_kv_heads, head_dim], all heads of the layer.
+        key, value: [at least num_tokens, num_kv_heads, head_dim], all heads of the layer. scales: `key_scale` and
+        `value_scale` of a float8 cache, see `launch.write_kv`.
         """
         ...
 
     def view(self, layer_name: str, each: Pass) -> KVView:
-        """The keys and values of a pass, which does not read vLLM's cache; valid until the next call."""
+        """The keys and values of a pass, which does not read vLLM's cache; valid until the next call. A float8 cache's
+        scales are left out.
+        """
         ...
 
 

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from farspan.engine_ext.config import PREFILL_METHODS, BlockSparsePrefill, FarspanConfig, FlexPrefill, decode_once
+from farspan.engine_ext.config import (
+    PREFILL_METHODS,
+    BlockSparsePrefill,
+    FarspanConfig,
+    FlexPrefill,
+    SelectColdDecode,
+    decode_once,
+)
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, UnsupportedModelError
 from farspan.engine_ext.presets import PRESETS
 from farspan.engine_ext.string import check_string, rotary_source
@@ -161,15 +168,16 @@ def check_fp8(kv_cache_dtype: str, vllm_config: Any) -> None:
     if reason is not None:
         raise UnsupportedEngineError(reason)
     config, named = config_of(vllm_config), f"kv_cache_dtype={kv_cache_dtype!r}"
-    for feature, option, act in (
-        ("offload", config.offload, "moves pages of cold heads"),
-        ("star", config.star, "sends keys and values to other hosts"),
-    ):
-        if option is not None:
-            raise UnsupportedEngineError(
-                f"{named} together with {feature}, which {act} in the model's dtype. Set --kv-cache-dtype auto, or "
-                f"leave out {feature}."
-            )
+    if config.star is not None:
+        raise UnsupportedEngineError(
+            f"{named} together with star, which sends keys and values to other hosts in the model's dtype. Set "
+            "--kv-cache-dtype auto, or leave out star."
+        )
+    if config.offload is not None and isinstance(config.offload.cold_decode, SelectColdDecode):
+        raise UnsupportedEngineError(
+            f"{named} together with offload.cold_decode.method='select', whose bounds of pages are of keys in the "
+            'model\'s dtype. Set --kv-cache-dtype auto, or offload.cold_decode.method to "exact".'
+        )
     if getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None):
         raise UnsupportedEngineError(
             f"{named} with kv_cache_dtype_skip_layers; farspan stores all layers alike. Leave them out."

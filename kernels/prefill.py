@@ -188,6 +188,8 @@ class _TiledLaunch:
                 tokens_per_tile=tokens_per_tile,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
+                has_turn=turn is not None,
+                has_lists=block_lists is not None,
             )
         if config is None:
             config = prefill_config(

@@ -126,6 +126,8 @@ class HopperPrefillConfig:
     """Query heads whose programs of one tile are neighbours, a divisor of their number."""
     num_stages: int
     """Tiles of keys, and of values, in shared memory."""
+    in_halves: bool = False
+    """Steps of 64 keys, so that two programs share a multiprocessor; in heads of 64 without a turn."""
 
 
 @lru_cache
@@ -139,12 +141,15 @@ def hopper_prefill_config(
     tokens_per_tile: int,
     num_heads: int,
     num_kv_heads: int,
+    has_turn: bool,
+    has_lists: bool,
 ) -> HopperPrefillConfig | None:
     """Choose how the Gluon kernel computes a prefill whose cache the copy engine can read; None where it does not.
 
     capability: of the device, (0, 0) for the interpreter. block_size: tokens per KV block and per query tile.
     page_size: tokens of a page, 0 where each request is one page. tokens_per_tile: the most tokens that a query tile
-    can have. num_heads, num_kv_heads: of queries, and of keys.
+    can have. num_heads, num_kv_heads: of queries, and of keys. has_turn: whether the query has two rotations.
+    has_lists: whether tiles read the blocks of lists.
     """
     if capability[0] != 9 or dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128):
         return None
@@ -157,11 +162,15 @@ def hopper_prefill_config(
     # list per head of density 0.3 at 64K 620 and 457, one per KV head 651 and 458, density 0.1 and 16K behind 112K 569
     # and 399; dense 645 and 519 at 8K, 630 and 570 at 128K; heads of 64 457 and 390. Heads in a row 4, 8 and 32 differ
     # by less than 5 %, 8 is best in long chunks. H200: lists of heads of 64, density 0.7, 8K behind 24K 468 and 285.
-    # Those are of slower loops than the kernel has. With its own (H200, 2026-11-28, run 20261128-8e55d7) dense prefill
-    # without a turn stays with FlashAttention 3: 672 against 686 at 8K, 690 against 722 at 32K, heads of 64 483 against
-    # 554. A turn at 64K takes 54.9 ms, 53.4 without, FlashAttention 3 52.6. Stages: heads of 64 at 32K take 9.16 ms
-    # with 4 and 9.21 with 2, with a turn 9.14 and 9.53. Pages below 128 have only been checked, not timed.
+    # Those are of slower loops than the kernel has. With its own (H200, 2026-11-28, run 20261128-c8376d) dense prefill
+    # without a turn stays with FlashAttention 3: 668 against 683 at 8K, 692 against 709 at 32K. A turn at 64K takes
+    # 55.3 ms, 54.2 without, FlashAttention 3 53.2. Heads of 64, times FlashAttention 3's speed at 8K and 32K: whole
+    # blocks 0.89 and 0.87, halves with 2 stages 0.93 and 0.91 (run 20261128-3435c1), with 3 stages 0.90 and 0.88;
+    # halves on lists have not been timed. With a turn 32K takes 9.14 ms with 4 stages, 9.53 with 2. Pages below 128
+    # have only been checked.
     heads_in_a_row = (2 if num_kv_heads % 2 == 0 else 1) * (num_heads // num_kv_heads)
+    if head_dim <= 64 and not has_turn and not has_lists:
+        return HopperPrefillConfig(heads_in_a_row, num_stages=2, in_halves=True)
     return HopperPrefillConfig(heads_in_a_row, num_stages=4 if head_dim <= 64 else 2)
 
 

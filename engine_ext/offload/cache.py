@@ -50,11 +50,12 @@ class CacheStep:
     turn: StagedTurn | None
     """None where no pass is staged."""
 
-    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor, **scales: float) -> None:
         """See `passes.ColdStep`."""
         layer = self.cache.layers[layer_name]
         slot_mapping = self.cache.slot_mapping[: self.num_tokens]
-        write_kv(key[:, layer.hot_heads :], value[:, layer.hot_heads :], self.cache.slots_of(layer), slot_mapping)
+        key, value = key[:, layer.hot_heads :], value[:, layer.hot_heads :]
+        write_kv(key, value, self.cache.slots_of(layer), slot_mapping, **scales)
 
     def view(self, layer_name: str, each: Pass) -> KVView:
         """See `passes.ColdStep`."""

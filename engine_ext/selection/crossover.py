@@ -45,7 +45,14 @@ def sparse_kernel(
     device = (head_dim, kv_dtype, capability)
     selects = hopper_log_sums_config(*device, block_size=128, page_size=page_size, rows_per_padded_spans=256)
     attends = hopper_prefill_config(
-        *device, block_size=128, page_size=page_size, tokens_per_tile=128, num_heads=1, num_kv_heads=1
+        *device,
+        block_size=128,
+        page_size=page_size,
+        tokens_per_tile=128,
+        num_heads=1,
+        num_kv_heads=1,
+        has_turn=False,
+        has_lists=True,
     )
     return "portable" if selects is None or attends is None else "hopper"
 

@@ -256,6 +256,7 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
     import torch
     from farspan.engine_ext.offload.cache import ColdCache
     from farspan.engine_ext.offload.pool import make_host_pool
+    from farspan.kernels.batch import FP8
     from farspan.kernels.page_choice import Rule
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -276,15 +277,17 @@ def make_cold_cache(runner: Any, kv_cache_config: Any) -> Any | None:
         )
     shape = (spec.block_size, 2 * spec.head_size)
     cold = [spec.num_kv_heads - count for count in hot.values() if count < spec.num_kv_heads]
+    # vLLM stores float8 as bytes.
+    dtype = FP8 if spec.dtype == torch.uint8 else spec.dtype
     host = make_host_pool(
         cold,
         (host_blocks, *shape),
-        spec.dtype,
+        dtype,
         register=runner.device.type == "cuda",
         progress=tell_progress(sum(cold) * host_blocks * shape[0] * shape[1] * spec.dtype.itemsize),
     )
     # Kernels may multiply what stands behind the end of a request by zero: it must be finite.
-    slots = torch.zeros(sum(cold), sizes.num_slots, *shape, dtype=spec.dtype, device=runner.device)
+    slots = torch.zeros(sum(cold), sizes.num_slots, *shape, dtype=dtype, device=runner.device)
     scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config.max_cudagraph_capture_size or 0
     cache = ColdCache(
         hot,

@@ -6,7 +6,7 @@ tensor cores work for the others. A row keeps nothing from one block to the next
 """
 
 from farspan.kernels.flex.spans import PART_STEP, SPAN_STEP
-from farspan.kernels.hopper.prefill_kernel import _box_of, _row_of, load_tile
+from farspan.kernels.hopper.tile_copies import box_of, load_tile, row_of
 from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
@@ -71,13 +71,13 @@ def _produce(
         rows = ()
         for box in gl.static_range(BLOCK_N // BOX):
             start = block * BLOCK_N + box * BOX
-            row = _row_of(table_row_ptr, start, _NO_END, head_row, page_rows, PAGE_SIZE, BOX)
+            row = row_of(table_row_ptr, start, _NO_END, head_row, page_rows, PAGE_SIZE, BOX)
             rows += (row,)  # type: ignore[assignment]
         # A barrier that no phase of has ended yet is passed by waiting for the phase before its first.
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), TILE_BYTES)
         for box in gl.static_range(BLOCK_N // BOX):
-            load_tile(keys, [rows[box], 0], full.index(stage), _box_of(key_tiles.index(stage), box, BOX))
+            load_tile(keys, [rows[box], 0], full.index(stage), box_of(key_tiles.index(stage), box, BOX))
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 In heads of 128 the product of a step's weights and values runs beside the next step's softmax, and that of queries and
 keys beside the other consumer's. In heads of 64, where exponentials take as long as the products, registers are left
-for a second tile of scores: the next step's are computed beside the softmax.
+for a second tile of scores: the next step's are computed beside the softmax. `ring` is that of `prefill_kernel`.
 """
 
 from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE, as_operand, softmax_step
@@ -29,12 +29,7 @@ def _start_scores(query_tile, key_tiles, step, STAGES: gl.constexpr):
 @gluon.jit
 def plain_steps(
     query_tile,
-    key_tiles,
-    value_tiles,
-    keys_full,
-    keys_empty,
-    values_full,
-    values_empty,
+    ring,
     weights,
     acc,
     row_max,
@@ -49,6 +44,7 @@ def plain_steps(
 
     weights: of the step before the first, whose product with the values is left to do, as it is for those returned.
     """
+    _, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     OUT: gl.constexpr = acc.type.layout
     for step in range(first_step, end_step):
         stage = step % STAGES
@@ -79,13 +75,7 @@ def _query_of(CONSUMER: gl.constexpr, query_tiles, step, far_end, HAS_TURN: gl.c
 @gluon.jit
 def _step_ahead(
     CONSUMER: gl.constexpr,
-    query_tiles,
-    key_tiles,
-    value_tiles,
-    keys_full,
-    keys_empty,
-    values_full,
-    values_empty,
+    ring,
     scores,
     acc,
     row_max,
@@ -98,6 +88,7 @@ def _step_ahead(
     STAGES: gl.constexpr,
 ):
     """One step, the keys of whose follower have come. Returns the follower's scores, output, maximum and sum."""
+    query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     OUT: gl.constexpr = acc.type.layout
     following = step + 1
     query_tile = _query_of(CONSUMER, query_tiles, following, far_end, HAS_TURN)
@@ -119,13 +110,7 @@ def _step_ahead(
 @gluon.jit
 def steps_ahead(
     CONSUMER: gl.constexpr,
-    query_tiles,
-    key_tiles,
-    value_tiles,
-    keys_full,
-    keys_empty,
-    values_full,
-    values_empty,
+    ring,
     weights,
     acc,
     row_max,
@@ -141,6 +126,7 @@ def steps_ahead(
 
     weights: of the step before the first, whose product with the values is left to do.
     """
+    query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     OUT: gl.constexpr = acc.type.layout
     before = (first_step - 1) % STAGES
     _await_tile(keys_full, first_step, num_blocks, STAGES)
@@ -157,12 +143,11 @@ def steps_ahead(
     for pair in range((num_blocks - first_step) // 2):
         step = first_step + 2 * pair
         odd_scores, acc, row_max, row_sum = _step_ahead(
-            CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty, scores,
-            acc, row_max, row_sum, step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
-        )  # fmt: skip
+            CONSUMER, ring, scores, acc, row_max, row_sum, step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES
+        )
         scores, acc, row_max, row_sum = _step_ahead(
-            CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty, odd_scores,
-            acc, row_max, row_sum, step + 1, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
+            CONSUMER, ring, odd_scores, acc, row_max, row_sum, step + 1, far_end, num_blocks, scale_log2, HAS_TURN,
+            STAGES,
         )  # fmt: skip
     if (num_blocks - first_step) % 2 == 1:
         last = num_blocks - 1

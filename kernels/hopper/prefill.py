@@ -12,6 +12,9 @@ from farspan.kernels.tuning import HopperPrefillConfig
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+HALVES_REGISTERS = 80
+"""Of a thread at entry: two programs of 384 threads share the 65,536 of a multiprocessor."""
+
 
 def hopper_launch(
     query: torch.Tensor,
@@ -42,6 +45,7 @@ def hopper_launch(
     if block_lists is not None:
         heads_per_list, max_blocks = num_heads // block_lists.block_ids.shape[0], block_lists.block_ids.shape[2]
     assert num_heads % config.heads_in_a_row == 0
+    assert not (config.in_halves and turn is not None)
     launch = RepeatedLaunch(
         hopper_prefill_kernel,
         (num_heads * tiles.num_tiles,),
@@ -87,8 +91,10 @@ def hopper_launch(
             "HAS_FIRST_POS": batch.first_pos is not None,
             "IS_CAUSAL": causal,
             "STAGES": config.num_stages,
+            "HALVES": config.in_halves,
         },
         num_warps=4,
+        **({"maxnreg": HALVES_REGISTERS} if config.in_halves else {}),
     )
     return tile_view(key_pages, min(page_size, BLOCK_N.value) if paged else BLOCK_N.value), launch
 

@@ -2,27 +2,34 @@
 
 The producer walks block list and block table and starts a copy of each key and value tile into a ring of buffers. A
 consumer issues the product of query and keys of one tile together with that of weights and values of the tile before,
-and computes the softmax of the first while the second runs; with heads of 64 in another order (`plain_steps`). The last
-block of a list is the only one that can need a mask and comes first, then those that a turn's bound crosses, so that
-the main loops have no mask. Softmax runs in base 2 with the scale folded in. Sources: FlashAttention-3 (arXiv
-2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned query.
+and computes the softmax of the first while the second runs; with heads of 64 in other orders (`plain_steps`,
+`half_steps`). The last block of a list is the only one that can need a mask and comes first, then those that a turn's
+bound crosses, so that the main loops have no mask. Softmax runs in base 2 with the scale folded in. Sources:
+FlashAttention-3 (arXiv 2407.08608) for the roles of the warps and the overlap, STRING (arXiv 2410.18745) for the turned
+query.
 """
 
+from farspan.kernels.hopper.half_steps import half_steps
 from farspan.kernels.hopper.plain_steps import plain_steps, steps_ahead
-from farspan.kernels.hopper.tile_steps import BLOCK_N, ROWS_AT_ONCE, as_operand, softmax_step, turned_query, zero_tail
+from farspan.kernels.hopper.tile_copies import box_of, load_tile, row_of
+from farspan.kernels.hopper.tile_steps import (
+    BLOCK_N,
+    HALF_BLOCK,
+    ROWS_AT_ONCE,
+    as_operand,
+    softmax_step,
+    turned_query,
+    zero_tail,
+)
 from farspan.kernels.specialization import INDEX_POINTERS, STEP_NUMBERS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-# Triton 3.7 gave it another name.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # The maximum of a row that has met no key yet: below any score, and finite, because -inf - -inf is NaN.
@@ -39,33 +46,10 @@ def _list_index(step, num_far, num_turned, last):
 
 
 @gluon.jit
-def _row_of(table_row_ptr, start, last_key, head_row, page_rows, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
-    """The row of memory of the key at `start`; a box past the last key reads the last one's again."""
-    if PAGE_SIZE == 0:
-        return gl.load(table_row_ptr) * page_rows + head_row + start
-    if BOX < BLOCK_N:
-        start = gl.minimum(start, last_key // BOX * BOX)
-    return gl.load(table_row_ptr + start // PAGE_SIZE) * page_rows + head_row + start % PAGE_SIZE
-
-
-@gluon.jit
-def _box_of(tile, box: gl.constexpr, BOX: gl.constexpr):
-    """The rows of a tile that one copy fills."""
-    if BOX == BLOCK_N:
-        return tile
-    return tile.slice(box * BOX, BOX)
-
-
-@gluon.jit
 def _produce(
+    ring,
     keys,
     values,
-    key_tiles,
-    value_tiles,
-    keys_full,
-    keys_empty,
-    values_full,
-    values_empty,
     ids_ptr,
     table_row_ptr,
     num_blocks,
@@ -78,7 +62,8 @@ def _produce(
     HAS_LISTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Copy the tiles of all steps, as soon as their buffers are free."""
+    """Copy the tiles of all steps, as soon as their buffers are free. ring: see `hopper_prefill_kernel`."""
+    _, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     BOX: gl.constexpr = keys.block_type.shape[0]
     TILE_BYTES: gl.constexpr = BLOCK_N * key_tiles.shape[2] * 2
     for step in range(num_blocks):
@@ -92,28 +77,22 @@ def _produce(
         # Looked up before the wait, so that the copies follow it at once.
         rows = ()
         for box in gl.static_range(BLOCK_N // BOX):
-            row = _row_of(table_row_ptr, start + box * BOX, last_key, head_row, page_rows, PAGE_SIZE, BOX)
+            row = row_of(table_row_ptr, start + box * BOX, last_key, head_row, page_rows, PAGE_SIZE, BOX)
             rows += (row,)  # type: ignore[assignment]
         mbarrier.wait(keys_empty.index(stage), phase)
         mbarrier.expect(keys_full.index(stage), TILE_BYTES)
         for box in gl.static_range(BLOCK_N // BOX):
-            load_tile(keys, [rows[box], 0], keys_full.index(stage), _box_of(key_tiles.index(stage), box, BOX))
+            load_tile(keys, [rows[box], 0], keys_full.index(stage), box_of(key_tiles.index(stage), box, BOX))
         mbarrier.wait(values_empty.index(stage), phase)
         mbarrier.expect(values_full.index(stage), TILE_BYTES)
         for box in gl.static_range(BLOCK_N // BOX):
-            load_tile(values, [rows[box], 0], values_full.index(stage), _box_of(value_tiles.index(stage), box, BOX))
+            load_tile(values, [rows[box], 0], values_full.index(stage), box_of(value_tiles.index(stage), box, BOX))
 
 
 @gluon.jit
 def _consume(
     CONSUMER: gl.constexpr,
-    query_tiles,
-    key_tiles,
-    value_tiles,
-    keys_full,
-    keys_empty,
-    values_full,
-    values_empty,
+    ring,
     query_ptr,
     out_ptr,
     lse_ptr,
@@ -138,11 +117,14 @@ def _consume(
     SLOPE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """Attention of 64 rows: the query's and the output's pointers are those of the program's first token and head."""
+    query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty = ring
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     dtype: gl.constexpr = key_tiles.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    KEYS: gl.constexpr = HALF_BLOCK if HALVES else BLOCK_N
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     # A thread copies 16 bytes.
@@ -161,13 +143,19 @@ def _consume(
 
     position = first_position + CONSUMER * ROWS_AT_ONCE + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, SCORES))
     bound = SLOPE * position + turn_offset
-    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+    offs_n = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     acc = gl.zeros([ROWS_AT_ONCE, HEAD_DIM], gl.float32, OUT)
-    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
+    no_scores = gl.zeros([ROWS_AT_ONCE, KEYS], gl.float32, SCORES)
     row_max = gl.full([ROWS_AT_ONCE], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     row_sum = gl.zeros([ROWS_AT_ONCE], gl.float32, gl.SliceLayout(1, SCORES))
 
-    if num_blocks > 0:
+    if HALVES:
+        if num_blocks > 0:
+            acc, row_max, row_sum = half_steps(
+                query_tiles.index(CONSUMER), ring, acc, row_max, row_sum, num_blocks, last_block, kv_end, position,
+                scale_log2, IS_CAUSAL, STAGES,
+            )  # fmt: skip
+    elif num_blocks > 0:
         # The last block, masked.
         start = last_block * BLOCK_N
         mbarrier.wait(keys_full.index(0), 0)
@@ -238,18 +226,18 @@ def _consume(
             far_end = first_step + num_far
         if HEAD_DIM <= 64:
             acc, row_max, row_sum = steps_ahead(
-                CONSUMER, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN, STAGES,
+                CONSUMER, ring, weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, HAS_TURN,
+                STAGES,
             )  # fmt: skip
         else:
             if HAS_TURN:
                 weights, acc, row_max, row_sum = plain_steps(
-                    query_tiles.index(2 + CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full,
-                    values_empty, weights, acc, row_max, row_sum, first_step, far_end, num_blocks, scale_log2, STAGES,
+                    query_tiles.index(2 + CONSUMER), ring, weights, acc, row_max, row_sum, first_step, far_end,
+                    num_blocks, scale_log2, STAGES,
                 )  # fmt: skip
             weights, acc, row_max, row_sum = plain_steps(
-                query_tiles.index(CONSUMER), key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                weights, acc, row_max, row_sum, far_end, num_blocks, num_blocks, scale_log2, STAGES,
+                query_tiles.index(CONSUMER), ring, weights, acc, row_max, row_sum, far_end, num_blocks, num_blocks,
+                scale_log2, STAGES,
             )  # fmt: skip
             before = (num_blocks - 1) % STAGES
             mbarrier.wait(values_full.index(before), (num_blocks - 1) // STAGES & 1)
@@ -309,12 +297,13 @@ def hopper_prefill_kernel(
     HAS_FIRST_POS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """One program: a query tile of one query head.
 
     keys, values: descriptors of rows [num_rows, head_dim]. page_rows, head_rows: rows from one page, and from one KV
     head, to the next. PAGE_SIZE 0 means one page per request. heads_in_a_row: query heads whose programs of a tile are
-    neighbours.
+    neighbours. HALVES: in steps of half a block, without a turn, in at most 80 registers at entry.
     """
     HEAD_DIM: gl.constexpr = keys.block_type.shape[1]
     # The longest tiles come first.
@@ -396,37 +385,38 @@ def hopper_prefill_kernel(
         mbarrier.init(keys_empty.index(stage), count=2)
         mbarrier.init(values_empty.index(stage), count=2)
     fence_async_shared()
+    # Buffers and barriers, in one argument.
+    ring = (query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty)
 
     gl.warp_specialize(
         [
             (
                 _produce,
                 (
-                    keys, values, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                    ids_ptr, table_row_ptr, num_blocks, num_far, num_turned, kv_end - 1, kv_head * head_rows,
-                    page_rows,
-                    PAGE_SIZE, HAS_LISTS, STAGES,
+                    ring, keys, values, ids_ptr, table_row_ptr, num_blocks, num_far, num_turned, kv_end - 1,
+                    kv_head * head_rows, page_rows, PAGE_SIZE, HAS_LISTS, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
-                    0, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                    query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
+                    0, ring, query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
+                    HALVES,
                 ),
             ),
             (
                 _consume,
                 (
-                    1, query_tiles, key_tiles, value_tiles, keys_full, keys_empty, values_full, values_empty,
-                    query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
+                    1, ring, query_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, stride_query_token, stride_out_token,
                     first_position, end_position, kv_end, num_blocks, num_far, num_turned, last_block, ids_ptr,
                     scale_log2, turn_offset, HALF_ROTARY, IS_NEOX, HAS_LISTS, HAS_TURN, SLOPE, IS_CAUSAL, STAGES,
+                    HALVES,
                 ),
             ),
         ],
         [4, 4],
-        [240, 240],
+        # Of 80 at entry the copying warps leave 104 to each consumer.
+        [104 if HALVES else 240, 104 if HALVES else 240],
     )  # fmt: skip

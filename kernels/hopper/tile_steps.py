@@ -6,6 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 # Keys of a step, and of a block of a list.
 BLOCK_N = gl.constexpr(128)
+# Keys of a step where four consumers share a multiprocessor.
+HALF_BLOCK = gl.constexpr(64)
 # Rows that a consumer computes: what its four warps give to one instruction of the tensor cores.
 ROWS_AT_ONCE = gl.constexpr(64)
 

@@ -14,7 +14,7 @@ from benchmarks import fp8_drift, peers
 from benchmarks.engine import TINY_LLAMA, EngineSpec, Request, measure_in_turns
 from benchmarks.gate import attend_rows, check_attention, sample_rows
 from benchmarks.inputs import TINY, make_paged_batch
-from benchmarks.readme_table import Table, format_table, latest_run
+from benchmarks.readme_table import Table, format_table, latest_run, peers_before
 from benchmarks.real import Inputs
 from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
 
@@ -53,6 +53,28 @@ def test_a_table_shows_the_latest_run_of_its_cases() -> None:
         recorder.environment = replace(ENVIRONMENT, run_id=run_id)
         recorder.add("ttft", case, variant, "time", "ms", [1.0])
     assert [row.run_id for row in latest_run(recorder.rows, table)] == ["1"]
+
+
+def test_a_peer_that_a_run_left_out_is_shown_with_the_ratio_of_its_own_run() -> None:
+    table = Table("prefill_dense", "time", "", case_by_case=True)
+    recorder = Recorder(None, ENVIRONMENT)
+    for run_id, times in (
+        ("1", {"fa3": 3.0, "fa4": 2.0, "sdpa": 9.0}),
+        ("2", {"fa3": 2.0, "fa4": 4.0}),
+        ("3", {"farspan": 1.0, "fa3": 1.0}),
+        # Without a baseline there is no ratio.
+        ("4", {"triton_attn": 5.0}),
+        ("5", {"farspan": 1.0, "fa3": 1.0}),
+    ):
+        recorder.environment = replace(ENVIRONMENT, run_id=run_id)
+        for variant, ms in times.items():
+            recorder.add("prefill_dense", "n100", variant, "time", "ms", [ms])
+    rows = recorder.rows
+    lines = format_table(latest_run(rows, table), table, peers_before(rows, table)).splitlines()
+    assert lines[-1] == "| `n100` | 1 | 1 | [4, 0.50×] | [9, 0.33×] | 1.00× |"
+    assert "runs 5, 2, 1" in lines[0]
+    # Without peers that were left out nothing is said about brackets.
+    assert not any("brackets" in line for line in format_table(latest_run(rows, table), table).splitlines())
 
 
 def test_a_heading_names_every_gpu_and_version_of_its_rows() -> None:

@@ -187,9 +187,9 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         ),
         (engine(cache_dtype="fp8_e5m2"), UnsupportedModelError, "kv_cache_dtype='fp8_e5m2'; farspan stores keys"),
         (
-            engine({"offload": {"hot_heads": 1}}, cache_dtype="fp8"),
+            engine({"offload": {"hot_heads": 1, "cold_decode": {"method": "select"}}}, cache_dtype="fp8"),
             UnsupportedEngineError,
-            "kv_cache_dtype='fp8' together with offload",
+            "kv_cache_dtype='fp8' together with offload.cold_decode.method='select'",
         ),
         (engine(dcp=2), UnsupportedEngineError, "decode_context_parallel_size=2; farspan supports 1"),
         (
@@ -229,7 +229,7 @@ def engine(options: Any = None, model: dict[str, Any] | None = None, **changes: 
         "encoder",
         "fp8-per-token",
         "fp8-e5m2",
-        "fp8-offload",
+        "fp8-selective-offload",
         "dcp",
         "draft-model",
         "speculative-offload",

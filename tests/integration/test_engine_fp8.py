@@ -1,12 +1,14 @@
 """A KV cache in fp8 through vLLM: tokens are those of keys and values rounded before they are stored in float32."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from tests.integration.test_engine_features import METHODS
+from tests.integration.test_engine_offload import offload_state, offloading, run_checked
 from tests.integration.test_engine_speculation import BUDGETS, NGRAM, PROMPTS, SIZES
 from tests.integration.test_engine_tokens import generate
 
@@ -38,20 +40,39 @@ def rounded(heads: torch.Tensor, scale: float) -> torch.Tensor:
     return (heads / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-@pytest.mark.parametrize("method", ["dense", "flex", "block_sparse", "string"])
-def test_fp8(start: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks, with cached prefixes, and with drafts that are verified."""
+@pytest.fixture(scope="module")
+def expected(start: Callable[..., Any]) -> Callable[[str], list[list[int]]]:
+    """Tokens where keys and values are rounded before they are stored in float32."""
     from farspan.engine_ext import impl
 
-    with monkeypatch.context() as patch:
-        stock = impl.write_kv
+    stock = impl.write_kv
 
-        def write_rounded(key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
-            stock(rounded(key, KEY_SCALE), rounded(value, VALUE_SCALE), *rest)
+    def write_rounded(key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
+        stock(rounded(key, KEY_SCALE), rounded(value, VALUE_SCALE), *rest)
 
-        patch.setattr(impl, "write_kv", write_rounded)
-        expected = generate(start(method), PROMPTS, BUDGETS)
+    @cache
+    def tokens(method: str) -> list[list[int]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl, "write_kv", write_rounded)
+            return generate(start(method), PROMPTS, BUDGETS)
+
+    return tokens
+
+
+@pytest.mark.parametrize("method", ["dense", "flex", "block_sparse", "string"])
+def test_fp8(start: Callable[..., Any], expected: Callable[[str], list[list[int]]], method: str) -> None:
+    """In chunks, with cached prefixes, and with drafts that are verified."""
+    tokens = expected(method)
     drafts = {"speculative_config": NGRAM} if method == "dense" else {}
     llm = start(method, kv_cache_dtype="fp8", **drafts)
     for _ in range(2):
-        assert generate(llm, PROMPTS, BUDGETS) == expected
+        assert generate(llm, PROMPTS, BUDGETS) == tokens
+
+
+def test_fp8_pages_in_host_memory(start: Callable[..., Any], expected: Callable[[str], list[list[int]]]) -> None:
+    """One head of two is hot in the first layer, none in the second; slots hold half of the longest prompt."""
+    tokens = expected("dense")
+    llm = start("dense", **offloading(24, hot=[1, 0], kv_cache_dtype="fp8"))
+    assert run_checked(llm, PROMPTS, BUDGETS) == tokens
+    state = offload_state(llm)
+    assert min(state["spilled"], state["staged"]) > 0

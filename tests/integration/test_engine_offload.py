@@ -17,7 +17,7 @@ __all__ = ["stock_tokens"]
 
 
 PAGE, LAYERS, HEAD_DIM, MAX_LEN = 16, 2, 64, 768
-STUB = {"float32": PAGE * 4, "bfloat16": PAGE * 2}
+STUB = {"float32": PAGE * 4, "bfloat16": PAGE * 2, "fp8": PAGE}
 """Bytes per block of a layer without hot heads: one number per token."""
 HEAD_PAGE = {dtype: 2 * HEAD_DIM * stub for dtype, stub in STUB.items()}
 BLOCKS = 160
@@ -34,6 +34,7 @@ def offloading(
     group_size: int = 1,
     farspan: dict[str, Any] | None = None,
     dtype: str = "float32",
+    kv_cache_dtype: str = "auto",
     span: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -41,10 +42,11 @@ def offloading(
 
     span: pages of a buffer for prefill, instead of those of `MAX_LEN`; as much memory goes to further slots.
     """
-    head_page = HEAD_PAGE[dtype]
+    stored = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    head_page = HEAD_PAGE[stored]
     counts = hot if isinstance(hot, list) else [hot] * LAYERS
     cold_page = sum(heads - count for count in counts) * head_page
-    block = sum(count * head_page or STUB[dtype] for count in counts)
+    block = sum(count * head_page or STUB[stored] for count in counts)
     staging = 2 * group_size * -(-MAX_LEN // PAGE) * head_page if num_slots < blocks else 0
     if span is not None:
         staging = 2 * 2 * group_size * span * head_page
@@ -52,6 +54,7 @@ def offloading(
     offload = {"host_memory": (blocks + 0.5) * max(cold_page, 1) / GIB, "hot_heads": hot, "group_size": group_size}
     return {
         "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
         "block_size": PAGE,
         "max_model_len": MAX_LEN,
         "max_num_batched_tokens": tokens,

@@ -23,14 +23,18 @@ def plain(num_tokens: int = 64, **arguments: Any) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("options", [{"kernel": "triton"}, FLEX], ids=["dense", "flex"])
-def test_tokens_in_graphs(make_llm: Callable[..., Any], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "kv_cache_dtype"),
+    [({"kernel": "triton"}, "auto"), (FLEX, "auto"), ({"kernel": "triton"}, "fp8")],
+    ids=["dense", "flex", "fp8"],
+)
+def test_tokens_in_graphs(make_llm: Callable[..., Any], options: dict[str, Any], kv_cache_dtype: str) -> None:
     """In float32 with the pages of both heads in few slots, in some and in all: the tokens of no offload."""
-    reference = make_llm(**plain(farspan=options), **IN_GRAPHS)
+    reference = make_llm(**plain(farspan=options, kv_cache_dtype=kv_cache_dtype), **IN_GRAPHS)
     expected = one_by_one(reference, PROMPTS)
     reference.llm_engine.engine_core.shutdown()
     for num_slots in (9, 40, BLOCKS):
-        llm = make_llm(**offloading(num_slots, farspan=options), **IN_GRAPHS)
+        llm = make_llm(**offloading(num_slots, farspan=options, kv_cache_dtype=kv_cache_dtype), **IN_GRAPHS)
         assert one_by_one(llm, PROMPTS) == expected, num_slots
         batched = run_checked(llm, PROMPTS)
         assert options == FLEX or batched == expected, num_slots

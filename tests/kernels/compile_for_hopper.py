@@ -337,6 +337,7 @@ def main() -> None:
                 "hopper-lists-d128": compiled(gluon_kernel, partial(prefill, True)),
                 "hopper-lists-turn-d128": compiled(gluon_kernel, partial(prefill, True, has_turn=True)),
                 "hopper-lists-page16-d64": compiled(gluon_kernel, partial(prefill, True, 64, page_size=16)),
+                "hopper-dense-d64": compiled(gluon_kernel, partial(prefill, True, 64, has_lists=False)),
                 "short-lists-d64": compiled(
                     short_lists._short_list_kernel, lambda: contiguous.attention(q, q, q, block_mask=lists)
                 ),

@@ -21,6 +21,7 @@ from tests.kernels.helpers import (
 BF16 = torch.bfloat16
 Config = HopperPrefillConfig | PrefillConfig
 HOPPER = HopperPrefillConfig(heads_in_a_row=2, num_stages=2)
+HALVES = replace(HOPPER, in_halves=True)
 PORTABLE = PrefillConfig(128, 1, 64, 8, 3, use_tma=False)
 
 
@@ -80,10 +81,20 @@ def test_maxima_that_grow_from_block_to_block(hopper: torch.device, head_dim: in
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "num_stages"), [(64, 2), (64, 4), (128, 2), (128, 3)])
-def test_every_run_gives_the_same(hopper: torch.device, head_dim: int, num_stages: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "config"),
+    [
+        (64, HOPPER),
+        (64, replace(HOPPER, num_stages=4)),
+        (64, HALVES),
+        (64, replace(HALVES, num_stages=3)),
+        (128, HOPPER),
+        (128, replace(HOPPER, num_stages=3)),
+    ],
+    ids=str,
+)
+def test_every_run_gives_the_same(hopper: torch.device, head_dim: int, config: HopperPrefillConfig) -> None:
     """Buffers are refilled while others are read; a missing barrier would show as a difference now and then."""
-    config = replace(HOPPER, num_stages=num_stages)
     batch = draw(hopper, [4000], [9000], num_heads=32, num_kv_heads=8, head_dim=head_dim)
     first = prefill(batch, config)
     for _ in range(30):
@@ -109,6 +120,24 @@ def test_every_page_size(hopper: torch.device, page_size: int) -> None:
     lists = random_block_lists(batch.tiles(128), 8, 0.4)
     expected = reference_attention(batch, tiles=batch.tiles(128), block_lists=lists)
     assert_attention_close(*prefill(batch, block_lists=lists), *expected, BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("has_lists", [False, True], ids=["dense", "lists"])
+@pytest.mark.parametrize("page_size", [128, 16])
+def test_steps_of_half_a_block(
+    hopper: torch.device, page_size: int, has_lists: bool, causal: bool, dtype: torch.dtype
+) -> None:
+    batch = draw(hopper, [1000, 63, 1, 129], [1000, 1063, 500, 129], head_dim=64, page_size=page_size, dtype=dtype)
+    tiles, lists = batch.tiles(128), None
+    if has_lists:
+        lists = random_block_lists(tiles, 8, 0.4, seq_lens=None if causal else batch.seq_lens, force_first=False)
+        lists.block_counts[0, 1] = 0
+    expected = reference_attention(batch, causal=causal, tiles=tiles if has_lists else None, block_lists=lists)
+    for config in (HALVES, replace(HALVES, num_stages=3)):
+        assert_attention_close(*prefill(batch, config, causal=causal, block_lists=lists), *expected, dtype)
 
 
 @pytest.mark.gpu
@@ -180,7 +209,14 @@ def test_which_calls_are_served(options: dict[str, Any], served: bool) -> None:
         "tokens_per_tile": 128,
         "num_heads": 32,
         "num_kv_heads": 8,
+        "has_turn": False,
+        "has_lists": False,
     }
     config = hopper_prefill_config(**(call | options))
     assert (config is not None) is served
     assert config is None or 32 % config.heads_in_a_row == 0
+    # Halves have been timed on all keys without a turn alone.
+    assert config is None or config.in_halves == ((call | options)["head_dim"] < 128)
+    for other in ("has_turn", "has_lists"):
+        config = hopper_prefill_config(**(call | options | {other: True}))
+        assert config is None or not config.in_halves
