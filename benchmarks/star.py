@@ -8,8 +8,8 @@ token count from the request to the token, both phases included. The ring is `be
 many layers in plain PyTorch with FlashAttention 3, without an engine around it. The hosts read chunks of 32K tokens, so
 that an anchor of N/4 of 128K is one; vLLM's own engines have its defaults. First of all, two hosts with blocks of
 N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
-`--cases` chooses among names of a length and an engine, such as `n524288-b1-llama8b-l8-bf16 farspan-star-n8`; peers, and
-hosts, of which nothing is wanted are not started.
+`--cases` chooses among names of a length and an engine, such as `n524288-b1-llama8b-l8-bf16 farspan-star-n8`; peers
+and hosts of which nothing is wanted are not started.
 """
 
 import inspect

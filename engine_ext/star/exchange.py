@@ -98,6 +98,9 @@ class Exchange:
         """Whether contexts may be spread so that a layer has all hosts' keys for a while."""
         self.num_on_machine = num_hosts
         """Hosts that share this one's machine, itself included."""
+        self.host_bytes: int | None = None
+        """Host memory for KV that this rank has, or that a lost host's had, which this one replaces; None until it is
+        decided, and without offload."""
         self.waited_s = 0.0
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """Around exchanges that the device has not been asked about yet."""

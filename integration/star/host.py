@@ -155,6 +155,7 @@ class StarHost:
             linear_pairs=num_linear_weights(self.llm) / (2 * layers * heads * model.get_head_size()),
             chunk_len=config.scheduler_config.max_num_batched_tokens,
             start_s=start_s,
+            host_bytes=min((each for each in self.ranks.ask(ranks.host_bytes) if each is not None), default=None),
         )
 
     def measure(self) -> HostRates:

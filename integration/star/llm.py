@@ -36,7 +36,7 @@ from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
 from farspan.star.output import Progress, StarOutput
 from farspan.star.protocol import Answer, Ask, HostStatus
-from farspan.star.room import check_offload, check_room, room_of
+from farspan.star.room import check_offload, check_room, check_share, room_of
 from farspan.star.work import Work, blocks_done, tokens_of_status
 
 WARM_UP_PAGES = 2
@@ -137,12 +137,17 @@ class StarLLM:
             raise
 
     def start(self) -> None:
-        """Start all hosts and send them a short request, which compiles what has to be."""
+        """Start all hosts and send them a short request, which compiles what has to be; all or none is started."""
         self.hosts.start()
+        with self.hosts.all_or_none():
+            facts = self.hosts.facts[0]
+            self.page_size, self.linear_pairs = facts.page_size, facts.linear_pairs
+            self.sizes.check(self.page_size)
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """The first request of hosts that have just started."""
         facts = self.hosts.facts
-        self.page_size = facts[0].page_size
-        self.linear_pairs = facts[0].linear_pairs
-        self.sizes.check(self.page_size)
         num_tokens = WARM_UP_PAGES * self.num_hosts * self.page_size
         room = min(each.max_model_len for each in facts)
         if self.num_hosts == 1 or num_tokens // self.num_hosts + 2 * self.page_size > room:
@@ -228,6 +233,9 @@ class StarLLM:
             for work in works:
                 for _ in self.ask_one(work) if work.shards is None else self.read_context(work):
                     pass
+            if self.restart_s > 0:
+                # A replacement may have less room than the host had.
+                check_room(works, self.hosts.facts, has_offload=self.has_offload)
             together = [work for work in works if work.shards is not None]
             for _ in self.answer_together(together) if together else ():
                 pass
@@ -348,11 +356,7 @@ class StarLLM:
         if anchor != "auto" or self.has_offload:
             return anchor == "share"
         if self.sharing_pays is None:
-            try:
-                rates = self.hosts.measure() if self.num_hosts > 1 else []
-            except StarError:
-                self.hosts.stop()
-                raise
+            rates = self.hosts.measure() if self.num_hosts > 1 else []
             slowest = max(rates, key=lambda rate: rate.send_token_s, default=None)
             self.sharing_pays = slowest is not None and sharing_pays(slowest.send_token_s, slowest.compute_token_s)
         return self.sharing_pays
@@ -406,9 +410,12 @@ class StarLLM:
                     else:
                         self.hosts.replace(lost.rank)
                 except Exception as error:
-                    self.hosts.stop()
                     raise StarError(f"{lost} A replacement did not start either: {error}") from error
                 self.restart_s += time.perf_counter() - restarted
+                try:
+                    check_share(work, self.hosts.facts, has_offload=self.has_offload)
+                except ConfigError as error:
+                    raise StarError(f"{lost} Its replacement has less room: {error}") from error
                 # Only what is not answered is asked again; a new host starts with an empty cache.
                 answers.pop(lost.rank, None)
                 if isinstance(shards[0], WindowShard):

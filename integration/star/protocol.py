@@ -47,6 +47,9 @@ class HostSetup(OfRanks):
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of `LLM`."""
+    host_bytes: int | None = None
+    """Host memory for KV of each rank, as that of the lost host which this one replaces; None where it replaces none,
+    and without offload."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class HostFacts:
     chunk_len: int
     """Tokens of a prompt that a step computes at most."""
     start_s: float
+    host_bytes: int | None = None
+    """Host memory for KV of each rank; None without offload."""
 
 
 @dataclass(frozen=True)

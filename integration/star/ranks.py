@@ -96,6 +96,7 @@ def join(setup: HostSetup, address: str, ports: Sequence[int]) -> None:
         machine=number_of_machine(),
     )
     exchange.gathers_keys = setup.gathers_keys
+    exchange.host_bytes = setup.host_bytes
     set_exchange(exchange)
 
 
@@ -109,6 +110,14 @@ def leave() -> None:
     from farspan.engine_ext.star.exchange import set_exchange
 
     set_exchange(None)
+
+
+def host_bytes() -> int | None:
+    """Host memory for KV that this rank has; None without offload."""
+    from farspan.engine_ext.star.exchange import current
+
+    exchange = current()
+    return None if exchange is None else exchange.host_bytes
 
 
 def begin(phase: str, timeout_s: float) -> int:
