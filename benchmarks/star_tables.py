@@ -291,6 +291,15 @@ def real_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def has_ablations(row: Row, found: Sequence[Row]) -> bool:
+    """Whether a row's case is one of the ablations: of the needle model, or of a checkpoint that was read in ways for
+    which `real_tables` has no column.
+    """
+    return REAL_CASE.match(row.case) is None or any(
+        each.case == row.case and each.variant not in CUTS for each in found
+    )
+
+
 def answer_tables(rows: Sequence[Row]) -> str:
     """Accuracy and drift of the ablations: a line a way of cutting, a column a case."""
     parts = []
@@ -299,7 +308,7 @@ def answer_tables(rows: Sequence[Row]) -> str:
         ("drift", "Nats a token against dense attention, ± a standard error.", lambda p50, e: f"{p50:+.4f} ± {e:.4f}"),
     ):
         found = [row for row in rows if row.benchmark == "star" and row.metric == metric]
-        found = [row for row in found if REAL_CASE.match(row.case) is None]
+        found = [row for row in found if has_ablations(row, found)]
         if not found:
             continue
         cells = {(row.variant, row.case): (float(row.p50), float(row.p80) - float(row.p50)) for row in found}

@@ -99,8 +99,7 @@ class Exchange:
         self.num_on_machine = num_hosts
         """Hosts that share this one's machine, itself included."""
         self.host_bytes: int | None = None
-        """Host memory for KV that this rank has, or that a lost host's had, which this one replaces; None until it is
-        decided, and without offload."""
+        """Host memory for KV that each rank of the lost host had which this one replaces; None for others."""
         self.waited_s = 0.0
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """Around exchanges that the device has not been asked about yet."""

@@ -48,8 +48,7 @@ class HostSetup(OfRanks):
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of `LLM`."""
     host_bytes: int | None = None
-    """Host memory for KV of each rank, as that of the lost host which this one replaces; None where it replaces none,
-    and without offload."""
+    """Host memory for KV of each rank, where this host replaces one that had as much."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class HostFacts:
     """Tokens of a prompt that a step computes at most."""
     start_s: float
     host_bytes: int | None = None
-    """Host memory for KV of each rank; None without offload."""
+    """Host memory for KV of each rank; None without cold heads."""
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,6 @@ def leave() -> None:
     set_exchange(None)
 
 
-def host_bytes() -> int | None:
-    """Host memory for KV that this rank has; None without offload."""
-    from farspan.engine_ext.star.exchange import current
-
-    exchange = current()
-    return None if exchange is None else exchange.host_bytes
-
-
 def begin(phase: str, timeout_s: float) -> int:
     """A request begins, for whose exchanges hosts wait so long; returns the bytes received so far."""
     from farspan.engine_ext.star.exchange import current

@@ -82,17 +82,6 @@ def host_budget(worker: Any, machines: Sequence[str]) -> int:
                 f"{available / GIB:.1f} GiB free. Free some, or ask again, which starts all hosts anew."
             )
         return exchange.host_bytes
-    budget = option_budget(options, engine_ranks, num_ranks, available)
-    if exchange is not None:
-        exchange.host_bytes = budget
-    return budget
-
-
-def option_budget(options: OffloadOptions, engine_ranks: int, num_ranks: int, available: int) -> int:
-    """Bytes of host memory for one rank, by the option. Raises ConfigError where the machine has not as much.
-
-    engine_ranks: of this engine on this machine. num_ranks: of all engines on it. available: bytes that are free.
-    """
     if options.host_memory == "auto":
         return int(available * AUTO_SHARE) // num_ranks
     wanted = int(options.host_memory * GIB) // num_ranks
