@@ -107,6 +107,33 @@ def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
     assert not llm.asked[-4].shares_anchor
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("is_placed", [False, True], ids=["no-room", "second"])
+def test_phase_1_is_tried_again_once(is_placed: bool) -> None:
+    """The error names the host that was lost, and the phase. A replacement that fails stops all hosts itself."""
+    llm, runs, stopped = Asking(), [], []
+
+    def lose(asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[Any]:
+        runs.append(sorted(asks))
+        raise HostLost(1, f"phase 1: host 1 is dead (loss {len(runs)}).")
+        yield {}
+
+    def replace_host(rank: int) -> None:
+        if not is_placed:
+            raise HostLost(rank, f"restart: host {rank} did not finish within 9 s; see its log.")
+
+    llm.hosts.run, llm.hosts.replace, llm.hosts.stop = lose, replace_host, lambda: stopped.append(True)
+    llm.guarded = lambda *arguments: StarLLM.guarded(llm, *arguments)  # type: ignore[method-assign]
+    sentence = r"^phase 1: host 1 is dead \(loss 1\)\. A replacement did not start either: restart: host 1 did not finish"
+    if is_placed:
+        sentence = r"^phase 1: host 1 is dead \(loss 2\)\.$"
+    with pytest.raises(StarError, match=sentence):
+        llm.generate(list(range(200)), [1, 2], SamplingParams(max_tokens=2))
+    assert runs == [[0, 1]] * (2 if is_placed else 1)
+    assert stopped == [True] * is_placed
+    assert not llm.lock.locked()
+
+
 def test_queries_together_are_one_request_to_each_host() -> None:
     llm = Asking()
     params = SamplingParams(max_tokens=2, temperature=0.0)
