@@ -106,7 +106,11 @@ class Hosts:
             size = {} if address else {"num_cpus": max(os.cpu_count() or 1, setup.num_hosts)}
             ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **size)
             self.owns_ray = True
-        self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
+        try:
+            self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """Place and start all hosts. Raises StarError, and leaves nothing behind, where one does not start."""

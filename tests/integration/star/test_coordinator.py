@@ -29,6 +29,18 @@ def test_a_gpu_for_every_host() -> None:
         choose_device(2, {"GPU": 3.0}, 2)
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_ray_is_left_as_it_was_where_there_are_too_few_gpus(is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, ended = pytest.importorskip("ray"), []
+    monkeypatch.setattr(ray, "is_initialized", lambda: not is_ours)
+    monkeypatch.setattr(ray, "init", lambda **arguments: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(StarError, match="the Ray cluster has 1 GPU"):
+        Hosts(HostsSetup(2, "nowhere", 60.0, 60.0, False, False, {}, {}, None))
+    assert ended == [True] * is_ours
+
+
 def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:
     waited, lost, bad = StarError("waited"), HostLost(2, "lost"), ValueError("bad")
     assert worst({0: waited, 1: bad, 2: lost}) is lost
