@@ -124,7 +124,7 @@ def test_phase_1_is_tried_again_once(is_placed: bool) -> None:
 
     llm.hosts.run, llm.hosts.replace, llm.hosts.stop = lose, replace_host, lambda: stopped.append(True)
     llm.guarded = lambda *arguments: StarLLM.guarded(llm, *arguments)  # type: ignore[method-assign]
-    sentence = r"^phase 1: host 1 is dead \(loss 1\)\. A replacement did not start either: restart: host 1 did not finish"
+    sentence = r"^phase 1: host 1 is dead \(loss 1\)\. A replacement did not start either: restart: host 1 did not"
     if is_placed:
         sentence = r"^phase 1: host 1 is dead \(loss 2\)\.$"
     with pytest.raises(StarError, match=sentence):
