@@ -322,15 +322,16 @@ class Hosts:
                 if ref in left or told[rank] in left:
                     self.end(rank)
 
-    def replace(self, rank: int) -> None:
+    def replace(self, rank: int | None) -> None:
         """A new host for a dead one, and for those that waited for it on their devices until they were ended.
 
-        The others keep their engines and meet the new ones. All hosts are stopped where one does not start.
+        The others keep their engines and meet the new ones, or each other (None). All hosts are stopped where one does
+        not start.
         """
         import ray
 
         with self.all_or_none():
-            new = {rank, *self.killed}
+            new = self.killed if rank is None else {rank, *self.killed}
             for each in new:
                 ray.kill(self.actors[each], no_restart=True)
                 self.actors[each] = self.make_actor(each, self.facts[each].host_bytes)

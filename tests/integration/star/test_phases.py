@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
+from farspan.engine_ext.star.team import HostMissing
 from farspan.star.blocks import BlockSizes
 from farspan.star.coordinator import HostLost
 from farspan.star.host import StarHost
@@ -132,6 +133,29 @@ def test_phase_1_is_tried_again_once(is_placed: bool) -> None:
     assert runs == [[0, 1]] * (2 if is_placed else 1)
     assert stopped == [True] * is_placed
     assert not llm.lock.locked()
+
+
+@pytest.mark.faults
+def test_hosts_that_lost_each_other_in_phase_1_meet_again() -> None:
+    """None of them is dead, and none has to be replaced; what any of them had read is asked again."""
+    llm, runs, replaced = Asking(), [], []
+    answer = llm.guarded
+
+    def lose(asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[Any]:
+        runs.append(next(iter(asks.values())).phase)
+        if len(runs) > 1:
+            yield from answer(asks, answers)
+            return
+        answers[0] = answer_of([0, 0])
+        raise HostMissing("phase 1, step 3: host 0 lost the connection to host 1; see its log.")
+
+    llm.hosts.run, llm.hosts.replace = lose, replaced.append
+    llm.guarded = lambda *arguments: StarLLM.guarded(llm, *arguments)  # type: ignore[method-assign]
+    output = llm.generate(list(range(200)), [1, 2], SamplingParams(max_tokens=2))
+    assert runs == ["phase 1", "phase 1", "phase 2"]
+    assert sorted(ask.shard.rank for ask in llm.asked if ask.phase == "phase 1" and ask.shard) == [0, 1]
+    assert replaced == [None]
+    assert output.times.restart_s > 0
 
 
 def test_queries_together_are_one_request_to_each_host() -> None:
