@@ -169,17 +169,22 @@ def run(
             specs = {name: replace(spec, engine=spec.engine | engine_args) for name, spec in specs.items()}
         form = "fp32" if recorder.dry_run else "bf16"
         form += "-compiled" if "compilation_config" in (engine_args or {}) else ""
-        results = measure_in_turns(specs, timeout_s=600)
-        for request in requests:
-            chunk = f"q{request.prompt_len - request.cached_len}-" if request.cached_len > 0 else ""
-            case = f"{chunk}n{request.prompt_len}-b1-{label}-{form}"
-            for name, result in results.items():
-                recorder.add(NAME, case, name, "time", "ms", [each.ttft_ms for each in result.of(request.prompt_len)])
-            for name in filter(lambda name: is_flex(name) or name == CONTROL, results):
-                found, low = (ratio(results, request.prompt_len, name, each) for each in (0.5, 0.2))
-                verdict = ""
-                if name != CONTROL:
-                    verdict = f", goal {GOAL} {'reached' if found <= GOAL else 'MISSED'}"
-                recorder.note(
-                    f"{case}: {name} takes {found:.3f} of the faster dense prefill{verdict}; {low:.3f} by p20"
-                )
+
+        def tell(request: Request, results: dict[str, EngineResult], name: str = f"b1-{label}-{form}") -> None:
+            record(recorder, request, results, name)
+
+        measure_in_turns(specs, timeout_s=600, tell=tell)
+
+
+def record(recorder: Recorder, request: Request, results: dict[str, EngineResult], name: str) -> None:
+    """Record what the engines took for one request, and say how flex stands. name: of model and form in cases."""
+    chunk = f"q{request.prompt_len - request.cached_len}-" if request.cached_len > 0 else ""
+    case = f"{chunk}n{request.prompt_len}-{name}"
+    for variant, result in results.items():
+        recorder.add(NAME, case, variant, "time", "ms", [each.ttft_ms for each in result.of(request.prompt_len)])
+    for variant in filter(lambda variant: is_flex(variant) or variant == CONTROL, results):
+        found, low = (ratio(results, request.prompt_len, variant, each) for each in (0.5, 0.2))
+        verdict = ""
+        if variant != CONTROL:
+            verdict = f", goal {GOAL} {'reached' if found <= GOAL else 'MISSED'}"
+        recorder.note(f"{case}: {variant} takes {found:.3f} of the faster dense prefill{verdict}; {low:.3f} by p20")

@@ -22,7 +22,6 @@ OUTPUT_LEN = 33
 SPARE_SLOTS = 8
 LONGEST, LONGEST_ON_CPU = 32768, 4096
 STEP_TOKENS, STEP_TOKENS_ON_CPU = 8192, 1024
-FLOAT_BYTES = 4
 
 
 def cases(dry_run: bool) -> list[int]:
@@ -30,7 +29,9 @@ def cases(dry_run: bool) -> list[int]:
     return [320] if dry_run else [LONGEST if torch.cuda.is_available() else LONGEST_ON_CPU]
 
 
-def specs_of(model: dict[str, Any], max_len: int, step_tokens: int, page_size: int) -> dict[str, EngineSpec]:
+def specs_of(
+    model: dict[str, Any], max_len: int, step_tokens: int, page_size: int, dtype: torch.dtype = torch.float32
+) -> dict[str, EngineSpec]:
     """An engine without offload, and one with slots for what a step writes and a few pages more.
 
     model: config.json.
@@ -39,17 +40,17 @@ def specs_of(model: dict[str, Any], max_len: int, step_tokens: int, page_size: i
     layout = KVLayout(
         num_kv_heads=model["num_key_value_heads"],
         head_dim=head_dim,
-        element_bytes=FLOAT_BYTES,
+        element_bytes=dtype.itemsize,
         page_size=page_size,
         hot_heads=(0,) * model["num_hidden_layers"],
-        stub_bytes=stub_bytes_of(page_size, FLOAT_BYTES),
+        stub_bytes=stub_bytes_of(page_size, dtype.itemsize),
     )
     num_blocks = needed_blocks(max_len, page_size)
     num_slots = min_slots(step_tokens, page_size, 1) + SPARE_SLOTS
     cold_bytes = num_slots * layout.cold_block_bytes + num_blocks * layout.hot_block_bytes
     cold_bytes += staging_bytes_of(layout, 1, max_len)
     engine = {
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "block_size": page_size,
         "max_model_len": max_len,
         "max_num_batched_tokens": step_tokens,

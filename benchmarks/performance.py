@@ -103,6 +103,19 @@ def first_token_in_s(case: str, medians: Medians) -> float | None:
     return None if found is None else found / 1e3
 
 
+def surest_drift(case: str, medians: Medians) -> float | None:
+    """Mean drift at gamma 0.95 and two standard errors more, in nats a token."""
+    drift, error = medians.get((FLEX, "drift")), medians.get((FLEX, "drift_error"))
+    return None if drift is None or error is None else drift + 2 * error
+
+
+def over_the_oracle(case: str, medians: Medians) -> float | None:
+    """Flex's density over the tile oracle's, whose heads keep no more than those of flex."""
+    found = medians.get((FLEX, "density")), medians.get(("oracle-g0.95", "density"))
+    return None if found[0] is None or found[1] is None else found[0] / found[1]
+
+
+FLEX = "farspan-g0.95"
 D128, DENSE = "b1-hq32-hkv8-d128-bf16$", "Dense prefill, our kernel: times FlashAttention 3's speed"
 ALL = (
     Goal(DENSE, "prefill_dense", rf"n(8192|32768|65536|131072)-{D128}", ratio("fa3", "farspan"), 1.0, "×"),
@@ -142,6 +155,31 @@ ALL = (
     Goal(
         "STRING, whole requests: time over that without a shift", "string_e2e",
         r"total-n(65536|131072)-", ratio("farspan-string-auto", "farspan"), 1.015, at_least=False,
+    ),
+    Goal(
+        "Flex γ 0.95, real checkpoints: share of the heads below γ − 0.01, the worst case", "real", ".*",
+        of(FLEX, "below_gamma_0.01"), 0.01, at_least=False, worst=True,
+    ),
+    Goal("The same below γ − 0.05", "real", ".*", of(FLEX, "below_gamma_0.05"), 0.0, at_least=False, worst=True),
+    Goal(
+        "The same: drift + 2 standard errors, nats/token, the worst case", "real", ".*", surest_drift, -0.005,
+        worst=True,
+    ),
+    Goal(
+        "The same: standard error of the drift, nats/token, the largest", "real", ".*", of(FLEX, "drift_error"), 0.001,
+        at_least=False, worst=True,
+    ),
+    Goal(
+        "The same: density over the tile oracle's, the worst case", "real", ".*", over_the_oracle, 1.25,
+        at_least=False, worst=True,
+    ),
+    Goal(
+        "Choosing blocks for a chunk: time over FlashAttention 3's on it", "select", r"(n8192|q\d+)-.*-bf16$",
+        ratio("farspan", "fa3"), 0.15, at_least=False,
+    ),
+    Goal(
+        "Host, selection and attention of a layer and chunk", "host_side", ".*", of("farspan-flex"), 0.15, " ms",
+        at_least=False,
     ),
     Goal(
         "First token, all layers of 8B, γ 0.9", "ttft", "n131072-b1-llama8b-bf16$", first_token_in_s, 4.6, " s",

@@ -24,6 +24,7 @@ from benchmarks.inputs import TINY, PagedBatch, PrefillCase, contiguous_kv, make
 from benchmarks.record import BenchmarkError, Recorder
 from benchmarks.timing import time_interleaved
 
+CHOOSES_CASES = True
 BLOCK_SIZE = 128
 GAMMAS = (0.9, 0.95)
 COVERAGE_ROWS = 128
@@ -151,7 +152,7 @@ def works_of(batch: PagedBatch, calls: dict[str, FlexCall], recorder: Recorder) 
 
 
 def run(recorder: Recorder) -> None:
-    for case in cases(recorder.dry_run):
+    for case in filter(lambda case: recorder.wants(case.name), cases(recorder.dry_run)):
         batch = make_calibrated_batch(case.query_len, case.seq_len, case.shape)
         block_size = 64 if recorder.dry_run else BLOCK_SIZE
         calls = {f"farspan-g{gamma}": FlexCall(batch, FlexPrefill(gamma=gamma), block_size) for gamma in GAMMAS}

@@ -4,14 +4,15 @@ Same prompts, same engine options, forced to be sparse at every length: flex wit
 rule, the first block and as many local ones as flex reads at gamma 0.95, and the oracle, the fewest blocks of each tile
 and head that keep gamma 0.95 of the mass of all its rows. Coverage is that of whole heads on rows that did not choose
 and could lose something; drift and changed tokens are those of the second half of each prompt. On a GPU also the times
-to the first token. Without a checkpoint the bundled model reads its own questions in a dry run, and nothing otherwise.
+to the first token. With `--questions` every rule answers needles in prose, with `--prompts 0` these alone. Without a
+checkpoint the bundled model reads its own questions in a dry run, and nothing otherwise.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from farspan.engine_ext.config import FlexPrefill
@@ -31,7 +32,11 @@ from farspan.evaluation.audit_results import DRIFT_LIMIT, SURE_ERROR, kept_of, m
 from farspan.evaluation.evaluate import EvalSettings, make_samples
 from farspan.evaluation.results import Cell
 
+from benchmarks.real_table import QUESTIONS
 from benchmarks.record import BenchmarkError, Recorder
+
+if TYPE_CHECKING:
+    from farspan.needle.tasks import Sample
 
 NAME = "real"
 WORKER = "benchmarks.real_worker.RuleMetrics"
@@ -39,6 +44,8 @@ DENSE = "farspan"
 MIN_RIGHT_SHARE = 0.99
 """Of the heads that must keep gamma - 0.01."""
 TIMED_REPEATS = 3
+ANSWER_ROOM = 128
+"""Tokens of a length that questions leave to the answer."""
 
 NEEDS_GPU = False
 
@@ -130,7 +137,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
     dense: dict[int, list[Probe]] = {}
     for selection in dict.fromkeys(each.selection for each in variants):
         settings, prefill = engine_settings(inputs, selection, chunk)
-        prompts = cut_prompts(settings, read_tokens(settings.model, settings.texts))
+        prompts = pieces_of(inputs, settings)
         with audit_engine(settings, prefill, chunk, device) as llm:
             for length, mine in prompts.items():
                 case = f"n{length}-{inputs.label}-{'fp32' if device == 'cpu' else 'bf16'}"
@@ -150,11 +157,14 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
                     llm.collective_rpc("farspan_rule", args=(rule,))
                     options = request_options(variant.gamma)
                     sparse = [probe(llm, tokens, options) for tokens in mine]
-                    found = record(recorder, case, variant, dense[length], sparse)
+                    if sparse:
+                        found = record(recorder, case, variant, dense[length], sparse)
+                    else:
+                        found = density_of(probe(llm, question_tokens(llm, inputs, length), options))
                     density = density or found
                     record_answers(recorder, llm, inputs, length, case, variant.name, options)
                 llm.collective_rpc("farspan_rule", args=("flex",))
-                if device == "cuda" and inputs.is_timed:
+                if device == "cuda" and inputs.is_timed and mine:
                     record_times(
                         recorder, llm, mine[0], case, [each for each in variants if each.selection == selection]
                     )
@@ -168,7 +178,7 @@ def engine_settings(inputs: Inputs, selection: str, chunk: int) -> tuple[AuditSe
         lengths=inputs.lengths,
         gammas=(0.95,),
         out=Path(),
-        prompts=inputs.prompts,
+        prompts=max(inputs.prompts, 1),
         options={"selection": selection},
         engine_args={"enforce_eager": True} | inputs.engine_args,
     )
@@ -215,6 +225,31 @@ def local_blocks(length: int, density: float) -> int:
     return num_tiles
 
 
+def pieces_of(inputs: Inputs, settings: AuditSettings) -> dict[int, list[list[int]]]:
+    """The pieces of the texts that are read, by length; none where questions alone are wanted."""
+    if not inputs.prompts:
+        return {length: [] for length in inputs.lengths}
+    return cut_prompts(settings, read_tokens(settings.model, settings.texts))
+
+
+def density_of(found: Probe) -> float:
+    """Mean over layers and heads."""
+    heads = mean_heads([found.heads])
+    return sum(head["density"] for head in heads) / len(heads)
+
+
+def questions_of(inputs: Inputs, task: str, length: int, count: int) -> "list[Sample]":
+    settings = EvalSettings(inputs.model, (task,), (length - ANSWER_ROOM,), Path(), count=count)
+    return make_samples(settings, Cell(task, task, length - ANSWER_ROOM, None, 7, count))
+
+
+def question_tokens(llm: Any, inputs: Inputs, length: int) -> list[int]:
+    """The first question's prompt."""
+    (sample,) = questions_of(inputs, QUESTIONS[0], length, 1)
+    tokens: list[int] = llm.get_tokenizer().encode(sample.prompt)
+    return tokens[: length - 1]
+
+
 def record_answers(
     recorder: Recorder, llm: Any, inputs: Inputs, length: int, case: str, name: str, extra_args: dict[str, Any]
 ) -> None:
@@ -224,16 +259,16 @@ def record_answers(
 
     if not inputs.questions:
         return
-    room = 128
-    settings = EvalSettings(inputs.model, ("niah_single",), (length - room,), Path(), count=inputs.questions)
-    samples = make_samples(settings, Cell("niah_single", "niah_single", length - room, None, 7, inputs.questions))
-    scores = []
-    for sample in samples:
-        most = min(sample.max_new_tokens, room - 1)
-        params = SamplingParams(temperature=0.0, max_tokens=most, extra_args=dict(extra_args))
-        (output,) = llm.generate([sample.prompt], params, use_tqdm=False)
-        scores.append(score(output.outputs[0].text, sample))
-    recorder.add(NAME, f"{case}-niah_single", name, "accuracy", "fraction", [sum(scores) / len(scores)])
+    llm.collective_rpc("farspan_audit", args=(False,))
+    for task in QUESTIONS:
+        scores = []
+        for sample in questions_of(inputs, task, length, inputs.questions):
+            most = min(sample.max_new_tokens, ANSWER_ROOM - 1)
+            params = SamplingParams(temperature=0.0, max_tokens=most, extra_args=dict(extra_args))
+            (output,) = llm.generate([sample.prompt], params, use_tqdm=False)
+            scores.append(score(output.outputs[0].text, sample))
+        recorder.add(NAME, f"{case}-{task}", name, "accuracy", "fraction", [sum(scores) / len(scores)])
+    llm.collective_rpc("farspan_audit", args=(True,))
 
 
 def record_times(recorder: Recorder, llm: Any, tokens: list[int], case: str, variants: Sequence[Variant]) -> None:

@@ -7,6 +7,12 @@ from benchmarks.record import Row, environments_of
 TITLE = "**Sparse prefill of real checkpoints and texts** (benchmark `real`), beside dense prefill of the same prompts"
 COLUMNS = ("density", "coverage", "worst head", "heads < γ−.01", "heads < γ−.05", "drift ± s.e., nats/token", "changed")
 
+QUESTIONS = ("niah_single", "niah_multikey_1", "niah_multivalue")
+"""Tasks that are asked: one needle, one of several keys, four of one key."""
+ORDER = ("farspan-g", "farspan-flexprefill-g", "sink-local", "oracle-g")
+"""Of the rules in a case's lines, by the beginnings of their names."""
+NEEDLES = "needles: one / of several / four, %"
+
 
 def format_real(rows: Sequence[Row]) -> str:
     """One table: for each case a line a rule, of its latest run. Nothing where there are no rows.
@@ -20,7 +26,7 @@ def format_real(rows: Sequence[Row]) -> str:
     if not cases:
         return ""
     has_answers = any(row.metric == "accuracy" for row in mine)
-    header = ["case", "rule", *COLUMNS, *(["needles"] if has_answers else []), "run"]
+    header = ["case", "rule", *COLUMNS, *([NEEDLES] if has_answers else []), "run"]
     shown = [row for case in cases for row in latest_of_case(mine, case)]
     environments = environments_of(shown, versions=("vllm",))
     where = (
@@ -43,6 +49,10 @@ def by_label_and_length(case: str) -> tuple[str, int]:
     return label, int(length)
 
 
+def by_rule(variant: str) -> tuple[int, str]:
+    return next((place for place, name in enumerate(ORDER) if variant.startswith(name)), len(ORDER)), variant
+
+
 def latest_of_case(rows: Sequence[Row], case: str) -> list[Row]:
     """Of each variant, the rows of its latest run."""
     latest = {row.variant: row.run_id for row in rows if row.case == case}
@@ -52,12 +62,13 @@ def latest_of_case(rows: Sequence[Row], case: str) -> list[Row]:
 def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str]:
     of_case = latest_of_case(rows, case)
     latest = {row.variant: row.run_id for row in of_case}
-    answers = {row.variant: f"{100 * float(row.p50):.0f} %" for row in rows if row.case == f"{case}-niah_single"}
+    answers = answers_of(rows, case)
     found = {(row.variant, row.metric): float(row.p50) for row in of_case}
     lines = []
     if dense := answers.get("farspan"):
         lines.append(["dense", "1", "1", "1", "0.0 %", "0.0 %", "0", "0.00 %", dense, ""])
-    for variant in dict.fromkeys(row.variant for row in of_case if row.metric == "drift"):
+    variants = {row.variant for row in of_case if row.metric == "drift"}
+    for variant in sorted(variants, key=by_rule):
 
         def of(metric: str, variant: str = variant) -> float:
             return found[variant, metric]
@@ -76,3 +87,13 @@ def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str
             cells.append(answers.get(variant, ""))
         lines.append([*cells, latest[variant]])
     return [f"| `{case}` | {' | '.join(cells)} |" for cells in lines]
+
+
+def answers_of(rows: Sequence[Row], case: str) -> dict[str, str]:
+    """Share of the needles found in each of QUESTIONS, by variant, in percent; of its latest run."""
+    of_task = [
+        {row.variant: f"{100 * float(row.p50):.0f}" for row in rows if row.case == f"{case}-{task}"}
+        for task in QUESTIONS
+    ]
+    variants = {variant: None for found in of_task for variant in found}
+    return {variant: " / ".join(found.get(variant, "–") for found in of_task) for variant in variants}

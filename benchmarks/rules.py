@@ -17,7 +17,8 @@ from farspan.evaluation.audit import AuditSettings, cut_prompts, read_tokens
 from farspan.evaluation.audit_results import BLOCK_TOKENS, change_of
 from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.cpu_attention import cpu_attention
-from farspan.kernels.flex.spans import SpanRule, make_spans
+from farspan.kernels.flex.spans import MASS_UNIT, SpanRule, make_spans
+from farspan.kernels.flex.tile_rows_reference import blocks_by_halves
 from farspan.kernels.flex.tile_rows_reference import tile_row_lists as tile_row_lists_cpu
 from farspan.kernels.tiles import BlockLists, PrefillTiles, make_prefill_tiles
 
@@ -356,20 +357,14 @@ def by_halves(
     even: torch.Tensor, odd: torch.Tensor, is_held: torch.Tensor, is_free: torch.Tensor, share: float
 ) -> torch.Tensor:
     """How many free blocks it takes for each half of the rows to keep, on average, `share` of its mass by the other's
-    choice: every half takes its blocks down to the same mass, the highest at which that holds.
+    choice: [num_heads, num_spans], as the engine's reference counts them.
 
-    even, odd: [num_heads, num_spans, num_blocks], mean masses. Returns the mean of both counts, rounded up.
+    even, odd: [num_heads, num_spans, num_blocks], mean masses.
     """
-    held = (torch.where(is_held, even + odd, 0.0)).sum(-1)
-    even, odd = (torch.where(is_free, each, 0.0) for each in (even, odd))
-    low, high = torch.zeros_like(held), torch.ones_like(held)
-    for _ in range(30):
-        cut = torch.where(low > 0, (low * high).sqrt(), high / 4)
-        kept = (even * (odd >= cut[..., None])).sum(-1) + (odd * (even >= cut[..., None])).sum(-1) + held
-        enough = kept >= 2 * share - 1e-6
-        low, high = torch.where(enough, cut, low), torch.where(enough, high, cut)
-    taken = ((even >= low[..., None]) & is_free).sum(-1) + ((odd >= low[..., None]) & is_free).sum(-1)
-    return torch.where(held >= 2 * share - 1e-6, 0, (taken + 1) // 2)
+    held = torch.where(is_held, even + odd, 0.0).sum(-1) / 2
+    needed = ((share - held) * MASS_UNIT).ceil().long()
+    even, odd = ((torch.where(is_free, each, 0.0) * (MASS_UNIT / 2) + 0.5).long() for each in (even, odd))
+    return blocks_by_halves(even, odd, needed)
 
 
 def lists_of(keep: torch.Tensor) -> BlockLists:

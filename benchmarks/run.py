@@ -47,6 +47,7 @@ MODULES = (
     "offload_memory",
     "offload_tight",
     "offload_exact",
+    "offload_quality",
     "star",
     "star_decode",
     "star_quality",
@@ -104,8 +105,10 @@ def parse_arguments() -> argparse.Namespace:
     real.add_argument(
         "--lengths", type=integers, default=(), help="prompt lengths; 8192 if left out, or those of flex_ttft"
     )
-    real.add_argument("--prompts", type=int, default=4, help="most prompts of each length")
-    real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length")
+    real.add_argument(
+        "--prompts", type=int, default=4, help="most prompts of each length; of real also 0, questions alone"
+    )
+    real.add_argument("--questions", type=int, default=0, help="retrieval questions of each length and task")
     real.add_argument(
         "--variants",
         type=words,

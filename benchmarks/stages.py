@@ -3,6 +3,7 @@
 A few layers of the 8B shape prefill 128K tokens, by FLASH_ATTN and by flex at gamma 0.9: time of a layer over the whole
 prompt and in its last chunk, as the kernels of each stage take it. All layers of the 0.5B shape prefill 1K and 4K
 tokens, where flex is dense: what the host spends in a step, and of it in attention, KV write and metadata.
+`--cases` chooses among prompts.
 """
 
 from dataclasses import replace
@@ -14,6 +15,7 @@ from benchmarks.record import Recorder, quantile
 
 NAME = "stages"
 NEEDS_GPU = True
+CHOOSES_CASES = True
 LONG, SHORT = "llama8b-4layers", "qwen0.5b"
 MODELS: dict[str, dict[str, Any]] = {LONG: SHAPES["llama8b"] | {"num_hidden_layers": 4}, SHORT: SHAPES[SHORT]}
 VARIANTS = {LONG: ("fa3", "farspan-g0.9"), SHORT: ("fa3", "farspan", "farspan-g0.95")}
@@ -33,18 +35,26 @@ def cases(dry_run: bool) -> dict[str, list[Request]]:
 def run(recorder: Recorder) -> None:
     from benchmarks.engine import TINY_LLAMA
 
-    for label, requests in cases(recorder.dry_run).items():
+    precision = "fp32" if recorder.dry_run else "bf16"
+    for label, all_requests in cases(recorder.dry_run).items():
+        requests = [each for each in all_requests if recorder.wants(case_of(each, label, precision))]
+        if not requests:
+            continue
         model = TINY_LLAMA if recorder.dry_run else MODELS[label]
         specs = {
             name: replace(spec, reads_stages=True)
             for name, spec in engines(model, requests, recorder.dry_run, VARIANTS[label]).items()
         }
         results = measure_in_turns(specs, timeout_s=300)
-        precision = "fp32" if recorder.dry_run else "bf16"
         for request in requests:
+            case = case_of(request, label, precision)
             for name, result in results.items():
-                case = f"n{request.prompt_len}-b1-{label}-{precision}"
                 record(recorder, case, name, result, request, model["num_hidden_layers"])
+
+
+def case_of(request: Request, label: str, precision: str) -> str:
+    """What rows call it, before the stage."""
+    return f"n{request.prompt_len}-b1-{label}-{precision}"
 
 
 def record(recorder: Recorder, case: str, name: str, result: EngineResult, request: Request, num_layers: int) -> None:

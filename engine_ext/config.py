@@ -200,7 +200,8 @@ class OffloadOptions(Options, frozen=True):
     many of each layer, on average if it is one number; None: the first heads of each layer. Cost: none."""
     group_size: Literal["auto"] | Annotated[int, Whole(1, MAX_HEADS, unit="KV heads", hint='"auto"')] = "auto"
     """KV heads of a rank whose pages are brought to GPU memory together for prefill; "auto" takes as many as leave room
-    for the longest request, or for more than an eighth of the memory for KV. Cost: GPU memory for two such groups."""
+    for the longest request, or for more than an eighth of the memory for KV, and more of shorter requests. Cost: GPU
+    memory for two such groups."""
     cold_decode: ColdDecode = msgspec.field(default_factory=ExactColdDecode)
     """How decode reads pages in host memory: "exact" reads all of them, "select" those that weigh most. Cost: with
     "select" answers are approximate, and bounds of the keys take an eighth of the cold KV in GPU memory."""

@@ -375,16 +375,15 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             assert cache.staging is not None
             for part in run.split(cache.sizes.page_size, cache.staging.num_pages):
                 num_pages = [-(-kv_len // cache.sizes.page_size) for kv_len in part.kv_lens]
-                makers = cold.group_makers()
                 if sum(num_pages) > cache.staging.num_pages:
                     spans, batches, ends = self.spans_of(cache, part)
                     staged.append(spans)
-                    for group in makers:
+                    for group in cold.group_makers(spans[0]):
                         passes += span_passes(group, part, spans, batches, ends)
                     continue
                 pages, block_table = cache.stage(part.first, num_pages)
                 staged.append((pages,))
-                for group in makers:
+                for group in cold.group_makers(pages):
                     passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
         return passes
 

@@ -124,6 +124,10 @@ class StagedPages:
 
     entries: torch.Tensor
     """[num_pages] int32 on the device: a slot, or -1 - block for a page in host memory."""
+    are_of_one: bool = False
+    """Whether the pass is of one request, which has these as its pages from the first on."""
+    group_size: int | None = None
+    """KV heads that are staged together; None for the engine's usual number."""
 
 
 Keys = Literal["cache", "slots", "both"] | StagedPages

@@ -63,6 +63,13 @@ class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
     its context; 0 where every block has a slot."""
     is_selective: bool = False
     """Whether decode reads a choice of the pages in host memory, and the workers count what it reads."""
+    larger_groups: tuple[tuple[int, int], ...] = ()
+    """Groups that a step takes instead of `group_size` for requests with few pages: up to how many pages, ascending,
+    and KV heads. They have room in a buffer."""
+
+    def group_for(self, num_pages: int) -> int:
+        """KV heads to stage together for requests with so many pages in all."""
+        return next((group for most, group in self.larger_groups if num_pages <= most), self.group_size)
 
 
 class SelectionReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,4 +51,6 @@ def largest_sums(config: FarspanConfig, query: torch.Tensor, num_kv_heads: int) 
     if is_on_host(query) or config.offload is None or not isinstance(config.prefill, DensePrefill):
         return None
     group_size = 1 if config.offload.group_size == "auto" else min(config.offload.group_size, num_kv_heads)
-    return RunningSum(query[:, : group_size * (query.shape[1] // num_kv_heads)])
+    sums = RunningSum(query[:, : group_size * (query.shape[1] // num_kv_heads)])
+    sums.total = sums.widened()
+    return sums

@@ -207,10 +207,12 @@ class WarmUp:
             for num_kv_heads in self.span_heads:
                 num_heads = num_kv_heads * self.group_size
                 out = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
-                sums, lse = RunningSum(out), torch.zeros(num_heads, 2, device=device)
-                for _ in range(3):
-                    sums.put(out, lse)
-                combine(*sums.pair, out, lse)
+                for num_parts in (2, 3, 4):
+                    sums, lses = RunningSum(out), torch.zeros(num_parts, num_heads, 2, device=device)
+                    sums.put(sums.first.zero_(), lses[0])
+                    for lse in lses[1:-1]:
+                        sums.put(out, lse)
+                    sums.finish(out, lses[-1], out)
             return
         num_q_heads = view.num_kv_heads * self.group_size
         query = torch.zeros(case.query_len, num_q_heads, view.head_dim, dtype=self.dtype, device=device)

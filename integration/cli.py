@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(f"farspan {arguments.command}", lambda: arguments.run(arguments))
 
 
+class Parser(argparse.ArgumentParser):
+    """Of all commands; what a command does not know is refused by that command, with its usage."""
+
+    commands: Mapping[str, argparse.ArgumentParser]
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands[arguments.command]
+            is_model = not unknown[0].startswith("-") and "model" in arguments and arguments.model == "needle"
+            remedy = f" To name a model: --model {unknown[0]}" if is_model else ""
+            command.error(f"unrecognized arguments: {' '.join(unknown)}.{remedy}")
+        return arguments
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every subcommand sets `run`, a function from the parsed arguments to the exit status."""
-    parser = argparse.ArgumentParser(prog="farspan", description="Long prompts made cheap, as a plugin for vLLM.")
+    parser = Parser(prog="farspan", description="Long prompts made cheap, as a plugin for vLLM.")
     parser.add_argument("--version", action="version", version=f"farspan {__version__}")
-    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
+    parser.commands = subcommands.choices
     _add_eval(subcommands)
     _add_report(subcommands)
     _add_audit(subcommands)

@@ -62,6 +62,9 @@ class KVView:
     """What stored keys are multiplied by, above 0; 1 unless they are float8. Launchers leave it to their `scale`."""
     value_scale: float = 1.0
     """What stored values are multiplied by, above 0; 1 unless they are float8."""
+    are_adjacent: bool = False
+    """Whether the batch is of one request, whose page i is page i of `pages`, and tokens of two pages are as far apart
+    as those of one: a kernel then need not know of pages."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -92,6 +95,14 @@ class KVView:
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, two [num_pages, num_kv_heads, page_size, head_dim] views of the same strides."""
         return self.keys, self.pages.narrow(3, self.head_dim, self.head_dim)
+
+    def tokens(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of adjacent pages, [num_tokens, num_kv_heads, head_dim] views, or fewer tokens."""
+        assert self.are_adjacent
+        pages = self.pages.transpose(1, 2)
+        # Not a copy: tokens are as far apart from page to page.
+        tokens = pages.view(-1, *pages.shape[2:])[:num_tokens]
+        return tokens[..., : self.head_dim], tokens[..., self.head_dim :]
 
     @cached_property
     def keys(self) -> torch.Tensor:

@@ -84,7 +84,7 @@ def _move_pages_kernel(
             _copy_page(host_ptr, slot_ptr, PAGE_WORDS, BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_entries", "first_row"], do_not_specialize_on_alignment=["entries_ptr"])
+@triton.jit(do_not_specialize=["num_entries", "first_row", "num_rows"], do_not_specialize_on_alignment=["entries_ptr"])
 def _stage_pages_kernel(
     slots_ptr,
     host_offsets_ptr,

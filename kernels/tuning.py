@@ -398,9 +398,10 @@ SAMPLE_FIRST_PLACE = 0.37
 # heads of 64 (H100 80GB, 2026-11-28, chunks of 2K and 8K at 4K to 128K, densities 0.2 to 0.7); the kernel of Hopper
 # 0.87 to 0.95 and 0.78 to 0.86 (H200, 2026-11-28, chunks of 2K to 16K at 16K to 128K, densities 0.1 to 0.7). Selection
 # takes 0.12 to 0.13 of FlashAttention 3's time, 0.15 in heads of 64, by the portable kernel, and 0.08 to 0.1, 0.09 to
-# 0.12, by that of Hopper (H200); at 8K keys 0.06 ms more. The host takes 0.15 to 0.26 ms for the launches of a flex
-# layer (benchmarks/data/host_side.csv) and took up to 0.5, the bound: below, dense attention would not be the longer. A
-# smaller one has not been measured by the time to the first token.
+# 0.12, by that of Hopper (H200); at 8K keys 0.06 ms more. The host takes 0.15 to 0.28 ms for the launches of a flex
+# layer (benchmarks/data/host_side.csv), p80 of a busy machine included, and took up to 0.5, the bound: where dense
+# attention takes no longer, nothing is saved. With 0.3 short chunks far into a prompt would be sparse; their first
+# tokens have not been measured (docs/decisions/tile-rows.md).
 DENSE_TFLOPS = {64: 500, 128: 710}
 # Launches with fewer programs than this share of the multiprocessors are cut along the keys by FlashAttention 3.
 DENSE_SPLIT_SHARE = 0.8
@@ -408,7 +409,8 @@ FLEX_SPEED = {"portable": {64: 0.5, 128: 0.66}, "hopper": {64: 0.8, 128: 0.9}}
 FLEX_SELECTION_SHARE = {"portable": {64: 0.15, 128: 0.13}, "hopper": {64: 0.1, 128: 0.09}}
 FLEX_SELECTION_MS = 0.06
 FLEX_HOST_MS = 0.5
-# Densities that heads hardly exceed at gamma 0.95, by the fewest keys; 0.38 to 0.44 on average was measured at 8K.
+# Densities of chunks that heads hardly exceed at gamma 0.95, by the fewest keys. Means over whole prompts, whose last
+# chunks are sparser: 0.45 to 0.48 at 8K, 0.34 to 0.41 at 16K, 0.26 to 0.36 at 32K (Qwen2.5-Coder 0.5B and 1.5B).
 FLEX_EXPECTED_DENSITY = ((65536, 0.3), (32768, 0.35), (16384, 0.4), (8192, 0.45), (4096, 0.6), (0, 1.0))
 
 # Pages between host memory and the device: 32 KB a step and 16 warps reach 50 GB/s from 4 programs on (H100 PCIe 5,

@@ -1,6 +1,7 @@
 """How large the pools of an engine with cold KV heads are: `capacity` asked by the engine, refusals in sentences."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from farspan.engine_ext.config import OffloadOptions, SelectColdDecode
 from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError
@@ -8,6 +9,7 @@ from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import (
     KVLayout,
     Load,
+    group_sizes,
     least_span_pages,
     longest_context,
     min_slots,
@@ -15,9 +17,13 @@ from farspan.scheduler.capacity import (
     plan_kv,
     staging_bytes_of,
 )
+from farspan.scheduler.rates import MEASURED
 from farspan.scheduler.residency import most_requests
 
 GIB = 1 << 30
+GROUP_SECONDS = 56e-6
+"""What a group of a layer costs in a prefill step. H200, 2026-11: 0.45 ms for a layer of eight groups of one head
+(docs/decisions/offload.md)."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ def decide_sizes(
             f"num_gpu_blocks_override={override}; allowed: up to {plan.num_blocks} blocks, as {gpu_bytes / GIB:.2f} "
             "GiB of GPU memory for KV hold no more. Lower it."
         )
+    larger_groups: tuple[tuple[int, int], ...] = ()
+    if group_size is None and plan.staging_pages:
+        larger_groups = groups_of_short_requests(layout, plan.group_size, plan.staging_pages)
     return OffloadSizes(
         num_blocks=plan.num_blocks,
         num_slots=plan.num_slots,
@@ -91,7 +100,24 @@ def decide_sizes(
         group_size=max(plan.group_size, 1),
         staging_pages=plan.staging_pages,
         is_selective=isinstance(options.cold_decode, SelectColdDecode),
+        larger_groups=larger_groups,
     )
+
+
+def groups_of_short_requests(layout: KVLayout, group_size: int, staging_pages: int) -> tuple[tuple[int, int], ...]:
+    """`OffloadSizes.larger_groups`: what a buffer for `group_size` heads of `staging_pages` has room for.
+
+    Every group of every layer costs some time, and the first group of a step waits for its pages: a larger one is
+    taken where it saves more of the former than it adds to the latter.
+    """
+    num_layers = sum(hot < layout.num_kv_heads for hot in layout.hot_heads)
+    page_seconds = layout.page_bytes / (MEASURED.host_gbs * 1e9)
+    found: list[tuple[int, int]] = []
+    for smaller, larger in pairwise(group for group in group_sizes(layout) if group >= group_size):
+        fewer = -(-layout.max_cold_heads // smaller) - -(-layout.max_cold_heads // larger)
+        pays_to = int(num_layers * fewer * GROUP_SECONDS / ((larger - smaller) * page_seconds))
+        found.append((min(pays_to, group_size * staging_pages // larger), larger))
+    return tuple((most, group) for most, group in reversed(found) if most > 0)
 
 
 def refusal(layout: KVLayout, limits: EngineLimits, gpu_bytes: int, host_bytes: int, group_size: int) -> str:

@@ -27,10 +27,10 @@ class Rates:
     """Reading KV from host memory, by the kernels themselves; writing is as fast, and both go at once."""
 
 
-COMBINED_BYTES = 170
-"""What a span costs, as bytes of HBM for each number of a chunk's attention and each span but the first. The sums move
-18 of them; the others stand for attention in parts. H200, 2026-11: 1.97 ms for 8K tokens of one layer of the 8B shape
-(400K tokens in spans of 94K; benchmarks/data/offload_prefill.csv, runs 20261128-dbc388 and 20261128-77110b)."""
+COMBINED_BYTES = 10
+"""What a span costs, as bytes of HBM for each number of a chunk's attention and each span but the first: what the sums
+move. H200, 2026-11: in spans of 94K first tokens at 128K and 400K were no later than with buffers for all of the
+context (benchmarks/data/offload_prefill.csv, run 20261128-5d3fa3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,15 @@ than is allowed, or where a request failed. Arguments after `--` go to the serve
 
 import argparse
 import asyncio
+import json
+import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -32,6 +34,7 @@ NUM_READINGS = 20
 MOST_PROMPT_LEN, MOST_TOKENS = 300, 8
 HANG_UP_SHARE = 0.05
 MIB = 2**20
+GPU_DEVICE = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Held:
     descriptors: float
     threads: float
     gpu_mib: float
-    """Of all GPUs; 0 where there is none."""
+    """Of all GPUs that the server may use; 0 where there is none."""
 
 
 ALLOWED_GROWTH = Held(host_mib=48, descriptors=16, threads=8, gpu_mib=64)
@@ -63,12 +66,16 @@ def held_by(root: psutil.Process) -> Held:
 
 
 def gpu_mib() -> float:
+    """Of the GPUs that the server may use. Raises ConfigError where there are some and nvidia-smi does not tell."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
+        return float(sum(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())))
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        if GPU_DEVICE.exists():
+            raise ConfigError(f"{' '.join(command)} does not tell how much GPU memory is used: {error}") from error
         return 0.0
-    return float(sum(map(int, lines)))
 
 
 def growth(readings: Sequence[Held]) -> Held:
@@ -112,7 +119,7 @@ def server(model: str, arguments: Sequence[str]) -> Any:
                     log.seek(0)
                     raise ConfigError(f"the server did not start; its last lines:\n{log.read()[-3000:]}")
                 time.sleep(0.5)
-            yield psutil.Process(process.pid), f"http://127.0.0.1:{port}/v1"
+            yield psutil.Process(process.pid), f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             try:
@@ -130,47 +137,50 @@ def answers(port: int) -> bool:
         return False
 
 
-async def ask(client: Any, rng: random.Random, prefixes: Sequence[list[int]]) -> None:
-    """One request, of which some hang up after the first token. Raises openai.APIError where it fails."""
-    prompt = [*rng.choice(prefixes), *(rng.randrange(3, 500) for _ in range(rng.randrange(1, 100)))]
-    arguments: dict[str, Any] = {
+async def ask(session: Any, rng: random.Random, prefixes: Sequence[list[int]]) -> None:
+    """One request, of which some hang up after the first token. Raises ConfigError where it fails."""
+    is_ended = rng.random() >= HANG_UP_SHARE
+    body: dict[str, Any] = {
         "model": "soak",
-        "prompt": prompt,
+        "prompt": [*rng.choice(prefixes), *(rng.randrange(3, 500) for _ in range(rng.randrange(1, 100)))],
         "max_tokens": rng.randint(1, MOST_TOKENS),
         "temperature": rng.choice([0.0, 1.0]),
-        "extra_body": {"ignore_eos": True, "vllm_xargs": {"farspan.method": "dense"} if rng.random() < 0.3 else None},
+        "ignore_eos": True,
+        "stream": not is_ended,
     }
-    if rng.random() >= HANG_UP_SHARE:
-        await client.completions.create(**arguments)
-        return
-    stream = await client.completions.create(stream=True, **arguments)
-    async for _ in stream:
-        break
-    await stream.close()
+    if rng.random() < 0.3:
+        body["vllm_xargs"] = {"farspan.method": "dense"}
+    async with session.post("/v1/completions", json=body) as response:
+        answer = await (response.text() if is_ended or response.status >= 400 else response.content.readline())
+        if response.status >= 400 or not answer:
+            raise ConfigError(f"the server answered {response.status}: {answer!r}")
+        if is_ended:
+            assert json.loads(answer)["usage"]["completion_tokens"] == body["max_tokens"], answer
+        else:
+            response.close()
 
 
 async def send(url: str, process: psutil.Process, requests: int, concurrency: int, seed: int) -> list[Held]:
-    """Send all requests, `concurrency` at a time; returns what was held, in order."""
-    from openai import AsyncOpenAI
-    from tqdm import tqdm
+    """Send all requests, `concurrency` at a time; prints and returns what was held, in order."""
+    import aiohttp
 
     rng = random.Random(seed)
     prefixes = [[rng.randrange(3, 500) for _ in range(rng.randrange(MOST_PROMPT_LEN - 100))] for _ in range(50)]
     readings: list[Held] = []
-    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        with tqdm(total=requests, unit="request") as progress:
-            left = iter(range(requests))
+    started = time.monotonic()
+    # One connection for each request at a time.
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=concurrency)) as session:
+        for part in range(NUM_READINGS):
+            last = (part + 1) * requests // NUM_READINGS
+            left = iter(range(part * requests // NUM_READINGS, last))
 
-            async def work() -> None:
+            async def work(left: Iterator[int] = left) -> None:
                 for _ in left:
-                    await ask(client, rng, prefixes)
-                    progress.update()
+                    await ask(session, rng, prefixes)
 
-            for part in range(NUM_READINGS):
-                last = (part + 1) * requests // NUM_READINGS
-                left = iter(range(part * requests // NUM_READINGS, last))
-                await asyncio.gather(*(work() for _ in range(concurrency)))
-                readings.append(held_by(process))
+            await asyncio.gather(*(work() for _ in range(concurrency)))
+            readings.append(held_by(process))
+            print(f"{last:6d} requests, {time.monotonic() - started:4.0f} s  {readings[-1]}", flush=True)
     return readings
 
 
@@ -186,11 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with server(model, arguments.server) as (process, url):
         print(f"server ready after {time.monotonic() - started:.0f} s", flush=True)
-        started = time.monotonic()
         readings = asyncio.run(send(url, process, arguments.requests, arguments.concurrency, arguments.seed))
-    print(f"{arguments.requests} requests in {time.monotonic() - started:.0f} s")
-    for part, reading in enumerate(readings):
-        print(f"{(part + 1) * 100 // NUM_READINGS:4d} %  {reading}")
     grown = growth(readings)
     print(f"growth: {grown}")
     for sentence in (problems := too_much(grown)):

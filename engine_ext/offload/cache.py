@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 from farspan.engine_ext.launch import is_on_host, write_kv
@@ -214,20 +214,22 @@ class ColdCache:
         firsts = [sum(num_pages[:place]) for place in range(len(num_pages))]
         device = self.entries.device
         numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=device)
-        return StagedPages(torch.cat(pages)), to_device([firsts], device)[0][:, None] + numbers
+        group_size = self.sizes.group_for(sum(num_pages))
+        staged = StagedPages(torch.cat(pages), are_of_one=len(pages) == 1, group_size=group_size)
+        return staged, to_device([firsts], device)[0][:, None] + numbers
 
     def stage_spans(self, request: int, bounds: list[int]) -> tuple[tuple[StagedPages, ...], torch.Tensor]:
         """The pages of one request of the step in spans, and the block table of each of them.
 
         bounds: pages at which spans begin, and where the last one ends. Returns [1, max_pages] int32 as table.
         """
-        spans = tuple(StagedPages(self.entries[request, first:end]) for first, end in pairwise(bounds))
+        spans = tuple(StagedPages(self.entries[request, first:end], are_of_one=True) for first, end in pairwise(bounds))
         numbers = torch.arange(self.entries.shape[1], dtype=torch.int32, device=self.entries.device)
         return spans, numbers[None]
 
-    def groups_of(self, layer: ColdLayer) -> list[slice]:
-        """The layer's cold heads in groups that are staged together."""
-        size = self.sizes.group_size
+    def groups_of(self, layer: ColdLayer, group_size: int | None = None) -> list[slice]:
+        """The layer's cold heads in groups that are staged together; group_size: None for the usual one."""
+        size = group_size or self.sizes.group_size
         return [
             slice(first, min(first + size, layer.num_kv_heads))
             for first in range(layer.hot_heads, layer.num_kv_heads, size)
@@ -243,11 +245,12 @@ class ColdCache:
         jobs = []
         for name in names:
             layer = self.layers[name]
-            for spans, heads in product(staged, self.groups_of(layer)):
-                first = layer.first_row + heads.start - layer.hot_heads
-                rows = slice(first, first + heads.stop - heads.start)
-                jobs += [Job(name, pages, rows, heads) for pages in spans]
-                self.num_staged += sum(len(pages.entries) for pages in spans)
+            for spans in staged:
+                for heads in self.groups_of(layer, spans[0].group_size):
+                    first = layer.first_row + heads.start - layer.hot_heads
+                    rows = slice(first, first + heads.stop - heads.start)
+                    jobs += [Job(name, pages, rows, heads) for pages in spans]
+                    self.num_staged += sum(len(pages.entries) for pages in spans)
         return StagedTurn(self.staging, jobs, is_alone=is_alone)
 
     def host_words(self, blocks: list[int]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from farspan.engine_ext.offload.cache import ColdCache
 from farspan.engine_ext.pass_maker import PassMaker
+from farspan.engine_ext.passes import StagedPages
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class ColdHeads:
     layer_name: str
     """Any of the group's."""
 
-    def group_makers(self) -> list[PassMaker]:
-        """One for each group of heads that are staged together."""
-        groups = self.cache.groups_of(self.cache.layers[self.layer_name])
+    def group_makers(self, pages: StagedPages) -> list[PassMaker]:
+        """One for each group of heads for which these pages are staged together, one after the other."""
+        groups = self.cache.groups_of(self.cache.layers[self.layer_name], pages.group_size)
         return [
             replace(self.maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start) for heads in groups
         ]

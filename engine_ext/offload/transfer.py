@@ -66,10 +66,11 @@ class Staging:
     """Two buffers for the pages of a group of heads, and the stream that fills them."""
 
     def __init__(self, pools: PagePools, group_size: int, num_pages: int) -> None:
+        """group_size, num_pages: KV heads and pages of each; a larger group has room for fewer pages."""
         self.pools = pools
         self.group_size = group_size
         self.num_pages = num_pages
-        shape = (2, group_size, num_pages, *pools.slots.shape[2:])
+        shape = (2, group_size * num_pages, *pools.slots.shape[2:])
         self.buffers = torch.zeros(shape, dtype=pools.slots.dtype, device=pools.slots.device)
         self.on_host = is_on_host(pools.slots)
         self.stream = None if self.on_host else torch.cuda.Stream(pools.slots.device)
@@ -77,9 +78,15 @@ class Staging:
         self.turn: StagedTurn | None = None
         """Whose pages are in the buffers."""
 
+    def room(self, staged: StagedPages, buffer: int) -> torch.Tensor:
+        """[group_size, at least num_pages, page_size, 2 * head_dim]: one of the buffers for a group of heads."""
+        group_size = staged.group_size or self.group_size
+        num_pages = self.buffers.shape[1] // group_size
+        return self.buffers[buffer, : group_size * num_pages].unflatten(0, (group_size, num_pages))
+
     def fetch(self, job: Job, buffer: int) -> None:
         """Begin to copy a job's pages in host memory, after all that the current stream has been given."""
-        target = self.buffers[buffer]
+        target = self.room(job.staged, buffer)
         if self.stream is None:
             stage_pages_cpu(self.pools, job.staged.entries, job.rows, target, from_host=True)
             return
@@ -90,14 +97,14 @@ class Staging:
 
     def finish(self, job: Job, buffer: int) -> KVView:
         """Copy the job's pages in slots and wait, on the current stream, for those that were fetched."""
-        target = self.buffers[buffer]
+        target = self.room(job.staged, buffer)
         if self.stream is None:
             stage_pages_cpu(self.pools, job.staged.entries, job.rows, target, from_host=False)
         else:
             stage_pages(self.pools, job.staged.entries, job.rows, target, from_host=False)
             self.filled[buffer].wait(torch.cuda.current_stream(target.device))
         num_heads = job.rows.stop - job.rows.start
-        return KVView(target[:num_heads].transpose(0, 1), job.kv_heads.start)
+        return KVView(target[:num_heads].transpose(0, 1), job.kv_heads.start, are_adjacent=job.staged.are_of_one)
 
 
 class StagedTurn:

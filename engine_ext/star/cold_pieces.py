@@ -32,7 +32,7 @@ class ColdPieces:
             return [replace(made, keys="slots")]
         keys, batch = self.stage(run)
         staged.append((keys,))
-        return [replace(each.star(prefill, run, batch), keys=keys) for each in self.heads.group_makers()]
+        return [replace(each.star(prefill, run, batch), keys=keys) for each in self.heads.group_makers(keys)]
 
     def stage(self, run: list[Piece]) -> tuple[StagedPages, PagedBatch]:
         """The pages that any of the pieces sees, each once, and the pieces' batch on the staged pages.

@@ -174,7 +174,8 @@ def recommend(rows: Iterable[AuditRow]) -> tuple[float | None, str]:
     best = by_gamma[gamma]
     passed_over = [f"{each:g}" for each in sorted(fitting) if fitting[each] < fitting[gamma]]
     sentences = [
-        f"Recommended: gamma {gamma:g}, which reads {fitting[gamma]:.1%} of the blocks and meets the rule: {rule}."
+        f"Recommended: gamma {gamma:g}, which reads {fitting[gamma]:.1%} of the blocks and meets the rule: {rule}.",
+        f'For an engine: {{"farspan": {{"preset": "balanced", "prefill": {{"gamma": {gamma:g}}}}}}}.',
     ]
     if passed_over:
         sentences.append(

@@ -1,7 +1,7 @@
 """What `StarLLM` and its requests may be given; everything else is refused with a sentence."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from farspan import tokenizer
@@ -44,6 +44,12 @@ def split_prompt(tokenizer: Any, context: Tokens, query: Tokens | None) -> tuple
 
     tokenizer: of transformers; None where only token ids can be given. Raises ConfigError for what has no such parts.
     """
+    for part in (context, query):
+        if part is not None and not isinstance(part, Iterable):
+            raise ConfigError(
+                f"a prompt of type {type(part).__name__}; allowed: text or token ids, whole. Hosts have no streaming "
+                "sessions: collect the chunks first."
+            )
     if query is None and isinstance(context, str):
         before, marker, after = context.partition(MARKER)
         if not marker:

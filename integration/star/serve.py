@@ -14,6 +14,7 @@ from typing import Any
 from farspan.engine_ext.errors import StarError
 from farspan.star.arguments import MARKER
 from farspan.star.llm import StarLLM
+from farspan.star.metrics import StarMetrics
 from farspan.star.output import StarOutput
 
 UNSUPPORTED = ("echo", "suffix", "logprobs", "prompt_logprobs", "tools", "use_beam_search")
@@ -26,6 +27,7 @@ class Queue:
 
     def __init__(self, llm: StarLLM) -> None:
         self.llm = llm
+        self.metrics = StarMetrics()
         self.order = asyncio.Lock()
         self.busy = threading.Lock()
         """Held until a request is really over, which may be after its client has gone."""
@@ -36,9 +38,11 @@ class Queue:
             running = Running(self.llm.stream(context, query, params), self.busy)
             try:
                 while (piece := await asyncio.to_thread(running.next)) is not None:
-                    yield piece
                     if isinstance(piece, StarOutput):
+                        self.metrics.observe(piece.times)
+                        yield piece
                         return
+                    yield piece
             finally:
                 # A client that leaves cancels this task, while a thread may still wait for the next piece.
                 running.is_left = True
@@ -77,9 +81,9 @@ class Running:
 
 
 def make_app(llm: StarLLM, model_name: str) -> Any:
-    """The ASGI application: /health, /v1/models, /v1/completions and /v1/chat/completions."""
+    """The ASGI application: /health, /metrics, /v1/models, /v1/completions and /v1/chat/completions."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from vllm.entrypoints.openai.chat_completion import protocol as chat
     from vllm.entrypoints.openai.completion import protocol as completion
     from vllm.exceptions import VLLMValidationError
@@ -99,6 +103,10 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({})
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(queue.metrics.text())
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

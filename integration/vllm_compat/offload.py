@@ -12,7 +12,7 @@ from farspan.engine_ext.star.exchange import current
 from farspan.host_memory import available_bytes, boot_id
 from farspan.scheduler.capacity import KVLayout, bounds_bytes_of, staging_bytes_of, stub_bytes_of
 from farspan.scheduler.placement import GIB, EngineLimits, decide_sizes, running_limit
-from farspan.vllm_compat.platform import chooses_farspan
+from farspan.vllm_compat.platform import chooses_farspan, num_replicas
 from farspan.vllm_compat.wrapping import wrap_once
 
 AUTO_SHARE = 0.6
@@ -71,7 +71,7 @@ def host_budget(worker: Any, machines: Sequence[str]) -> int:
     options = cold_options(worker.vllm_config)
     assert options is not None
     engine_ranks, exchange = machines.count(machine_of(worker)), current()
-    num_engines = max(worker.vllm_config.parallel_config.data_parallel_size_local, 1)
+    num_engines = num_replicas(worker.vllm_config.parallel_config)
     num_ranks = engine_ranks * num_engines * (1 if exchange is None else exchange.num_on_machine)
     available = available_bytes()
     if exchange is not None and exchange.host_bytes is not None:

@@ -7,6 +7,7 @@ from farspan.engine_ext.errors import ConfigError, UnsupportedEngineError, Unsup
 from farspan.vllm_compat.wrapping import wrap_once
 
 SCHEDULER = "farspan.scheduler.scheduler.make_scheduler"
+REPLICAS = "farspan_replicas"
 
 
 def chooses_farspan(vllm_config: Any) -> bool:
@@ -59,6 +60,7 @@ def check_engines() -> None:
                 leave_window_layers(vllm_config)
                 refuse_mixed_up_microbatches(vllm_config)
                 choose_scheduler(vllm_config)
+                remember_replicas(vllm_config.parallel_config)
             else:
                 refuse_unused_options(vllm_config.additional_config)
 
@@ -95,6 +97,17 @@ def choose_scheduler(vllm_config: Any) -> None:
             "--scheduler-cls."
         )
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+# An independent replica's own process forgets that it has neighbours. Drop when it does not (not in 0.33).
+def remember_replicas(parallel_config: Any) -> None:
+    """Keep how many replicas this machine has where `num_replicas` finds it, also in the replicas' processes."""
+    vars(parallel_config).setdefault(REPLICAS, parallel_config.data_parallel_size_local)
+
+
+def num_replicas(parallel_config: Any) -> int:
+    """Engines of a data-parallel deployment on this machine, at least 1; one engine is its own only replica."""
+    return max(vars(parallel_config).get(REPLICAS, 1), 1)
 
 
 def refuse_unused_options(additional_config: Any) -> None:

@@ -21,6 +21,10 @@ IN_THE_BODY = (
     "this is a field of the request itself, which nobody reads. Options of a request are under vllm_xargs, as in "
     '{"vllm_xargs": {"farspan.gamma": 0.9}}.'
 )
+SESSION_OF_STAR = (
+    "a chunk of a streaming session together with star; allowed: whole prompts, which is what hosts share. Send one "
+    "prompt, or start an engine without the option star."
+)
 BEAM_SEARCH = "beam search passes no options of single requests on. Remove it, or leave out use_beam_search."
 
 
@@ -57,6 +61,8 @@ def options_of(vllm_config: Any, request: Any) -> tuple[FarspanConfig, Prefill] 
         refuse_overrides(extra_args, WITHOUT_US)
         return None
     config = config_of(vllm_config)
+    if request.resumable and config.star is not None:
+        raise ConfigError(SESSION_OF_STAR)
     if extra_args and STAR in extra_args:
         prompt = request.prompt_token_ids
         shard_of_request(config, extra_args, vllm_config.cache_config.block_size, prompt and len(prompt))

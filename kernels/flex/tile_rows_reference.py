@@ -91,7 +91,7 @@ def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget
     needed = (total.float() * torch.tensor(budget.gamma, dtype=torch.float32)).ceil().long() - (total - free)
     key = torch.where(is_free, whole, -1)
     halves = torch.where(is_free[:, None], mass.long(), 0)
-    found = _by_halves(halves[:, :, 0], halves[:, :, 1], needed)
+    found = blocks_by_halves(halves[:, :, 0], halves[:, :, 1], needed)
     if budget.gamma >= 1:
         found = num_free.expand_as(found)
     # The span's first tile has the shortest lists, the last one the longest.
@@ -106,7 +106,7 @@ def choose(mass: torch.Tensor, spans: Spans, tiles: PrefillTiles, budget: Budget
     return TileSelection(_lists_of(chosen, spans, tiles), kept)
 
 
-def _by_halves(even: torch.Tensor, odd: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+def blocks_by_halves(even: torch.Tensor, odd: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
     """How many blocks it takes for both halves to keep `needed` together, each by the other's choice.
 
     even, odd: [num_q_heads, num_spans, num_blocks] of free blocks, 0 elsewhere; needed: [num_q_heads, num_spans].

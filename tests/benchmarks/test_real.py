@@ -13,8 +13,8 @@ from farspan.kernels.batch import KVView, PagedBatch
 from farspan.kernels.flex.oracle import block_mass, kept_mass
 from farspan.kernels.tiles import make_prefill_tiles
 
-from benchmarks.real import WORKER, Inputs, engine_settings, local_blocks
-from benchmarks.real_table import format_real
+from benchmarks.real import WORKER, Inputs, engine_settings, local_blocks, pieces_of
+from benchmarks.real_table import QUESTIONS, format_real
 from benchmarks.real_worker import RuleSelector, oracle_lists
 from benchmarks.record import BenchmarkError, Environment, Recorder
 
@@ -85,6 +85,29 @@ def test_rows_may_drift_either_way_and_make_a_table() -> None:
     heading = format_real([*on_gpu, *later]).splitlines()[0]
     assert heading.endswith("; some GPU, vLLM 0.32 (r1); new GPU, vLLM 0.33 (r2)")
     assert format_real([]) == ""
+
+
+def test_the_table_has_the_needles_that_were_found() -> None:
+    recorder = Recorder(None, Environment("r1", "2026-11-28", "c", "cpu", "", "2", "3", "0.32"))
+    for metric in ("density", "coverage", "coverage_min", "below_gamma_0.01", "below_gamma_0.05", "changed"):
+        recorder.add("real", "n8192-m-fp32", "farspan-g0.95", metric, "fraction", [0.25])
+    for metric in ("drift", "drift_error"):
+        recorder.add("real", "n8192-m-fp32", "farspan-g0.95", metric, "nats/token", [0.001])
+    for variant, task, share in (("farspan", QUESTIONS[0], 1.0), ("farspan", QUESTIONS[2], 0.5)):
+        recorder.add("real", f"n8192-m-fp32-{task}", variant, "accuracy", "fraction", [share])
+    recorder.add("real", f"n8192-m-fp32-{QUESTIONS[1]}", "farspan-g0.95", "accuracy", "fraction", [0.8])
+    dense, flex = format_real(recorder.rows).splitlines()[-2:]
+    assert dense.endswith("| 0.00 % | 100 / – / 50 |  |")
+    assert flex.endswith("| 25.00 % | – / 80 / – | r1 |")
+    # Later rows of a task take the place of earlier ones, whatever else their run has.
+    again = replace(recorder.rows[-1], run_id="r2", p50="0.9")
+    assert "| – / 90 / – | r1 |" in format_real([*recorder.rows, again])
+
+
+def test_questions_alone_read_no_texts(tmp_path: Path) -> None:
+    inputs = Inputs("needle", (tmp_path / "none",), "needle", (2048, 4096), 0, 1)
+    settings, _ = engine_settings(inputs, "tile_rows", 1024)
+    assert pieces_of(inputs, settings) == {2048: [], 4096: []}
 
 
 @pytest.mark.parametrize("selection", ["tile_rows", "flexprefill"])

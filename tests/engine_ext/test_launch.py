@@ -1,6 +1,8 @@
 """Every path of this machine that computes a pass gives the reference's output and LSE."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +58,48 @@ def test_prefill(prefill: Any, kernel: str, kv_heads: slice) -> None:
     expected_out, expected_lse = reference_attention(inputs)
     heads = slice(2 * kv_heads.start, 2 * kv_heads.stop)
     assert_attention_close(out, lse, expected_out[:, heads], expected_lse[heads], DTYPE)
+
+
+@pytest.mark.parametrize("max_kv_len", [200, 230, 1000])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_fa3_reads_adjacent_pages_as_one_row_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, is_causal: bool, max_kv_len: int
+) -> None:
+    """Pages staged for a chunk, in a buffer that holds more; the second of two KV heads."""
+    inputs = make_batch([130], [200], head_dim=128, dtype=DTYPE, device=DEVICE)
+    buffer = torch.zeros(2, 20, 16, 256, dtype=DTYPE, device=DEVICE)
+    buffer[:, :13] = inputs.kv_cache[inputs.block_table[0, :13].long()].nan_to_num(0.0).transpose(0, 1)
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **arguments: Any) -> Any:
+        """What FlashAttention 3 does, in PyTorch."""
+        assert arguments["block_table"] is None
+        num_keys = int(arguments["seqused_k"])
+        # FlashAttention 3 refuses others.
+        assert k.shape == v.shape == (1, arguments["max_seqlen_k"], 1, 128)
+        keys, values = k[0, :num_keys, 0].float(), v[0, :num_keys, 0].float()
+        logits = torch.einsum("nhd,kd->hnk", q.float(), keys) * arguments["softmax_scale"]
+        if arguments["causal"]:
+            positions = torch.arange(num_keys - len(q), num_keys, device=q.device)
+            logits.masked_fill_(torch.arange(num_keys, device=q.device) > positions[:, None], float("-inf"))
+        out.copy_(torch.einsum("hnk,kd->nhd", logits.softmax(-1), values))
+        return out, logits.logsumexp(-1)
+
+    arguments = {"seqused_k": inputs.seq_lens, "softmax_scale": inputs.scale, "causal": is_causal, "block_table": None}
+    arguments["max_seqlen_k"] = 320
+    query = inputs.query[:, 2:]
+    expected, (keys, values) = torch.empty_like(query), buffer[1].flatten(0, 1).split(128, -1)
+    _, expected_lse = attention(query, keys[None, :, None], values[None, :, None], expected, **arguments)
+    if DEVICE.type == "cpu":
+        module = SimpleNamespace(flash_attn_varlen_func=attention)
+        monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    view = KVView(buffer.transpose(0, 1), are_adjacent=True)
+    assert view.tokens(200)[0].data_ptr() == buffer.data_ptr(), "a copy"
+    out = poisoned_like(inputs.query)[:, 2:]
+    # Another request of the step may be longer than the buffer.
+    each = prefill_pass(inputs, DensePrefill(), "fa3")
+    each = replace(each, is_causal=is_causal, batch=replace(each.batch, max_kv_len=max_kv_len))
+    lse = attend(each, query, view.of_heads(slice(1, 2)), LAYER, inputs.scale, out)
+    assert_attention_close(out, lse, expected, expected_lse, DTYPE)
 
 
 def test_decode() -> None:

@@ -41,19 +41,18 @@ def test_bounds(seed: int) -> None:
 
 @pytest.mark.parametrize("num_parts", [2, 3, 6])
 def test_a_running_sum_is_the_combination_of_all(num_parts: int) -> None:
-    """Of 5 tokens, so that rows of LSE are padded; a token has no keys in some part, another none at all."""
+    """A token has no keys in some part, another none at all."""
     outs, lses = torch.randn(num_parts, 5, 3, 8), 3 * torch.randn(num_parts, 3, 5)
     lses[1, :, 2] = lses[:, :, 4] = float("-inf")
     lses[0, :, 2] = float("-inf")
     outs[1, 2] = outs[0, 2] = outs[:, 4] = 0
     expected, expected_lse = torch.empty(5, 3, 8), torch.empty(3, 5)
     combine(outs, lses, expected, expected_lse)
-    sums, out, lse = RunningSum(outs[0]), torch.empty(5, 3, 8), torch.empty(3, 5)
-    sums.outs.fill_(float("nan"))
-    sums.lses.fill_(float("nan"))
-    for part, part_lse in zip(outs, lses, strict=True):
+    sums, out, lse = RunningSum(outs[0]), torch.full((5, 3, 8), float("nan")), lses[-1]
+    sums.put(sums.first.copy_(outs[0]), lses[0])
+    for part, part_lse in zip(outs[1:-1], lses[1:-1], strict=True):
         sums.put(part, part_lse)
-    combine(*sums.pair, out, lse)
+    sums.finish(outs[-1], lse, out)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
 
@@ -92,17 +91,19 @@ def test_spans_are_the_whole_context(query_len: int, most_pages: int, shift: int
         staged = torch.full((most_pages, *inputs.kv_cache.shape[1:]), float("nan"), device=DEVICE)
         staged[: len(span.entries)] = inputs.kv_cache[span.entries.long()]
         tiles = make_prefill_tiles([0, query_len], [end], 64, DEVICE)
+        is_last = place + 1 == len(spans)
         out, lse = paged_prefill(
             inputs.query,
             KVView(staged),
             batch,
             tiles,
             inputs.scale,
-            causal=place + 1 == len(spans),
+            causal=is_last,
             turn=turn,
-            out=poisoned_like(inputs.query),
+            out=sums.first if place == 0 else poisoned_like(inputs.query),
         )
-        sums.put(out, lse)
-    out, lse = poisoned_like(inputs.query), torch.empty(2, query_len, device=DEVICE)
-    combine(*sums.pair, out, lse)
+        if is_last:
+            sums.finish(out, lse, out)
+        else:
+            sums.put(out, lse)
     assert_attention_close(out, lse, *expected, torch.float32)

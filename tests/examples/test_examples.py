@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,58 @@ def star_job_output(times: Any) -> Any:
     from farspan.star.output import StarOutput
 
     return StarOutput([7], "They rose.", "stop", None, None, times, 5)
+
+
+def test_lm_eval_gets_our_options_and_its_scores_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stand-ins for lm-eval; tests/integration/test_lm_eval.py starts an engine with such arguments."""
+    from farspan.engine_ext.config import FlexPrefill, parse_config
+
+    from examples import lm_eval_tasks
+
+    engines: list[dict[str, Any]] = []
+    ended: list[int] = []
+    asked: list[tuple[Any, ...]] = []
+
+    class VLLM:
+        def __init__(self, pretrained: str, **arguments: Any) -> None:
+            assert len(ended) == len(engines)
+            engines.append(arguments | {"pretrained": pretrained})
+            core = SimpleNamespace(shutdown=lambda: ended.append(1))
+            self.model = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+
+    def simple_evaluate(model: VLLM, tasks: list[str], limit: int, task_manager: dict[str, Any]) -> Any:
+        asked.append((tasks, limit, task_manager["metadata"]["max_seq_lengths"]))
+        scores = {"alias": "niah", "4096,none": 1 - len(engines) / 8, "8192,none": -1.0, "4096_stderr,none": 0.1}
+        return {"results": {"niah_single_1": scores}}
+
+    def stand_in(name: str, **contents: Any) -> None:
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    stand_in("lm_eval", simple_evaluate=simple_evaluate)
+    stand_in("lm_eval.models")
+    stand_in("lm_eval.models.vllm_causallms", VLLM=VLLM)
+    stand_in("lm_eval.tasks", TaskManager=dict)
+    options = ["--lengths", "4096,8192", "--limit", "5", "--max-model-len", "9000", "--gammas", "0.95,0.9"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval_tasks.py", "org/model", *options])
+    assert lm_eval_tasks.main() == 0
+    assert asked == [(["niah_single_1"], 5, (4096, 8192))] * 3
+    assert len(ended) == 3
+    gammas = []
+    for engine in engines:
+        assert (engine["pretrained"], engine["max_model_len"]) == ("org/model", 9000)
+        if engine.get("attention_backend") == "CUSTOM":
+            prefill = parse_config(engine["additional_config"]["farspan"]).prefill
+            assert isinstance(prefill, FlexPrefill)
+            gammas.append(prefill.gamma)
+    assert gammas == [0.95, 0.9]
+    header, scores = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[-1].strip() == "flex γ 0.9"
+    assert scores.split() == ["niah_single_1", "4096", "0.875", "0.750", "0.625"]
 
 
 class Stub:

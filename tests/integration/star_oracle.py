@@ -1,6 +1,7 @@
 """The tiny Llama of `string_oracle` under Star Attention's masks, in float64, at true positions throughout."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from farspan.kernels import reference
@@ -11,9 +12,11 @@ from tests.integration.string_oracle import Shift, ShiftedLlama
 class StarLlama(ShiftedLlama):
     """Greedy tokens of a checkpoint whose context is read in blocks; no pages, no chunks, no hosts."""
 
-    def __init__(self, folder: Path, context_len: int, block_len: int, anchor_len: int) -> None:
+    def __init__(
+        self, folder: Path, context_len: int, block_len: int, anchor_len: int, rope: dict[str, Any] | None = None
+    ) -> None:
         """`context_len` tokens of every prompt are its context; a `block_len` of that length is exact attention."""
-        super().__init__(folder, Shift(1, 1))
+        super().__init__(folder, Shift(1, 1), rope)
         self.context_len, self.block_len, self.anchor_len = context_len, block_len, anchor_len
 
     def attention(self, layer: int, hidden: torch.Tensor, is_prompt: bool) -> torch.Tensor:
@@ -33,7 +36,7 @@ class StarLlama(ShiftedLlama):
             key,
             value,
             self.inv_freq,
-            head_dim**-0.5,
+            self.magnitude**2 * head_dim**-0.5,
             # Beyond any distance: no position is shifted.
             shift=2**24,
             window=1,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from farspan.kernels import reference
@@ -23,12 +24,21 @@ class Shift:
 class ShiftedLlama:
     """Greedy tokens of a checkpoint under shifted positions; no pages, no chunks, no batch."""
 
-    def __init__(self, folder: Path, shift: Shift) -> None:
+    def __init__(self, folder: Path, shift: Shift, rope: dict[str, Any] | None = None) -> None:
+        """rope: `rope_parameters` in place of the checkpoint's."""
         self.shift = shift
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = {name: each.double() for name, each in load_file(folder / "model.safetensors").items()}
         head_dim = self.config["head_dim"]
         self.inv_freq = self.config["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+        self.magnitude = 1.0
+        """Of rotated queries, and of rotated keys."""
+        if rope is not None:
+            from transformers import LlamaConfig
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            config = LlamaConfig(**{**self.config, "rope_parameters": rope})
+            self.inv_freq, self.magnitude = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
         """The most likely tokens behind `prompt`, one by one."""
@@ -47,10 +57,7 @@ class ShiftedLlama:
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
             hidden = hidden + self.attention(layer, self.norm(hidden, f"{prefix}.input_layernorm"), is_prompt)
-            normed = self.norm(hidden, f"{prefix}.post_attention_layernorm")
-            gate = torch.nn.functional.silu(self.linear(normed, f"{prefix}.mlp.gate_proj"))
-            up = self.linear(normed, f"{prefix}.mlp.up_proj")
-            hidden = hidden + self.linear(gate * up, f"{prefix}.mlp.down_proj")
+            hidden = hidden + self.feed_forward(prefix, self.norm(hidden, f"{prefix}.post_attention_layernorm"))
         return self.linear(self.norm(hidden[-1:], "model.norm"), "lm_head")[0]
 
     def attention(self, layer: int, hidden: torch.Tensor, is_prompt: bool) -> torch.Tensor:
@@ -71,13 +78,28 @@ class ShiftedLlama:
             key,
             value,
             self.inv_freq,
-            self.shift.logit_scale * head_dim**-0.5,
+            self.shift.logit_scale * self.magnitude**2 * head_dim**-0.5,
             shift=self.shift.shift,
             window=self.shift.window,
             is_neox=True,
             mask=mask,
         )
         return self.linear(out.flatten(1), f"model.layers.{layer}.self_attn.o_proj")
+
+    def feed_forward(self, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Of one network, or of the best experts of each token, whose weights sum to 1."""
+        router = f"{prefix}.block_sparse_moe.gate"
+        if f"{router}.weight" not in self.weights:
+            return self.network(hidden, *(f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down")))
+        best = self.linear(hidden, router).topk(self.config["num_experts_per_tok"])
+        shares = torch.zeros(len(hidden), self.config["num_local_experts"]).double()
+        shares.scatter_(1, best.indices, best.values.softmax(-1))
+        experts = [f"{prefix}.block_sparse_moe.experts.{expert}" for expert in range(shares.shape[1])]
+        outs = [self.network(hidden, *(f"{expert}.{name}" for name in ("w1", "w3", "w2"))) for expert in experts]
+        return (torch.stack(outs, dim=1) * shares[..., None]).sum(1)
+
+    def network(self, hidden: torch.Tensor, gate: str, up: str, down: str) -> torch.Tensor:
+        return self.linear(torch.nn.functional.silu(self.linear(hidden, gate)) * self.linear(hidden, up), down)
 
     def linear(self, inputs: torch.Tensor, name: str) -> torch.Tensor:
         return inputs @ self.weights[f"{name}.weight"].T

@@ -1,6 +1,8 @@
 """`farspan audit` measures what a gamma keeps and changes through a real engine, and recommends one by its rule."""
 
 import csv
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.cli import main
+from farspan.engine_ext.config import FlexPrefill, parse_config
 from farspan.engine_ext.errors import ConfigError
 from farspan.evaluation.audit import (
     AuditSettings,
@@ -124,7 +127,13 @@ def test_heads_of_ranks_and_prompts_are_brought_together() -> None:
 
 def test_the_sparsest_gamma_that_meets_the_rule_is_recommended() -> None:
     denser = replace(ROW, gamma=0.98, density=0.5, worst_head=0.97, drift=0.0)
-    assert recommend([ROW, denser])[0] == 0.95
+    gamma, sentences = recommend([ROW, denser])
+    assert gamma == 0.95
+    options = re.search(r"For an engine: (\{.*\})\.", sentences)
+    assert options is not None
+    prefill = parse_config(json.loads(options[1])["farspan"]).prefill
+    assert isinstance(prefill, FlexPrefill)
+    assert prefill.gamma == 0.95
     # Missed at one length is missed.
     longer = replace(ROW, length=16384, drift=-0.009)
     assert recommend([ROW, denser, longer, replace(denser, length=16384)])[0] == 0.98

@@ -97,6 +97,13 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("farspan", "eval --model unknown-model --lengths 512", "Should have a `model_type` key", 2),
     ("farspan", "eval --model half-model --lengths 512", "half-model", 2),
     ("farspan", "eval --model no-such/model --lengths 512", "no-such/model", 2),
+    (
+        "farspan",
+        "report /nope",
+        "farspan report: error: unrecognized arguments: /nope. To name a model: --model /nope",
+        2,
+    ),
+    ("farspan", "star serve --what", "farspan star: error: unrecognized arguments: --what.", 2),
     ("farspan", "report --out a-file", "--out a-file is no folder that can be written to", 2),
     ("farspan", "report --from-csv ,", "must be files separated by commas", 2),
     ("farspan", "report --from-csv missing.csv", "from_csv='missing.csv' is not there", 2),
@@ -145,6 +152,7 @@ WRONG: list[tuple[str, str, str, int]] = [
     ("examples.demo", "--length -1", "length=-1; prompts have 256 to 130944 tokens", 2),
     ("examples.demo", "--length x", "invalid int value: 'x'", 2),
     ("examples.client", "--url x", "unrecognized arguments", 2),
+    ("examples.lm_eval_tasks", "org/model", 'lm-eval is not installed. pip install "lm_eval[vllm,ruler]"', 2),
     ("examples.client", "http://127.0.0.1:1/v1", "No server answers at http://127.0.0.1:1/v1", 1),
 ]
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import FarspanError
@@ -21,6 +22,21 @@ def cell_id(cell: Cell) -> str:
 
 def test_the_table_is_current() -> None:
     assert TABLE.is_current(format_table()), "run: python -m tools.compatibility --write"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"untested": "as flex"}, "is untested; allowed: a test of the two, or a sentence that refuses them"),
+        ({}, "must be tested or refused"),
+        ({"test": "a.py::test_a", "untested": "as flex"}, "must be tested or refused"),
+        ({"refused": "no"}, "who raises the sentence is `engine` or `by`"),
+    ],
+    ids=["untested", "nothing", "both", "nobody"],
+)
+def test_a_cell_is_tested_or_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Cell("LoRA", "flex", {}, **changes)
 
 
 @cache

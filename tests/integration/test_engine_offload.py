@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import UnsupportedEngineError
+from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import min_slots
 
 from tests.integration.test_engine_tokens import generate, make_prompts, run, stock_tokens
@@ -150,12 +151,25 @@ def test_no_cold_head_is_no_offload(make_llm: Callable[..., Any], stock_tokens: 
 
 
 @pytest.mark.parametrize("chunk", [16, 33, 200, 2048])
-def test_chunked_prefill(make_llm: Callable[..., Any], stock_tokens: Any, chunk: int) -> None:
+def test_chunked_prefill(
+    make_llm: Callable[..., Any], stock_tokens: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Staged one head at a time, or both heads of requests that are short enough."""
+    groups: set[int] = set()
+    group_for = OffloadSizes.group_for
+
+    def noted(self: OffloadSizes, num_pages: int) -> int:
+        groups.add(group_for(self, num_pages))
+        return group_for(self, num_pages)
+
+    monkeypatch.setattr(OffloadSizes, "group_for", noted)
     blocks = 200 if chunk == 2048 else BLOCKS
     num_slots = max(3 + chunk // PAGE, 20)
-    llm = make_llm(**offloading(num_slots, tokens=chunk, blocks=blocks))
+    arguments = offloading(num_slots, tokens=chunk, blocks=blocks)
+    del arguments["additional_config"]["farspan"]["offload"]["group_size"]
+    llm = make_llm(**arguments)
     assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
-    assert offload_state(llm)["spilled"] > 0 or chunk == 2048
+    assert (offload_state(llm)["spilled"] > 0 and groups == {1, 2}) or chunk == 2048
 
 
 def test_prefix_hits(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
@@ -298,7 +312,7 @@ def test_metrics(make_llm: Callable[..., Any]) -> None:
     assert told["steps"] > told["steps_that_read"] > 0
 
 
-def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any, forked_processes: None) -> None:
     """Each has one of the two heads, and both follow the same plan, here of spans."""
     arguments = spanning(64, 9, heads=1)
     arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2
@@ -308,6 +322,52 @@ def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     one, other = llm.collective_rpc("offload_state")
     assert one == other
     assert min(one["spilled"], one["staged"]) > 0
+
+
+def test_a_streaming_session(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
+    """Each chunk is answered as one prompt of all that was before it; what lay on the host is read by later ones."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    llm = make_llm(**offloading(20, enable_prefix_caching=True))
+    core = llm.llm_engine.engine_core
+
+    def send(chunk: list[int], *, resumable: bool = True) -> None:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        # The session appends to its own list.
+        core.add_request(
+            EngineCoreRequest("session", [*chunk], None, params, None, 0.0, None, None, None, resumable=resumable)
+        )
+
+    def answer() -> list[int]:
+        tokens: list[int] = []
+        while len(tokens) < 12:
+            tokens += [token for each in core.get_output().outputs for token in each.new_token_ids]
+            offload_state(llm)
+        return tokens
+
+    first, *chunks = make_prompts((300, 150, 40), seed=8)
+    (other,) = make_prompts((200,), seed=9)
+    send(first)
+    text, answers, expected, states = first, [answer()], [], [offload_state(llm)]
+    for chunk in chunks:
+        # What was sampled last is in no cache, and vLLM drops it.
+        text = text + answers[-1][:-1] + chunk
+        # Between two chunks others use the slots.
+        assert run_checked(llm, [other]) == stock_tokens("llama", [other])
+        send(chunk)
+        answers.append(answer())
+        states.append(offload_state(llm))
+        expected.append(text)
+    send([0], resumable=False)
+    assert not core.engine_core.scheduler.has_unfinished_requests()
+    assert answers == stock_tokens("llama", [first, *expected])
+    assert states[0]["spilled"] < states[1]["spilled"] < states[2]["spilled"]
+    assert states[0]["staged"] < states[1]["staged"] < states[2]["staged"]
+    # Its pages are in the prefix cache as any.
+    (again,) = run(llm, [text])
+    assert again.num_cached_tokens >= 300 // PAGE * PAGE
+    assert list(again.outputs[0].token_ids) == answers[-1]
 
 
 FLEX = {"prefill": {"method": "flex", "gamma": 0.9, "min_seq_len": 0, "min_chunk_len": 0, "min_budget": 0}}

@@ -161,27 +161,3 @@ def read_density(server: Any) -> None:
     ]
     assert all(row["density"] >= 1 and row["coverage"] == pytest.approx(1) for row in found)
     assert rows() == []
-
-
-def test_data_parallel(make_llm: Any, model_dirs: Callable[[str], Path], tmp_path: Path) -> None:
-    """Each of two replicas gives the tokens of one engine, sparsely and densely, and has half of the host memory."""
-    import httpx
-
-    prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0}
-    options = {"prefill": prefill, "string": {"shift": 64, "window": 16}, "offload": {"host_memory": 0.2}}
-    dense = {"farspan.method": "dense"}
-    single = make_llm(additional_config={"farspan": options}, num_gpu_blocks_override=128)
-    expected = generate(single, PROMPTS, 12)
-    with serving(model_dirs("llama"), tmp_path, options, "--data-parallel-size", "2") as (client, log):
-        for rank in ("0", "1"):
-            for body in ({"ignore_eos": True}, {"ignore_eos": True, "vllm_xargs": dense}):
-                ask = {"model": "tiny", "temperature": 0, "max_tokens": 12, "extra_body": body}
-                ask["extra_headers"] = {"X-data-parallel-rank": rank}
-                found = [client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in PROMPTS]
-                assert [text.split() for text in found] == [[f"t{token}" for token in tokens] for tokens in expected]
-        scrape = httpx.get(str(client.base_url.join("/metrics"))).raise_for_status().text
-        for rank in ("0", "1"):
-            (tokens,) = re.findall(rf'^vllm:prompt_tokens_total{{engine="{rank}".*}} (\S+)$', scrape, re.MULTILINE)
-            assert float(tokens) == 2 * sum(map(len, PROMPTS))
-        first, second = re.findall(r"farspan attention on cpu: (\{.*\})$", log.read_text(), flags=re.MULTILINE)
-    assert json.loads(first) == json.loads(second)

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,14 +31,3 @@ def test_documented_arguments_make_an_engine(make_llm: Any, model_dirs: Any) -> 
     llm = make_llm("llama", arguments.pop("attention_backend"), **arguments)
     assert generate(llm, make_prompts((100,)))
     assert launches(llm)["prefill_dense"] > 0
-
-
-def test_lm_eval_runs(model_dirs: Any) -> None:
-    """The same through lm-eval's own class, where it is installed."""
-    models = pytest.importorskip("lm_eval.models.vllm_causallms")
-    model = models.VLLM.create_from_arg_obj(documented_arguments(model_dirs("llama")))
-    assert model.model.llm_engine.vllm_config.additional_config["farspan"]["prefill"]["method"] == "flex"
-    prompt = " ".join(f"t{number}" for number in range(3, 200))
-    request = SimpleNamespace(args=(prompt, {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}))
-    (answer,) = model.generate_until([request], disable_tqdm=True)
-    assert isinstance(answer, str)

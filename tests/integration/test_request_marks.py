@@ -188,6 +188,13 @@ def test_a_refused_chunk_ends_its_session_alone() -> None:
     add(core, "s", [2] * 20, resumable=True)
 
 
+def test_a_session_in_an_engine_of_star_is_refused() -> None:
+    core = make_core({"star": {}})
+    with pytest.raises(ConfigError, match="a chunk of a streaming session together with star; allowed: whole prompts"):
+        add(core, "s", [1] * 20, resumable=True)
+    add(core, "s", [1] * 20)
+
+
 def test_another_users_chunk_is_refused() -> None:
     core = make_core(FLEX)
     session = add(core, "s", [1] * 20, user_salt="alice", resumable=True)
@@ -215,7 +222,8 @@ def test_the_front_end_answers_400(monkeypatch: pytest.MonkeyPatch) -> None:
     from farspan.vllm_compat.requests import validating
     from vllm.exceptions import VLLMValidationError
 
-    sent = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"farspan.gamma": 7}), cache_salt=None)
+    params = SimpleNamespace(extra_args={"farspan.gamma": 7})
+    sent = SimpleNamespace(sampling_params=params, cache_salt=None, resumable=False)
     process_inputs = validating(lambda self: sent)
     with pytest.raises(VLLMValidationError, match=r"farspan\.gamma=7; allowed"):
         process_inputs(make_core(FLEX))

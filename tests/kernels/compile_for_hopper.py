@@ -233,6 +233,8 @@ def of_drafts_and_fp8() -> dict[str, tuple[Any, ...]]:
     key = torch.empty(4, 8, 128, dtype=torch.bfloat16)
     pages, slots = torch.empty(16, 8, 128, 256, dtype=torch.float8_e4m3fn), torch.zeros(4, dtype=torch.int64)
     calls["write-fp8"] = (kv_write._write_kv_kernel, lambda: kv_write.write_kv(key, key, pages, slots, key_scale=2.0))
+    part, lses = torch.empty(8, 4, 128, dtype=torch.bfloat16), torch.empty(2, 4, 8)
+    calls["add-part"] = (combine._add_kernel, lambda: combine.add_part(part.float(), lses[0], part, lses[1], out=part))
     calls["prefill-fp8"] = (paged_prefill.prefill_kernel, prefill_on_fp8)
     calls["tile-rows-fp8"] = (
         tile_rows.log_sums_kernel,

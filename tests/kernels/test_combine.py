@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from farspan.kernels import reference
-from farspan.kernels.combine import combine_partials
+from farspan.kernels.combine import add_part, combine_partials
 
 from tests.kernels.helpers import assert_attention_close
 
@@ -39,6 +39,26 @@ def test_matches_the_reference(device: torch.device, num_tokens: int, num_heads:
     a = draw_partial(num_tokens, num_heads, head_dim, device)
     b = draw_partial(num_tokens, num_heads, head_dim, device)
     assert_attention_close(*combined(a, b), *expected_of(a, b), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "head_dim"), [(1, 1, 64), (63, 3, 96), (17, 2, 256)], ids=["t1", "t63", "t17"]
+)
+@pytest.mark.parametrize("target", ["sum", "part", "other"])
+def test_a_part_is_added(
+    device: torch.device, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, target: str
+) -> None:
+    """The part is some heads of more, in the model's dtype; what has no keys holds NaN."""
+    a = draw_partial(num_tokens, num_heads, head_dim, device)
+    b = draw_partial(num_tokens, num_heads + 2, head_dim, device)
+    part_out, part_lse = b[0].to(dtype)[:, 1:-1], b[1][1:-1]
+    expected_out, expected_lse = expected_of(a, (part_out.float(), part_lse))
+    for out, lse in (a, (part_out, part_lse)):
+        out[(lse == float("-inf")).T] = float("nan")
+    out = {"sum": a[0], "part": part_out, "other": torch.full_like(part_out, float("nan"))}[target]
+    add_part(*a, part_out, part_lse, out=out)
+    assert_attention_close(out.to(dtype), part_lse, expected_out.to(dtype), expected_lse, dtype)
 
 
 def test_order_does_not_matter(device: torch.device) -> None:

@@ -40,5 +40,5 @@ def test_kernels_keep_their_registers() -> None:
     for name in ("decode-drafts", "decode-fp8", "decode-fp8-drafts"):
         assert kernels[name]["registers"] <= 168
     assert all(kernels[name]["stack"] == 0 for name in kernels if name.startswith("decode-"))
-    for name in ("write-fp8", "prefill-fp8", "tile-rows-fp8"):
+    for name in ("write-fp8", "prefill-fp8", "tile-rows-fp8", "add-part"):
         assert kernels[name]["stack"] == 0

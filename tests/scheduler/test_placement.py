@@ -94,6 +94,22 @@ def test_group_size() -> None:
         assert decide_sizes(options, layout(), limits(), 30 * GIB, 40 * GIB).group_size == expected
 
 
+def test_short_requests_take_larger_groups() -> None:
+    """A million tokens of 32 layers in 24 GB: one head at a time, and more of shorter requests as far as that pays."""
+    few = limits(max_model_len=1 << 20, max_num_seqs=1)
+    sizes = decide_sizes(OffloadOptions(host_memory=129), layout(), few, 4 * GIB, 129 * GIB)
+    assert (sizes.group_size, sizes.staging_pages) == (1, 8192)
+    # 43K tokens: 32 launches of the smaller group take as long as the bus for four heads' pages.
+    assert [group for _, group in sizes.larger_groups] == [8, 4, 2]
+    most = [pages for pages, _ in sizes.larger_groups]
+    assert most[0] == pytest.approx(340, rel=0.01)
+    assert most[1] == pytest.approx(4 * most[0], rel=0.01)
+    assert most[2] == 4096, "as much as a buffer holds"
+    assert [sizes.group_for(pages) for pages in (1, most[0], most[0] + 1, 1024, 4096, 4097)] == [8, 8, 4, 4, 2, 1]
+    fixed = decide_sizes(OffloadOptions(host_memory=129, group_size=1), layout(), few, 4 * GIB, 129 * GIB)
+    assert fixed.group_for(1) == 1
+
+
 def test_blocks_that_the_user_names_come_before_slots() -> None:
     options, few = OffloadOptions(host_memory=40), limits(max_model_len=16384, max_num_seqs=1)
     freely = decide_sizes(options, layout(4), few, 6 * GIB, 40 * GIB)

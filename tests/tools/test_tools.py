@@ -1,5 +1,6 @@
 """The scripts behind the Makefile."""
 
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,24 @@ def test_lock_is_what_vllm_on_the_cpu_needs(pins: dict[str, str]) -> None:
 def test_the_nightly_job_leaves_out_what_the_lock_leaves_out() -> None:
     (names,) = re.findall(r"pip uninstall -q -y (.*)$", (ROOT / ".ci" / "nightly").read_text(), flags=re.MULTILINE)
     assert set(names.split()) == lock.EXCLUDED
+
+
+def test_the_nightly_job_finds_what_it_changes_and_runs() -> None:
+    """Its steps take half an hour and a package index; these are the names in them."""
+    nightly = ROOT / ".ci" / "nightly"
+    assert os.access(nightly, os.X_OK)
+    subprocess.run(["bash", "-n", nightly], check=True)
+    text = nightly.read_text()
+    ((line, limit, path),) = re.findall(r"sed -i 's/(\^.*?)/(.*?)/' (\S+)", text)
+    changed, count = re.subn(line, limit, (ROOT / path).read_text(), flags=re.MULTILINE)
+    assert count == 1
+    compile(changed, path, "exec")
+    tests = re.findall(r"\btests/\S+", text)
+    assert len(tests) == 4
+    for test in tests:
+        name, _, function = test.partition("::")
+        assert (ROOT / name).exists(), test
+        assert f"def {function}" in ((ROOT / name).read_text() if function else "def "), test
 
 
 def test_lock_holds_the_development_tools(pins: dict[str, str]) -> None:

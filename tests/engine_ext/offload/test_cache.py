@@ -7,7 +7,7 @@ import pytest
 import torch
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
 from farspan.engine_ext.offload.pool import make_host_pool
-from farspan.engine_ext.passes import Dense, Pass
+from farspan.engine_ext.passes import Dense, Pass, StagedPages
 from farspan.engine_ext.plan import OffloadSizes, ResidencyPlan
 from farspan.kernels.batch import PagedBatch
 from farspan.kernels.cpu_attention import read_pages
@@ -18,9 +18,17 @@ HOT = {"layer.0": 1, "layer.1": 4, "layer.2": 1}
 CPU = torch.device("cpu")
 
 
-def make_cache(num_slots: int, group_size: int = 2, device: torch.device = CPU) -> tuple[ColdCache, Residency]:
+def make_cache(
+    num_slots: int, group_size: int = 2, device: torch.device = CPU, larger_groups: tuple[tuple[int, int], ...] = ()
+) -> tuple[ColdCache, Residency]:
     sizes = OffloadSizes(
-        num_blocks=BLOCKS, num_slots=num_slots, page_size=PAGE, page_bytes=0, group_size=group_size, staging_pages=20
+        num_blocks=BLOCKS,
+        num_slots=num_slots,
+        page_size=PAGE,
+        page_bytes=0,
+        group_size=group_size,
+        staging_pages=20,
+        larger_groups=larger_groups,
     )
     cold = [KV_HEADS - hot for hot in HOT.values() if hot < KV_HEADS]
     host = make_host_pool(cold, (BLOCKS, PAGE, 2 * HEAD_DIM), torch.float32, register=device.type == "cuda")
@@ -80,7 +88,9 @@ class Driver:
         """[num_tokens, heads, 2 * HEAD_DIM]: what attention would read of some heads."""
         kv = step.view(f"layer.{layer}", replace(each, kv_heads=kv_heads)).of_heads(kv_heads)
         table = each.batch.block_table[0, : len(self.blocks)].long()
-        return kv.pages[table].transpose(1, 2).flatten(0, 1)[: self.computed].cpu()
+        found = kv.pages[table].transpose(1, 2).flatten(0, 1)[: self.computed]
+        assert torch.equal(torch.cat(kv.tokens(self.computed), dim=-1), found), "the pages of one request are adjacent"
+        return found.cpu()
 
 
 def expected(layer: int, length: int, kv_heads: slice) -> torch.Tensor:
@@ -105,6 +115,24 @@ def test_staged_pages_are_those_of_the_step(num_slots: int, device: torch.device
     assert cache.num_staged > 0
 
 
+def test_short_requests_are_staged_in_larger_groups(device: torch.device) -> None:
+    """Of all three cold heads up to 6 pages, of two up to 10, then one by one; each in the room of one head of 20."""
+    cache, residency = make_cache(6, 1, device, ((6, 3), (10, 2)))
+    driver, groups = Driver(cache, residency), []
+    for count in (30, 40, 26, 1, 63, 20, 64):
+        _, step, each = driver.step(count)
+        assert isinstance(each.keys, StagedPages)
+        for layer in (0, 2):
+            driver.write(step, layer, count)
+            staged = cache.groups_of(cache.layers[f"layer.{layer}"], each.keys.group_size)
+            for heads in staged:
+                assert torch.equal(driver.read(step, layer, each, heads), expected(layer, driver.computed, heads))
+        groups.append(len(staged))
+        cache.check_integrity()
+    assert groups == [1, 1, 1, 2, 2, 3, 3]
+    assert cache.num_spilled > 0
+
+
 def test_the_first_group_is_fetched_before_its_attention() -> None:
     """Beside the layers before it, as soon as the step is known; the buffers are those of the step from then on."""
     cache, residency = make_cache(6)
@@ -115,7 +143,8 @@ def test_the_first_group_is_fetched_before_its_attention() -> None:
             driver.write(step, layer, count)
         if count == 64:
             assert cache.staging is not None
-            found = cache.staging.buffers[0].clone()
+            assert isinstance(each.keys, StagedPages)
+            found = cache.staging.room(each.keys, 0).clone()
             entries = cache.entries[0, : len(driver.blocks)]
             on_host = (entries < 0).nonzero().flatten()
             assert len(on_host) > 0
@@ -126,6 +155,15 @@ def test_the_first_group_is_fetched_before_its_attention() -> None:
             for heads in (slice(1, 3), slice(3, 4)):
                 found = driver.read(step, layer, each, heads)
                 assert torch.equal(found, expected(layer, driver.computed, heads))
+
+
+def test_pages_of_several_requests_are_not_adjacent() -> None:
+    cache, residency = make_cache(6)
+    _, step, each = Driver(cache, residency).step(60)
+    pages, _ = cache.stage(0, [2, 1])
+    turn = cache.staged_turn(["layer.0"], [(pages,)], is_alone=True)
+    step, each = replace(step, turn=turn), replace(each, keys=pages)
+    assert not step.view("layer.0", each).are_adjacent
 
 
 def test_views_read_slots_and_host_memory() -> None:

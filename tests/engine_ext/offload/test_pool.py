@@ -1,5 +1,6 @@
 """Host memory for cold pages: whole layers in slabs, and sentences where there is none."""
 
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,6 +57,7 @@ def test_no_memory() -> None:
 def test_populated_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "POPULATED_BYTES", 16 << 20)
     slab = torch.empty(100 << 20, dtype=torch.uint8)
+    gc.collect()  # what other tests left may not go meanwhile
     before = psutil.Process().memory_info().rss
     with ThreadPoolExecutor(2) as threads:
         assert len(pool.populate(slab, threads)) == 7

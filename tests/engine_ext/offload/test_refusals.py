@@ -80,9 +80,9 @@ def test_cold_heads() -> None:
 @pytest.mark.faults
 def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from farspan.vllm_compat import offload
+    from farspan.vllm_compat.platform import remember_replicas
 
     config = engine({"host_memory": 100})
-    config.parallel_config.data_parallel_size_local = 1
     monkeypatch.setattr(offload, "cold_options", lambda config: offload_options)
     from farspan.engine_ext.config import OffloadOptions
 
@@ -100,6 +100,9 @@ def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -
         offload.host_budget(worker, two)
     # Of two engines side by side, each asks for its half, while the other may have its own.
     config.parallel_config.data_parallel_size_local = 2
+    remember_replicas(config.parallel_config)
+    # As vLLM does in the process of each.
+    config.parallel_config.data_parallel_size_local = 1
     offload_options = OffloadOptions(host_memory=200)
     assert offload.host_budget(worker, [here]) == 100 * offload.GIB
     # Hosts of Star Attention on one machine share it too.

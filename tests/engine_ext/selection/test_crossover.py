@@ -12,6 +12,7 @@ from farspan.engine_ext.selection.crossover import (
     sparse_kernel,
     sparse_pays,
 )
+from farspan.kernels.tuning import FLEX_HOST_MS
 
 SIZES = {"8b": AttentionSize(32, 128), "0.5b": AttentionSize(14, 64), "135m": AttentionSize(9, 64)}
 
@@ -38,8 +39,8 @@ def test_the_rule_agrees_with_the_measurements(case: tuple[str, SparseKernel, in
     name, kernel, query_len, kv_len = case
     dense_ms, flex_ms = MEASURED[case]
     size = on(SIZES[name], kernel)
-    assert sparse_pays(size, query_len, kv_len) == (flex_ms < dense_ms and dense_ms > 0.5)
-    if dense_ms > 0.5:
+    assert sparse_pays(size, query_len, kv_len) == (flex_ms < dense_ms and dense_ms > FLEX_HOST_MS)
+    if dense_ms > FLEX_HOST_MS:
         modelled_dense, modelled = layer_ms(size, query_len, kv_len, expected_density(kv_len))
         assert modelled / modelled_dense == pytest.approx(flex_ms / dense_ms, abs=0.1)
 
@@ -50,6 +51,16 @@ def test_short_turns_are_dense() -> None:
     # Positions 130,000 to 130,500 hold three spans whole, from 130,048 to 130,432.
     assert not sparse_pays(SIZES["8b"], 500, 130_500)
     assert sparse_pays(SIZES["8b"], 4096, 131072)
+
+
+def test_what_the_host_takes_is_not_saved() -> None:
+    """However sparse: nothing is faster than the host that launches it."""
+    size = on(SIZES["0.5b"], "hopper")
+    assert layer_ms(size, 1024, 8192, 0.01)[0] < layer_ms(size, 1024, 8192, 0.01)[1] == FLEX_HOST_MS
+    # 8K behind 4K and 8K: by the device's time alone both would pay.
+    assert layer_ms(size, 8192, 12288, 0.45)[0] < FLEX_HOST_MS < layer_ms(size, 8192, 16384, 0.45)[0]
+    assert not sparse_pays(size, 8192, 12288)
+    assert sparse_pays(size, 8192, 16384)
 
 
 def test_no_launch_is_shorter_than_one_of_its_programs() -> None:

@@ -156,12 +156,23 @@ def test_a_step_with_all_kinds_of_requests(cold: dict[str, int], monkeypatch: py
         assert len(out[5]) == shards[rank].local_len - 10 + 5
 
 
-def test_flex_inside_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At gamma 1 every block of anchor and own block is read, so that the result is the dense one."""
+@pytest.mark.parametrize("method", ["flex", "block_sparse"])
+def test_sparse_inside_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At gamma 1 every block of anchor and own block is read, so that the result is the dense one; a window lies over
+    a host's own tokens, and its sink is the start of the anchor.
+    """
     layout = Layout(2, 1024, 512, 256, (1, 1))
     tokens = make_tokens(layout.context_len)
-    expected = oracle(tokens, star_mask(layout, layout.context_len)).float()
+    mask = star_mask(layout, layout.context_len)
     prefill = {"method": "flex", "gamma": 1.0, "min_seq_len": 0, "min_chunk_len": 0, "coverage_rows": 0}
+    if method == "block_sparse":
+        prefill = {"method": "block_sparse", "block_size": 64, "sink_blocks": 1, "local_blocks": 2}
+        # The host's tokens: the anchor, then its block from 512 on, whose first one has 256 before it.
+        local = torch.cat([torch.arange(256), torch.arange(512, 1024)])
+        block = torch.arange(len(local)) // 64
+        seen = (block[:, None] - block < 2) | (block == 0)
+        mask[local[:, None], local] &= seen
+    expected = oracle(tokens, mask).float()
     shard = layout.shards()[1]
     host = Host(PAGE, 64, {"prefill": prefill}, monkeypatch)
     made: list[Any] = []

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from tests.integration.star.faulty import FAULT_FILE, FaultyStarLLM
 from tests.integration.tiny_models import write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
+PATIENCE_S = 60.0
+"""With hosts: no host of a test is late by itself, however busy the machine is."""
 TIMEOUT_S = 6.0
+"""In requests that wait for a late one."""
 ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -45,8 +49,18 @@ def start_hosts(model: Path, num_hosts: int, fault_file: Path, **arguments: Any)
         str(model),
         num_hosts,
         env={**ENV, "PYTHONPATH": path, FAULT_FILE: str(fault_file)},
-        **({"timeout_s": TIMEOUT_S, "start_timeout_s": 180} | engine | arguments),
+        **({"timeout_s": PATIENCE_S, "start_timeout_s": 600} | engine | arguments),
     )
+
+
+@contextmanager
+def impatience(llm: FaultyStarLLM) -> Iterator[None]:
+    """Requests in which a host is late after `TIMEOUT_S`."""
+    llm.hosts.patience_s = TIMEOUT_S
+    try:
+        yield
+    finally:
+        llm.hosts.patience_s = PATIENCE_S
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,26 @@ def test_completions(client: Any, llm: Llm) -> None:
     assert client.get("/health").status_code == 200
 
 
+def test_a_scrape_tells_where_the_time_went(client: Any) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    for stream in (False, True):
+        client.post("/v1/completions", json={"model": "m", "prompt": "a", "stream": stream})
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = {
+        sample.name.removeprefix("farspan_star_"): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert found["phase_1_seconds_count"] == found["first_token_seconds_count"] == 2
+    assert found["phase_1_seconds_sum"] == 2 * TIMES.phase_1_s
+    assert found["token_seconds_count"] == 2 * len(TIMES.token_s)
+    assert found["token_seconds_sum"] == pytest.approx(2 * sum(TIMES.token_s))
+    assert found["exchanged_bytes_total"] == 2 * TIMES.exchanged_bytes
+    assert found["restart_seconds_count"] == 0
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_streams_are_pieces_of_the_text(client: Any, path: str) -> None:
     asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}

@@ -5,7 +5,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from farspan.star.output import Progress
 from farspan.star.rendezvous import bind_port
 from farspan.star.serve import make_app
 
-from tests.integration.star.conftest import PAGE, TIMEOUT_S, start_hosts
+from tests.integration.star.conftest import PAGE, PATIENCE_S, TIMEOUT_S, impatience, start_hosts
+from tests.integration.star.faulty import FaultyStarLLM
 from tests.integration.star_oracle import StarLlama
 from tests.integration.test_engine_tokens import make_prompts
 
 pytest.importorskip("ray")
 
-pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
 (PROMPT,) = make_prompts((420,), seed=5)
 CONTEXT_LEN, QUERY_LEN, MAX_TOKENS = 359, 70, 8
@@ -36,11 +38,13 @@ def greedy(max_tokens: int = MAX_TOKENS, **more: Any) -> Any:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
 
 
-def expected_tokens(model: Path, output: StarOutput, context: list[int], query: list[int]) -> list[int]:
+def expected_tokens(
+    model: Path, output: StarOutput, context: list[int], query: list[int], rope: dict[str, Any] | None = None
+) -> list[int]:
     """The oracle's tokens for the blocks that an answer came from."""
     assert output.shards is not None
     shard = output.shards[0]
-    oracle = StarLlama(model, shard.context_len, shard.block_len, shard.anchor_len)
+    oracle = StarLlama(model, shard.context_len, shard.block_len, shard.anchor_len, rope)
     return oracle.generate(context + query, len(output.token_ids))
 
 
@@ -91,10 +95,6 @@ def forget_pages(star: StarLLM, *ranks: int) -> None:
 
 def test_an_anchor_that_host_0_sends_gives_the_same_bits(star: StarLLM, star_model: Path) -> None:
     """Blocks and chunks are the same on both ways; then again, with the anchor in all caches, and a new one."""
-    # vLLM compiles what log-probs need in the first request that asks for them.
-    star.hosts.patience_s = 60.0
-    star.generate(PROMPT[100:148], QUERY, greedy(1, logprobs=20), block_len=16)
-    star.hosts.patience_s = TIMEOUT_S
     context = PROMPT[31 : 31 + CONTEXT_LEN]
     outputs = [
         star.generate(context, QUERY, greedy(logprobs=20), block_len=192, anchor=anchor)
@@ -194,7 +194,7 @@ def test_streaming_and_abort(star: StarLLM) -> None:
     stream = star.stream(CONTEXT, QUERY, greedy(400))
     assert next(stream)
     stream.close()
-    assert time.monotonic() - started < TIMEOUT_S
+    assert time.monotonic() - started < PATIENCE_S
     # The hosts are still there and in step.
     assert star.generate(CONTEXT, QUERY, greedy(24)).token_ids == whole
     assert star.restart_s == 0
@@ -267,6 +267,10 @@ def test_queries_answered_together_have_the_tokens_that_each_has_alone(star: Sta
     assert star.restart_s == 0
 
 
+async def session() -> AsyncIterator[list[int]]:
+    yield CONTEXT
+
+
 def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
     from vllm import SamplingParams
 
@@ -275,6 +279,7 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
         ({"context": [*CONTEXT, "t1"]}, "token 't1'; allowed: whole numbers"),
         ({"context": [], "query": []}, "an empty context and an empty query"),
         ({"context": "no marker", "query": None}, "a prompt without"),
+        ({"context": session()}, "a prompt of type async_generator; allowed: text or token ids, whole"),
         ({"context": CONTEXT * 6}, "host 0 needs"),
         ({"block_len": 40}, "block_len=40; allowed: a multiple of the page size, 16 tokens"),
         ({"sampling_params": greedy(repetition_penalty=1.2)}, "repetition_penalty=1.2; allowed: 1"),
@@ -299,21 +304,22 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
 @pytest.mark.parametrize(
     ("first", "rank", "action", "choice"),
     [
-        (23, 1, "kill", {}),
         (29, 0, "stop", {}),
         (41, 0, "kill", {"anchor": "share"}),
         (43, 1, "kill", {"visibility": "all"}),
         (47, 1, "cut", {"visibility": "all"}),
     ],
-    ids=["kill", "stop", "share", "all", "cut"],
+    ids=["stop", "share", "all", "cut"],
 )
 def test_a_host_lost_in_phase_1_is_replaced(
-    star: StarLLM, star_model: Path, fault: Callable[..., None], first: int, rank: int, action: str, choice: Any
+    star: FaultyStarLLM, star_model: Path, fault: Callable[..., None], first: int, rank: int, action: str, choice: Any
 ) -> None:
+    """A stopped one after its time, a dead one at once."""
     # Each its own, or the second would find its blocks computed, and phase 1 would be over in one step.
     context = PROMPT[first : first + CONTEXT_LEN]
     fault(rank, "phase 1", action)
-    output = star.generate(context, QUERY, greedy(), **choice)
+    with impatience(star) if action == "stop" else nullcontext():
+        output = star.generate(context, QUERY, greedy(), **choice)
     if choice.get("visibility") == "all":
         assert output.token_ids == StarLlama(star_model, 1, CONTEXT_LEN, 0).generate(context + QUERY, MAX_TOKENS)
     else:
@@ -330,13 +336,13 @@ def test_a_host_lost_in_phase_1_is_replaced(
     ids=["kill", "late"],
 )
 def test_a_host_lost_in_phase_2_is_named(
-    star: StarLLM, fault: Callable[..., None], rank: int, action: str, sentence: str
+    star: FaultyStarLLM, fault: Callable[..., None], rank: int, action: str, sentence: str
 ) -> None:
-    fault(rank, "phase 2", action, seconds=3 * TIMEOUT_S)
+    fault(rank, "phase 2", action, seconds=PATIENCE_S)
     started = time.monotonic()
-    with pytest.raises(StarError) as caught:
+    with impatience(star) if action == "sleep" else nullcontext(), pytest.raises(StarError) as caught:
         star.generate(CONTEXT, QUERY, greedy(32))
-    assert time.monotonic() - started < 3 * TIMEOUT_S + 20
+    assert time.monotonic() - started < PATIENCE_S
     assert sentence in str(caught.value)
     assert f"host {rank}" in str(caught.value)
     assert len(star.generate(CONTEXT, QUERY, greedy()).token_ids) == MAX_TOKENS
@@ -352,23 +358,24 @@ def test_a_host_lost_in_phase_2_is_named(
     ids=["phase-1", "phase-2"],
 )
 def test_a_host_whose_memory_is_full_says_so(
-    star: StarLLM, fault: Callable[..., None], phase: str, action: str, sentence: str
+    star: FaultyStarLLM, fault: Callable[..., None], phase: str, action: str, sentence: str
 ) -> None:
     fault(1, phase, action)
     context = PROMPT[37 : 37 + CONTEXT_LEN]
-    with pytest.raises(StarError, match=f"{phase}: host 1 failed: {sentence}"):
+    # In phase 2 the other host waits for it.
+    with impatience(star), pytest.raises(StarError, match=f"{phase}: host 1 failed: {sentence}"):
         star.generate(context, QUERY, greedy())
     assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
 
 
-def test_a_host_without_network_is_named(star: StarLLM, fault: Callable[..., None]) -> None:
+def test_a_host_without_network_is_named(star: FaultyStarLLM, fault: Callable[..., None]) -> None:
     """Its connections to the other hosts are cut in phase 2; the coordinator still reaches it."""
     fault(1, "phase 2", "cut")
     context = PROMPT[39 : 39 + CONTEXT_LEN]
     started = time.monotonic()
-    with pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
+    with impatience(star), pytest.raises(StarError, match=r"phase 2, step \d+: host") as caught:
         star.generate(context, QUERY, greedy(32))
-    assert time.monotonic() - started < 2 * TIMEOUT_S
+    assert time.monotonic() - started < PATIENCE_S
     assert "host 1" in str(caught.value)
     assert len(star.generate(context, QUERY, greedy()).token_ids) == MAX_TOKENS
     assert star.restart_s > 0

@@ -1,4 +1,7 @@
-"""Cold KV heads on two hosts in Ray actors: tokens of the float64 model, whatever lies in slots or in host memory."""
+"""Cold KV heads on two hosts in Ray actors: tokens of the float64 model, whatever lies in slots or in host memory.
+
+The model has llama3 positions, which hosts turn as they do all others.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from tests.integration.star.test_star_llm import (
     greedy,
 )
 from tests.integration.star_oracle import StarLlama
+from tests.integration.test_engine_experts import LLAMA3
 from tests.integration.test_engine_offload import offloading
 
 pytest.importorskip("ray")
@@ -44,7 +48,8 @@ def cold_hosts(model: Path, fault_file: Path, hot: Any = (1, 0), **changes: Any)
 @pytest.fixture(scope="module")
 def star(star_model: Path, fault_file: Path) -> Iterator[StarLLM]:
     """Half of the heads of one layer are cold, and all of the other's."""
-    with cold_hosts(star_model, fault_file) as llm:
+    overrides = {"rope_parameters": LLAMA3, "max_position_embeddings": 2048}
+    with cold_hosts(star_model, fault_file, hf_overrides=overrides) as llm:
         yield llm
 
 
@@ -59,16 +64,17 @@ def test_tokens_are_those_of_the_oracle(star: StarLLM, star_model: Path) -> None
     """Default blocks, smaller ones, a smaller anchor, none; the context's end fills no page; a second question."""
     for block_len, anchor_len in ((None, None), (48, 16), (64, 0)):
         output = star.generate(CONTEXT, QUERY, greedy(), block_len=block_len, anchor_len=anchor_len)
-        assert output.token_ids == expected_tokens(star_model, output, CONTEXT, QUERY)
+        assert output.token_ids == expected_tokens(star_model, output, CONTEXT, QUERY, LLAMA3)
         assert output.shards is not None
         assert all(shard.num_blocks > 0 for shard in output.shards)
+    assert output.token_ids != expected_tokens(star_model, output, CONTEXT, QUERY)
     other = list(reversed(QUERY))
     second = star.generate(CONTEXT, other, greedy(), block_len=64, anchor_len=0)
-    assert second.token_ids == expected_tokens(star_model, second, CONTEXT, other)
+    assert second.token_ids == expected_tokens(star_model, second, CONTEXT, other, LLAMA3)
     assert second.shards is not None
     assert second.output.num_cached_tokens == second.shards[second.shards[0].query_host].local_len
     # One host alone, whose cold heads are as in any engine.
-    exact = StarLlama(star_model, 1, CONTEXT_LEN, 0).generate(CONTEXT + QUERY, MAX_TOKENS)
+    exact = StarLlama(star_model, 1, CONTEXT_LEN, 0, LLAMA3).generate(CONTEXT + QUERY, MAX_TOKENS)
     assert star.generate(CONTEXT, QUERY, greedy(), block_len=368).token_ids == exact
     assert star.restart_s == 0
     moves = pools(star)
@@ -87,7 +93,7 @@ def test_an_abort_leaves_pools_and_hosts_as_they_were(star: StarLLM, star_model:
         assert any(progress.phase == phase for progress in work)
         work.close()
         output = star.generate(context, QUERY, greedy())
-        assert output.token_ids == expected_tokens(star_model, output, context, QUERY)
+        assert output.token_ids == expected_tokens(star_model, output, context, QUERY, LLAMA3)
         pools(star)
     assert star.restart_s == 0
 
