@@ -90,6 +90,8 @@ class Inputs:
     """`rules` and `star_quality` begin nothing further after that long."""
     is_timed: bool = True
     """Whether `real` takes times, which say nothing where something else runs on the GPU."""
+    kinds: tuple[str, ...] = ()
+    """Of the questions of `star_quality`, in its REAL_GROUPS; all if empty."""
 
 
 def cases(dry_run: bool) -> list[int]:

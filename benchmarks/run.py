@@ -115,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
         default=(),
         help="of real, rules, fp8_drift, star_quality, flex_ttft, serve; else the usual ones",
     )
+    real.add_argument("--kinds", type=words, default=(), help="of star_quality's questions; all if left out")
     real.add_argument("--shapes", type=words, default=(), help="of flex_ttft.py; the usual ones if left out")
     real.add_argument("--turns", type=integers, default=(), help="flex_ttft: tokens behind a cached prefix")
     real.add_argument("--repeats", type=int, help="flex_ttft: requests of each length")
@@ -152,6 +153,7 @@ def real_inputs(arguments: argparse.Namespace) -> Any:
         arguments.engine_args,
         arguments.seconds,
         not arguments.untimed,
+        arguments.kinds,
     )
 
 

@@ -8,8 +8,8 @@ token count from the request to the token, both phases included. The ring is `be
 many layers in plain PyTorch with FlashAttention 3, without an engine around it. The hosts read chunks of 32K tokens, so
 that an anchor of N/4 of 128K is one; vLLM's own engines have its defaults. First of all, two hosts with blocks of
 N/2, which see all of the context, must agree with one GPU on the first token's log probabilities; if not, rows say so.
-`--cases` chooses among names of a length and an engine, such as `n524288-b1-llama8b-l8-bf16 farspan-star-n8`; peers of
-which nothing is wanted are not started.
+`--cases` chooses among names of a length and an engine, such as `n524288-b1-llama8b-l8-bf16 farspan-star-n8`; peers
+and hosts of which nothing is wanted are not started.
 """
 
 import inspect
@@ -213,7 +213,10 @@ class Bench:
         self.ring: RingHosts | None = None
         if any(self.wants(case.length, "ring") for case in self.cases):
             self.ring = stack.enter_context(RingHosts(RingSpec(self.model, dtype), NUM_HOSTS, deadline))
-        self.star, self.suffix = stack.enter_context(self.start_star())
+        self.star: StarLLM | None = None
+        self.suffix = ""
+        if any(self.wants(case.length, way.variant) for case in self.cases for way in ways(self.dry_run)):
+            self.star, self.suffix = stack.enter_context(self.start_star())
         for name in list(self.engines):
             self.attempt(name, self.engines[name].receive)
         if self.ring is not None:
@@ -289,26 +292,31 @@ class Bench:
         elif "fa3" in self.ends and not any(self.wants(each.length, "fa3") for each in self.longer(case)):
             # Its memory is needed.
             self.ends["fa3"].close()
-        if case.length <= MOST_CHECKED and case.length in self.first:
-            self.check(case)
+        if self.star is not None and case.length <= MOST_CHECKED and case.length in self.first:
+            self.check(self.star, case)
         self.measure_engine("tp2-fa3", case)
+        if self.star is not None:
+            self.measure_ways(self.star, case)
+        ring = self.ring
+        if ring is not None and self.wants(case.length, "ring"):
+            self.attempt("ring", lambda: self.record_ring(case, ring))
+        if not is_early:
+            # The longest time of all.
+            self.measure_engine("fa3", case)
+        self.report(case.length)
+
+    def measure_ways(self, star: StarLLM, case: Case) -> None:
+        """Rows of the hosts' ways of reading that are wanted of a length."""
         for number, way in enumerate(ways(self.dry_run)):
             if not self.wants(case.length, way.variant):
                 continue
             seeds = [1000 * (number + 1) + case.length + repeat for repeat in range(case.repeats)]
             try:
-                outputs = [ask_star(self.star, case.length, way, seed) for seed in seeds]
+                outputs = [ask_star(star, case.length, way, seed) for seed in seeds]
             except StarError as error:
                 self.recorder.note(f"n{case.length} {way.variant}: {error}")
                 continue
             self.record_star(case.length, way.variant + self.mark, outputs)
-        if not is_early:
-            # The longest time of all.
-            self.measure_engine("fa3", case)
-        ring = self.ring
-        if ring is not None and self.wants(case.length, "ring"):
-            self.attempt("ring", lambda: self.record_ring(case, ring))
-        self.report(case.length)
 
     def longer(self, case: Case) -> list[Case]:
         """A case, and those of more tokens."""
@@ -319,10 +327,10 @@ class Bench:
         if name in self.engines and self.wants(case.length, name):
             self.attempt(name, lambda: self.record_engine(name, case))
 
-    def check(self, case: Case) -> None:
+    def check(self, star: StarLLM, case: Case) -> None:
         """Whether two blocks on two hosts give one GPU's first token; rows of Star are marked from here on if not."""
         # The prompt of the other engine's first.
-        output = ask_star(self.star, case.length, Way("n2", NUM_HOSTS), seed=case.length)
+        output = ask_star(star, case.length, Way("n2", NUM_HOSTS), seed=case.length)
         far = distance(output, self.first[case.length].top_logprobs)
         self.recorder.note(f"n{case.length}: two blocks give log probabilities {far:.3f} from one GPU's")
         if not far <= LOGPROB_TOLERANCE:
@@ -397,7 +405,7 @@ def run(recorder: Recorder) -> None:
         # Fills what is allocated at first use.
         longest = bench.cases[-1].length
         for way in ways(recorder.dry_run):
-            if any(bench.wants(case.length, way.variant) for case in bench.cases):
+            if bench.star is not None and any(bench.wants(case.length, way.variant) for case in bench.cases):
                 ask_star(bench.star, longest // 16, way, seed=1, output_len=2)
         for case in bench.cases:
             bench.measure(case)

@@ -92,6 +92,8 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
     known = {each.variant: each for each in (*REAL_BLOCKS, *ABLATIONS)}
     if unknown := set(inputs.variants) - known.keys():
         raise BenchmarkError(f"variants {sorted(unknown)}; known are {', '.join(known)}")
+    if unknown := set(inputs.kinds) - REAL_GROUPS.keys():
+        raise BenchmarkError(f"kinds {sorted(unknown)}; known are {', '.join(REAL_GROUPS)}")
     chosen = [known[name] for name in inputs.variants] or list(REAL_BLOCKS)
     all_blocks = (SHARES[0], *(each for each in chosen if each.share > 1))
     started = time.monotonic()
@@ -111,7 +113,7 @@ def measure(recorder: Recorder, inputs: Inputs) -> None:
             recorder.note(f"drift at {length} done after {time.monotonic() - started:.0f} s")
     tokenizer = load_tokenizer(model_path(inputs.model))
     asked = tuple(each for each in all_blocks if each in ASKED)
-    kinds = [(length, group) for length in inputs.lengths for group in REAL_GROUPS]
+    kinds = [(length, group) for length in inputs.lengths for group in inputs.kinds or REAL_GROUPS]
     answers = {kind: Answers(model, tokenizer, asked) for kind in kinds}
     try:
         for seed in range(inputs.questions):

@@ -260,7 +260,7 @@ def paper_table() -> str:
 
 def real_tables(rows: Sequence[Row]) -> str:
     """Accuracy and drift of checkpoints: a line a text and length, a column a way of cutting."""
-    parts = []
+    parts, ablations = [], ablation_runs(rows)
     for metric, title in (
         ("accuracy", "Right answers in %, questions of `farspan eval`."),
         ("drift", "Nats a token against dense attention, ± a standard error."),
@@ -269,7 +269,7 @@ def real_tables(rows: Sequence[Row]) -> str:
         counts: dict[tuple[str, int], str] = {}
         for row in rows:
             match = REAL_CASE.match(row.case)
-            if row.benchmark != "star" or row.metric != metric or match is None:
+            if row.benchmark != "star" or row.metric != metric or match is None or (row.run_id, row.case) in ablations:
                 continue
             key = match["label"], int(match["tokens"])
             p50 = float(row.p50)
@@ -291,15 +291,23 @@ def real_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def ablation_runs(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    """Runs and cases in which a checkpoint was read in ways that `real_tables` has no column for.
+
+    They read fewer prompts than others, so that their rows are compared among themselves.
+    """
+    return {(row.run_id, row.case) for row in rows if row.benchmark == "star" and row.variant not in CUTS}
+
+
 def answer_tables(rows: Sequence[Row]) -> str:
     """Accuracy and drift of the ablations: a line a way of cutting, a column a case."""
-    parts = []
+    parts, ablations = [], ablation_runs(rows)
     for metric, title, form in (
         ("accuracy", "Right answers in % (`-qN`: of N questions).", lambda p50, spread: f"{100 * p50:.1f}"),
         ("drift", "Nats a token against dense attention, ± a standard error.", lambda p50, e: f"{p50:+.4f} ± {e:.4f}"),
     ):
         found = [row for row in rows if row.benchmark == "star" and row.metric == metric]
-        found = [row for row in found if REAL_CASE.match(row.case) is None]
+        found = [row for row in found if REAL_CASE.match(row.case) is None or (row.run_id, row.case) in ablations]
         if not found:
             continue
         cells = {(row.variant, row.case): (float(row.p50), float(row.p80) - float(row.p50)) for row in found}

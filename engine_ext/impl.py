@@ -83,20 +83,17 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         """
         if kv_cache.shape[3] != 2 * self.head_size:  # all heads are cold, and the pages are stubs
             return
-        if self.config.star is not None:
-            name = str(layer.layer_name)
-            step = step_of(name)
-            if step is not None:
-                key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
-        num_hot_heads, order = kv_cache.shape[1], None
-        if self.config.offload is not None and self.config.offload.head_profile is not None:
-            step = step_of(str(layer.layer_name))
-            order = None if step is None else step.layers[str(layer.layer_name)].head_order
+        name, num_hot_heads = str(layer.layer_name), kv_cache.shape[1]
+        has_order = self.config.offload is not None and self.config.offload.head_profile is not None
+        step = step_of(name) if has_order or self.config.star is not None else None
+        order = None if step is None else step.layers[name].head_order
         if order is not None:
             hot = order.kv_heads[:num_hot_heads]
             key, value = key[:, hot], value[:, hot]
         elif num_hot_heads < key.shape[1]:
             key, value = key[:, :num_hot_heads], value[:, :num_hot_heads]
+        if step is not None:
+            key = at_true_positions(key, step.moved, step.layers[name].to_true_positions)
         pages = as_pages(kv_cache)
         write_kv(key, value, pages, slot_mapping, **scales_of(layer, pages))
 
@@ -131,12 +128,14 @@ class FarspanImpl(AttentionImpl[StepMetadata]):
         context = step.layers[name]
         order, in_order = context.head_order, output
         if order is not None:
-            query, key, value = query[:, order.q_heads], key[:, order.kv_heads], value[:, order.kv_heads]
-            in_order = torch.zeros_like(output)
+            query, in_order = query[:, order.q_heads], torch.zeros_like(output)
         pages = as_pages(kv_cache)
         scales = scales_of(layer, pages)
         if step.cold is not None:
-            step.cold.write(name, at_true_positions(key, step.moved, context.to_true_positions), value, **scales)
+            cold = step.cold.kv_heads(name)
+            heads = cold if order is None else order.kv_heads[cold]
+            key = at_true_positions(key[:, heads], step.moved, context.to_true_positions)
+            step.cold.write(name, key, value[:, heads], **scales)
         query = at_true_positions(query, step.moved, context.to_true_positions)
         if step.key_exchange is not None:
             pages = step.key_exchange.pages(pages)

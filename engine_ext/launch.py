@@ -356,14 +356,15 @@ class Parts:
         out = rows_of(self.output, each.rows, heads)
         if each.part is None:
             return out, None
-        if each.part.exchange is not None and self.mine is None:
-            self.mine = PartialResult.empty(rows_of(self.output, each.rows, slice(0, self.output.shape[1])))
         if each.part.count > 1:
+            assert each.part.exchange is None, "hosts exchange what they have of all their keys"
             if each.part.index > 0:
                 return out, None
             self.sums = RunningSum(out)
             return self.sums.first, None
-        assert self.mine is not None, "a part alone is one of several hosts'"
+        assert each.part.exchange is not None, "a part alone is one of several hosts'"
+        if self.mine is None:
+            self.mine = PartialResult.empty(rows_of(self.output, each.rows, slice(0, self.output.shape[1])))
         mine = self.mine.out[:, heads]
         # Kernels differ by whether a row begins at 16 bytes, and that of some heads may begin anywhere.
         return mine, self.mine.lse if mine.shape == self.mine.out.shape else None
@@ -379,10 +380,10 @@ class Parts:
             if part.index + 1 < part.count:
                 self.sums.put(self.sums.first if part.index == 0 else out, lse)
                 return
-            self.sums.finish(out, lse, out if self.mine is None else self.mine.out[:, heads])
+            self.sums.finish(out, lse, out)
             self.sums = None
-        if part.exchange is None:
             return
+        assert part.exchange is not None
         assert self.mine is not None
         if lse is not self.mine.lse:
             self.mine.lse[heads].copy_(lse)

@@ -16,6 +16,7 @@ from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.launch import choose_dense_kernel
 from farspan.engine_ext.layers import make_layer_contexts
 from farspan.engine_ext.offload.cache import CacheStep, ColdCache
+from farspan.engine_ext.offload.heads import ColdHeads
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, Part, Pass, StagedPages, StepMetadata
 from farspan.engine_ext.requests import source_of
@@ -61,13 +62,13 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         # The layers of a model shift alike; where their angles differ, their bounds do not.
         assert len({(turn.slope, turn.offset) for turn in turns}) <= 1
         self.turn = turns[0] if turns else None
-        self.cold = self.requests.cold_cache()
-        if self.cold is not None and not self.cold.layers.keys() & self.layers.keys():
-            self.cold = None
+        cache = self.requests.cold_cache()
+        if cache is not None and not cache.layers.keys() & self.layers.keys():
+            cache = None
         num_kv_heads = kv_cache_spec.num_kv_heads
         num_hot_heads = num_kv_heads
-        if self.cold is not None:
-            (num_hot_heads,) = {self.cold.layers[name].hot_heads for name in layer_names}
+        if cache is not None:
+            (num_hot_heads,) = {cache.layers[name].hot_heads for name in layer_names}
         num_q_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         head_size = kv_cache_spec.head_size
         self.size = AttentionSize(num_q_heads, head_size, sparse_kernel_of(vllm_config, head_size))
@@ -91,7 +92,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 vllm_config.model_config.max_model_len,
             )
             # Hot and cold heads decode one after another, in the same room; selective decode has twice the parts.
-            twice = 2 if self.cold is not None and self.cold.selection is not None else 1
+            twice = 2 if cache is not None and cache.selection is not None else 1
             rows = [
                 most_parts(max_num_reqs, heads, max_model_len, num_sms) * heads * group * times * self.max_decode_len
                 for heads, times in ((num_hot_heads, 1), (num_kv_heads - num_hot_heads, twice))
@@ -109,9 +110,10 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.maker = maker
         """Of the hot heads, which are all where none is cold."""
         self.hot_maker = maker if num_hot_heads > 0 else None
-        self.cold_maker = None
-        if self.cold is not None:
-            self.cold_maker = replace(maker, num_kv_heads=num_kv_heads - num_hot_heads, first_kv_head=num_hot_heads)
+        self.cold: ColdHeads | None = None
+        if cache is not None:
+            of_cold = replace(maker, num_kv_heads=num_kv_heads - num_hot_heads, first_kv_head=num_hot_heads)
+            self.cold = ColdHeads(cache, of_cold, layer_names[0])
         if self.config.star is not None:
             head_bytes = kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize
             self.star = StarSteps(
@@ -122,7 +124,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 page_size=self.page_size,
                 row=(num_q_heads, kv_cache_spec.head_size, kv_cache_spec.dtype.itemsize),
                 page_bytes=2 * num_kv_heads * head_bytes * self.page_size,
-                cold=ColdPieces(self.cold, self.cold_maker, layer_names[0]) if self.cold and self.cold_maker else None,
+                cold=None if self.cold is None else ColdPieces(self.cold),
             )
         # In the order in which they run, for what is staged ahead.
         self.names = sorted(layer_names, key=lambda name: self.layers[name].index)
@@ -160,9 +162,10 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             passes += self.passes_of(self.hot_maker, common, common.block_table_tensor, num_decodes, chunks)
         cold = None
         if self.cold is not None:
-            assert self.cold_maker is not None
-            self.cold.map_step(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
-            of_cold, cold = self.cold_passes(self.cold, self.cold_maker, common, num_decodes, chunks)
+            self.cold.cache.map_step(
+                common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len
+            )
+            of_cold, cold = self.cold_passes(self.cold, common, num_decodes, chunks)
             passes += of_cold
         return StepMetadata(tuple(passes), self.layers, plan=self.requests.plan(), cold=cold)
 
@@ -173,9 +176,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if self.hot_maker is not None:
             batch = requests_of(common, common.block_table_tensor, first, last, starts, 1, common.max_seq_len)
             yield self.hot_maker.decode(batch, first)
-        if self.cold is not None and self.cold_maker is not None:
-            batch = requests_of(common, self.cold.entries, first, last, starts, 1, common.max_seq_len)
-            yield replace(self.cold_maker.decode(batch, first), keys="both")
+        if self.cold is not None:
+            batch = requests_of(common, self.cold.cache.entries, first, last, starts, 1, common.max_seq_len)
+            yield replace(self.cold.maker.decode(batch, first), keys="both")
 
     def build_star(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
         """A step with requests of Star Attention, and others beside them."""
@@ -198,7 +201,9 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         staged: list[tuple[StagedPages, ...]] = []
         key_exchange = None
         if self.cold is not None:
-            self.cold.map_step(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
+            self.cold.cache.map_step(
+                common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len
+            )
 
         def kind(request: int) -> tuple[bool, bool]:
             is_star = shards[request] is not None
@@ -214,8 +219,8 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 chunks = self.chunks_of(common, first, query_start_loc, last)
                 if self.hot_maker is not None:
                     passes += self.passes_of(self.hot_maker, common, common.block_table_tensor, 0, chunks)
-                if self.cold is not None and self.cold_maker is not None:
-                    passes += self.cold_chunks(self.cold, self.cold_maker, common, chunks, staged)
+                if self.cold is not None:
+                    passes += self.cold_chunks(self.cold, common, chunks, staged)
                 continue
             pieces: list[Piece] = []
             for request in run:
@@ -227,7 +232,7 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 pieces += cut_chunk(request, row, shard, begin, end)
                 moved += moved_rows(row, shard, begin, end)
             passes += self.star.passes(common, pieces, staged)
-        cold = None if self.cold is None else self.cold_step(self.cold, common, staged)
+        cold = None if self.cold is None else self.cold_step(self.cold.cache, common, staged)
         return StepMetadata(tuple(passes), self.layers, tuple(moved), self.requests.plan(), cold, key_exchange)
 
     def build_lockstep(self, common: CommonAttentionMetadata, shards: Sequence[Shard | None]) -> StepMetadata:
@@ -333,19 +338,15 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         )
 
     def cold_passes(
-        self,
-        cache: ColdCache,
-        maker: PassMaker,
-        common: CommonAttentionMetadata,
-        num_decodes: int,
-        chunks: "HostChunks | None",
+        self, cold: ColdHeads, common: CommonAttentionMetadata, num_decodes: int, chunks: "HostChunks | None"
     ) -> tuple[list[Pass], CacheStep]:
         """Passes of the cold heads, after the step's tables are written."""
+        cache = cold.cache
         passes: list[Pass] = []
         staged: list[tuple[StagedPages, ...]] = []
         if num_decodes > 0:
             # Slots and host memory alike, whatever the step: one captured graph serves all.
-            (decode,) = self.passes_of(maker, common, cache.entries, num_decodes, None)
+            (decode,) = self.passes_of(cold.maker, common, cache.entries, num_decodes, None)
             if cache.selection is not None:
                 assert isinstance(decode.work, Decode)
                 decode = replace(decode, work=replace(decode.work, selections=cache.selection.layers))
@@ -353,22 +354,22 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if cache.selection is not None:
             cache.selection.begin_step(cache.entries, common.seq_lens, num_decodes, common.max_seq_len)
         if chunks is not None:
-            passes += self.cold_chunks(cache, maker, common, chunks, staged)
+            passes += self.cold_chunks(cold, common, chunks, staged)
         return passes, self.cold_step(cache, common, staged)
 
     def cold_chunks(
         self,
-        cache: ColdCache,
-        maker: PassMaker,
+        cold: ColdHeads,
         common: CommonAttentionMetadata,
         chunks: "HostChunks",
         staged: list[tuple[StagedPages, ...]],
     ) -> list[Pass]:
         """Passes of the cold heads of what prefills; what is staged for them is added to `staged`."""
+        cache = cold.cache
         passes: list[Pass] = []
         for run in chunks.runs(lambda kind: kind):
             if not run.kind.misses_pages:
-                each = self.prefill_pass(maker, common, cache.entries[run.first : run.stop], run)
+                each = self.prefill_pass(cold.maker, common, cache.entries[run.first : run.stop], run)
                 passes.append(replace(each, keys="slots"))
                 continue
             assert cache.staging is not None
@@ -377,21 +378,14 @@ class FarspanMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 if sum(num_pages) > cache.staging.num_pages:
                     spans, batches, ends = self.spans_of(cache, part)
                     staged.append(spans)
-                    for group in self.groups(cache, maker, spans[0]):
+                    for group in cold.group_makers(spans[0]):
                         passes += span_passes(group, part, spans, batches, ends)
                     continue
                 pages, block_table = cache.stage(part.first, num_pages)
                 staged.append((pages,))
-                for group in self.groups(cache, maker, pages):
+                for group in cold.group_makers(pages):
                     passes.append(replace(self.prefill_pass(group, common, block_table, part), keys=pages))
         return passes
-
-    def groups(self, cache: ColdCache, maker: PassMaker, pages: StagedPages) -> list[PassMaker]:
-        """The makers of the groups of cold heads that are staged one after the other."""
-        return [
-            replace(maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
-            for heads in cache.groups_of(cache.layers[self.names[0]], pages.group_size)
-        ]
 
     def cold_step(
         self, cache: ColdCache, common: CommonAttentionMetadata, staged: list[tuple[StagedPages, ...]]

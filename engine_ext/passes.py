@@ -109,10 +109,10 @@ class Part:
     """In [0, count). The passes of a set follow each other; the last one combines them."""
     count: int
     exchange: Exchange | None = None
-    """With the hosts that have further keys of the same rows; the last pass of a set exchanges before it combines."""
+    """With the hosts that have further keys of the same rows; the pass is the only one of its set then."""
     is_last: bool = True
-    """Whether the rows have no heads left after this set: the hosts exchange the results of all heads at once. Sets of
-    the same rows and other heads follow each other."""
+    """Whether the rows have no heads left after this pass: the hosts exchange the results of all heads at once. Passes
+    of the same rows and other heads follow each other."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,15 @@ class LayerContext:
 class ColdStep(Protocol):
     """The cold heads of one step's layers."""
 
+    def kv_heads(self, layer_name: str) -> slice:
+        """A layer's cold heads among its KV heads on this rank, hot heads first."""
+        ...
+
     def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor, **scales: float) -> None:
         """Write the step's keys and values of a layer's cold heads into their slots.
 
-        key, value: [at least num_tokens, num_kv_heads, head_dim], all heads of the layer. scales: `key_scale` and
-        `value_scale` of a float8 cache, see `launch.write_kv`.
+        key, value: [at least num_tokens, num_cold_heads, head_dim]. scales: `key_scale` and `value_scale` of a float8
+        cache, see `launch.write_kv`.
         """
         ...
 

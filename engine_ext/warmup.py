@@ -140,7 +140,8 @@ class WarmUp:
     num_hosts: int = 1
     """Of Star Attention, whose results are combined."""
     num_kv_heads: int | None = None
-    """Of the layer, hot and cold ones, which are turned together, and combined by hosts; None for those of `view`."""
+    """Of the layer, hot and cold ones, whose queries are turned, and results combined by hosts, together; None for
+    those of `view`."""
     span_heads: tuple[int, ...] = ()
     """KV heads of the groups whose attention goes over a long context span by span, and is combined; often none."""
     max_kv_len: int | None = None
@@ -192,7 +193,7 @@ class WarmUp:
             return
         num_kv_heads = self.num_kv_heads or view.num_kv_heads
         if case.kind == "turn":
-            for num_heads in (num_kv_heads * self.group_size, num_kv_heads):
+            for num_heads in (num_kv_heads * self.group_size, view.num_kv_heads):
                 heads = torch.zeros(2, num_heads, view.head_dim, dtype=self.dtype, device=device)
                 at_true_positions(heads, [(slice(0, 2), 1)], self.layer.to_true_positions)
             return
@@ -262,16 +263,15 @@ def warm_ups_of(
     if builder.hot_maker is not None:
         view = KVView(as_pages(kv_cache))
         views.append((builder.hot_maker, view, view, None))
-    if builder.cold is not None and builder.cold_maker is not None:
-        cold = builder.cold.layers[layer_name]
-        slots, both = (builder.cold.view_of(cold, both=both) for both in (False, True))
-        views.append((builder.cold_maker, slots, both, builder.cold.entries.shape[1]))
-        if builder.cold.selection is not None:
-            selections = builder.cold.selection.layers
     span_heads: tuple[int, ...] = ()
-    if builder.cold is not None and builder.cold.has_spans:
-        groups = builder.cold.groups_of(builder.cold.layers[layer_name])
-        span_heads = tuple(dict.fromkeys(heads.stop - heads.start for heads in groups))
+    if builder.cold is not None:
+        cache, layer = builder.cold.cache, builder.cold.cache.layers[layer_name]
+        slots, both = (cache.view_of(layer, both=both) for both in (False, True))
+        views.append((builder.cold.maker, slots, both, cache.entries.shape[1]))
+        if cache.selection is not None:
+            selections = cache.selection.layers
+        if cache.has_spans:
+            span_heads = tuple(dict.fromkeys(heads.stop - heads.start for heads in cache.groups_of(layer)))
     num_kv_heads = sum(view.num_kv_heads for _, view, _, _ in views)
     max_model_len, exchange = vllm_config.model_config.max_model_len, current()
     return [

@@ -56,7 +56,7 @@ def offload_decisions(builders: list[FarspanMetadataBuilder]) -> dict[str, Any] 
     cold = next((builder.cold for builder in builders if builder.cold is not None), None)
     if cold is None:
         return None
-    sizes = cold.sizes
+    sizes = cold.cache.sizes
     hot = {layer.index: builder.maker.num_kv_heads for builder in builders for layer in builder.layers.values()}
     return {
         "blocks": sizes.num_blocks,

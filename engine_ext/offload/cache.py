@@ -50,12 +50,15 @@ class CacheStep:
     turn: StagedTurn | None
     """None where no pass is staged."""
 
-    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor, **scales: float) -> None:
+    def kv_heads(self, layer_name: str) -> slice:
         """See `passes.ColdStep`."""
         layer = self.cache.layers[layer_name]
-        slot_mapping = self.cache.slot_mapping[: self.num_tokens]
-        key, value = key[:, layer.hot_heads :], value[:, layer.hot_heads :]
-        write_kv(key, value, self.cache.slots_of(layer), slot_mapping, **scales)
+        return slice(layer.hot_heads, layer.num_kv_heads)
+
+    def write(self, layer_name: str, key: torch.Tensor, value: torch.Tensor, **scales: float) -> None:
+        """See `passes.ColdStep`."""
+        slots = self.cache.slots_of(self.cache.layers[layer_name])
+        write_kv(key, value, slots, self.cache.slot_mapping[: self.num_tokens], **scales)
 
     def view(self, layer_name: str, each: Pass) -> KVView:
         """See `passes.ColdStep`."""

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 
 from farspan.engine_ext.config import Prefill
-from farspan.engine_ext.offload.cache import ColdCache
-from farspan.engine_ext.pass_maker import PassMaker
+from farspan.engine_ext.offload.heads import ColdHeads
 from farspan.engine_ext.passes import Pass, StagedPages
 from farspan.engine_ext.star.pieces import Piece, batch_of
 from farspan.kernels.batch import PagedBatch
@@ -13,13 +12,9 @@ from farspan.kernels.tiles import to_device
 
 @dataclass(frozen=True)
 class ColdPieces:
-    """Makes the passes of the cold heads of one KV cache group, whose layers have as many of them each."""
+    """Makes the passes of the cold heads of one KV cache group."""
 
-    cache: ColdCache
-    maker: PassMaker
-    """Of all cold heads of a layer."""
-    layer_name: str
-    """Any of the group's."""
+    heads: ColdHeads
 
     def passes(
         self, prefill: Prefill, run: list[Piece], *, misses_pages: bool, staged: list[tuple[StagedPages, ...]]
@@ -28,31 +23,28 @@ class ColdPieces:
 
         misses_pages: whether a page of the request is in no slot. What has to be staged is added to `staged`.
         """
-        cache = self.cache
+        cache, maker = self.heads.cache, self.heads.maker
         if all(piece.query_len == 1 for piece in run):
-            made = self.maker.star(prefill, run, batch_of(run, cache.entries, cache.sizes.page_size))
+            made = maker.star(prefill, run, batch_of(run, cache.entries, cache.sizes.page_size))
             return [replace(made, keys="both")]
         if not misses_pages or all(piece.kv_len == 0 for piece in run):
-            made = self.maker.star(prefill, run, batch_of(run, cache.entries, cache.sizes.page_size))
+            made = maker.star(prefill, run, batch_of(run, cache.entries, cache.sizes.page_size))
             return [replace(made, keys="slots")]
         keys, batch = self.stage(run)
         staged.append((keys,))
-        passes = []
-        for heads in cache.groups_of(cache.layers[self.layer_name]):
-            maker = replace(self.maker, num_kv_heads=heads.stop - heads.start, first_kv_head=heads.start)
-            passes.append(replace(maker.star(prefill, run, batch), keys=keys))
-        return passes
+        return [replace(each.star(prefill, run, batch), keys=keys) for each in self.heads.group_makers(keys)]
 
     def stage(self, run: list[Piece]) -> tuple[StagedPages, PagedBatch]:
         """The pages that any of the pieces sees, each once, and the pieces' batch on the staged pages.
 
         They are no more than the request has, for which a buffer has room.
         """
-        entries, page_size = self.cache.entries, self.cache.sizes.page_size
+        cache = self.heads.cache
+        entries, page_size = cache.entries, cache.sizes.page_size
         ranges = [pages for piece in run for pages in piece.pages(page_size)]
         pages = sorted({page for first, stop in ranges for page in range(first, stop)})
-        assert self.cache.staging is not None
-        assert len(pages) <= self.cache.staging.num_pages, "an engine with star has buffers for a whole request"
+        assert cache.staging is not None
+        assert len(pages) <= cache.staging.num_pages, "an engine with star has buffers for a whole request"
         (request,) = {piece.request for piece in run}
         places = [0] * entries.shape[1]
         for place, page in enumerate(pages):

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.star.mesh import Mesh, form_mesh
-from farspan.engine_ext.star.team import Agreement, StarAborted, Team
+from farspan.engine_ext.star.team import Agreement, HostMissing, StarAborted, Team
 
 TELLING_S = 2.0
 """Between hosts that notice a failed collective by themselves: their time-outs begin within a step."""
@@ -98,6 +98,8 @@ class Exchange:
         """Whether contexts may be spread so that a layer has all hosts' keys for a while."""
         self.num_on_machine = num_hosts
         """Hosts that share this one's machine, itself included."""
+        self.host_bytes: int | None = None
+        """Host memory for KV that each rank of the lost host had which this one replaces; None for others."""
         self.waited_s = 0.0
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """Around exchanges that the device has not been asked about yet."""
@@ -118,9 +120,9 @@ class Exchange:
     def agree(self, digest: bytes, number: int = 0) -> list[int]:
         """Wait until all hosts are about to compute the same step; returns the number that each of them tells.
 
-        digest: at most 7 bytes that name what is computed together. Raises StarError naming the hosts that do not
-        come within the time-out, or come with another step; StarAborted on all hosts if one of them was told so. With
-        several ranks in a host the first one agrees for all.
+        digest: at most 7 bytes that name what is computed together. Raises HostMissing naming the hosts that do not
+        come within the time-out, StarError those that come with another step; StarAborted on all hosts if one of them
+        was told so. With several ranks in a host the first one agrees for all.
         """
         self.step += 1
         try:
@@ -143,7 +145,7 @@ class Exchange:
         try:
             agreement = Agreement(self.step, digest, self.agree_with_hosts(digest, number))
         except StarError as error:
-            agreement = Agreement(self.step, digest, [], str(error), isinstance(error, StarAborted))
+            agreement = Agreement(self.step, digest, [], str(error), type(error).__name__)
         except BaseException as error:
             # The other ranks wait for an answer, whatever happened here.
             team.share(Agreement(self.step, digest, [], f"{self.phase}, step {self.step}: host {self.rank}: {error!r}"))
@@ -155,7 +157,7 @@ class Exchange:
         mine = bool(self.is_aborted), self.step, int.from_bytes(digest, "big"), number
         came, late, gone = self.mesh.swap(MESSAGE.pack(*mine), self.timeout_s)
         if sentence := self.sentence_of_missing(late, gone, self.timeout_s):
-            raise StarError(sentence)
+            raise HostMissing(sentence)
         everyone = [mine if rank == self.rank else MESSAGE.unpack(came[rank]) for rank in range(self.num_hosts)]
         if any(is_aborted for is_aborted, *_ in everyone):
             self.is_aborted = False
@@ -222,14 +224,14 @@ class Exchange:
             yield
         except RuntimeError as error:
             self.is_torn = True
-            self.failure = StarError(self.sentence_of(error, started))
+            self.failure = HostMissing(self.sentence_of(error, started))
             raise self.failure from error
 
     def gather(self, mine: PartialResult) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of all hosts for the same queries, in the order of their ranks.
 
         Returns [num_hosts, num_tokens, num_q_heads, head_dim] and [num_hosts, num_q_heads, num_tokens], views of one
-        buffer. Raises StarError where the CPU notices that a host is gone.
+        buffer. Raises HostMissing where the CPU notices that a host is gone.
         """
         everyone = torch.empty(self.num_hosts, len(mine.buffer), dtype=torch.uint8, device=mine.buffer.device)
         self.all_gather(everyone, mine.buffer)

@@ -14,6 +14,16 @@ class StarAborted(StarError):
     """All hosts end a request together, at the same step."""
 
 
+class HostMissing(StarError):
+    """A host did not take part in what all hosts do, or lost the connection to another one; they may meet again."""
+
+
+def error_of(kind: str, sentence: str) -> StarError:
+    """An error of another rank. kind: the name of its class."""
+    kinds = {each.__name__: each for each in (StarAborted, HostMissing)}
+    return kinds.get(kind, StarError)(sentence)
+
+
 class Agreement(msgspec.Struct, frozen=True, tag=True):
     """What came of a step's agreement of all hosts."""
 
@@ -22,12 +32,13 @@ class Agreement(msgspec.Struct, frozen=True, tag=True):
     numbers: list[int] = []
     """By host; empty after an error."""
     error: str = ""
-    is_aborted: bool = False
+    kind: str = ""
+    """Of the error, see `error_of`."""
 
     def numbers_or_raise(self) -> list[int]:
-        """Raises StarError, or StarAborted, where hosts did not agree."""
+        """Raises StarError, StarAborted or HostMissing where hosts did not agree."""
         if self.error:
-            raise (StarAborted if self.is_aborted else StarError)(self.error)
+            raise error_of(self.kind, self.error)
         return self.numbers
 
 

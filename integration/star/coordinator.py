@@ -106,33 +106,47 @@ class Hosts:
             size = {} if address else {"num_cpus": max(os.cpu_count() or 1, setup.num_hosts)}
             ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **size)
             self.owns_ray = True
-        self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
+        try:
+            self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """Place and start all hosts. Raises StarError, and leaves nothing behind, where one does not start."""
         import ray
 
-        try:
+        with self.all_or_none():
             self.group = self.place()
-            self.actors = [self.make_actor(rank) for rank in range(self.setup.num_hosts)]
+            for rank in range(self.setup.num_hosts):
+                self.actors.append(self.make_actor(rank))
             address, port = self.wait_for({0: self.actors[0].listen.remote()}, "start", self.setup.start_timeout_s)[0]
             refs = {rank: actor.start.remote(address, port) for rank, actor in enumerate(self.actors)}
             self.facts = [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
-        except BaseException:
-            self.stop()
-            raise
-        page_sizes = {facts.page_size for facts in self.facts}
-        if len(page_sizes) > 1:
-            self.stop()
-            raise UnsupportedEngineError(
-                f"hosts with pages of {sorted(page_sizes)} tokens; farspan needs the same on all. Set block_size."
-            )
+            page_sizes = {facts.page_size for facts in self.facts}
+            if len(page_sizes) > 1:
+                raise UnsupportedEngineError(
+                    f"hosts with pages of {sorted(page_sizes)} tokens; farspan needs the same on all. Set block_size."
+                )
         assert ray.is_initialized()
 
     def measure(self) -> list[HostRates]:
         """What sending and computing an anchor take, of all hosts."""
-        refs = {rank: actor.measure.remote() for rank, actor in enumerate(self.actors)}
-        return [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
+        with self.all_or_none():
+            refs = {rank: actor.measure.remote() for rank, actor in enumerate(self.actors)}
+            return [each for _, each in sorted(self.wait_for(refs, "start", self.setup.start_timeout_s).items())]
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """While all hosts do something together: where that ends early, by Ctrl-C too, all of them are stopped.
+
+        One that still waits for the others would be in the way of whatever is asked next.
+        """
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
 
     def place(self) -> Any:
         import ray
@@ -142,8 +156,10 @@ class Hosts:
         group = placement_group([bundle] * self.setup.num_hosts, strategy=self.setup.strategy)
         try:
             ray.get(group.ready(), timeout=self.setup.start_timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
+        except BaseException as error:
             remove_placement_group(group)
+            if not isinstance(error, ray.exceptions.GetTimeoutError):
+                raise
             raise StarError(
                 f"hosts={self.setup.num_hosts}; each needs {bundle} (placement {self.setup.strategy}), and "
                 f"within {self.setup.start_timeout_s:g} s the cluster had no room. It has {ray.available_resources()} "
@@ -151,7 +167,8 @@ class Hosts:
             ) from error
         return group
 
-    def make_actor(self, rank: int) -> Any:
+    def make_actor(self, rank: int, host_bytes: int | None = None) -> Any:
+        """The actor of a host. host_bytes: see `HostSetup`."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -167,6 +184,7 @@ class Hosts:
             gathers_keys=setup.gathers_keys,
             options=setup.options,
             engine=setup.engine,
+            host_bytes=host_bytes,
         )
         defaults = dict(CPU_ENV if self.device_type == "cpu" else {})
         # Where a step is one of several processes, the hosts' own time-outs come first, those of a start too.
@@ -230,10 +248,12 @@ class Hosts:
         doing = next(iter(asks.values())).phase
         # Hosts that wait for each other have as much patience as this process has with them.
         timed = {rank: replace(ask, timeout_s=self.patience_s) for rank, ask in asks.items()}
-        pending = {rank: self.actors[rank].run.remote(ask) for rank, ask in timed.items()}
+        pending: dict[int, Any] = {}
         watches = {rank: Watch() for rank in asks}
         errors: dict[int, BaseException] = {}
         try:
+            for rank, ask in timed.items():
+                pending[rank] = self.actors[rank].run.remote(ask)
             while pending:
                 done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=POLL_S)
                 for rank in [rank for rank, ref in pending.items() if ref in done]:
@@ -293,33 +313,38 @@ class Hosts:
         import ray
 
         told = {rank: self.actors[rank].abort.remote() for rank in pending}
-        waited = [*told.values(), *pending.values()]
-        _, left = ray.wait(waited, num_returns=len(waited), timeout=within_s)
-        for rank, ref in pending.items():
-            if ref in left or told[rank] in left:
-                self.end(rank)
+        left = waited = [*told.values(), *pending.values()]
+        try:
+            _, left = ray.wait(waited, num_returns=len(waited), timeout=within_s)
+        finally:
+            # All of them where Ctrl-C is pressed again.
+            for rank, ref in pending.items():
+                if ref in left or told[rank] in left:
+                    self.end(rank)
 
-    def replace(self, rank: int) -> None:
+    def replace(self, rank: int | None) -> None:
         """A new host for a dead one, and for those that waited for it on their devices until they were ended.
 
-        The others keep their engines and meet the new ones.
+        The others keep their engines and meet the new ones, or each other (None). All hosts are stopped where one does
+        not start.
         """
         import ray
 
-        new = {rank, *self.killed}
-        for each in new:
-            ray.kill(self.actors[each], no_restart=True)
-            self.actors[each] = self.make_actor(each)
-        self.killed = set()
-        timeout_s = self.setup.start_timeout_s
-        address, port = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
-        refs = {
-            each: actor.start.remote(address, port) if each in new else actor.rejoin.remote(address, port)
-            for each, actor in enumerate(self.actors)
-        }
-        results = self.wait_for(refs, "restart", timeout_s)
-        for each in new:
-            self.facts[each] = results[each]
+        with self.all_or_none():
+            new = self.killed if rank is None else {rank, *self.killed}
+            for each in new:
+                ray.kill(self.actors[each], no_restart=True)
+                self.actors[each] = self.make_actor(each, self.facts[each].host_bytes)
+            self.killed = set()
+            timeout_s = self.setup.start_timeout_s
+            address, port = self.wait_for({0: self.actors[0].listen.remote()}, "restart", timeout_s)[0]
+            refs = {
+                each: actor.start.remote(address, port) if each in new else actor.rejoin.remote(address, port)
+                for each, actor in enumerate(self.actors)
+            }
+            results = self.wait_for(refs, "restart", timeout_s)
+            for each in new:
+                self.facts[each] = results[each]
 
     def stop(self) -> None:
         """End all hosts and give their places back; Ray itself goes on."""
@@ -328,25 +353,30 @@ class Hosts:
 
         if not ray.is_initialized():
             return
-        with contextlib.suppress(ray.exceptions.RayError):
-            # Killing alone frees a GPU's memory; leaving first lets what waits for this host go on.
-            stopping = [actor.stop.remote() for actor in self.actors]
-            ray.wait(stopping, num_returns=len(stopping), timeout=GRACE_S) if stopping else None
-        for actor in self.actors:
+        try:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(actor, no_restart=True)
-        if self.group is not None:
-            remove_placement_group(self.group)
-        self.actors, self.group, self.facts, self.killed = [], None, [], set()
+                # Killing alone frees a GPU's memory; leaving first lets what waits for this host go on.
+                stopping = [actor.stop.remote() for actor in self.actors]
+                ray.wait(stopping, num_returns=len(stopping), timeout=GRACE_S) if stopping else None
+        finally:
+            # Also where Ctrl-C is pressed meanwhile.
+            for actor in self.actors:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(actor, no_restart=True)
+            if self.group is not None:
+                remove_placement_group(self.group)
+            self.actors, self.group, self.facts, self.killed = [], None, [], set()
 
     def close(self) -> None:
         """`stop`, and Ray too if it was started here."""
         import ray
 
-        self.stop()
-        if self.owns_ray:
-            ray.shutdown()
-            self.owns_ray = False
+        try:
+            self.stop()
+        finally:
+            if self.owns_ray:
+                ray.shutdown()
+                self.owns_ray = False
 
 
 def choose_device(num_hosts: int, resources: dict[str, float], num_ranks: int = 1) -> Literal["cpu", "cuda"]:

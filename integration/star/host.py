@@ -139,7 +139,7 @@ class StarHost:
             ) from error
 
     def facts(self, start_s: float) -> HostFacts:
-        from farspan.vllm_compat.engine import num_linear_weights
+        from farspan.vllm_compat.engine import host_bytes_of, num_linear_weights
 
         config = self.llm.llm_engine.vllm_config
         model, cache = config.model_config, config.cache_config
@@ -155,6 +155,7 @@ class StarHost:
             linear_pairs=num_linear_weights(self.llm) / (2 * layers * heads * model.get_head_size()),
             chunk_len=config.scheduler_config.max_num_batched_tokens,
             start_s=start_s,
+            host_bytes=host_bytes_of(self.llm),
         )
 
     def measure(self) -> HostRates:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from farspan.engine_ext.config import parse_config
 from farspan.engine_ext.errors import ConfigError, StarError
 from farspan.engine_ext.star.shard import Shard
+from farspan.engine_ext.star.team import HostMissing
 from farspan.engine_ext.star.windows import WindowShard
 from farspan.star.arguments import (
     Tokens,
@@ -35,8 +36,8 @@ from farspan.star.blocks import (
 from farspan.star.coordinator import HostLost, Hosts, HostsSetup
 from farspan.star.host import StarHost
 from farspan.star.output import Progress, StarOutput
-from farspan.star.protocol import Answer, Ask, HostStatus
-from farspan.star.room import check_offload, check_room, room_of
+from farspan.star.protocol import Answer, Ask, HostStatus, RanksApart
+from farspan.star.room import check_offload, check_room, check_share, room_of
 from farspan.star.work import Work, blocks_done, tokens_of_status
 
 WARM_UP_PAGES = 2
@@ -137,12 +138,17 @@ class StarLLM:
             raise
 
     def start(self) -> None:
-        """Start all hosts and send them a short request, which compiles what has to be."""
+        """Start all hosts and send them a short request, which compiles what has to be; all or none is started."""
         self.hosts.start()
+        with self.hosts.all_or_none():
+            facts = self.hosts.facts[0]
+            self.page_size, self.linear_pairs = facts.page_size, facts.linear_pairs
+            self.sizes.check(self.page_size)
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """The first request of hosts that have just started."""
         facts = self.hosts.facts
-        self.page_size = facts[0].page_size
-        self.linear_pairs = facts[0].linear_pairs
-        self.sizes.check(self.page_size)
         num_tokens = WARM_UP_PAGES * self.num_hosts * self.page_size
         room = min(each.max_model_len for each in facts)
         if self.num_hosts == 1 or num_tokens // self.num_hosts + 2 * self.page_size > room:
@@ -228,6 +234,9 @@ class StarLLM:
             for work in works:
                 for _ in self.ask_one(work) if work.shards is None else self.read_context(work):
                     pass
+            if self.restart_s > 0:
+                # A replacement may have less room than the host had.
+                check_room(works, self.hosts.facts, has_offload=self.has_offload)
             together = [work for work in works if work.shards is not None]
             for _ in self.answer_together(together) if together else ():
                 pass
@@ -348,11 +357,7 @@ class StarLLM:
         if anchor != "auto" or self.has_offload:
             return anchor == "share"
         if self.sharing_pays is None:
-            try:
-                rates = self.hosts.measure() if self.num_hosts > 1 else []
-            except StarError:
-                self.hosts.stop()
-                raise
+            rates = self.hosts.measure() if self.num_hosts > 1 else []
             slowest = max(rates, key=lambda rate: rate.send_token_s, default=None)
             self.sharing_pays = slowest is not None and sharing_pays(slowest.send_token_s, slowest.compute_token_s)
         return self.sharing_pays
@@ -380,7 +385,9 @@ class StarLLM:
                 yield Progress("exact attention", 0, 0, tokens_of_status(statuses.get(0)))
 
     def read_context(self, work: Work, may_replace: bool = True) -> Iterator[Progress]:
-        """Phase 1 on all hosts. One that is lost is replaced once, where it may be."""
+        """Phase 1 on all hosts. One that is lost is replaced once, where it may be; hosts that lost each other meet
+        again once.
+        """
         assert work.shards is not None
         shards, num_blocks, answers = work.shards, work.num_blocks, work.first
         with_blocks = [shard for shard in shards if shard.num_blocks > 0]
@@ -395,7 +402,8 @@ class StarLLM:
                         done += sum(shards[rank].num_blocks for rank in answers)
                         yield Progress("phase 1", min(done, num_blocks), num_blocks, [])
                 break
-            except HostLost as lost:
+            except (HostLost, HostMissing, RanksApart) as lost:
+                lost_rank = lost.rank if isinstance(lost, HostLost) else None
                 restarted = time.perf_counter()
                 try:
                     if self.hosts.setup.graphs:
@@ -404,15 +412,20 @@ class StarLLM:
                         self.start()
                         answers.clear()
                     else:
-                        self.hosts.replace(lost.rank)
+                        self.hosts.replace(lost_rank)
                 except Exception as error:
-                    self.hosts.stop()
-                    raise StarError(f"{lost} A replacement did not start either: {error}") from error
+                    second = "The hosts did not meet again" if lost_rank is None else "A replacement did not start"
+                    raise StarError(f"{lost} {second} either: {error}") from error
                 self.restart_s += time.perf_counter() - restarted
+                try:
+                    check_share(work, self.hosts.facts, has_offload=self.has_offload)
+                except ConfigError as error:
+                    raise StarError(f"{lost} Its replacement has less room: {error}") from error
                 # Only what is not answered is asked again; a new host starts with an empty cache.
-                answers.pop(lost.rank, None)
-                if isinstance(shards[0], WindowShard):
+                if lost_rank is None or isinstance(shards[0], WindowShard):
                     answers.clear()
+                else:
+                    answers.pop(lost_rank, None)
                 todo = {shard.rank: work.first_ask(shard, 1) for shard in with_blocks if shard.rank not in answers}
         yield Progress("phase 1", num_blocks, num_blocks, [])
         work.phase_1_s = time.perf_counter() - started
@@ -443,7 +456,7 @@ class StarLLM:
         """`Hosts.run`; after an error that leaves hosts in doubt all of them are stopped, to start anew when needed."""
         try:
             yield from self.hosts.run(asks, answers)
-        except HostLost as error:
+        except (HostLost, HostMissing, RanksApart) as error:
             if may_replace:
                 raise
             self.hosts.stop()

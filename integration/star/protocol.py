@@ -47,6 +47,8 @@ class HostSetup(OfRanks):
     """additional_config["farspan"]."""
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of `LLM`."""
+    host_bytes: int | None = None
+    """Host memory for KV of each rank, where this host replaces one that had as much."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class HostFacts:
     chunk_len: int
     """Tokens of a prompt that a step computes at most."""
     start_s: float
+    host_bytes: int | None = None
+    """Host memory for KV of each rank; None without cold heads."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class Refused:
     """A StarError of a rank, as it travels."""
 
     sentence: str
-    is_aborted: bool
+    kind: str
+    """See `team.error_of`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Failure:
     """The last error of a rank's group."""
 
     sentence: str
-    is_aborted: bool
+    kind: str
+    """See `team.error_of`."""
     is_torn: bool
     """Whether it came inside a step, where ranks of a host wait for each other as well."""
 
@@ -48,12 +50,10 @@ _bound: socket.socket | None = None
 
 def attempt(worker: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """A function below with these arguments; a StarError is a result."""
-    from farspan.engine_ext.star.team import StarAborted
-
     try:
         return function(*arguments)
     except StarError as error:
-        return Refused(str(error), isinstance(error, StarAborted))
+        return Refused(str(error), type(error).__name__)
 
 
 def bind(address: str) -> int:
@@ -96,6 +96,7 @@ def join(setup: HostSetup, address: str, ports: Sequence[int]) -> None:
         machine=number_of_machine(),
     )
     exchange.gathers_keys = setup.gathers_keys
+    exchange.host_bytes = setup.host_bytes
     set_exchange(exchange)
 
 
@@ -177,12 +178,11 @@ def abort() -> None:
 def last_failure() -> Failure | None:
     """Of the group, since the request began."""
     from farspan.engine_ext.star.exchange import current
-    from farspan.engine_ext.star.team import StarAborted
 
     exchange = current()
     if exchange is None or exchange.failure is None:
         return None
-    return Failure(str(exchange.failure), isinstance(exchange.failure, StarAborted), exchange.is_torn)
+    return Failure(str(exchange.failure), type(exchange.failure).__name__, exchange.is_torn)
 
 
 def measure(dtype: Any) -> tuple[float, float]:
@@ -229,10 +229,10 @@ class Ranks:
         """`vllm_compat.host_executor.HostExecutor`; None where the only rank is this process."""
 
     def ask(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = REPLY_S) -> list[Any]:
-        """A function above on all ranks, by rank. Raises StarError or StarAborted of the first that does, or
-        EngineGone where a rank does not answer.
+        """A function above on all ranks, by rank. Raises the StarError of the first that does, or EngineGone where a
+        rank does not answer.
         """
-        from farspan.engine_ext.star.team import StarAborted
+        from farspan.engine_ext.star.team import error_of
 
         if self.executor is None:
             return [function(*arguments)]
@@ -244,7 +244,7 @@ class Ranks:
             raise self.error_of(error) from error
         for answer in answers:
             if isinstance(answer, Refused):
-                raise (StarAborted if answer.is_aborted else StarError)(answer.sentence)
+                raise error_of(answer.kind, answer.sentence)
         return list(answers)
 
     def error_of(self, error: Exception) -> Exception:
@@ -264,7 +264,7 @@ class Ranks:
 
     def error_of_step(self, error: Exception) -> Exception:
         """What made a step of the engine fail, as a rank that is this process would have raised it."""
-        from farspan.engine_ext.star.team import StarAborted
+        from farspan.engine_ext.star.team import error_of
 
         if self.executor is None:
             return error
@@ -278,7 +278,7 @@ class Ranks:
         except Exception:
             failure = None
         if failure is not None and not failure.is_torn:
-            return (StarAborted if failure.is_aborted else StarError)(failure.sentence)
+            return error_of(failure.kind, failure.sentence)
         meaning = self.error_of(error)
         if meaning is not error or failure is None:
             return meaning

@@ -43,6 +43,12 @@ def adopt_pages(llm: Any, request_id: str, num_tokens: int) -> None:
     pool.free_blocks(reversed(pages))
 
 
+def host_bytes_of(llm: Any) -> int | None:
+    """Host memory for KV of each rank; None without cold heads."""
+    sizes = getattr(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config, "farspan_offload", None)
+    return None if sizes is None else int(sizes.num_blocks * sizes.page_bytes)
+
+
 def draw_by_place_in_answer(llm: Any) -> None:
     """Let sampled tokens depend on their place in the answer instead of in the prompt, whose length hosts differ in.
 

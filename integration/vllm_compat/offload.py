@@ -65,7 +65,8 @@ def host_budget(worker: Any, machines: Sequence[str]) -> int:
     """Bytes of host memory that one rank may take for KV; runs in the worker. Raises ConfigError.
 
     machines: of all ranks, see `machine_of`. The option is per machine, which other hosts of Star Attention may share,
-    and a tensor-parallel group may span several.
+    and a tensor-parallel group may span several. A host that replaces a lost one takes what that had, as requests were
+    planned by it, and the other hosts have theirs already.
     """
     options = cold_options(worker.vllm_config)
     assert options is not None
@@ -73,6 +74,14 @@ def host_budget(worker: Any, machines: Sequence[str]) -> int:
     num_engines = num_replicas(worker.vllm_config.parallel_config)
     num_ranks = engine_ranks * num_engines * (1 if exchange is None else exchange.num_on_machine)
     available = available_bytes()
+    if exchange is not None and exchange.host_bytes is not None:
+        if exchange.host_bytes * engine_ranks > available:
+            raise ConfigError(
+                f"a host that replaces a lost one needs as much host memory for KV, "
+                f"{exchange.host_bytes * engine_ranks / GIB:.1f} GiB; this machine, or its limit for this job, has "
+                f"{available / GIB:.1f} GiB free. Free some, or ask again, which starts all hosts anew."
+            )
+        return exchange.host_bytes
     if options.host_memory == "auto":
         return int(available * AUTO_SHARE) // num_ranks
     wanted = int(options.host_memory * GIB) // num_ranks

@@ -1,5 +1,6 @@
 """What blocks cost in answers, on the bundled model: the same questions for all, and which of them a run asks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def test_it_asks_nothing_more_when_its_time_is_over(tmp_path: Path, monkeypatch:
     assert [row.metric for row in recorder.rows] == ["drift"]
     with pytest.raises(BenchmarkError, match=r"star-n3.*known are dense, star-n2"):
         measure(recorder, inputs_of(tmp_path, variants=("star-n3",)))
+
+
+def test_it_asks_only_the_kinds_that_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, asked = Recorder(None, ENVIRONMENT), []
+    monkeypatch.setattr(Answers, "ask", lambda self, sample: asked.append(sample.task))
+    inputs = replace(inputs_of(tmp_path, kinds=("variable_tracking",)), prompts=0)
+    measure(recorder, inputs)
+    assert asked == ["variable_tracking"]
+    with pytest.raises(BenchmarkError, match=r"kinds \['qa'\]; known are niah_single"):
+        measure(recorder, replace(inputs, kinds=("qa",)))
 
 
 def test_positions_that_are_scaled_are_refused(tmp_path: Path) -> None:

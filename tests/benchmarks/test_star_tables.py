@@ -91,3 +91,12 @@ def test_answers_have_a_column_a_case() -> None:
     table = answer_tables(recorder.rows)
     assert "| `star-n4` | 87.5 |" in table
     assert "| `star-n4` | -0.2000 ± 0.1000 |" in table
+    # Runs of a checkpoint without ablations are in the other table, with which those with them are not mixed.
+    for run_id, variant, low in (("1", "star-n4", -0.6), ("2", "star-n4", -0.4), ("2", "star-n4-random-content", -0.4)):
+        recorder.environment = replace(ENVIRONMENT, run_id=run_id)
+        recorder.add("star", "n16384-small-code-bf16", variant, "drift", "nats/token", [low, -0.2])
+    table = answer_tables(recorder.rows)
+    assert "| `n8192-code-small` | `n16384-small-code-bf16` |" in table
+    assert "| `star-n4` | -0.2000 ± 0.1000 | -0.3000 ± 0.1000 |" in table
+    assert "| `star-n4-random-content` |  | -0.3000 ± 0.1000 |" in table
+    assert "| `small-code` | 16K | -0.4000 ± 0.2000 |" in real_tables(recorder.rows)

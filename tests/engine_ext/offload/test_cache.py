@@ -80,7 +80,9 @@ class Driver:
 
     def write(self, step: CacheStep, layer: int, count: int) -> None:
         keys = keys_of(layer, torch.arange(self.computed - count, self.computed)).to(self.device)
-        step.write(f"layer.{layer}", keys, -keys)
+        name = f"layer.{layer}"
+        keys = keys[:, step.kv_heads(name)]
+        step.write(name, keys, -keys)
 
     def read(self, step: CacheStep, layer: int, each: Pass, kv_heads: slice) -> torch.Tensor:
         """[num_tokens, heads, 2 * HEAD_DIM]: what attention would read of some heads."""

@@ -106,13 +106,37 @@ def test_host_memory_that_the_machine_has_not(monkeypatch: pytest.MonkeyPatch) -
     offload_options = OffloadOptions(host_memory=200)
     assert offload.host_budget(worker, [here]) == 100 * offload.GIB
     # Hosts of Star Attention on one machine share it too.
-    exchange = SimpleNamespace(num_on_machine=4)
+    exchange = SimpleNamespace(num_on_machine=4, host_bytes=None)
     monkeypatch.setattr(offload, "current", lambda: exchange)
     assert offload.host_budget(worker, [here]) == 25 * offload.GIB
     exchange.num_on_machine = 1
     offload_options = OffloadOptions(host_memory=250)
     with pytest.raises(ConfigError, match=r"host_memory=250.*; allowed: up to 240\.0 GiB"):
         offload.host_budget(worker, [here])
+
+
+@pytest.mark.faults
+def test_a_host_that_replaces_another_takes_its_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is free while the other host has its share, the same part would be less."""
+    from farspan.engine_ext.config import OffloadOptions
+    from farspan.vllm_compat import offload
+
+    config = engine({})
+    config.parallel_config.data_parallel_size_local = 1
+    worker = SimpleNamespace(vllm_config=config)
+    monkeypatch.setattr(offload, "cold_options", lambda config: OffloadOptions())
+    exchange = SimpleNamespace(num_on_machine=2, host_bytes=None)
+    monkeypatch.setattr(offload, "current", lambda: exchange)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 100 * offload.GIB)
+    here = [offload.machine_of(worker)]
+    assert offload.host_budget(worker, here) == 30 * offload.GIB
+    exchange = SimpleNamespace(num_on_machine=2, host_bytes=30 * offload.GIB)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 70 * offload.GIB)
+    assert offload.host_budget(worker, here) == 30 * offload.GIB
+    # Of two ranks on one machine each needs as much.
+    monkeypatch.setattr(offload, "available_bytes", lambda: 50 * offload.GIB)
+    with pytest.raises(ConfigError, match=r"as much host memory for KV, 60\.0 GiB; this machine.* has 50\.0 GiB free"):
+        offload.host_budget(worker, here * 2)
 
 
 def test_spans_are_neither_for_lists_of_blocks_nor_for_blocks_of_a_context() -> None:

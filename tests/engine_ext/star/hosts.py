@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from farspan.engine_ext import launch, layers, metadata, requests
+from farspan.engine_ext import impl, layers, metadata, requests
 from farspan.engine_ext.config import Prefill, parse_config
 from farspan.engine_ext.offload.cache import ColdCache
 from farspan.engine_ext.offload.pool import make_host_pool
@@ -19,7 +19,6 @@ from farspan.engine_ext.star import steps
 from farspan.engine_ext.star.exchange import PartialResult, unpacked
 from farspan.engine_ext.star.shard import StarShard
 from farspan.engine_ext.string import Rotation
-from farspan.kernels.batch import KVView
 from farspan.kernels.reference import attend_logits
 from farspan.scheduler.residency import Residency, Scheduled
 
@@ -27,6 +26,8 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
 LAYER = "model.layers.0.self_attn.attn"
 INV_FREQ = 1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 CPU = torch.device("cpu")
+running: Any = threading.local()
+"""The forward context of each host's thread."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class Host:
         monkeypatch.setattr(requests, "_make_source", lambda vllm_config: self.source)
         rotary = SimpleNamespace(rotation_of_layer=lambda *arguments: Rotation(INV_FREQ, True))
         monkeypatch.setattr(layers, "rotary_source", lambda: rotary)
+        monkeypatch.setattr(impl, "get_forward_context", lambda: running)
         vllm_config = SimpleNamespace(
             additional_config={"farspan": options},
             parallel_config=SimpleNamespace(worker_extension_cls=""),
@@ -284,38 +286,25 @@ class Host:
         if padding:
             query, key, value = (torch.cat([each, each[:1].expand(padding, -1, -1)]) for each in (query, key, value))
             slots += [-1] * padding
-        out = attend_step(step, query, key, value, self.pages, torch.tensor(slots))
+        out = self.attend(step, query, key, value, torch.tensor(slots))
         return list(out[: int(starts[-1])].split(starts.diff().tolist()))
+
+    def attend(
+        self, step: StepMetadata, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """What vLLM asks of the layer in a step."""
+        layer: Any = object.__new__(impl.FarspanImpl)
+        layer.num_heads, layer.num_kv_heads, layer.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_DIM
+        layer.scale, layer.config = HEAD_DIM**-0.5, self.builder.config
+        running.attn_metadata = {LAYER: step}
+        name, out = SimpleNamespace(layer_name=LAYER), torch.full_like(query, torch.nan)
+        layer.do_kv_cache_update(name, key, value, self.pages, slots)
+        return layer.forward(name, query, key, value, self.pages, step, out)
 
 
 def local(heads: torch.Tensor, first: int) -> torch.Tensor:
     """The rows from `first` on as a model hands them to attention: rotated by their place in the request."""
     return rotate(heads[first:], torch.arange(first, len(heads))).float()
-
-
-def attend_step(
-    step: StepMetadata, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: Any
-) -> torch.Tensor:
-    """What the impl does with a step."""
-    context, out = step.layers[LAYER], torch.full_like(query, torch.nan)
-    parts = launch.Parts(out, NUM_HEADS // NUM_KV_HEADS)
-    key = launch.at_true_positions(key, step.moved, context.to_true_positions)
-    launch.write_kv(key[:, : pages.shape[1]], value[:, : pages.shape[1]], pages, slots)
-    if step.cold is not None:
-        step.cold.write(LAYER, key, value)
-    query = launch.at_true_positions(query, step.moved, context.to_true_positions)
-    pages = pages if step.key_exchange is None else step.key_exchange.pages(pages)
-    for each in step.passes:
-        target, lse = parts.room(each)
-        kv = KVView(pages)
-        if each.keys != "cache":
-            assert step.cold is not None
-            kv = step.cold.view(LAYER, each)
-        of_pass = launch.rows_of(query, each.rows, parts.heads_of(each))
-        lse = launch.attend(each, of_pass, kv.of_heads(each.kv_heads), context, HEAD_DIM**-0.5, target, lse)
-        if each.part is not None:
-            parts.add(each, lse)
-    return out
 
 
 def shard_tokens(tokens: Tokens, shard: StarShard) -> Tokens:

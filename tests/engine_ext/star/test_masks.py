@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from farspan.engine_ext import impl
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.passes import Sparse
 from farspan.engine_ext.star.windows import WindowShard
@@ -51,6 +52,24 @@ def test_cold_heads_change_nothing(name: str, hot_heads: int, monkeypatch: pytes
     longest = max(hosts, key=lambda host: len(host.tables[0]))
     assert longest.cold is not None
     assert min(longest.cold.num_spilled, longest.cold.num_staged) > 0
+
+
+@pytest.mark.parametrize("hot_heads", [0, 1, 2], ids=lambda heads: f"hot{heads}")
+def test_keys_are_turned_once(hot_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hot heads before vLLM's pages are written, cold ones before slots are: queries have four heads, keys two."""
+    num_heads: list[int] = []
+    turn = impl.at_true_positions
+
+    def count(heads: torch.Tensor, moved: Any, turns: Any) -> torch.Tensor:
+        num_heads.append(heads.shape[1])
+        return turn(heads, moved, turns)
+
+    monkeypatch.setattr(impl, "at_true_positions", count)
+    cold = {} if hot_heads == 2 else {"hot_heads": hot_heads, "num_slots": 8}
+    check_both_phases(LAYOUTS["one-host-blocks"], 1000, monkeypatch, **cold)
+    num_steps = num_heads.count(4)
+    assert num_steps > 2
+    assert sum(num_heads) == num_steps * (4 + 2)
 
 
 def check_both_phases(layout: Layout, chunk: int, monkeypatch: pytest.MonkeyPatch, **cold: int) -> list[Host]:

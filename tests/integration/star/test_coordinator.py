@@ -1,19 +1,22 @@
 """What the coordinator decides without any host: the device, and which of several errors to tell."""
 
+import importlib
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import StarError, UnsupportedEngineError
 from farspan.star import StarLLM
-from farspan.star.blocks import BlockSizes
+from farspan.star.blocks import BlockSizes, plan_shards
 from farspan.star.coordinator import HostFailed, HostLost, Hosts, HostsSetup, Watch, choose_device, stuck_error, worst
 from farspan.star.output import Progress
-from farspan.star.protocol import Ask
+from farspan.star.protocol import Ask, HostFacts, HostRates, HostSetup
+from farspan.star.work import Work
 
 
 def test_a_gpu_for_every_host() -> None:
@@ -24,6 +27,18 @@ def test_a_gpu_for_every_host() -> None:
     assert choose_device(2, {"GPU": 4.0}, 2) == "cuda"
     with pytest.raises(StarError, match=r"3 GPUs, and every host needs 2 of its own \(tensor_parallel_size\)"):
         choose_device(2, {"GPU": 3.0}, 2)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_ray_is_left_as_it_was_where_there_are_too_few_gpus(is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, ended = pytest.importorskip("ray"), []
+    monkeypatch.setattr(ray, "is_initialized", lambda: not is_ours)
+    monkeypatch.setattr(ray, "init", lambda **arguments: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(StarError, match="the Ray cluster has 1 GPU"):
+        Hosts(HostsSetup(2, "nowhere", 60.0, 60.0, False, False, {}, {}, None))
+    assert ended == [True] * is_ours
 
 
 def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:
@@ -143,6 +158,125 @@ def test_an_interrupt_while_hosts_work_ends_the_request_on_all_of_them(monkeypat
     with pytest.raises(KeyboardInterrupt):
         list(hosts.run({0: ask, 1: ask}, {}))
     assert told == [0, 1]
+
+
+class Waiting:
+    """Ray as hosts see it that are started, replaced, measured or ended: the wait number `at` is interrupted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 0) -> None:
+        ray = pytest.importorskip("ray")
+        groups = importlib.import_module("ray.util.placement_group")
+        self.killed: list[str] = []
+        self.given: list[HostSetup] = []
+        self.num_waits, self.at, self.num_groups = 0, at, 0
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(ray, "kill", lambda actor, no_restart: self.killed.append(actor.name))
+        monkeypatch.setattr(ray, "wait", self.wait)
+        monkeypatch.setattr(ray, "get", self.get)
+        monkeypatch.setattr(groups, "placement_group", self.place)
+        monkeypatch.setattr(groups, "remove_placement_group", self.remove)
+        monkeypatch.setattr(ray, "remote", lambda host_class: SimpleNamespace(options=lambda **o: self))
+
+    def count(self) -> None:
+        self.num_waits += 1
+        if self.num_waits == self.at:
+            raise KeyboardInterrupt
+
+    def wait(self, refs: list[Any], **options: Any) -> tuple[list[Any], list[Any]]:
+        self.count()
+        return refs, []
+
+    def get(self, ref: Any, timeout: float | None = None) -> Any:
+        if timeout is not None:
+            self.count()
+        return ref() if callable(ref) else ref
+
+    def place(self, bundles: list[Any], strategy: str) -> Any:
+        self.num_groups += 1
+        return SimpleNamespace(ready=lambda: None)
+
+    def remove(self, group: Any) -> None:
+        self.num_groups -= 1
+
+    def remote(self, setup: HostSetup) -> Any:
+        """An actor with the setup."""
+        self.given.append(setup)
+        facts = HostFacts(16, 64, 64, 512, 1.0, 16, 0.0, host_bytes=1000 + setup.rank)
+        answers = {"listen": ("", 1), "start": facts, "rejoin": None, "measure": HostRates(1.0, 1.0), "stop": None}
+        methods = {name: SimpleNamespace(remote=lambda *_, a=answer: lambda: a) for name, answer in answers.items()}
+        return SimpleNamespace(name=f"{setup.rank}.{len(self.given)}", **methods)
+
+    def hosts(self) -> Hosts:
+        found: Any = object.__new__(Hosts)
+        found.setup = HostsSetup(2, "nowhere", 60.0, 60.0, False, False, {}, {}, None)
+        found.device_type, found.group, found.host_class = "cpu", None, object
+        found.actors, found.facts, found.killed, found.owns_ray = [], [], set(), False
+        return found
+
+
+@pytest.mark.parametrize("work", ["start", "measure", "replace", "stop"])
+def test_an_interrupt_while_all_hosts_do_something_leaves_none(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever of the waits it comes: a host that waits for the others would be in the next request's way."""
+    for at in range(1, 9):
+        ray = Waiting(monkeypatch)
+        hosts = ray.hosts()
+        if work != "start":
+            hosts.start()
+        ray.num_waits, ray.at = 0, at
+        try:
+            hosts.replace(1) if work == "replace" else getattr(hosts, work)()
+        except KeyboardInterrupt:
+            assert not hosts.actors
+            assert ray.num_groups == 0
+            assert len(set(ray.killed)) == len(ray.given)
+        else:
+            break
+    # Placing, the first host's port, all hosts; the wait of a stop.
+    assert at > {"start": 3, "measure": 1, "replace": 2, "stop": 1}[work]
+
+
+def test_a_host_that_replaces_another_is_told_its_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Waiting(monkeypatch)
+    hosts = ray.hosts()
+    hosts.start()
+    assert [setup.host_bytes for setup in ray.given] == [None, None]
+    hosts.replace(1)
+    assert [(setup.rank, setup.host_bytes) for setup in ray.given[2:]] == [(1, 1001)]
+
+
+def test_an_interrupt_while_a_request_is_aborted_ends_its_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Waiting(monkeypatch, at=1)
+    hosts = ray.hosts()
+    abort = SimpleNamespace(remote=lambda: "told")
+    hosts.actors = [SimpleNamespace(name=f"{rank}", abort=abort) for rank in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        hosts.abort({0: "run 0", 1: "run 1"}, 1.0)
+    assert ray.killed == ["0", "1"]
+    assert hosts.killed == {0, 1}
+
+
+def test_a_replacement_with_less_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost host's successor was not there when the request was checked."""
+    star = StarLLM.__new__(StarLLM)
+    star.num_hosts, star.has_offload, star.restart_s = 2, True, 0.0
+    facts = [HostFacts(16, 4096, 4096, 512, 1000.0, 128, 0.0)] * 2
+
+    def run(asks: dict[int, Ask], answers: Any) -> Iterator[dict[int, Any]]:
+        raise HostLost(1, "phase 1: host 1 is dead.")
+        yield {}
+
+    def replace_host(rank: int) -> None:
+        star.hosts.facts = [facts[0], replace(facts[1], cache_len=64)]
+
+    star.hosts = SimpleNamespace(  # type: ignore[assignment]
+        facts=facts, run=run, replace=replace_host, setup=SimpleNamespace(graphs=False)
+    )
+    context = list(range(256))
+    shards = plan_shards("r", len(context), 2, 16, BlockSizes(64, None), 1000.0)
+    work = Work("r", context, [1], SimpleNamespace(max_tokens=4, clone=SimpleNamespace), shards, False)
+    monkeypatch.setattr(Work, "first_ask", lambda self, shard, attempt: Ask("r", "phase 1", [1], None, shard))
+    with pytest.raises(StarError, match=r"host 1 is dead\. Its replacement has less room: host 1 needs \d+ tokens"):
+        list(star.read_context(work))
 
 
 def interrupted(progress: Progress) -> None:

@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import ConfigError, StarError
+from farspan.engine_ext.star.team import HostMissing
 from farspan.star.blocks import BlockSizes
 from farspan.star.coordinator import HostLost
 from farspan.star.host import StarHost
@@ -49,7 +51,7 @@ class Asking(StarLLM):
 
 def test_the_first_request_is_given_the_time_of_the_start() -> None:
     llm = Asking()
-    llm.hosts.start = lambda: None
+    llm.hosts.start, llm.hosts.all_or_none = lambda: None, nullcontext
     llm.hosts.setup.timeout_s, llm.hosts.setup.start_timeout_s = 6.0, 180.0
     given: list[float] = []
     answer = llm.guarded
@@ -81,10 +83,8 @@ def test_phase_1_prefills_as_the_request_says() -> None:
 
 
 def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
-    """Once; where a host is lost meanwhile all start anew with the next request."""
+    """Once; where a host is lost meanwhile, again with the next request."""
     llm, params = Asking(), SamplingParams(max_tokens=2, temperature=0.0)
-    stopped: list[bool] = []
-    llm.hosts.stop = lambda: stopped.append(True)
     llm.sharing_pays = None
 
     def lost() -> list[HostRates]:
@@ -97,7 +97,7 @@ def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
     assert llm.sharing_pays is None
     with pytest.raises(StarError, match="host 1 is dead"):
         llm.generate(list(range(200)), [1, 2], params)
-    assert stopped == [True]
+    assert llm.sharing_pays is None
     measured = iter([[HostRates(1e-7, 1e-6), HostRates(2e-7, 1e-6)]])
     llm.hosts.measure = lambda: next(measured)
     for _ in range(2):
@@ -106,6 +106,56 @@ def test_an_anchor_is_sent_where_that_is_measured_to_be_faster() -> None:
         assert [ask.shares_anchor for ask in llm.asked] == [True, True, False, False]
     llm.generate(list(range(200)), [1, 2], params, anchor="recompute")
     assert not llm.asked[-4].shares_anchor
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("is_placed", [False, True], ids=["no-room", "second"])
+def test_phase_1_is_tried_again_once(is_placed: bool) -> None:
+    """The error names the host that was lost, and the phase. A replacement that fails stops all hosts itself."""
+    llm, runs, stopped = Asking(), [], []
+
+    def lose(asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[Any]:
+        runs.append(sorted(asks))
+        raise HostLost(1, f"phase 1: host 1 is dead (loss {len(runs)}).")
+        yield {}
+
+    def replace_host(rank: int) -> None:
+        if not is_placed:
+            raise HostLost(rank, f"restart: host {rank} did not finish within 9 s; see its log.")
+
+    llm.hosts.run, llm.hosts.replace, llm.hosts.stop = lose, replace_host, lambda: stopped.append(True)
+    llm.guarded = lambda *arguments: StarLLM.guarded(llm, *arguments)  # type: ignore[method-assign]
+    sentence = r"^phase 1: host 1 is dead \(loss 1\)\. A replacement did not start either: restart: host 1 did not"
+    if is_placed:
+        sentence = r"^phase 1: host 1 is dead \(loss 2\)\.$"
+    with pytest.raises(StarError, match=sentence):
+        llm.generate(list(range(200)), [1, 2], SamplingParams(max_tokens=2))
+    assert runs == [[0, 1]] * (2 if is_placed else 1)
+    assert stopped == [True] * is_placed
+    assert not llm.lock.locked()
+
+
+@pytest.mark.faults
+def test_hosts_that_lost_each_other_in_phase_1_meet_again() -> None:
+    """None of them is dead, and none has to be replaced; what any of them had read is asked again."""
+    llm, runs, replaced = Asking(), [], []
+    answer = llm.guarded
+
+    def lose(asks: dict[int, Ask], answers: dict[int, Answer]) -> Iterator[Any]:
+        runs.append(next(iter(asks.values())).phase)
+        if len(runs) > 1:
+            yield from answer(asks, answers)
+            return
+        answers[0] = answer_of([0, 0])
+        raise HostMissing("phase 1, step 3: host 0 lost the connection to host 1; see its log.")
+
+    llm.hosts.run, llm.hosts.replace = lose, replaced.append
+    llm.guarded = lambda *arguments: StarLLM.guarded(llm, *arguments)  # type: ignore[method-assign]
+    output = llm.generate(list(range(200)), [1, 2], SamplingParams(max_tokens=2))
+    assert runs == ["phase 1", "phase 1", "phase 2"]
+    assert sorted(ask.shard.rank for ask in llm.asked if ask.phase == "phase 1" and ask.shard) == [0, 1]
+    assert replaced == [None]
+    assert output.times.restart_s > 0
 
 
 def test_queries_together_are_one_request_to_each_host() -> None:

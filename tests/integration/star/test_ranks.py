@@ -9,7 +9,7 @@ import pytest
 from farspan.engine_ext.errors import StarError
 from farspan.engine_ext.star.exchange import Exchange, set_exchange
 from farspan.engine_ext.star.mesh import Mesh
-from farspan.engine_ext.star.team import StarAborted
+from farspan.engine_ext.star.team import HostMissing, StarAborted
 from farspan.star import ranks
 from farspan.star.coordinator import HostLost, Hosts
 from farspan.star.host import StarHost
@@ -35,9 +35,9 @@ def raising(error: Exception) -> Callable[..., Any]:
 def test_an_error_of_a_step_is_what_the_first_rank_says() -> None:
     error = RuntimeError("Worker failed with error '…'")
     for failure, kind in (
-        (ranks.Failure("late", False, False), StarError),
-        (ranks.Failure("over", True, False), StarAborted),
-        (ranks.Failure("torn", False, True), RanksApart),
+        (ranks.Failure("late", "HostMissing", False), HostMissing),
+        (ranks.Failure("over", "StarAborted", False), StarAborted),
+        (ranks.Failure("torn", "HostMissing", True), RanksApart),
     ):
         meaning = ranks_with(lambda *a, failure=failure, **o: failure).error_of_step(error)
         assert type(meaning) is kind
@@ -47,14 +47,15 @@ def test_an_error_of_a_step_is_what_the_first_rank_says() -> None:
     # The next reply would be that of the step.
     meaning = ranks_with(lambda *a, **o: "tokens").error_of_step(TimeoutError("RPC call timed out."))
     assert type(meaning) is EngineGone
-    for reply in (raising(RuntimeError("Executor failed.")), lambda *a, **o: ranks.Failure("torn", False, True)):
+    torn = ranks.Failure("torn", "HostMissing", True)
+    for reply in (raising(RuntimeError("Executor failed.")), lambda *a, **o: torn):
         assert type(ranks_with(reply, is_failed=True).error_of_step(error)) is EngineGone
 
 
 def test_an_error_of_a_rank_that_is_asked() -> None:
     assert ranks_with(lambda *a, **o: [1, 2]).ask(ranks.begin, "phase 1", 1.0) == [1, 2]
     with pytest.raises(StarAborted, match="over"):
-        ranks_with(lambda *a, **o: [1, ranks.Refused("over", True)]).ask(ranks.agree, b"", 0)
+        ranks_with(lambda *a, **o: [1, ranks.Refused("over", "StarAborted")]).ask(ranks.agree, b"", 0)
     with pytest.raises(EngineGone, match=r"did not answer within 0\.5 s"):
         ranks_with(raising(TimeoutError())).ask(ranks.end, timeout_s=0.5)
     with pytest.raises(EngineGone, match="the process of one of its GPUs ended"):

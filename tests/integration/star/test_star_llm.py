@@ -307,8 +307,9 @@ def test_bad_requests_are_refused_and_change_nothing(star: StarLLM) -> None:
         (29, 0, "stop", {}),
         (41, 0, "kill", {"anchor": "share"}),
         (43, 1, "kill", {"visibility": "all"}),
+        (47, 1, "cut", {"visibility": "all"}),
     ],
-    ids=["stop", "share", "all"],
+    ids=["stop", "share", "all", "cut"],
 )
 def test_a_host_lost_in_phase_1_is_replaced(
     star: FaultyStarLLM, star_model: Path, fault: Callable[..., None], first: int, rank: int, action: str, choice: Any
