@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.tiny_models import write_model
 
@@ -118,6 +119,8 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
             "num_gpu_blocks_override": 8 * MAX_MODEL_LEN // kwargs.get("block_size", 128),
             "worker_extension_cls": "tests.integration.probe.WorkerProbe",
         }
+        if torch.cuda.is_available():
+            defaults["gpu_memory_utilization"] = 0.2  # Other engines may use the GPU too.
         if "speculative_config" in kwargs:
             from vllm.triton_utils import dispatcher
 
