@@ -1,4 +1,4 @@
-"""The README's table of real checkpoints, from the rows of benchmark `real`."""
+"""The table of real checkpoints, from the rows of benchmark `real`."""
 
 from collections.abc import Sequence
 
@@ -14,18 +14,18 @@ ORDER = ("farspan-g", "farspan-flexprefill-g", "sink-local", "oracle-g")
 NEEDLES = "needles: one / of several / four, %"
 
 
-def format_real(rows: Sequence[Row]) -> str:
+def format_real(rows: Sequence[Row], rule: str = "") -> str:
     """One table: for each case a line a rule, of its latest run. Nothing where there are no rows.
 
     What a rule changes is held against dense prefill in its own run. Rows of a CPU, of few and short pieces, are left
-    out where there are others.
+    out where there are others. rule: the only one shown, without answers; all if empty.
     """
-    mine = [row for row in rows if row.benchmark == "real"]
+    mine = [row for row in rows if row.benchmark == "real" and rule in ("", row.variant)]
     mine = [row for row in mine if row.gpu != "cpu"] or mine
     cases = sorted({row.case for row in mine if row.metric == "drift"}, key=by_label_and_length)
     if not cases:
         return ""
-    has_answers = any(row.metric == "accuracy" for row in mine)
+    has_answers = not rule and any(row.metric == "accuracy" for row in mine)
     header = ["case", "rule", *COLUMNS, *([NEEDLES] if has_answers else []), "run"]
     shown = [row for case in cases for row in latest_of_case(mine, case)]
     environments = environments_of(shown, versions=("vllm",))
@@ -62,7 +62,7 @@ def latest_of_case(rows: Sequence[Row], case: str) -> list[Row]:
 def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str]:
     of_case = latest_of_case(rows, case)
     latest = {row.variant: row.run_id for row in of_case}
-    answers = answers_of(rows, case)
+    answers = answers_of(rows, case) if has_answers else {}
     found = {(row.variant, row.metric): float(row.p50) for row in of_case}
     lines = []
     if dense := answers.get("farspan"):

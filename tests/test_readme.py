@@ -16,14 +16,16 @@ from farspan.engine_ext.config import (
 from farspan.engine_ext.ranges import ranges_of
 from farspan.engine_ext.selection.crossover import AttentionSize, sparse_pays
 
-from benchmarks.readme_table import NUMBERS, README, TABLES, format_numbers, format_table
 from benchmarks.record import Row, read_rows
+from benchmarks.tables import NUMBERS, README, REAL, TABLES, format_numbers, format_readme, format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_numbers_are_those_of_the_rows() -> None:
-    assert NUMBERS.is_current(format_numbers(read_rows())), "run: python -m benchmarks.readme_table --write"
+    rows, hint = read_rows(), "run: python -m benchmarks.tables --write"
+    assert NUMBERS.is_current(format_numbers(rows)), hint
+    assert REAL.is_current(format_readme(rows)), hint
 
 
 def documented_options() -> dict[str, object]:

@@ -14,9 +14,9 @@ from benchmarks import fp8_drift, peers
 from benchmarks.engine import TINY_LLAMA, EngineSpec, Request, measure_in_turns
 from benchmarks.gate import attend_rows, check_attention, sample_rows
 from benchmarks.inputs import TINY, make_paged_batch
-from benchmarks.readme_table import Table, format_table, latest_run, peers_before
 from benchmarks.real import Inputs
 from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
+from benchmarks.tables import Table, format_table, latest_run, peers_before
 
 CONTRACT = "run_id,date,commit,gpu,driver,torch,triton,vllm,benchmark,case,variant,metric,unit,p20,p50,p80"
 ENVIRONMENT = Environment("20261122-abc", "2026-11-22", "0123", "some GPU", "1.2", "2.11", "3.6", "0.32")

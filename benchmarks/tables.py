@@ -1,4 +1,4 @@
-"""The README's numbers, from the rows: `python -m benchmarks.readme_table`; `--write` puts them into README.md.
+"""The tables of docs/numbers.md and the one of the README, from the rows: `python -m benchmarks.tables --write`.
 
 One table per benchmark, of its latest run, or of each case's latest run on one kind of GPU: one line per case, one
 column per variant, and for each of our variants its speed in multiples of the baseline's. A peer that this run of a
@@ -16,13 +16,18 @@ from benchmarks.record import ROOT, Row, environments_of, read_rows
 from tools.regions import Region
 
 README = ROOT / "README.md"
-NUMBERS = Region(README, "<!-- numbers: python -m benchmarks.readme_table -->\n", "<!-- end of numbers -->\n")
+NUMBERS = Region(
+    ROOT / "docs" / "numbers.md", "<!-- numbers: python -m benchmarks.tables -->\n", "<!-- end of numbers -->\n"
+)
+REAL = Region(README, "<!-- real checkpoints: python -m benchmarks.tables -->\n", "<!-- end of real checkpoints -->\n")
+README_RULE = "farspan-g0.95"
+"""The rule of flex with default options, in the README's table of real checkpoints."""
 STAGES = ("-select", "-attention")
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the README."""
+    """One table of docs/numbers.md."""
 
     benchmark: str
     metric: str
@@ -229,11 +234,18 @@ def as_cell(number: float | None) -> str:
 
 
 def format_numbers(rows: Sequence[Row]) -> str:
-    """Format the text between the README's two markers."""
+    """Format what docs/numbers.md has between its markers."""
     benchmarks = {row.benchmark for row in rows}
     tables = [format_table(latest_run(rows, t), t, peers_before(rows, t)) for t in TABLES if t.benchmark in benchmarks]
     return "\n".join([*filter(None, [format_real(rows)]), *tables])
 
 
+def format_readme(rows: Sequence[Row]) -> str:
+    """Format what the README has between its markers."""
+    return format_real(rows, README_RULE)
+
+
 if __name__ == "__main__":
-    sys.exit(NUMBERS.serve("python -m benchmarks.readme_table", lambda: format_numbers(read_rows())))
+    rows = read_rows()
+    status = NUMBERS.serve("python -m benchmarks.tables", lambda: format_numbers(rows))
+    sys.exit(status or REAL.serve("python -m benchmarks.tables", lambda: format_readme(rows)))
