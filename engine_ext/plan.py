@@ -95,6 +95,8 @@ OFFLOAD_STATS = "farspan_offload"
 """Under this name the scheduler's counts of cold pages travel to the front end."""
 PREFILL_STATS = "farspan_prefill"
 """Under this name its counts of tokens that prefilled sparsely, and densely for one reason or another, do."""
+SELECTION_STATS = "farspan_selection"
+"""Under this name what a worker told of the blocks that flex chose does, in engines that collect it."""
 
 VIEW_PRIME = (1 << 61) - 1
 

@@ -107,6 +107,12 @@ class SelectionStats:
         self.measured_rows = 0
         self.time = DeviceTime(device)
         """Of choosing blocks."""
+        self.num_resets = 0
+
+    @property
+    def coverage(self) -> Mean:
+        """The attention mass kept: of the measured rows where there are any, else of those that chose."""
+        return self.measured if self.measured_rows > 0 else self.kept
 
     def add_selection(self, selection: FlexSelection, tiles: PrefillTiles, q_heads: slice) -> None:
         """Take in FlexPrefill's lists of one pass, which has the query heads `q_heads` of the layer."""
@@ -150,6 +156,7 @@ class SelectionStats:
             mean.reset()
         self.time.reset()
         self.chunks = self.measured_rows = 0
+        self.num_resets += 1
 
     def rows(self) -> list[dict[str, float | int | None]]:
         """One row per head; waits for the device. Nothing where no chunk was selected for.
@@ -162,7 +169,7 @@ class SelectionStats:
         """
         if self.chunks == 0:
             return []
-        coverage = self.measured if self.measured_rows > 0 else self.kept
+        coverage = self.coverage
         columns = {
             "density": self.listed_blocks / self.causal_blocks,
             "density_min": self.density.least,

@@ -37,6 +37,8 @@ class RunnerState:
     """Whether our kernels are registered with vLLM's warm-up."""
     cold: Any = None
     """`engine_ext.offload.cache.ColdCache`; None where no KV head is cold."""
+    selected: Any = None
+    """`engine_ext.selection.report.SelectionReporter`; None where statistics of flex are off."""
 
     def update(self, scheduler_output: Any) -> None:
         """Take over a step: forget finished requests, decode the options of new ones and of streaming chunks."""
@@ -237,15 +239,18 @@ def following_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def following_samples(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """What selective decode kept travels to the scheduler with the tokens of a step."""
+    """What selective decode kept, and what flex chose, travels to the scheduler with the tokens of a step."""
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = stock(self, *args, **kwargs)
-        cold = state_of(self).cold
-        if output is not None and cold is not None and cold.selection is not None:
+        if output is not None:
+            state = state_of(self)
             names = ("model_runner_output", "_model_runner_output")
             inner = next((getattr(output, name) for name in names if hasattr(output, name)), output)
-            inner.farspan_selection = cold.selection.report()
+            if state.cold is not None and state.cold.selection is not None:
+                inner.farspan_selection = state.cold.selection.report()
+            if state.selected is not None:
+                inner.farspan_selected = state.selected.report()
         return output
 
     return sample_tokens
@@ -264,10 +269,21 @@ def following_setup(stock: Callable[..., Any]) -> Callable[..., Any]:
         state.cold = make_cold_cache(self, kv_cache_config)
         with running(self):
             result = stock(self, kv_cache_config, *args, **kwargs)
+        state.selected = selection_reporter(self)
         tell_decisions(self, kv_cache_config)
         return result
 
     return initialize_kv_cache
+
+
+def selection_reporter(runner: Any) -> Any:
+    """What tells the blocks that flex chose in the layers of a runner; None where nobody collects that."""
+    from farspan.engine_ext.selection.report import SelectionReporter
+
+    layers = [layer for builder in metadata_builders(runner) for layer in builder.layers.values()]
+    stats = [getattr(layer.selector, "stats", None) for layer in layers]
+    collected = [each for each in stats if each is not None]
+    return SelectionReporter(collected) if collected else None
 
 
 def tell_decisions(runner: Any, kv_cache_config: Any) -> None:

@@ -1,23 +1,24 @@
 """Counts of ours on their way to vLLM's /metrics.
 
-The scheduler counts; its counts travel as vLLM's statistics of a KV connector do, whose place is free: engines with
-cold heads, and those whose KV is not exact, have no connector. In the front end they become metrics. Counts of a single
-request are in its response, where a connector's parameters would be.
+The scheduler counts, and workers tell it what flex chose; its counts travel as vLLM's statistics of a KV connector do,
+whose place is free: engines with cold heads, and those whose KV is not exact, have no connector. In the front end they
+become metrics. Counts of a single request are in its response, where a connector's parameters would be.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from farspan.engine_ext.config import DensePrefill
-from farspan.engine_ext.plan import OFFLOAD_STATS, PREFILL_STATS
+from farspan.engine_ext.config import DensePrefill, FlexPrefill
+from farspan.engine_ext.plan import OFFLOAD_STATS, PREFILL_STATS, SELECTION_STATS
 from farspan.vllm_compat.offload import cold_options
 from farspan.vllm_compat.offload_metrics import OffloadMetrics
 from farspan.vllm_compat.platform import chooses_farspan
 from farspan.vllm_compat.prefill_metrics import PrefillMetrics, decision_of
+from farspan.vllm_compat.selection_metrics import SelectionCounters
 from farspan.vllm_compat.wrapping import wrap_once
 
-OURS = {OFFLOAD_STATS, PREFILL_STATS}
+OURS = {OFFLOAD_STATS, PREFILL_STATS, SELECTION_STATS}
 
 
 # Statistics of a scheduler reach the front end in fixed fields. Drop when a scheduler can add its own (not in 0.33).
@@ -27,6 +28,7 @@ def follow_statistics() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wrap_once(Scheduler, "schedule", counting_prefill)
+    wrap_once(Scheduler, "update_from_output", taking_selected)
     wrap_once(Scheduler, "make_stats", adding_counts)
     wrap_once(Scheduler, "_free_request", telling_of_the_request)
     wrap_once(metrics.KVConnectorLogging, "observe", leaving_ours_out)
@@ -41,6 +43,18 @@ def is_sparse(vllm_config: Any) -> bool:
         return False
     config = config_of(vllm_config)
     return config.star is None and not isinstance(config.prefill, DensePrefill)
+
+
+def tells_selected(vllm_config: Any) -> bool:
+    """Whether the workers of an engine tell what flex chose."""
+    from farspan.engine_ext.layers import collects_statistics
+    from farspan.engine_ext.support import config_of
+
+    return (
+        is_sparse(vllm_config)
+        and isinstance(config_of(vllm_config).prefill, FlexPrefill)
+        and collects_statistics(vllm_config)
+    )
 
 
 def counting_prefill(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,13 +91,31 @@ def telling_of_the_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     return _free_request
 
 
+def taking_selected(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What a worker told of the blocks that flex chose waits for the next statistics."""
+
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        told = getattr(model_runner_output, "farspan_selected", None)
+        if told is not None:
+            waiting = vars(self).setdefault("farspan_selected", Counter())
+            least = told.pop("least_kept", None)
+            waiting.update(told)
+            if least is not None:
+                waiting["least_kept"] = least
+        return stock(self, scheduler_output, model_runner_output)
+
+    return update_from_output
+
+
 def adding_counts(stock: Callable[..., Any]) -> Callable[..., Any]:
     def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
         stats = stock(self, *args, **kwargs)
-        counts = getattr(self, "farspan_prefill", None)
-        if stats is not None and counts:
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PREFILL_STATS: dict(counts)}
-            counts.clear()
+        places = {PREFILL_STATS: "farspan_prefill", SELECTION_STATS: "farspan_selected"}
+        for name, place in places.items():
+            counts = getattr(self, place, None)
+            if stats is not None and counts:
+                stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), name: dict(counts)}
+                counts.clear()
         return stats
 
     return make_stats
@@ -102,11 +134,13 @@ def making_ours(stock: Callable[..., None]) -> Callable[..., None]:
         stock(self, vllm_config, labelnames, per_engine_labelvalues)
         if self.prom_metrics is not None:
             return
-        ours: list[OffloadMetrics | PrefillMetrics] = []
+        ours: list[OffloadMetrics | PrefillMetrics | SelectionCounters] = []
         if cold_options(vllm_config) is not None:
             ours.append(OffloadMetrics(self._counter_cls, self._gauge_cls, labelnames, per_engine_labelvalues))
         if is_sparse(vllm_config):
             ours.append(PrefillMetrics(self._counter_cls, labelnames, per_engine_labelvalues))
+        if tells_selected(vllm_config):
+            ours.append(SelectionCounters(self._counter_cls, self._gauge_cls, labelnames, per_engine_labelvalues))
         if ours:
             self.prom_metrics = Several(ours)
 

@@ -137,6 +137,15 @@ def read_metrics(server: Any) -> None:
     assert tokens["sparse", "selected"] >= sum(map(len, PROMPTS))
     assert tokens["dense", "request"] == len(PROMPTS[0])
     assert tokens["dense", "crossover"] == 0
+    chosen = {
+        sample.name.removeprefix("vllm:farspan_selection_"): sample.value
+        for sample in samples
+        if sample.name.startswith("vllm:farspan_selection_")
+    }
+    assert chosen["blocks_total"] >= chosen["causal_blocks_total"] > 0
+    assert chosen["kept_total"] == pytest.approx(chosen["kept_of_total"])
+    assert chosen["least_kept"] == pytest.approx(1)
+    assert min(chosen["kept_of_total"], chosen["chunks_total"], chosen["seconds_total"]) > 0
     names = {sample.name for sample in samples}
     shown = set(re.findall(r"vllm:\w+", DASHBOARD.read_text()))
     assert shown <= names, sorted(shown - names)
