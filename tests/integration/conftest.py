@@ -76,24 +76,6 @@ def make_engines_cheap() -> None:
     gc.freeze()
 
 
-@pytest.fixture
-def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine's processes are copies of this one, for which vLLM need not be imported anew, 12 s each.
-
-    On a CPU alone: a copy of a process with CUDA cannot use it.
-    """
-    import multiprocessing
-
-    import torch
-    from vllm.v1.engine import coordinator, utils
-    from vllm.v1.executor import multiproc_executor
-
-    if torch.cuda.is_available():
-        return
-    for module in (coordinator, utils, multiproc_executor):
-        monkeypatch.setattr(module, "get_mp_context", lambda: multiprocessing.get_context("fork"))
-
-
 class WithoutNumba:
     """`sys` without numba's modules; vLLM's scan for kernels fails on one of their objects, so that no engine on a CPU
     starts after one with n-gram drafts.

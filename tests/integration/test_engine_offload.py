@@ -315,7 +315,7 @@ def test_metrics(make_llm: Callable[..., Any]) -> None:
     assert told["steps"] > told["steps_that_read"] > 0
 
 
-def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any, forked_processes: None) -> None:
+def test_two_ranks(make_llm: Callable[..., Any], stock_tokens: Any) -> None:
     """Each has one of the two heads, and both follow the same plan, here of spans."""
     arguments = spanning(64, 9, heads=1)
     arguments["additional_config"]["farspan"]["offload"]["host_memory"] *= 2

@@ -75,7 +75,7 @@ STAGES = pytest.mark.multi_gpu
     ],
 )
 def test_two_ranks_give_the_tokens_of_one(
-    make_llm: Any, forked_processes: None, mask_file: Path, architecture: str, method: str, ranks: dict[str, int]
+    make_llm: Any, mask_file: Path, architecture: str, method: str, ranks: dict[str, int]
 ) -> None:
     """Sparsely, and with `method: dense` for the same requests. Stages have a layer each, and a mask of its own."""
 

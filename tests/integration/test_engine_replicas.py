@@ -69,7 +69,6 @@ def check_metrics(name: str) -> None:
 def test_data_parallel(
     make_llm: Any,
     model_dirs: Callable[[str], Path],
-    forked_processes: None,
     name: str,
 ) -> None:
     """Sparsely and densely; with offload each has half of the host memory."""

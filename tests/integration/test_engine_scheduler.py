@@ -40,9 +40,7 @@ def test_block_copies_end_an_engine_with_cold_heads() -> None:
 
 
 @pytest.mark.e2e
-def test_tokens_and_plans(
-    make_llm: Callable[..., Any], forked_processes: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_and_plans(make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stock = make_llm()
     expected = generate(stock, PROMPTS, MAX_TOKENS)
     assert stock.collective_rpc("planned_step") == [None]

@@ -122,9 +122,7 @@ def test_preemption(make_llm: Any, stock_tokens: Any) -> None:
     assert num_preemptions(llm) > 0
 
 
-def test_multiprocess_engine(
-    make_llm: Any, stock_tokens: Any, forked_processes: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_multiprocess_engine(make_llm: Any, stock_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = make_prompts(LENGTHS)
     expected = stock_tokens("llama", prompts)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
