@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from farspan.engine_ext.errors import UnsupportedModelError
 from farspan.engine_ext.launch import (
-    Parts,
     as_pages,
     at_true_positions,
     attend,
     choose_dense_kernel,
-    rows_of,
     write_kv,
 )
+from farspan.engine_ext.parts import Parts, rows_of
 from farspan.engine_ext.passes import StepMetadata
 from farspan.engine_ext.profile import largest_sums, run_largest_chunk
 from farspan.engine_ext.star.keys import largest_gathered_keys, longest_kv_len

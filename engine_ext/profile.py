@@ -2,7 +2,8 @@
 
 import torch
 from farspan.engine_ext.config import DensePrefill, FarspanConfig, FlexPrefill, Prefill
-from farspan.engine_ext.launch import RunningSum, attend, is_on_host
+from farspan.engine_ext.launch import attend, is_on_host
+from farspan.engine_ext.parts import RunningSum
 from farspan.engine_ext.pass_maker import PassMaker
 from farspan.engine_ext.passes import LayerContext
 from farspan.engine_ext.selection.methods import FlexSelector

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
-from farspan.engine_ext.launch import RunningSum, as_pages, at_true_positions, attend, combine, write_kv
+from farspan.engine_ext.launch import as_pages, at_true_positions, attend, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder
+from farspan.engine_ext.parts import RunningSum, combine
 from farspan.engine_ext.pass_maker import TILE_SIZE, PassMaker, effective_prefill
 from farspan.engine_ext.passes import Decode, LayerContext, LayerSelection, Pass
 from farspan.engine_ext.selection.crossover import AttentionSize

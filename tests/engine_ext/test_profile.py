@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from farspan.engine_ext import launch, profile
+from farspan.engine_ext import launch, parts, profile
 from farspan.engine_ext.config import DensePrefill, FlexPrefill
 from farspan.kernels.prefill import paged_prefill
 
@@ -19,7 +19,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return paged_prefill(query, kv, batch, *args, **kwargs)
 
     monkeypatch.setattr(launch, "paged_prefill", spy)
-    for module in (profile, launch):
+    for module in (profile, launch, parts):
         monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
     return seen
 

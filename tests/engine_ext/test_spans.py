@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from farspan.engine_ext.config import DensePrefill
-from farspan.engine_ext.launch import RunningSum, combine
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, span_bounds
 from farspan.engine_ext.offload.cache import ColdCache
+from farspan.engine_ext.parts import RunningSum, combine
 from farspan.engine_ext.runs import ChunkKind, Run
 from farspan.kernels.batch import KVView
 from farspan.kernels.prefill import paged_prefill

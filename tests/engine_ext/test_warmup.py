@@ -10,10 +10,12 @@ import pytest
 import torch
 import triton.language as tl
 from farspan.engine_ext import launch
+from farspan.engine_ext import parts as partial_results
 from farspan.engine_ext.config import BlockSparsePrefill, DensePrefill, FlexPrefill, Prefill
 from farspan.engine_ext.launch import attend, write_kv
 from farspan.engine_ext.metadata import FarspanMetadataBuilder, span_passes
 from farspan.engine_ext.offload.cache import ColdCache
+from farspan.engine_ext.parts import Parts, combine
 from farspan.engine_ext.pass_maker import PassMaker, effective_prefill
 from farspan.engine_ext.passes import Dense, LayerContext, Part, Pass
 from farspan.engine_ext.runs import ChunkKind, Run
@@ -90,7 +92,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
         }
         gluon = SimpleNamespace(arg_names=kernel.arg_names, fn=kernel.fn, kwargs=options, __name__=kernel.fn.__name__)
         monkeypatch.setattr(kernel, "run", partial(note, gluon))
-    monkeypatch.setattr(launch, "is_on_host", lambda tensor: False)
+    for module in (launch, partial_results):
+        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
     return found
 
 
@@ -259,7 +262,7 @@ def test_spans_reach_no_other_kernels(
         run = Run(request, request + 1, kind, 0, [0, query_len], [kv_len])
         made = FarspanMetadataBuilder.spans_of(builder, cache, run)
         query = torch.zeros(query_len, num_heads, HEAD_DIM, dtype=torch.bfloat16)
-        parts = launch.Parts(torch.empty_like(query), group_size)
+        parts = Parts(torch.empty_like(query), group_size)
         for head in range(NUM_KV_HEADS):
             heads = slice(head * group_size, (head + 1) * group_size)
             for each in span_passes(replace(maker, num_kv_heads=1, first_kv_head=head), run, *made):
@@ -307,7 +310,7 @@ def attend_star(passes: list[Pass], moved: Any, pages: torch.Tensor, layer: Laye
     key = launch.at_true_positions(key, moved, layer.to_true_positions)
     write_kv(key, value, pages, torch.zeros(num_tokens, dtype=torch.int64))
     query = launch.at_true_positions(query, moved, layer.to_true_positions)
-    parts = launch.Parts(torch.empty_like(query), NUM_Q_HEADS // NUM_KV_HEADS)
+    parts = Parts(torch.empty_like(query), NUM_Q_HEADS // NUM_KV_HEADS)
     for each in passes:
         target, lse = parts.room(each)
         if not (isinstance(each.work, Dense) and each.work.kernel == "fa3"):
@@ -407,7 +410,7 @@ def test_hosts_combine_hot_and_cold_heads_together(compiled: set[Kernel]) -> Non
     warmed = set(compiled)
     out = torch.zeros(5, NUM_KV_HEADS * group_size, HEAD_DIM, dtype=torch.bfloat16)
     mine = PartialResult.empty(out)
-    launch.combine(*unpacked(mine.buffer.repeat(NUM_HOSTS, 1), out), out, torch.empty_like(mine.lse))
+    combine(*unpacked(mine.buffer.repeat(NUM_HOSTS, 1), out), out, torch.empty_like(mine.lse))
     assert compiled == warmed != set()
 
 
