@@ -102,7 +102,8 @@ def engine_maker(model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., An
             "worker_extension_cls": "tests.integration.probe.WorkerProbe",
         }
         if torch.cuda.is_available():
-            defaults["gpu_memory_utilization"] = 0.2  # Other engines may use the GPU too.
+            # Other processes may use the GPU too. Given its bytes, vLLM does not fail when theirs change at its start.
+            defaults |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 3 << 30}
         if "speculative_config" in kwargs:
             from vllm.triton_utils import dispatcher
 
