@@ -172,6 +172,10 @@ ALL = (
     ),
     Goal("The same below γ − 0.05", "real", ".*", of(FLEX, "below_gamma_0.05"), 0.0, at_least=False, worst=True),
     Goal(
+        "The same of heads in each chunk", "real", ".*", of(FLEX, "chunks_below_gamma_0.05"), 0.0, at_least=False,
+        worst=True,
+    ),
+    Goal(
         "The same: drift + 2 standard errors, nats/token, the worst case", "real", ".*", surest_drift, -0.005,
         worst=True,
     ),
