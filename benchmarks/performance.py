@@ -218,6 +218,10 @@ ALL = (
         "Many requests over HTTP: median over FLASH_ATTN's", "serve", r"(total|ttft|tpot)-\d",
         ratio("farspan", "fa3"), 1.02, at_least=False,
     ),
+    Goal(
+        "The same of flex γ 0.95: over the faster dense one's, the worst case", "serve", r"(total|ttft|tpot)-\d",
+        over_the_faster_dense, 1.02, at_least=False, worst=True,
+    ),
 )  # fmt: skip
 
 
