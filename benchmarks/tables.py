@@ -57,8 +57,9 @@ TABLES = (
     Table(
         "ttft",
         "time",
-        "Time to the first token in vLLM, shape of a 0.5B model with synthetic heads",
-        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
+        "Time to the first token in vLLM, shapes of small models with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen[\d.]+b-",
+        case_by_case=True,
     ),
     Table(
         "ttft",
