@@ -53,6 +53,7 @@ TABLES = (
         "time",
         "Time to the first token in vLLM, half of the layers of an 8B shape with synthetic heads",
         cases=r"n(8192|16384|32768|65536|131072)-b1-llama8b-16layers-",
+        case_by_case=True,
     ),
     Table(
         "ttft",
