@@ -157,31 +157,31 @@ def fa4(batch: PagedBatch) -> Peer:
 
 
 def flashinfer(batch: PagedBatch) -> Peer:
-    """Build FlashInfer's prefill on the pages, with the kernel that it chooses itself; it plans beforehand.
+    """Build FlashInfer's prefill on the pages, or its decode where each request has one query token.
 
-    Its kernels are compiled at the first call, for which it needs CUDA's compiler.
+    Called as vLLM's FLASHINFER backend does, and planned beforehand, so that CUDA graphs can hold it; the package
+    chooses the kernel and compiles it at the first call, for which it needs CUDA's compiler.
     """
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
     shape, device = batch.shape, batch.query.device
-    pages = [-(-length // shape.page_size) for length in batch.seq_lens_cpu]
-    starts = torch.tensor([0, *pages], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    last = [length - (count - 1) * shape.page_size for length, count in zip(batch.seq_lens_cpu, pages, strict=True)]
-    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-    wrapper.plan(
-        batch.query_start_loc,
+    counts = [-(-length // shape.page_size) for length in batch.seq_lens_cpu]
+    starts = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    last = [length - (count - 1) * shape.page_size for length, count in zip(batch.seq_lens_cpu, counts, strict=True)]
+    pages = (
         starts,
-        torch.cat([row[:count] for row, count in zip(batch.block_table, pages, strict=True)]),
+        torch.cat([row[:count] for row, count in zip(batch.block_table, counts, strict=True)]),
         torch.tensor(last, dtype=torch.int32, device=device),
-        shape.num_q_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.page_size,
-        causal=True,
-        sm_scale=shape.scale,
-        q_data_type=shape.dtype,
     )
+    heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
+    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    if set(batch.query_lens_cpu) == {1}:
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        wrapper.plan(*pages, *heads, sm_scale=shape.scale, q_data_type=shape.dtype)
+    else:
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        query_starts = batch.query_start_loc
+        wrapper.plan(query_starts, *pages, *heads, causal=True, sm_scale=shape.scale, q_data_type=shape.dtype)
     cache = batch.kv_cache.split(shape.head_dim, dim=-1)
     out = torch.empty_like(batch.query)
     return lambda: wrapper.run(batch.query, cache, out=out)

@@ -66,7 +66,7 @@ def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str
     found = {(row.variant, row.metric): float(row.p50) for row in of_case}
     lines = []
     if dense := answers.get("farspan"):
-        lines.append(["dense", "1", "1", "1", "0.0 %", "0.0 %", "0", "0.00 %", dense, ""])
+        lines.append(["dense", "1", "1", "1", "0.0 %", "0.0 %", "0", "0.00 %", *dense])
     variants = {row.variant for row in of_case if row.metric == "drift"}
     for variant in sorted(variants, key=by_rule):
 
@@ -83,17 +83,21 @@ def lines_of_case(rows: Sequence[Row], case: str, has_answers: bool) -> list[str
             f"{of('drift'):+.4f} ± {of('drift_error'):.4f}".replace("-", "−"),
             f"{of('changed'):.2%}".replace("%", " %"),
         ]
+        run = latest[variant]
         if has_answers:
-            cells.append(answers.get(variant, ""))
-        lines.append([*cells, latest[variant]])
+            found_needles, asked = answers.get(variant, ("", run))
+            cells.append(found_needles)
+            run += f"; needles {asked}" * (asked != run)
+        lines.append([*cells, run])
     return [f"| `{case}` | {' | '.join(cells)} |" for cells in lines]
 
 
-def answers_of(rows: Sequence[Row], case: str) -> dict[str, str]:
-    """Share of the needles found in each of QUESTIONS, by variant, in percent; of its latest run."""
-    of_task = [
-        {row.variant: f"{100 * float(row.p50):.0f}" for row in rows if row.case == f"{case}-{task}"}
-        for task in QUESTIONS
-    ]
-    variants = {variant: None for found in of_task for variant in found}
-    return {variant: " / ".join(found.get(variant, "–") for found in of_task) for variant in variants}
+def answers_of(rows: Sequence[Row], case: str) -> dict[str, tuple[str, str]]:
+    """By variant, the share of the needles found in each of QUESTIONS, in percent, and the run, its latest."""
+    tasks = [f"{case}-{task}" for task in QUESTIONS]
+    asked = [row for row in rows if row.case in tasks]
+    latest = {row.variant: row.run_id for row in asked}
+    found = {
+        (row.variant, row.case): f"{100 * float(row.p50):.0f}" for row in asked if row.run_id == latest[row.variant]
+    }
+    return {name: (" / ".join(found.get((name, task), "–") for task in tasks), run) for name, run in latest.items()}

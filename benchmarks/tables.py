@@ -23,6 +23,10 @@ REAL = Region(README, "<!-- real checkpoints: python -m benchmarks.tables -->\n"
 README_RULE = "farspan-g0.95"
 """The rule of flex with default options, in the README's table of real checkpoints."""
 STAGES = ("-select", "-attention")
+# First tokens: shapes with synthetic heads, trained checkpoints on texts, and turns of either.
+SHAPES = r"n\d+-b1-(llama8b(-16layers)?|qwen[\d.]+b)-bf16$"
+CHECKPOINTS = r"n\d+-b1-.*-(code|prose)-bf16$"
+TURNS = r"q\d+-n\d+-b1-.*-bf16$"
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,41 @@ TABLES = (
         "time",
         "Time to the first token in vLLM, half of the layers of an 8B shape with synthetic heads",
         cases=r"n(8192|16384|32768|65536|131072)-b1-llama8b-16layers-",
+        case_by_case=True,
     ),
     Table(
         "ttft",
         "time",
-        "Time to the first token in vLLM, shape of a 0.5B model with synthetic heads",
-        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen0\.5b-",
+        "Time to the first token in vLLM, shapes of small models with synthetic heads",
+        cases=r"n(8192|16384|32768|65536|131072)-b1-qwen[\d.]+b-",
+        case_by_case=True,
     ),
     Table(
         "ttft",
         "time",
         "Time to the first token in vLLM, all layers of an 8B shape with synthetic heads",
         cases=r"n131072-b1-llama8b-bf16$",
+    ),
+    Table(
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, real checkpoints that read whole prompts of text",
+        cases=CHECKPOINTS,
+        case_by_case=True,
+    ),
+    Table(
+        "ttft",
+        "time",
+        "Time to the first token in vLLM, short turns (q tokens) behind a cached prefix",
+        cases=TURNS,
+        case_by_case=True,
+    ),
+    Table(
+        "stages",
+        "time",
+        "What the host takes for a step of a short prompt, all layers of a 0.5B shape, where flex is dense",
+        cases=r"n\d+-b1-qwen0\.5b-bf16-",
+        case_by_case=True,
     ),
     Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-bf16"),
     Table("tpot", "time", "Time between tokens in vLLM", cases=r".*-llama8b-l32-bf16", variants=r"(?!farspan-star)"),
@@ -77,7 +104,7 @@ TABLES = (
         "Sparse prefill over random block lists of a density, one attention call without selection",
         case_by_case=True,
     ),
-    Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs"),
+    Table("decode", "time", "Decode on paged KV, one attention call in CUDA graphs", case_by_case=True),
     Table(
         "prefill_block_sparse",
         "time",
@@ -96,7 +123,7 @@ TABLES = (
     Table(
         "string_e2e",
         "time",
-        "Shifted positions (STRING) on in our portable kernel, off in FlashAttention 3: prompt and 16 tokens in vLLM",
+        "Shifted positions (STRING) on in our kernel, off in FlashAttention 3: prompt and 16 tokens in vLLM",
         baseline="farspan",
         cases="total-",
         variants=r"farspan(-string-auto)?$",
@@ -142,6 +169,8 @@ def matching_rows(rows: Sequence[Row], table: Table) -> list[Row]:
 def latest_run(rows: Sequence[Row], table: Table) -> list[Row]:
     """Rows that the table shows: of the run that was appended last, or for each case of the last that has it."""
     matching = matching_rows(rows, table)
+    if not matching:
+        return []
     if not table.case_by_case:
         return [row for row in matching if row.run_id == matching[-1].run_id]
     matching = [row for row in matching if row.gpu == matching[-1].gpu]
@@ -235,8 +264,8 @@ def as_cell(number: float | None) -> str:
 
 def format_numbers(rows: Sequence[Row]) -> str:
     """Format what docs/numbers.md has between its markers."""
-    benchmarks = {row.benchmark for row in rows}
-    tables = [format_table(latest_run(rows, t), t, peers_before(rows, t)) for t in TABLES if t.benchmark in benchmarks]
+    shown = [(table, latest_run(rows, table)) for table in TABLES]
+    tables = [format_table(latest, table, peers_before(rows, table)) for table, latest in shown if latest]
     return "\n".join([*filter(None, [format_real(rows)]), *tables])
 
 

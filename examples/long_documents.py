@@ -80,15 +80,18 @@ def main() -> None:
     # vLLM takes all of them and fills every step; documents that begin alike share what is cached.
     for name, output in zip(names, llm.generate(prompts, greedy), strict=True):
         print(f"{name} ({len(output.prompt_token_ids or ())} tokens): {output.outputs[0].text.strip()}")
-    heads = read_selection(llm, reset=True)
-    if heads:
-        density = sum(head["density"] for head in heads) / len(heads)
-        least = min(head["coverage_min"] for head in heads)
-        print(
-            f"sparse: read {100 * density:.0f} % of the blocks, kept at least {100 * least:.0f} % of the attention mass"
-        )
-    else:
-        print("dense: no chunk was long enough for sparse prefill to be faster")
+    print(what_was_read(read_selection(llm, reset=True)))
+
+
+def what_was_read(heads: list[dict[str, Any]]) -> str:
+    """A line about the rows of `read_selection`."""
+    if not heads:
+        return "dense: no chunk was long enough for sparse prefill to be faster"
+    density = sum(head["density"] for head in heads) / len(heads)
+    # None where no chunk held 128 tokens from a multiple of 128 on: such chunks read everything.
+    kept = [head["coverage_min"] for head in heads if head["coverage_min"] is not None]
+    least = 100 * min(kept, default=1.0)
+    return f"sparse: read {100 * density:.0f} % of the blocks, kept at least {least:.0f} % of the attention mass"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ def prefill_decisions(prefill: DensePrefill | FlexPrefill | BlockSparsePrefill) 
     return options or None
 
 
+def unread_coverage(prefill: DensePrefill | FlexPrefill | BlockSparsePrefill, is_read: bool) -> str | None:
+    """What to tell somebody whose `coverage_rows` measure nothing. is_read: whether the workers collect statistics."""
+    if is_read or not isinstance(prefill, FlexPrefill) or prefill.coverage_rows == 0:
+        return None
+    return (
+        f"prefill.coverage_rows={prefill.coverage_rows} measures nothing in this engine, since nobody reads it. Add "
+        "--worker-extension-cls farspan.metrics.SelectionMetrics (docs/evaluation.md), or leave coverage_rows out."
+    )
+
+
 def string_decisions(builder: FarspanMetadataBuilder) -> dict[str, Any] | None:
     options, turn = builder.config.string, builder.turn
     if options is None or turn is None:

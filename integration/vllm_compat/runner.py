@@ -287,12 +287,16 @@ def selection_reporter(runner: Any) -> Any:
 
 
 def tell_decisions(runner: Any, kv_cache_config: Any) -> None:
-    """Log what the engine decided, once, in the first rank of each engine."""
-    from farspan.decisions import decision_line
+    """Log what the engine decided, and what has no effect, once, in the first rank of each engine."""
+    from farspan.decisions import decision_line, unread_coverage
+    from farspan.engine_ext.layers import collects_statistics
     from vllm.logger import init_logger
 
     builders, cold = metadata_builders(runner), state_of(runner).cold
     is_profile = cold is not None and getattr(kv_cache_config, "farspan_offload", None) is None
     if builders and not is_profile and runner.vllm_config.parallel_config.rank == 0:
         # vLLM prints only its own loggers' names, so this one is under them.
-        init_logger("vllm.farspan").info_once("farspan attention on %s: %s", runner.device, decision_line(builders))
+        log = init_logger("vllm.farspan")
+        log.info_once("farspan attention on %s: %s", runner.device, decision_line(builders))
+        if unread := unread_coverage(state_of(runner).config.prefill, collects_statistics(runner.vllm_config)):
+            log.warning_once(unread)

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from farspan.engine_ext.errors import ConfigError
 from benchmarks import fp8_drift, peers
 from benchmarks.engine import TINY_LLAMA, EngineSpec, Request, measure_in_turns
 from benchmarks.gate import attend_rows, check_attention, sample_rows
-from benchmarks.inputs import TINY, make_paged_batch
+from benchmarks.inputs import TINY, PagedBatch, make_paged_batch
 from benchmarks.real import Inputs
 from benchmarks.record import COLUMNS, DATA, BenchmarkError, Environment, Recorder, append_rows, read_rows
 from benchmarks.tables import Table, format_table, latest_run, peers_before
@@ -99,6 +100,54 @@ def test_peers_that_are_missing_have_a_reason_each_once(monkeypatch: pytest.Monk
     reasons = {"vllm.vllm_flash_attn": "no operators", "flashinfer": "no flashinfer"}
     monkeypatch.setattr(peers, "why_missing", reasons.get)
     assert peers.missing() == "fa3 and triton_attn are not here (no operators); flashinfer is not here (no flashinfer)"
+
+
+class FakeWrapper:
+    """FlashInfer's contract of both wrappers, in plain PyTorch: what `plan` is given decides what `run` attends to."""
+
+    planned: ClassVar[list[str]] = []
+
+    def __init__(self, workspace: torch.Tensor, layout: str, **kwargs: bool) -> None:
+        assert layout == "HND"
+        self.is_decode = kwargs == {"use_tensor_cores": True}
+
+    def plan(self, *arguments: Any, causal: bool = False, sm_scale: float, q_data_type: torch.dtype) -> None:
+        self.planned.append("decode" if self.is_decode else "prefill")
+        assert causal is not self.is_decode
+        assert (q_data_type, sm_scale) == (TINY.dtype, TINY.scale)
+        if self.is_decode:
+            arguments = (torch.arange(len(arguments[0])), *arguments)
+        self.query_starts, self.starts, self.pages, self.last, *heads = arguments
+        assert heads == [TINY.num_q_heads, TINY.num_kv_heads, TINY.head_dim, TINY.page_size]
+
+    def run(self, query: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        lens = (self.starts.diff() - 1) * TINY.page_size + self.last
+        for index, length in enumerate(lens.tolist()):
+            tokens = slice(*self.query_starts[index : index + 2].tolist())
+            pages = self.pages[None, slice(*self.starts[index : index + 2].tolist())]
+            counts = [tokens.stop - tokens.start]
+            alone = PagedBatch(
+                TINY, query[tokens], torch.cat(cache, dim=-1), pages, torch.tensor([length]),
+                torch.tensor([0, *counts]), counts, [length],
+            )  # fmt: skip
+            out[tokens] = attend_rows(alone, 0, torch.arange(counts[0]), torch.float32)[0]
+        return out
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kind"), [((1, 1), "decode"), ((40, 7), "prefill"), ((1, 3), "prefill")], ids=str
+)
+def test_flashinfer_is_planned_by_its_own_contract(
+    query_lens: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(
+        BatchDecodeWithPagedKVCacheWrapper=FakeWrapper, BatchPrefillWithPagedKVCacheWrapper=FakeWrapper
+    )
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(FakeWrapper, "planned", [])
+    batch = make_paged_batch(query_lens, [48, 33], TINY)
+    check_attention(batch, peers.flashinfer(batch)(), name="flashinfer")
+    assert FakeWrapper.planned == [kind]
 
 
 def test_fp8_drift_fails_where_this_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

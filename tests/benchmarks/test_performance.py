@@ -10,6 +10,7 @@ import pytest
 from benchmarks.performance import ALL, FIGURES, GOALS, Goal, format_goals, latest, measured, pictures, ratio
 from benchmarks.record import Environment, Recorder, Row, read_rows
 from benchmarks.svg_plot import Panel, Series, draw
+from benchmarks.tables import CHECKPOINTS, SHAPES, TURNS, format_numbers
 
 ENVIRONMENT = Environment("1", "2026-11-28", "c", "NVIDIA H200", "1", "2", "3", "0.32")
 
@@ -49,6 +50,28 @@ def test_a_goal_is_held_against_the_last_run_of_its_case() -> None:
 def test_a_goal_without_rows_says_so() -> None:
     text = format_goals(rows_of(("1", "total-10x100000-x", "fa3", 1.0)))
     assert text.count("not measured") == len(ALL)
+
+
+def test_first_tokens_of_checkpoints_and_turns_have_goals_and_tables_of_their_own() -> None:
+    recorder, places = Recorder(None, ENVIRONMENT), {}
+    for case, place in (
+        ("n8192-b1-qwen1.5b-bf16", SHAPES),
+        ("n131072-b1-llama8b-bf16", SHAPES),
+        ("n8192-b1-llama8b-16layers-bf16", SHAPES),
+        ("n32704-b1-qwen2.5-coder-1.5b-code-bf16", CHECKPOINTS),
+        ("q2048-n6144-b1-qwen2.5-coder-0.5b-prose-bf16", TURNS),
+    ):
+        places[case] = place
+        for variant, ms in (("fa3", 3.0), ("farspan", 2.0), ("farspan-g0.95", 3.0)):
+            recorder.add("ttft", case, variant, "time", "ms", [ms])
+    for pattern in (SHAPES, CHECKPOINTS, TURNS):
+        mine = [case for case, place in places.items() if place == pattern]
+        assert [case for case in places if re.match(pattern, case)] == mine
+        goal = next(each for each in ALL if each.benchmark == "ttft" and each.cases == pattern)
+        found = {case: value for case, value, _ in measured(replace(goal, worst=False), recorder.rows)}
+        assert found == dict.fromkeys(mine, 1.5)
+    tables = format_numbers(recorder.rows)
+    assert all(f"| `{case}` | 2 | 3 | 3 |" in tables for case, place in places.items() if place != SHAPES)
 
 
 @pytest.mark.parametrize("columns", [1, 3])

@@ -97,11 +97,11 @@ def test_the_table_has_the_needles_that_were_found() -> None:
         recorder.add("real", f"n8192-m-fp32-{task}", variant, "accuracy", "fraction", [share])
     recorder.add("real", f"n8192-m-fp32-{QUESTIONS[1]}", "farspan-g0.95", "accuracy", "fraction", [0.8])
     dense, flex = format_real(recorder.rows).splitlines()[-2:]
-    assert dense.endswith("| 0.00 % | 100 / – / 50 |  |")
+    assert dense.endswith("| 0.00 % | 100 / – / 50 | r1 |")
     assert flex.endswith("| 25.00 % | – / 80 / – | r1 |")
-    # Later rows of a task take the place of earlier ones, whatever else their run has.
+    # Those of a later run take the place of earlier ones, and the run is named.
     again = replace(recorder.rows[-1], run_id="r2", p50="0.9")
-    assert "| – / 90 / – | r1 |" in format_real([*recorder.rows, again])
+    assert "| – / 90 / – | r1; needles r2 |" in format_real([*recorder.rows, again])
 
 
 def test_questions_alone_read_no_texts(tmp_path: Path) -> None:

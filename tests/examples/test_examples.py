@@ -261,6 +261,16 @@ def test_many_documents_get_one_question(tmp_path: Path) -> None:
     assert re.search(r"^sparse: read \d+ % of the blocks", example.stdout, flags=re.MULTILINE)
 
 
+def test_documents_shorter_than_a_span_have_no_coverage() -> None:
+    from examples.long_documents import what_was_read
+
+    short: list[dict[str, Any]] = [{"density": 1.0, "coverage_min": None}] * 2
+    assert what_was_read(short) == "sparse: read 100 % of the blocks, kept at least 100 % of the attention mass"
+    long: list[dict[str, Any]] = [{"density": 0.5, "coverage_min": 0.75}, {"density": 0.25, "coverage_min": 0.5}]
+    assert what_was_read(long) == "sparse: read 38 % of the blocks, kept at least 50 % of the attention mass"
+    assert what_was_read([]).startswith("dense: ")
+
+
 def test_demo_refuses_an_unknown_option() -> None:
     demo = run("examples/demo.py", "--lenght", "10")
     assert demo.returncode == 2

@@ -19,6 +19,7 @@ from farspan.evaluation.audit import (
     predicted_speedup,
 )
 from farspan.evaluation.audit_results import AuditRow, change_of, format_table, kept_of, mean_heads, recommend
+from farspan.evaluation.audit_worker import AuditStats
 from farspan.model_shape import read_model
 from farspan.needle import model_dir
 from farspan.needle.tasks import make_sample
@@ -123,6 +124,16 @@ def test_heads_of_ranks_and_prompts_are_brought_together() -> None:
     assert (kept.density, kept.worst_head) == pytest.approx((0.4375, 0.88))
     assert (kept.heads_below_01, kept.heads_below_05) == (0.25, 0.25)
     assert kept.chunks_below_05 == pytest.approx(2 / 7)
+
+
+def test_coverage_by_chunk_is_of_rows_that_could_lose_something() -> None:
+    stats = AuditStats(1, torch.device("cpu"))
+    coverage = torch.tensor([[[1.0, 0.5], [1.0, 1.0]]])
+    stats.add_coverage(coverage, slice(0, 1), torch.tensor([False, True, False, False]))
+    stats.add_coverage(coverage, slice(0, 1))
+    stats.chunks = 1
+    (row,) = stats.rows()
+    assert row["chunk_coverage"] == [0.5, 0.75, 1.0]
 
 
 def test_the_sparsest_gamma_that_meets_the_rule_is_recommended() -> None:

@@ -18,6 +18,9 @@ from tests.kernels.helpers import (
     reference_attention,
 )
 
+# By ending the process: a kernel that waits for a barrier for ever returns to no signal handler.
+pytestmark = pytest.mark.timeout(120, method="thread")
+
 BF16 = torch.bfloat16
 Config = HopperPrefillConfig | PrefillConfig
 HOPPER = HopperPrefillConfig(heads_in_a_row=2, num_stages=2)

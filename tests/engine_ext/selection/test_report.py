@@ -1,5 +1,8 @@
 """Numbers of flex on their way to the host: each is told once, whoever resets the statistics meanwhile."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from farspan.engine_ext.selection.report import SelectionReporter
@@ -41,6 +44,20 @@ def test_each_number_is_told_once(layers: list[SelectionStats]) -> None:
     second = reporter.report()
     assert second is not None
     assert (second["blocks"], second["causal_blocks"], second["chunks"]) == (24, 18, 1)
+
+
+def test_a_copy_under_way_is_not_waited_for(layers: list[SelectionStats]) -> None:
+    reporter = SelectionReporter(layers)
+    add_chunk(layers[0], 1)
+    reporter.report()
+    assert reporter.copy is not None
+    # An event that nobody may wait for.
+    arrived: Any = SimpleNamespace(query=lambda: False)
+    reporter.copy.arrived = arrived
+    assert reporter.report() is None
+    assert reporter.copy.arrived is arrived
+    arrived.query = lambda: True
+    assert reporter.report() is not None
 
 
 def test_a_reset_takes_nothing_back(layers: list[SelectionStats]) -> None:

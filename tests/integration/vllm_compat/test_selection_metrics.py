@@ -1,11 +1,15 @@
 """What a worker told of the blocks that flex chose, on its way from a step's output to a scrape."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from farspan.engine_ext.config import FarspanConfig, FlexPrefill
 from farspan.engine_ext.plan import PREFILL_STATS, SELECTION_STATS
 from farspan.metrics import EXTENSION
+from farspan.vllm_compat import runner as runner_module
+from farspan.vllm_compat.runner import RunnerState, tell_decisions
 from farspan.vllm_compat.selection_metrics import SelectionCounters
 from farspan.vllm_compat.statistics import adding_counts, taking_selected, tells_selected
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -58,3 +62,26 @@ def test_who_tells(options: dict[str, Any], extension: str, expected: bool) -> N
         attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM, backend_per_kind=None),
     )
     assert tells_selected(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "extension", "sentences"),
+    [(4, "", ["coverage_rows=4 measures nothing.*--worker-extension-cls"]), (4, EXTENSION, []), (0, "", [])],
+    ids=["unread", "read", "off"],
+)
+def test_rows_that_nobody_reads_get_a_warning(
+    rows: int, extension: str, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    log = SimpleNamespace(info_once=lambda *_: None, warning_once=told.append)
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: log)
+    monkeypatch.setattr("farspan.decisions.decision_line", lambda builders: "")
+    monkeypatch.setattr(runner_module, "metadata_builders", lambda runner: [None])
+    config = FarspanConfig(prefill=FlexPrefill(coverage_rows=rows))
+    parallel = SimpleNamespace(rank=0, worker_extension_cls=extension)
+    runner = SimpleNamespace(
+        device="cpu", farspan_state=RunnerState(config), vllm_config=SimpleNamespace(parallel_config=parallel)
+    )
+    tell_decisions(runner, None)
+    assert len(told) == len(sentences)
+    assert all(re.search(sentence, text) for sentence, text in zip(sentences, told, strict=True))
