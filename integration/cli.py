@@ -275,6 +275,8 @@ def _add_star(subcommands: Any) -> None:
     add("--anchor", choices=["auto", "share", "recompute"], default="auto", help="sent, or computed by all")
     add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
+    add("--start-timeout", type=float, default=900.0, metavar="SECONDS", help="for all hosts to be there")
+    add("--graphs", action="store_true", help="decode in CUDA graphs that hold the exchange; a lost host restarts all")
     add("--address", help="of a Ray cluster")
     add("--host", default="127.0.0.1", help="serve: address to listen on")
     add("--port", type=int, default=8000, help="serve: port to listen on")
@@ -314,6 +316,8 @@ def _run_star(arguments: argparse.Namespace) -> int:
             anchor=arguments.anchor,
             visibility=arguments.visibility,
             timeout_s=arguments.timeout,
+            start_timeout_s=arguments.start_timeout,
+            graphs=arguments.graphs,
             address=arguments.address,
             strategy=arguments.strategy,
             options=arguments.options,
