@@ -119,6 +119,13 @@ class Hosts:
                     "runs, or leave both out to start Ray on this machine."
                 ) from error
             self.owns_ray = True
+        elif setup.address not in (None, "auto") and not setup.address.startswith("ray://"):
+            joined = ray.get_runtime_context().gcs_address
+            if joined.rpartition(":")[2] != setup.address.rpartition(":")[2]:
+                raise StarError(
+                    f"address={setup.address!r}; this process is in the Ray cluster at {joined} already. Leave address "
+                    "out, or call ray.shutdown() first."
+                )
         try:
             self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
         except BaseException:
