@@ -290,10 +290,22 @@ def _add_star(subcommands: Any) -> None:
     add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
-    parser.set_defaults(run=_run_star)
+    parser.set_defaults(run=lambda arguments: _run_star(arguments, parser))
 
 
-def _run_star(arguments: argparse.Namespace) -> int:
+STAR_PLAN = ("model", "length", "block_len", "gpu", "link")
+STAR_UNREAD = {
+    "ask": ("host", "port", "gpu", "link"),
+    "serve": ("context", "query", "temperature", "gpu", "link"),
+}
+"""Options without an effect, by action; `plan` reads STAR_PLAN alone."""
+
+
+def _run_star(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    action, unset = arguments.action, vars(parser.parse_args([arguments.action]))
+    for name in STAR_UNREAD.get(action) or (unset.keys() - {"action", "run", *STAR_PLAN}):
+        if getattr(arguments, name) != unset[name]:
+            parser.error(f"--{name.replace('_', '-')} has no effect with {action}. Leave it out.")
     if arguments.action == "plan":
         from farspan.star.plan import run_star_plan
 

@@ -105,6 +105,16 @@ def test_mistakes_are_sentences(arguments: list[str], sentence: str, capsys: pyt
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("action", "option"),
+    [("ask", "--port=1"), ("serve", "--query=why?"), ("plan", "--hosts=8"), ("plan", '--options={"kernel": "fa3"}')],
+)
+def test_options_without_effect_are_refused(action: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["star", action, option])
+    assert f"{option.partition('=')[0]} has no effect with {action}. Leave it out." in capsys.readouterr().err
+
+
 def test_every_option_reaches_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of StarLLM's that the command line has."""
     given: dict[str, Any] = {}
