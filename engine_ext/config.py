@@ -210,7 +210,8 @@ class OffloadOptions(Options, frozen=True):
         """See `Options.check`; also each number of a list."""
         super().check(path)
         self.cold_decode.check(f"{path}.cold_decode")
-        if self.head_profile is not None and self.hot_heads in ("auto", 0):
+        has_hot = any(self.hot_heads) if isinstance(self.hot_heads, tuple) else self.hot_heads not in ("auto", 0)
+        if self.head_profile is not None and not has_hot:
             refuse(
                 f"{path}.head_profile",
                 self.head_profile,

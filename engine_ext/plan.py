@@ -67,6 +67,9 @@ class OffloadSizes(msgspec.Struct, frozen=True, kw_only=True):
     """Groups that a step takes instead of `group_size` for requests with few pages: up to how many pages, ascending,
     and KV heads. They have room in a buffer."""
 
+    short_chunk_early: bool = False
+    """Whether a prompt that is read alone has its short chunk second, where least is to be fetched, and not last."""
+
     def group_for(self, num_pages: int) -> int:
         """KV heads to stage together for requests with so many pages in all."""
         return next((group for most, group in self.larger_groups if num_pages <= most), self.group_size)

@@ -275,6 +275,8 @@ def _add_star(subcommands: Any) -> None:
     add("--anchor", choices=["auto", "share", "recompute"], default="auto", help="sent, or computed by all")
     add("--visibility", choices=["star", "all"], default="star", help="all: every token sees all before it, exactly")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a host that makes no progress")
+    add("--start-timeout", type=float, default=900.0, metavar="SECONDS", help="for all hosts to be there")
+    add("--graphs", action="store_true", help="decode in CUDA graphs that hold the exchange; a lost host restarts all")
     add("--address", help="of a Ray cluster")
     add("--host", default="127.0.0.1", help="serve: address to listen on")
     add("--port", type=int, default=8000, help="serve: port to listen on")
@@ -288,10 +290,22 @@ def _add_star(subcommands: Any) -> None:
     add("--link", choices=list(LINKS), default="nvlink", help="plan: between hosts")
     add("--options", type=mapping, default="{}", metavar="JSON", help="farspan options of every host")
     add("--engine-args", type=mapping, default="{}", metavar="JSON", help="further arguments of vllm.LLM")
-    parser.set_defaults(run=_run_star)
+    parser.set_defaults(run=lambda arguments: _run_star(arguments, parser))
 
 
-def _run_star(arguments: argparse.Namespace) -> int:
+STAR_PLAN = ("model", "length", "block_len", "gpu", "link")
+STAR_UNREAD = {
+    "ask": ("host", "port", "gpu", "link"),
+    "serve": ("context", "query", "temperature", "gpu", "link"),
+}
+"""Options without an effect, by action; `plan` reads STAR_PLAN alone."""
+
+
+def _run_star(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    action, unset = arguments.action, vars(parser.parse_args([arguments.action]))
+    for name in STAR_UNREAD.get(action) or (unset.keys() - {"action", "run", *STAR_PLAN}):
+        if getattr(arguments, name) != unset[name]:
+            parser.error(f"--{name.replace('_', '-')} has no effect with {action}. Leave it out.")
     if arguments.action == "plan":
         from farspan.star.plan import run_star_plan
 
@@ -314,6 +328,8 @@ def _run_star(arguments: argparse.Namespace) -> int:
             anchor=arguments.anchor,
             visibility=arguments.visibility,
             timeout_s=arguments.timeout,
+            start_timeout_s=arguments.start_timeout,
+            graphs=arguments.graphs,
             address=arguments.address,
             strategy=arguments.strategy,
             options=arguments.options,

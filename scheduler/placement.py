@@ -38,8 +38,8 @@ class EngineLimits:
     is_len_fitted: bool = False
     """Whether vLLM chooses max_model_len by what fits."""
     has_spans: bool = True
-    """Whether prefill may attend to the context span by span: not where it chooses among all keys of a head, nor on a
-    host of Star Attention."""
+    """Whether prefill may attend to the context span by span, and cut it into other chunks than vLLM: not where it
+    chooses among all keys of a head, nor on a host of Star Attention."""
 
     def load(self, context_len: int) -> Load:
         """One request of a length: what an engine must hold. More run at once as far as slots allow."""
@@ -101,6 +101,7 @@ def decide_sizes(
         staging_pages=plan.staging_pages,
         is_selective=isinstance(options.cold_decode, SelectColdDecode),
         larger_groups=larger_groups,
+        short_chunk_early=limits.has_spans and plan.staging_pages > 0,
     )
 
 

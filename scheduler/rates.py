@@ -6,6 +6,7 @@ leave out communication between tensor-parallel ranks and time in which the host
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from farspan.scheduler.capacity import KVLayout
 from farspan.scheduler.footprint import ModelShape
@@ -139,9 +140,11 @@ def kv_seconds(layout: KVLayout, rates: Rates, context_len: int, resident_len: i
 
 
 def chunks_of(context_len: int, chunk_len: int) -> Iterator[tuple[int, int]]:
-    """Start and length of every chunk of a prompt."""
-    for start in range(0, context_len, chunk_len):
-        yield start, min(chunk_len, context_len - start)
+    """Start and length of every chunk of a prompt; as in an engine with offload, the short one comes second."""
+    lengths = [chunk_len] * (context_len // chunk_len)
+    if context_len % chunk_len:
+        lengths.insert(1, context_len % chunk_len)
+    yield from zip(accumulate(lengths, initial=0), lengths, strict=False)
 
 
 def prefill_seconds(

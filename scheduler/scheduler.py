@@ -18,11 +18,20 @@ class PlannedSteps:
 
     _num_planned_steps = 0
     _residency: Residency | None = None
+    _cut: str | None = None
+    """The request whose chunks were cut last."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """The stock schedule, with the step's StepPlan; the arguments are vLLM's."""
         stock: Any = super()
-        output = stock.schedule(*args, **kwargs)
+        scheduler: Any = self
+        most = getattr(scheduler, "max_num_scheduled_tokens", 0)
+        if self._residency is not None and self._residency.sizes.short_chunk_early:
+            scheduler.max_num_scheduled_tokens = self._step_tokens(most, self._residency.sizes)
+        try:
+            output = stock.schedule(*args, **kwargs)
+        finally:
+            scheduler.max_num_scheduled_tokens = most
         self._num_planned_steps += 1
         residency = None if self._residency is None else self._plan_residency(self._residency, output)
         output.farspan_plan = StepPlan(step=self._num_planned_steps, residency=residency)
@@ -54,6 +63,26 @@ class PlannedSteps:
         limit = running_limit(sizes, scheduler.max_num_scheduled_tokens, scheduler.max_num_running_reqs)
         scheduler.max_num_running_reqs = limit
         scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, limit)
+
+    def _step_tokens(self, most: int, sizes: OffloadSizes) -> int:
+        """Tokens of the next step: fewer than `most` for the second chunk of a long prompt that is read alone.
+
+        Attention of a short chunk hides no fetching, so it has its place where least is to be fetched. Other prompts
+        would fill up its step: then it stays the last one.
+        """
+        scheduler: Any = self
+        running = scheduler.running
+        reading = [each for each in running if each.num_computed_tokens < each.num_prompt_tokens]
+        may_start = bool(scheduler.waiting) and len(running) < scheduler.max_num_running_reqs
+        if len(reading) != 1 or may_start or scheduler.scheduler_config.long_prefill_token_threshold > 0:
+            return most
+        (request,) = reading
+        if request.request_id == self._cut or request.num_tokens < sizes.num_slots * sizes.page_size:
+            return most
+        self._cut = request.request_id
+        chunk = most - (len(running) - 1)
+        left = request.num_tokens - request.num_computed_tokens
+        return most if left <= chunk or left % chunk == 0 else most - chunk + left % chunk
 
     def _plan_residency(self, residency: Residency, output: Any) -> ResidencyPlan:
         if getattr(output, "kv_cache_block_copies", None):

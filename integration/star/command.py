@@ -36,11 +36,18 @@ class StarCommand:
     """Address and port of a server; None to ask one question."""
     anchor: Any = "auto"
     visibility: Any = "star"
+    graphs: bool = False
+    start_timeout_s: float = 900.0
 
 
 def run_star(command: StarCommand) -> int:
     """Ask, show how far the hosts are, print the answer and where the time went. Raises FarspanError."""
     engine = dict(command.engine)
+    for name in sorted(StarLLM.__init__.__annotations__.keys() & engine.keys() - {"engine", "env"}):
+        raise ConfigError(
+            f"--engine-args has {name!r}; allowed: arguments of vllm.LLM that the command has no option for. Use the "
+            "option, which farspan star --help names."
+        )
     if command.model == "needle":
         import torch
 
@@ -62,6 +69,8 @@ def run_star(command: StarCommand) -> int:
         anchor=command.anchor,
         visibility=command.visibility,
         timeout_s=command.timeout_s,
+        start_timeout_s=command.start_timeout_s,
+        graphs=command.graphs,
         address=command.address,
         strategy=command.strategy,
         options=command.options,

@@ -7,6 +7,7 @@ does not hold up, so that it can name the one that does not move.
 import contextlib
 import math
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ POLL_S = 0.05
 """Between two looks at working hosts."""
 GRACE_S = 5.0
 """How much longer than the hosts' own time-out the coordinator waits, so that their errors arrive."""
+REACH_S = 10.0
+"""For a connection to the head of a cluster."""
 ACTOR_THREADS = 4
 ACTOR_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -104,8 +107,25 @@ class Hosts:
             # A cluster that exists is joined if its address is given or in RAY_ADDRESS.
             address = setup.address or os.environ.get("RAY_ADDRESS")
             size = {} if address else {"num_cpus": max(os.cpu_count() or 1, setup.num_hosts)}
-            ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **size)
+            is_ours = False if not address else None
+            try:
+                if address:
+                    check_reachable(address)
+                ray.init(address=address, include_dashboard=is_ours, log_to_driver=False, **size)
+            except (OSError, RuntimeError, ValueError) as error:
+                cluster = f"the Ray cluster at {address!r}" if address else "a Ray cluster on this machine"
+                raise StarError(
+                    f"{cluster} cannot be used ({error}). Give as address, or in RAY_ADDRESS, HOST:PORT of a head that "
+                    "runs, or leave both out to start Ray on this machine."
+                ) from error
             self.owns_ray = True
+        elif setup.address not in (None, "auto") and not setup.address.startswith("ray://"):
+            joined = ray.get_runtime_context().gcs_address
+            if joined.rpartition(":")[2] != setup.address.rpartition(":")[2]:
+                raise StarError(
+                    f"address={setup.address!r}; this process is in the Ray cluster at {joined} already. Leave address "
+                    "out, or call ray.shutdown() first."
+                )
         try:
             self.device_type = choose_device(setup.num_hosts, ray.cluster_resources(), setup.num_ranks)
         except BaseException:
@@ -377,6 +397,17 @@ class Hosts:
             if self.owns_ray:
                 ray.shutdown()
                 self.owns_ray = False
+
+
+def check_reachable(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT, for which Ray alone would wait for many minutes."""
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        # As Ray does.
+        host = get_node_ip_address() if host in ("127.0.0.1", "localhost", "[::1]") else host.strip("[]")
+        socket.create_connection((host, int(port)), REACH_S).close()
 
 
 def choose_device(num_hosts: int, resources: dict[str, float], num_ranks: int = 1) -> Literal["cpu", "cuda"]:

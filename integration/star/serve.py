@@ -17,9 +17,20 @@ from farspan.star.llm import StarLLM
 from farspan.star.metrics import StarMetrics
 from farspan.star.output import StarOutput
 
-UNSUPPORTED = ("echo", "suffix", "logprobs", "prompt_logprobs", "tools", "use_beam_search")
-"""Fields of requests that would change an answer and are not passed on."""
-NOT_GIVEN: tuple[Any, ...] = (None, False, [], 0)
+UNSUPPORTED = (
+    *("echo", "suffix", "logprobs", "prompt_logprobs", "logprob_token_ids", "tools", "use_beam_search", "priority"),
+    *("cache_salt", "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "truncate_prompt_tokens"),
+    *("chat_template", "chat_template_kwargs", "continue_final_message", "documents", "reasoning_effort"),
+    *("return_token_ids", "return_token_offsets", "return_tokens_as_token_ids", "return_prompt_text"),
+)
+"""Fields of requests that would change an answer, or who shares its KV, and are not passed on."""
+FIXED = ("add_special_tokens", "add_generation_prompt")
+"""Fields that have one value here, vLLM's default."""
+NOT_GIVEN: tuple[Any, ...] = (None, False, [], {}, 0)
+
+
+class UnknownModel(Exception):
+    """A request names another model than the server's."""
 
 
 class Queue:
@@ -96,6 +107,10 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
     async def refuse(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(problem(str(error), "BadRequestError", 400), 400)
 
+    @app.exception_handler(UnknownModel)
+    async def miss(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(problem(str(error), "NotFoundError", 404), 404)
+
     @app.exception_handler(StarError)
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(problem(str(error), "ServiceUnavailableError", 503), 503)
@@ -115,7 +130,7 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
 
     @app.post("/v1/completions")
     async def complete(request: completion.CompletionRequest) -> Any:
-        check_supported(request)
+        check_supported(request, model_name)
         prompt = request.prompt
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
             raise ValueError("prompt: several prompts; allowed: one text or one list of token ids. Send them apart.")
@@ -129,7 +144,12 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
                 choice = completion.CompletionResponseStreamChoice(index=0, text=text, finish_reason=finish_reason)
                 return completion.CompletionStreamResponse(id=name, model=model_name, choices=[choice])
 
-            chunks = await started(events(queue.stream(context, query, params), llm.tokenizer, chunk))
+            def last(output: StarOutput) -> Any:
+                told = usage(completion, output)
+                return completion.CompletionStreamResponse(id=name, model=model_name, choices=[], usage=told)
+
+            ending = last if tells_usage(request) else None
+            chunks = await started(events(queue.stream(context, query, params), llm.tokenizer, chunk, ending))
             return StreamingResponse(chunks, media_type="text/event-stream")
         output = await whole(queue.stream(context, query, params))
         choice = completion.CompletionResponseChoice(index=0, text=output.text, finish_reason=output.finish_reason)
@@ -137,7 +157,7 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
 
     @app.post("/v1/chat/completions")
     async def converse(request: chat.ChatCompletionRequest) -> Any:
-        check_supported(request)
+        check_supported(request, model_name)
         context = chat_text(llm.tokenizer, request.messages)
         params = params_of(request, request.max_completion_tokens or request.max_tokens)
         if request.stream:
@@ -148,7 +168,12 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
                 choice = chat.ChatCompletionResponseStreamChoice(index=0, delta=delta, finish_reason=finish_reason)
                 return chat.ChatCompletionStreamResponse(id=name, model=model_name, choices=[choice])
 
-            chunks = await started(events(queue.stream(*context, params), llm.tokenizer, chunk))
+            def last(output: StarOutput) -> Any:
+                told = usage(chat, output)
+                return chat.ChatCompletionStreamResponse(id=name, model=model_name, choices=[], usage=told)
+
+            ending = last if tells_usage(request) else None
+            chunks = await started(events(queue.stream(*context, params), llm.tokenizer, chunk, ending))
             return StreamingResponse(chunks, media_type="text/event-stream")
         output = await whole(queue.stream(*context, params))
         message = chat.ChatMessage(role="assistant", content=output.text)
@@ -158,11 +183,24 @@ def make_app(llm: StarLLM, model_name: str) -> Any:
     return app
 
 
-def check_supported(request: Any) -> None:
-    """Raise ValueError for fields that would be ignored."""
+def check_supported(request: Any, model_name: str) -> None:
+    """Raise ValueError for fields that would be ignored, UnknownModel for another model."""
+    if request.model and request.model != model_name:
+        raise UnknownModel(f"model={request.model!r}; this server has {model_name!r} alone. Name that one.")
     for name in UNSUPPORTED:
         if getattr(request, name, None) not in NOT_GIVEN:
             raise ValueError(f"{name}={getattr(request, name)!r}; farspan star does not support it. Leave it out.")
+    for name in FIXED:
+        if name in request.model_fields_set and getattr(request, name) != type(request).model_fields[name].default:
+            raise ValueError(f"{name}={getattr(request, name)!r}; farspan star does not support it. Leave it out.")
+
+
+def tells_usage(request: Any) -> bool:
+    """Whether a stream ends with the numbers of tokens. Raises ValueError where all of its pieces should have them."""
+    options = request.stream_options
+    if options is not None and options.continuous_usage_stats:
+        raise ValueError("stream_options.continuous_usage_stats; farspan star tells usage at the end. Leave it out.")
+    return options is not None and bool(options.include_usage)
 
 
 def params_of(request: Any, max_tokens: int | None) -> Any:
@@ -212,8 +250,12 @@ async def started(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     return rest()
 
 
-async def events(pieces: AsyncIterator[list[int] | StarOutput], tokenizer: Any, chunk: Any) -> AsyncIterator[str]:
-    """Server-sent events of a stream: text that is whole so far, the finish reason, and the end."""
+async def events(
+    pieces: AsyncIterator[list[int] | StarOutput], tokenizer: Any, chunk: Any, last: Any = None
+) -> AsyncIterator[str]:
+    """Server-sent events of a stream: text that is whole so far, the finish reason, what `last` makes of the output,
+    and the end.
+    """
     tokens: list[int] = []
     sent, is_first = "", True
     try:
@@ -230,6 +272,8 @@ async def events(pieces: AsyncIterator[list[int] | StarOutput], tokenizer: Any, 
                 new = text[len(sent) :] if text.startswith(sent) else ""
                 yield f"data: {chunk(new, finish_reason, is_first).model_dump_json(exclude_none=True)}\n\n"
                 sent, is_first = text, False
+            if last is not None and isinstance(piece, StarOutput):
+                yield f"data: {last(piece).model_dump_json(exclude_none=True)}\n\n"
     except StarError as error:
         if is_first:
             raise

@@ -8,6 +8,7 @@ import pytest
 from farspan.engine_ext.errors import UnsupportedEngineError
 from farspan.engine_ext.plan import OffloadSizes
 from farspan.scheduler.capacity import min_slots
+from farspan.scheduler.residency import Residency
 
 from tests.integration.test_engine_tokens import generate, make_prompts, run, stock_tokens
 
@@ -173,6 +174,30 @@ def test_chunked_prefill(
     llm = make_llm(**arguments)
     assert run_checked(llm, PROMPTS) == stock_tokens("llama", PROMPTS)
     assert (offload_state(llm)["spilled"] > 0 and groups == {1, 2}) or chunk == 2048
+
+
+def test_the_short_chunk_of_a_prompt_alone_comes_second(
+    make_llm: Callable[..., Any], stock_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has least to fetch; not of prompts that have slots, nor where another prompt fills up its step."""
+    chunks: list[tuple[int, ...]] = []
+    plan = Residency.plan
+
+    def noted(self: Residency, scheduled: Any, *rest: Any) -> Any:
+        chunks.append(tuple(each.count for each in scheduled))
+        return plan(self, scheduled, *rest)
+
+    monkeypatch.setattr(Residency, "plan", noted)
+    llm = make_llm(**offloading(12))
+    long, short, other = make_prompts((300, 150, 200), seed=11)
+    for prompts, expected in (
+        ([long], [(64,), (44,), (64,), (64,), (64,)]),
+        ([short], [(64,), (64,), (22,)]),
+        ([other, long], [(64,), (64,), (64,), (56, 8), (1, 55), (1, 63), (1, 63), (1, 63)]),
+    ):
+        chunks.clear()
+        assert run_checked(llm, prompts) == stock_tokens("llama", prompts)
+        assert [each for each in chunks if max(each, default=0) > 1] == expected
 
 
 def test_prefix_hits(make_llm: Callable[..., Any], stock_tokens: Any) -> None:

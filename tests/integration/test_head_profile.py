@@ -81,6 +81,7 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         load_profile(str(tmp_path / "none.json"))
     for offload, expected in (
         ({"head_profile": "x.json"}, "only with hot_heads of at least 1"),
+        ({"head_profile": "x.json", "hot_heads": [0, 0]}, "only with hot_heads of at least 1"),
         ({"head_profile": 3, "hot_heads": 1}, "a path, or null"),
     ):
         with pytest.raises(ConfigError, match=expected):

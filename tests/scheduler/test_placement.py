@@ -128,6 +128,14 @@ def test_a_fitted_length_is_what_the_host_holds() -> None:
     assert sizes.staging_pages == 1279
 
 
+def test_only_prompts_that_may_be_cut_otherwise_have_their_short_chunk_early() -> None:
+    for changes, gpu_gib, expected in (({}, 2, True), ({"has_spans": False}, 2, False), ({}, 41, False)):
+        sizes = decide_sizes(
+            OffloadOptions(host_memory=40), layout(), limits(**changes), gpu_gib * GIB, host_bytes=40 * GIB
+        )
+        assert sizes.short_chunk_early == expected, changes
+
+
 @pytest.mark.parametrize(
     ("changes", "gpu_gib", "host_gib", "sentence"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from farspan.cli import main
 from farspan.star.command import Bar, describe, split_question
+from farspan.star.llm import StarLLM
 from farspan.star.output import Progress, StarOutput, StarTimes
 
 from tests.engine_ext.star.hosts import Layout
@@ -78,12 +79,63 @@ def test_a_generated_prompt_is_split_before_its_question() -> None:
         (["--max-tokens", "0"], "vLLM refuses --max-tokens or --temperature"),
         (["serve", "--model", "nowhere"], "model='nowhere' has no tokenizer that can be read"),
         (["--timeout", "0"], "star.timeout_s=0.0; allowed: a number of seconds"),
+        (["--engine-args", '{"hosts": 3}'], "--engine-args has 'hosts'; allowed: arguments of vllm.LLM that"),
+        (
+            ["--address", "127.0.0.1:1"],
+            "the Ray cluster at '127.0.0.1:1' cannot be used ([Errno 111] Connection refused)",
+        ),
     ],
-    ids=["hosts", "file", "no-context", "string", "tp", "block", "length", "tokens", "model", "timeout"],
+    ids=[
+        "hosts",
+        "file",
+        "no-context",
+        "string",
+        "tp",
+        "block",
+        "length",
+        "tokens",
+        "model",
+        "timeout",
+        "own",
+        "address",
+    ],
 )
 def test_mistakes_are_sentences(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["star", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("action", "option"),
+    [("ask", "--port=1"), ("serve", "--query=why?"), ("plan", "--hosts=8"), ("plan", '--options={"kernel": "fa3"}')],
+)
+def test_options_without_effect_are_refused(action: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["star", action, option])
+    assert f"{option.partition('=')[0]} has no effect with {action}. Leave it out." in capsys.readouterr().err
+
+
+def test_every_option_reaches_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of StarLLM's that the command line has."""
+    given: dict[str, Any] = {}
+
+    class Told(Exception):
+        pass
+
+    def start(*arguments: Any, **more: Any) -> Any:
+        given.update(more)
+        raise Told
+
+    start.__init__ = StarLLM.__init__  # type: ignore[attr-defined]
+    monkeypatch.setattr("farspan.star.command.StarLLM", start)
+    told = {"block_len": 256, "anchor_len": 128, "anchor": "share", "visibility": "all", "timeout_s": 7.0}
+    told |= {"start_timeout_s": 70.0, "graphs": True, "address": "auto", "strategy": "SPREAD", "seed": 3}
+    options = [f"--{name.removesuffix('_s').replace('_', '-')}={value}" for name, value in told.items()]
+    options[options.index("--graphs=True")] = "--graphs"
+    options[-1] = '--engine-args={"seed": 3}'
+    with pytest.raises(Told):
+        main(["star", *options])
+    assert {name: given[name] for name in told} == told
 
 
 def test_a_context_can_come_from_a_file(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_ray_is_left_as_it_was_where_there_are_too_few_gpus(is_ours: bool, monke
     assert ended == [True] * is_ours
 
 
+def test_another_cluster_than_the_one_that_was_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    setup = HostsSetup(2, "nowhere", 60.0, 60.0, False, False, {}, {}, "head:6379")
+    assert Hosts(setup).device_type == "cpu"
+    with pytest.raises(StarError, match=r"address='head:6380'; this process is in the Ray cluster at 10\.0\.0\.1:6379"):
+        Hosts(replace(setup, address="head:6380"))
+
+
 def test_a_lost_host_is_told_before_those_that_waited_for_it() -> None:
     waited, lost, bad = StarError("waited"), HostLost(2, "lost"), ValueError("bad")
     assert worst({0: waited, 1: bad, 2: lost}) is lost

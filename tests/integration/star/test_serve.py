@@ -151,10 +151,41 @@ def test_errors_have_openais_form(client: Any, llm: Llm) -> None:
     assert client.post("/v1/completions", json={"model": "m", "prompt": "a"}).status_code == 200
 
 
-def test_beam_search_is_refused(client: Any) -> None:
-    answer = client.post("/v1/completions", json={"model": "m", "prompt": "a", "use_beam_search": True})
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("completions", "use_beam_search", True),
+        ("completions", "cache_salt", "mine"),
+        ("completions", "add_special_tokens", False),
+        ("chat/completions", "chat_template_kwargs", {"enable_thinking": False}),
+        ("chat/completions", "add_generation_prompt", False),
+    ],
+)
+def test_what_would_be_ignored_is_refused(client: Any, path: str, field: str, value: Any) -> None:
+    asked = {"prompt": "a"} if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    answer = client.post(f"/v1/{path}", json={"model": "m", **asked, field: value})
     assert answer.status_code == 400
-    assert "use_beam_search=True; farspan star does not support it" in answer.json()["error"]["message"]
+    assert f"{field}={value!r}; farspan star does not support it" in answer.json()["error"]["message"]
+
+
+def test_another_model_is_not_found(client: Any) -> None:
+    answer = client.post("/v1/completions", json={"model": "other", "prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
+    assert "model='other'; this server has 'm' alone" in answer.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_tells_its_usage_where_asked(client: Any, path: str) -> None:
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    asked |= {"model": "m", "stream": True}
+    answer = client.post(path, json={**asked, "stream_options": {"include_usage": True}}).text
+    last = json.loads([line.removeprefix("data: ") for line in answer.splitlines() if line][-2])
+    assert last["choices"] == []
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (5, 3)
+    assert "usage" not in client.post(path, json=asked).text
+    every = {"include_usage": True, "continuous_usage_stats": True}
+    assert client.post(path, json={**asked, "stream_options": every}).status_code == 400
 
 
 def test_a_client_that_leaves_aborts_its_request_alone(llm: Llm) -> None:
