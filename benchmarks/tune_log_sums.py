@@ -17,8 +17,8 @@ ensure_farspan()
 NAMES = ("MODE", "PIPE", "AREG", "POLY")
 FORMS = [form.split(",") for form in os.environ.get("FORMS", "").split()] or [
     ["now"], ["whole", 0, 0, 0], ["halves", 1, 0, 0], ["halves", 1, 64, 0], ["whole", 0, 0, 8], ["halves", 1, 0, 8],
-    ["whole", 0, 0, 4], ["halves", 1, 0, 4],
-
+    ["whole", 0, 0, 4], ["halves", 1, 0, 4], ["alone", 0, 128, 0], ["alone", 1, 128, 0], ["alone", 0, 0, 0],
+    ["alone", 1, 64, 0], ["alone", 1, 128, 8], ["alone", 0, 128, 8],
 ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def main() -> None:
         batch = bench.chunk(shape, query_len, seq_len)
         works, lists, flops = {}, {}, batch.causal_flops / 2 / 8
         for form in right:
-            if form[0] != "now" and shape.head_dim == 64 and form[2] == 64:
+            if form[0] != "now" and shape.head_dim == 64 and form[:3] == ['halves', 1, 64]:
                 continue
             with form_in_place(form):
                 masses, select, *_ = bench.selection(batch, rule, config)
