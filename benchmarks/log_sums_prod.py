@@ -7,8 +7,8 @@ tensor cores work for the others.
 Exponentials of a block that a row sees whole are taken relative to the row's highest score in the prompt's first block,
 not in the block itself: nothing has to be known of all scores before the first exponential. So a block is computed in
 halves, one half's products beside the other's exponentials. float32 has room for what differs from block to block:
-what is below 2^-126 of that score weighs nothing in any choice, and blocks whose sums overflow are computed once more,
-with their own maximum. No row's result depends on other rows, on the split, or on the chunk.
+what is below 2^-126 of that score weighs nothing in any choice, and where a block's highest score is 2^120 of it or
+more, its own is used. A row's result depends on its query and the keys alone, not on other rows, splits or chunks.
 """
 
 from farspan.kernels.flex.spans import PART_STEP, SPAN_STEP
@@ -28,6 +28,8 @@ CONSUMERS = gl.constexpr(4)
 _PART_STEP, _SPAN_STEP = gl.constexpr(PART_STEP), gl.constexpr(SPAN_STEP)
 # Past any key: no box of a whole span is beyond the last one.
 _NO_END = gl.constexpr(2**30)
+# Binary orders above the first block's highest score from which on a block's own is used; 128 scores of 2^120 have room.
+_FAR_ABOVE = gl.constexpr(120.0)
 
 
 @gluon.jit
@@ -90,7 +92,7 @@ def _copy_blocks(
 
 @gluon.jit
 def _overflowed(done, overflows):
-    """Whether any consumer has met a sum that is too large, once all of them know."""
+    """Whether a row of any consumer has a block far above its first one, once all of them know."""
     mbarrier.wait(done, 0)
     return gl.max(overflows.load(gl.BlockedLayout([1], [32], [4], [0])), 0) != 0
 
@@ -104,7 +106,7 @@ def _produce(
     done,
     overflows,
     table_row_ptr,
-    has_whole,
+    first,
     low,
     own,
     high,
@@ -115,12 +117,12 @@ def _produce(
 ):
     """Copy the key tiles that `_consume` computes, in its order."""
     step = _copy_blocks(
-        keys, key_tiles, full, empty, table_row_ptr, 0, 0, has_whole.to(gl.int32), head_row, page_rows, PAGE_SIZE, STAGES
+        keys, key_tiles, full, empty, table_row_ptr, 0, 0, first, head_row, page_rows, PAGE_SIZE, STAGES
     )  # fmt: skip
     step = _copy_blocks(
         keys, key_tiles, full, empty, table_row_ptr, step, low, high, head_row, page_rows, PAGE_SIZE, STAGES
     )  # fmt: skip
-    if has_whole:
+    if low < own:
         if _overflowed(done, overflows):  # noqa: SIM102
             _copy_blocks(
                 keys, key_tiles, full, empty, table_row_ptr, step, low, own, head_row, page_rows, PAGE_SIZE, STAGES
@@ -136,35 +138,6 @@ def _exp2(x):
 @gluon.jit
 def _log2(x):
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _log_sums(scores, scale_log2, position, key_pos, MASKED: gl.constexpr):
-    """Base-2 log-sums of the rows of a tile. MASKED: leave out keys past a row's own; -inf for rows that see none."""
-    if MASKED:
-        scores = gl.where(key_pos[None, :] <= position[:, None], scores, float("-inf"))
-    top = gl.max(scores, 1) * scale_log2
-    base = top
-    if MASKED:
-        base = gl.where(top == float("-inf"), 0.0, top)
-    total = gl.sum(_exp2(scores * scale_log2 - base[:, None]), 1)
-    if MASKED:
-        return gl.where(top == float("-inf"), top, base + _log2(gl.maximum(total, 1e-30)))
-    return base + _log2(total)
-
-
-@gluon.jit
-def _scores(query, key_tiles, full, empty, step, STAGES: gl.constexpr):
-    """The products of 64 rows and the keys of a step, whose buffer is given back."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), step // STAGES & 1)
-    no_scores = gl.zeros([ROWS_AT_ONCE, BLOCK_N], gl.float32, SCORES)
-    keys = key_tiles.index(stage).permute([1, 0])
-    scores = warpgroup_mma(query, keys, no_scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(empty.index(stage), count=1)
-    return scores
 
 
 @gluon.jit
@@ -184,34 +157,89 @@ def _half_sums(scores, scale_log2, base):
 
 
 @gluon.jit
+def _log_sum(base, sums):
+    return base + _log2(gl.convert_layout(gl.sum(sums, 1), base.type.layout))
+
+
+@gluon.jit
+def _masked_halves(query, key_tiles, full, empty, step, block, position, scale_log2, STAGES: gl.constexpr):
+    """The scores of a step's block, -inf for keys past a row's own, and the rows' highest ones, in base 2."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    left, right = _start_half(query, key_tiles, step, 0, STAGES), _start_half(query, key_tiles, step, 1, STAGES)
+    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    mbarrier.arrive(empty.index(stage), count=1)
+    key_pos = block * BLOCK_N + gl.arange(0, HALF_BLOCK, layout=gl.SliceLayout(0, left.type.layout))
+    left = gl.where(key_pos[None, :] <= position[:, None], left, float("-inf"))
+    right = gl.where(key_pos[None, :] + HALF_BLOCK <= position[:, None], right, float("-inf"))
+    return left, right, gl.maximum(gl.max(left, 1), gl.max(right, 1)) * scale_log2
+
+
+@gluon.jit
+def _masked_log_sums(left, right, top, base, sees_whole, scale_log2):
+    """Base-2 log-sums of the rows of a block from `_masked_halves`; -inf for rows that see none of its keys.
+
+    base: what `_whole_blocks` takes for rows that see the block whole.
+    """
+    base = gl.where(sees_whole & (top - base < _FAR_ABOVE), base, gl.where(top == float("-inf"), 0.0, top))
+    return _log_sum(base, _half_sums(left, scale_log2, base) + _half_sums(right, scale_log2, base))
+
+
+@gluon.jit
+def _masked_blocks(
+    query,
+    key_tiles,
+    full,
+    empty,
+    out_ptrs,
+    is_row,
+    base,
+    position,
+    first_step,
+    low,
+    high,
+    scale_log2,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Log-sums over blocks [low, high), from a step on, which rows see in part, or which are far above `base`."""
+    for block in range(low, high):
+        left, right, top = _masked_halves(
+            query, key_tiles, full, empty, first_step + block - low, block, position, scale_log2, STAGES
+        )  # fmt: skip
+        sees_whole = (block + 1) * BLOCK_N <= position + 1
+        log_sums = _masked_log_sums(left, right, top, base, sees_whole, scale_log2)
+        gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row)
+
+
+@gluon.jit
 def _whole_blocks(
     query, key_tiles, full, empty, out_ptrs, is_row, base, low, own, scale_log2, ROWS: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Log-sums over blocks [low, own), not empty, from step 1 on; whether a row's sum overflows, whose log-sum is inf.
+    """Log-sums over blocks [low, own), from step 1 on, which rows see whole; whether any is far above `base`.
 
     base: of the exponentials, per row. One half's products run beside the other's exponentials.
     """
-    ROW: gl.constexpr = base.type.layout
-    most = gl.full_like(base, float("-inf"))
+    most = base
     mbarrier.wait(full.index(1 % STAGES), 0)
-    first = _start_half(query, key_tiles, 1, 0, STAGES)
+    left = _start_half(query, key_tiles, 1, 0, STAGES)
     for block in range(low, own):
         step = block - low + 1
         following = step + 1
-        first = warpgroup_mma_wait(0, deps=(first,))
-        second = _start_half(query, key_tiles, step, 1, STAGES)
-        sums = _half_sums(first, scale_log2, base)
+        left = warpgroup_mma_wait(0, deps=(left,))
+        right = _start_half(query, key_tiles, step, 1, STAGES)
+        sums = _half_sums(left, scale_log2, base)
         mbarrier.wait(full.index(following % STAGES), following // STAGES & 1, pred=block + 1 < own)
-        second = warpgroup_mma_wait(0, deps=(second,))
+        right = warpgroup_mma_wait(0, deps=(right,))
         mbarrier.arrive(empty.index(step % STAGES), count=1)
         # Past the last block a buffer holds anything, and the scores are not used.
-        first = _start_half(query, key_tiles, following, 0, STAGES)
-        sums += _half_sums(second, scale_log2, base)
-        log_sum = base + _log2(gl.convert_layout(gl.sum(sums, 1), ROW))
-        most = gl.maximum(most, log_sum)
-        gl.store(out_ptrs + block * ROWS, log_sum, mask=is_row)
-    warpgroup_mma_wait(0, deps=(first,))
-    return gl.max((most == float("inf")).to(gl.int32), 0)
+        left = _start_half(query, key_tiles, following, 0, STAGES)
+        sums += _half_sums(right, scale_log2, base)
+        log_sums = _log_sum(base, sums)
+        most = gl.maximum(most, log_sums)
+        gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row)
+    warpgroup_mma_wait(0, deps=(left,))
+    return gl.max((most - base > _FAR_ABOVE - 1).to(gl.int32), 0)
 
 
 @gluon.jit
@@ -232,7 +260,7 @@ def _consume(
     first_head,
     num_spans,
     num_blocks,
-    has_whole,
+    first,
     has_first,
     low,
     own,
@@ -245,14 +273,12 @@ def _consume(
     SPAN_LEN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Log-sums of 64 rows over blocks [low, high), of which those from `own` on are masked.
+    """Log-sums of 64 rows over the prompt's first block, if `first` is 1, and blocks [low, high).
 
-    has_whole: rows see blocks whole: the prompt's first one, which comes before the others and is stored with
-    `has_first`, and those before `own`.
+    All rows see those before `own` whole. The first block's are stored with `has_first`.
     """
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    HALF_ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_BLOCK, 16]))
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_BLOCK, 16]))
     FLAGS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     # A thread copies 16 bytes.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -268,39 +294,33 @@ def _consume(
     fence_async_shared()
 
     span, head, part, position, _, is_row = _sampled_rows(
-        first_segment, span_request_ptr, span_index_ptr, span_row_ptr, GROUP, ROWS, SPAN_LEN, gl.SliceLayout(1, SCORES)
+        first_segment, span_request_ptr, span_index_ptr, span_row_ptr, GROUP, ROWS, SPAN_LEN, ROW
     )
     out_ptrs = log_sums_ptr + ((first_head + head).to(gl.int64) * num_spans + span) * num_blocks * ROWS + part
-    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
     query = query_tiles.index(CONSUMER)
 
-    step = has_whole.to(gl.int32)
-    if has_whole:
-        scores = _scores(query, key_tiles, full, empty, 0, STAGES)
+    if first > 0:
+        left, right, base = _masked_halves(query, key_tiles, full, empty, 0, 0, position, scale_log2, STAGES)
         if has_first:
-            gl.store(out_ptrs, _log_sums(scores, scale_log2, position, offs_n, False), mask=is_row)
-        overflow = 0
+            log_sums = _masked_log_sums(left, right, base, base, is_row, scale_log2)
+            gl.store(out_ptrs, log_sums, mask=is_row)
         if low < own:
-            overflow = _whole_blocks(
-                query, key_tiles, full, empty, gl.convert_layout(out_ptrs, HALF_ROW),
-                gl.convert_layout(is_row, HALF_ROW), gl.convert_layout(gl.max(scores, 1) * scale_log2, HALF_ROW),
-                low, own, scale_log2, ROWS, STAGES,
+            is_far = _whole_blocks(
+                query, key_tiles, full, empty, out_ptrs, is_row, base, low, own, scale_log2, ROWS, STAGES
             )  # fmt: skip
-        overflows.slice(CONSUMER * 32, 32).store(gl.full([32], 0, gl.int32, FLAGS) + overflow)
-        mbarrier.arrive(done, count=1)
-        step += own - low
-    for block in range(own, high):
-        scores = _scores(query, key_tiles, full, empty, step + block - own, STAGES)
-        key_pos = block * BLOCK_N + offs_n
-        gl.store(out_ptrs + block * ROWS, _log_sums(scores, scale_log2, position, key_pos, True), mask=is_row)
-    if has_whole:
-        if _overflowed(done, overflows):
-            step += high - own
-            for block in range(low, own):
-                scores = _scores(query, key_tiles, full, empty, step + block - low, STAGES)
-                stored = gl.load(out_ptrs + block * ROWS, mask=is_row, other=0.0)
-                log_sums = _log_sums(scores, scale_log2, position, offs_n, False)
-                gl.store(out_ptrs + block * ROWS, log_sums, mask=is_row & (stored == float("inf")))
+            overflows.slice(CONSUMER * 32, 32).store(gl.full([32], 0, gl.int32, FLAGS) + is_far)
+            mbarrier.arrive(done, count=1)
+        step = 1 + own - low
+        _masked_blocks(
+            query, key_tiles, full, empty, out_ptrs, is_row, base, position, step, own, high, scale_log2, ROWS, STAGES
+        )  # fmt: skip
+        if low < own:
+            if _overflowed(done, overflows):  # noqa: SIM102
+                step += high - own
+                _masked_blocks(
+                    query, key_tiles, full, empty, out_ptrs, is_row, base, position, step, low, own, scale_log2, ROWS,
+                    STAGES,
+                )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=STEP_NUMBERS, do_not_specialize_on_alignment=INDEX_POINTERS)
@@ -354,10 +374,11 @@ def hopper_log_sums_kernel(
     high = gl.minimum(low + per_split, end)
     # Blocks before the first span's own are seen by every row whole.
     own = gl.minimum(gl.maximum(gl.load(span_index_ptr + first_span) * BLOCKS, low), high)
-    has_whole = low < own
+    # The prompt's first block comes first in any case.
     has_first = low == 0
-    # Those blocks come after the first one, which is computed in any case.
-    low = gl.where(has_whole, gl.maximum(low, 1), low)
+    first = gl.minimum(high - low, 1)
+    low = gl.minimum(gl.maximum(low, 1), high)
+    own = gl.maximum(low, own)
     table_row_ptr = block_table_ptr + request.to(gl.int64) * stride_block_table
     first_head = kv_head * GROUP
 
@@ -377,12 +398,12 @@ def hopper_log_sums_kernel(
     fence_async_shared()
 
     copying = (
-        keys, key_tiles, full, empty, done, overflows, table_row_ptr, has_whole, low, own, high, kv_head * head_rows,
+        keys, key_tiles, full, empty, done, overflows, table_row_ptr, first, low, own, high, kv_head * head_rows,
         page_rows, PAGE_SIZE, STAGES,
     )  # fmt: skip
     computing = (
         query_tiles, key_tiles, full, empty, done, overflows, query_ptr, span_request_ptr, span_index_ptr, span_row_ptr,
-        log_sums_ptr, first_segment, first_head, num_spans, num_blocks, has_whole, has_first, low, own, high,
+        log_sums_ptr, first_segment, first_head, num_spans, num_blocks, first, has_first, low, own, high,
         scale_log2, stride_query_token, stride_query_head, GROUP, ROWS, SPAN_LEN, STAGES,
     )  # fmt: skip
     gl.warp_specialize(

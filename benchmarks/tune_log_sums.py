@@ -113,6 +113,26 @@ def extremes(bench: Any, batch: Any, rule: Any, config: Any) -> str:
         launch(batch.query, key_pages, batch.shape.scale, None, out)
         by_splits.append(out)
     same = [torch.equal(each, by_splits[0]) for each in by_splits]
+    import dataclasses
+
+    from benchmarks.inputs import PagedBatch  # noqa: F401
+
+    tail = 2300 * batch.query.shape[0] // 4500
+    shorter = dataclasses.replace(
+        batch, query=batch.query[-tail:].contiguous(), query_lens_cpu=[tail],
+        query_start_loc=torch.tensor([0, tail], dtype=torch.int32, device=bench.device),
+    )  # fmt: skip
+    masses2, _, spans2, *_ = bench.selection(shorter, rule, config)
+    other, by_index, compared, differing = masses2(), {}, 0, 0
+    for span, (request, index) in enumerate(zip(spans.span_request.tolist(), spans.span_index.tolist(), strict=True)):
+        if request >= 0:
+            by_index[index] = span
+    for span, (request, index) in enumerate(zip(spans2.span_request.tolist(), spans2.span_index.tolist(), strict=True)):
+        if request >= 0:
+            blocks = (index + 1) * rule.span_len // bench.block_size
+            compared += 1
+            differing += not torch.equal(other[:, span, :blocks], found_all[:, by_index[index], :blocks])
+    same.append(f"{differing} of {compared} spans differ in another chunk")
     verdict = (
         f"{'right' if worst < 1e-3 and wrong == 0 else 'WRONG'}: off by {worst:.1e}, wrong {wrong}, {high} above, "
         f"{low} below, equal by splits {same}, {float(differs.float().mean()):.4f} of lists differ"
