@@ -1,5 +1,7 @@
 """The pass over the keys on Hopper against the portable kernel; a Gluon kernel does not run in the interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from farspan.kernels.flex import tile_rows
@@ -89,6 +91,52 @@ def test_every_run_gives_the_same(hopper: torch.device) -> None:
     first, _ = log_sums(batch, FORM, SpanRule(128, 16))
     for _ in range(30):
         assert torch.equal(log_sums(batch, FORM, SpanRule(128, 16))[0].nan_to_num(7.0), first.nan_to_num(7.0))
+
+
+def loud_batch(device: torch.device, query_len: int = 2300) -> Inputs:
+    """The end of a prompt of 5,000 tokens, some keys of which weigh 2^200 times more or less than others."""
+    torch.manual_seed(0)
+    batch = draw(device, [2300], [5000])
+    keys = batch.kv.keys
+    loud = torch.rand(keys.shape[:3]) < 0.002
+    loud[int(batch.block_table[0, 0]), :, 5] = True
+    keys[loud.to(device)] *= 30
+    start = torch.tensor([0, query_len], dtype=torch.int32, device=device)
+    return replace(batch, query=batch.query[-query_len:].contiguous(), query_start_loc=start)
+
+
+@pytest.mark.gpu
+def test_scores_far_from_those_of_the_first_block(hopper: torch.device) -> None:
+    """Rows whose blocks overflow or vanish beside the first one: right where a choice can tell, whatever the splits."""
+    batch, rule = loud_batch(hopper), SpanRule(128, 16)
+    found, spans = log_sums(batch, FORM, rule, 1)
+    expected, _ = log_sums(batch, PORTABLE, rule)
+    real = spans.span_request >= 0
+    blocks = torch.arange(found.shape[2], device=hopper)
+    own = (real[:, None] & (blocks <= spans.span_index[:, None]))[None, :, :, None].expand_as(found)
+    first = expected[:, :, :1]
+    assert bool((own & (expected > first + 128)).any())
+    assert bool((own & (expected < first - 128)).any())
+    near = own & (expected > first - 100)
+    torch.testing.assert_close(found[near], expected[near], atol=1e-3, rtol=1e-5)
+    assert bool((found < first - 99)[own & ~near].all())
+    for num_splits in (2, 7):
+        assert torch.equal(log_sums(batch, FORM, rule, num_splits)[0][own], found[own])
+
+
+@pytest.mark.gpu
+def test_the_same_in_every_chunk(hopper: torch.device) -> None:
+    """Programs of the shorter chunk have other rows together, so that more or fewer of their blocks are masked."""
+    rule = SpanRule(128, 16)
+    (found, spans), (shorter, last_spans) = (
+        log_sums(loud_batch(hopper, length), FORM, rule) for length in (2300, 1200)
+    )
+    places = {index: span for span, index in enumerate(spans.span_index.tolist()) if spans.span_request[span] >= 0}
+    for span, (request, index) in enumerate(
+        zip(last_spans.span_request.tolist(), last_spans.span_index.tolist(), strict=True)
+    ):
+        if request >= 0:
+            assert torch.equal(shorter[:, span, : index + 1], found[:, places[index], : index + 1]), index
 
 
 def chosen(**options: object) -> HopperLogSumsConfig | None:
