@@ -14,8 +14,6 @@ TABLE = Region(
     ROOT / "docs" / "compatibility.md", "<!-- table: python -m tools.compatibility -->\n", "<!-- end of table -->\n"
 )
 FEATURES = "integration/test_engine_features.py"
-WAITING = {("sleep levels 1 and 2", "dense")}
-"""Cells that may say why they are untested: their tests exist, for machines with a GPU."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,12 @@ class Cell:
     """How the sentence begins that refuses the two."""
     engine: dict[str, Any] | None = None
     """Arguments of an engine that is refused so when it is configured."""
-    untested: str | None = None
-    """Why the cell is neither tested nor refused."""
 
     def __post_init__(self) -> None:
         """Raises ValueError unless the cell says exactly one thing."""
         name = f"{DATA.name}: {self.feature!r} with {self.method!r}"
-        if (self.untested is not None) == (self.test is not None or self.refused is not None):
-            raise ValueError(f"{name} must be tested or refused")
-        if self.untested is not None and (self.feature, self.method) not in WAITING:
-            raise ValueError(f"{name} is untested; allowed: a test of the two, or a sentence that refuses them")
+        if self.test is None and self.refused is None:
+            raise ValueError(f"{name} must be tested, or refused")
         if self.refused is not None and (self.engine is None) == (self.test is None):
             raise ValueError(f"{name}: who raises the sentence is `engine` or `by`")
 
@@ -61,6 +55,10 @@ def read_cells() -> list[Cell]:
             test, case = raw.pop("test", None) or raw.pop("by", None), None
             if test is not None and "::" not in test:
                 test, case = f"{FEATURES}::test_features", f"{method}-{test}"
+            if raw.keys() - {"refused", "engine"}:
+                raise ValueError(
+                    f"{DATA.name}: {feature!r} with {method!r} must be tested or refused, not {', '.join(raw)}"
+                )
             cells.append(Cell(feature, method, options, test=test, case=case, **raw))
     return cells
 
@@ -72,30 +70,25 @@ def number_of(text: str, texts: list[str]) -> int:
     return texts.index(text) + 1
 
 
-def format_cell(cell: Cell, sentences: list[str], reasons: list[str]) -> str:
-    """One cell of the table; the texts of refusals and reasons are numbers, and added to their lists."""
+def format_cell(cell: Cell, sentences: list[str]) -> str:
+    """One cell of the table; the text of a refusal is a number, and added to the list."""
     if cell.refused is not None:
         return f"refused (R{number_of(cell.refused, sentences)})"
-    if cell.untested is not None:
-        return f"not tested (N{number_of(cell.untested, reasons)})"
     assert cell.test is not None
     return f"`{cell.case or cell.test.partition('::')[2].removeprefix('test_')}`"
 
 
 def format_table() -> str:
-    """The table, the sentences of its refusals, and why cells are not tested."""
+    """The table, and the sentences of its refusals."""
     sentences: list[str] = []
-    reasons: list[str] = []
     cells = read_cells()
     methods = list(dict.fromkeys(cell.method for cell in cells))
     lines = [f"| | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
     for feature in dict.fromkeys(cell.feature for cell in cells):
-        row = [format_cell(cell, sentences, reasons) for cell in cells if cell.feature == feature]
+        row = [format_cell(cell, sentences) for cell in cells if cell.feature == feature]
         lines.append(f"| **{feature}** | {' | '.join(row)} |")
     lines += ["", "The sentences of the refusals begin:", ""]
     lines += [f"- R{number}: `{sentence}`" for number, sentence in enumerate(sentences, 1)]
-    lines += ["", "Not tested:", ""]
-    lines += [f"- N{number}: {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines) + "\n"
 
 

@@ -4,13 +4,13 @@ import ast
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from farspan.engine_ext.errors import FarspanError
 
 from tests.integration.test_engine_features import FEATURES, METHODS
 from tests.integration.test_engine_refusals import configure
+from tools import compatibility
 from tools.compatibility import ROOT, TABLE, Cell, format_table, read_cells
 
 CELLS = read_cells()
@@ -24,19 +24,17 @@ def test_the_table_is_current() -> None:
     assert TABLE.is_current(format_table()), "run: python -m tools.compatibility --write"
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"untested": "as flex"}, "is untested; allowed: a test of the two, or a sentence that refuses them"),
-        ({}, "must be tested or refused"),
-        ({"test": "a.py::test_a", "untested": "as flex"}, "must be tested or refused"),
-        ({"refused": "no"}, "who raises the sentence is `engine` or `by`"),
-    ],
-    ids=["untested", "nothing", "both", "nobody"],
-)
-def test_a_cell_is_tested_or_refused(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Cell("LoRA", "flex", {}, **changes)
+def test_a_cell_is_tested_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "compatibility.toml"
+    monkeypatch.setattr(compatibility, "DATA", data)
+    for cell, sentence in (
+        ('untested = "as flex"', "must be tested or refused, not untested"),
+        ("", "must be tested, or refused"),
+        ('refused = "no"', "who raises the sentence is `engine` or `by`"),
+    ):
+        data.write_text(f"[methods]\nflex = {{}}\n[LoRA]\nflex = {{ {cell} }}\n")
+        with pytest.raises(ValueError, match=sentence):
+            read_cells()
 
 
 @cache
